@@ -1,0 +1,5 @@
+"""Our fused kernels, in Triton. Imports torch and triton only; `megatron_vlm.ops` is the one door to them.
+
+The folder above has no `__init__.py` on purpose: `kernels` is the import name of Hugging Face's kernels package, which
+`transformers` probes.
+"""

@@ -1,0 +1,22 @@
+"""Megatron-style parallel training of vision-language models, on GPU clusters and on a plain CPU.
+
+Importing the package costs nothing: no torch, no megatron-core. `load` brings them in when it is called, so that a
+command line can print its help, and a launcher can hide the GPUs, before torch is there.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def load(path: str, **options: Any) -> Any:
+    """A trained model with its tokenizer, ready to answer: `load(path).generate([image, "question"])`.
+
+    Args:
+        path: a checkpoint directory, or a directory of checkpoints (its latest).
+        options: as `megatron_vlm.generation.load.load` takes them.
+    """
+    from megatron_vlm.generation.load import load as load_model
+
+    return load_model(path, **options)

@@ -1,0 +1,1 @@
+"""Native checkpoints: one dist_checkpointing directory per step, published by renaming."""

@@ -1,0 +1,150 @@
+"""The recipe in megatron-core's own words: TransformerConfig, DistributedDataParallelConfig, OptimizerConfig.
+
+One place, so that what an upgrade of megatron-core renames or defaults anew is seen here. Everything megatron-core
+would do itself and we do better is switched off by name: dropout, RoPE and attention (ContextAttention), the loss
+(ops.linear_cross_entropy), fusions that want Transformer Engine or Apex.
+
+Hazards, both silent (found by running it):
+- interleaved schedules with batched point-to-point messages pair them up wrongly when next and previous rank are the
+  same one (pipeline 2), so they always use overlapped, unbatched ones;
+- DDP writes its bucket size into its config, and a rank that has nothing to encode never issues an overlapped
+  collective, so the vision chunk has a config object of its own with both overlaps off.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
+from torch.nn import functional
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.runtime.device import current_device
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ACTIVATIONS = {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
+QKV_BIAS_ALWAYS = ("qwen2",)  # model types whose code has the bias without a key for it
+
+
+def transformer_config(config: Config, hf_language_config: Any) -> TransformerConfig:
+    """The language model's TransformerConfig; a new object each time, because chunks and schedules write into it.
+
+    Args:
+        config: the recipe, already valid.
+        hf_language_config: a `transformers` configuration of a Llama-architecture model.
+
+    Raises:
+        ConfigError: an architecture switch that has no counterpart here.
+    """
+    hf = hf_language_config
+    dtype = DTYPES[config.precision.params]
+    return TransformerConfig(
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.intermediate_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        kv_channels=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        layernorm_epsilon=hf.rms_norm_eps,
+        init_method_std=hf.initializer_range,
+        activation_func=_activation(hf),
+        add_qkv_bias=_has_qkv_bias(hf),
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        pipeline_dtype=dtype,
+        use_cpu_initialization=current_device().type == "cpu",
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+        **_parallelism(config),
+        **_recompute(config),
+    )
+
+
+def ddp_config(config: Config) -> DistributedDataParallelConfig:
+    """For the language model's chunks; a new object each time."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.precision.grad_reduce == "fp32",
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        use_distributed_optimizer=config.optimizer.distributed,
+    )
+
+
+def vision_ddp_config(config: Config) -> DistributedDataParallelConfig:
+    """For the vision chunk: never overlapped, since a rank without pictures has no backward pass to hide behind."""
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.precision.grad_reduce == "fp32",
+        use_distributed_optimizer=config.optimizer.distributed,
+    )
+
+
+def optimizer_config(config: Config) -> OptimizerConfig:
+    """One for all components: megatron-core asserts that chained optimizers have equal ones. Rates and decay per
+    component are set at every step (training/schedule.py)."""
+    optimizer = config.optimizer
+    return OptimizerConfig(
+        optimizer="adam",
+        decoupled_weight_decay=True,
+        lr=optimizer.lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        adam_eps=optimizer.eps,
+        clip_grad=optimizer.clip_norm,
+        bf16=config.precision.params == "bf16",
+        params_dtype=DTYPES[config.precision.params],
+        use_distributed_optimizer=optimizer.distributed,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+
+
+def _parallelism(config: Config) -> dict[str, Any]:
+    parallel = config.parallel
+    interleaved = parallel.virtual_pipeline > 1
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.sequence,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "variable_seq_lengths": False,  # all rows of a step have one length
+        "deallocate_pipeline_outputs": True,  # a sent activation is needed by the graph only, not its values
+    }
+
+
+def _recompute(config: Config) -> dict[str, Any]:
+    """`selective` computes the core attention again, `full` every layer from its input."""
+    if config.training.recompute.language == "none":
+        return {}
+    if config.training.recompute.language == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+def _activation(hf: Any) -> Any:
+    if hf.hidden_act not in ACTIVATIONS:
+        raise ConfigError(
+            f"language model's hidden_act: found {hf.hidden_act!r}, allowed: {', '.join(sorted(ACTIVATIONS))}"
+        )
+    return ACTIVATIONS[hf.hidden_act]
+
+
+def _has_qkv_bias(hf: Any) -> bool:
+    """Biases on queries, keys and values only; `attention_bias` would also put one on the output projection."""
+    for switch in ("attention_bias", "mlp_bias"):
+        if getattr(hf, switch, False):
+            raise ConfigError(f"language model's {switch}: found true, allowed: false")
+    return hf.model_type in QKV_BIAS_ALWAYS

@@ -1,0 +1,183 @@
+"""The recipe as one typed, frozen tree (DESIGN D12): every key, its type, its default and its single-field limits.
+
+Pydantic holds the shape and refuses unknown keys; what depends on several fields, on the world size or on the model's
+weights is in `validation.py`. No torch here: a recipe can be read and checked in milliseconds.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]  # 1 would divide by zero in Adam's bias correction
+
+
+class Section(BaseModel):
+    """A frozen section that knows its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RuntimeConfig(Section):
+    """Where and how the ranks run."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: NonNegativeInt = 42
+    timeout_seconds: PositiveInt = 600  # of a collective
+
+
+class LanguageConfig(Section):
+    """The language model: exactly one of `path` (directory or hub id) and `config` (random weights)."""
+
+    path: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None  # directory or hub id; default: `path`
+
+
+class VisionConfig(Section):
+    """The vision tower: exactly one of `path` and `config`; `select_layer` counts hidden states, embeddings first."""
+
+    path: str | None = None
+    config: dict[str, Any] | None = None
+    select_layer: int = -2
+    select_feature: Literal["patch", "cls_patch"] = "patch"
+    sharding: Literal["replicate"] = "replicate"
+
+
+class ProjectorConfig(Section):
+    """The projector's registered name: identity | linear | mlpNx_gelu."""
+
+    type: str = "mlp2x_gelu"
+
+
+class TrainableConfig(Section):
+    """Which components train."""
+
+    language: bool = True
+    vision: bool = False
+    projector: bool = True
+
+
+class ModelConfig(Section):
+    """A vision-language model: family, parts, what trains."""
+
+    family: str = "llava"
+    language: LanguageConfig
+    vision: VisionConfig
+    projector: ProjectorConfig = ProjectorConfig()
+    train: TrainableConfig = TrainableConfig()
+    freeze: tuple[str, ...] = ()  # regexes over parameter names; one that matches nothing is an error
+
+
+class ParallelConfig(Section):
+    """How the ranks share the work; data parallelism is what is left of the world."""
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    virtual_pipeline: PositiveInt = 1  # model chunks per pipeline rank
+    sequence: bool = False  # Megatron sequence parallelism, over the tensor ranks
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+
+class DataConfig(Section):
+    """What is trained on and how it becomes tokens and pixels."""
+
+    path: str
+    media_root: str | None = None  # default: the folder of `path`
+    template: str = "auto"
+    image_mode: Literal["pad", "resize"] = "pad"
+    image_token: str = "<image>"
+    on_bad_sample: Literal["error"] = "error"
+    num_workers: NonNegativeInt = 2
+    shuffle: bool = True
+
+
+class PrecisionConfig(Section):
+    """Number formats of the parameters and of the gradient reduction."""
+
+    params: Literal["fp32", "bf16"] = "bf16"
+    grad_reduce: Literal["fp32", "bf16"] = "fp32"
+
+
+class OptimizerConfig(Section):
+    """AdamW, with an own peak rate per component where given."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: NonNegativeFloat = 2.0e-5
+    lr_projector: NonNegativeFloat | None = None
+    lr_vision: NonNegativeFloat | None = None
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0.0)] = 1.0e-8
+    weight_decay: NonNegativeFloat = 0.0  # of matrices; biases and norms are not decayed
+    clip_norm: NonNegativeFloat = 1.0  # 0: no clipping
+    distributed: bool = True  # states sharded over the data-parallel ranks
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the steps."""
+
+    name: Literal["cosine"] = "cosine"
+    warmup_ratio: Fraction = 0.03
+    min_lr: NonNegativeFloat = 0.0
+
+
+class RecomputeConfig(Section):
+    """Activations computed again in the backward pass, by component."""
+
+    language: Literal["none", "selective", "full"] = "none"
+    vision: Literal["none", "full"] = "none"
+
+
+class TrainingConfig(Section):
+    """The step: batch, length, number."""
+
+    sequence_length: PositiveInt = 2048  # longest row, in tokens, pictures included
+    global_batch_size: PositiveInt = 128  # rows per step over all ranks
+    micro_batch_size: PositiveInt = 1
+    steps: PositiveInt
+    media_window: PositiveInt | None = None  # micro-batches encoded ahead per pipeline run; default: all
+    recompute: RecomputeConfig = RecomputeConfig()
+
+
+class CheckpointConfig(Section):
+    """Where checkpoints go and what a run starts from."""
+
+    directory: str
+    every_steps: NonNegativeInt = 0  # 0: only after the last step
+    load: str | None = None  # a checkpoint directory, or a directory of checkpoints (its `latest`)
+    load_states: Literal["all", "model"] = "all"  # model: weights only, for a new training phase
+
+
+class LoggingConfig(Section):
+    """What the run tells while it works."""
+
+    every_steps: PositiveInt = 1
+    progress: bool = True
+    curves: bool = True  # loss curve PNG beside the checkpoints
+
+
+class OpsConfig(Section):
+    """Backend per hot operation; `auto` takes the fastest that can run and says so once."""
+
+    attention: Literal["auto", "reference", "cpu"] = "auto"
+    loss_chunk_tokens: PositiveInt = 1024  # tokens whose logits exist at one time
+
+
+class Config(Section):
+    """A whole recipe."""
+
+    runtime: RuntimeConfig = RuntimeConfig()
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    precision: PrecisionConfig = PrecisionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig = LoggingConfig()
+    ops: OpsConfig = OpsConfig()

@@ -1,0 +1,288 @@
+"""What makes a recipe valid beyond its single fields: rules over several keys, the number of ranks and the model.
+
+Everything here is pure, so it runs before any process group or weight exists, in milliseconds, and all violations come
+in one error. What is known only from the model's own configuration, its parameter names or the installed packages
+arrives as `ModelFacts`, gathered above (models/facts.py). A rule yields `key: found value, values allowed`.
+
+Hazard: a rule missing here shows later as a hang or, worse, as a silently wrong result: megatron-core's interleaved
+schedule with a ragged last round, say.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from megatron_vlm.config.packages import PACKAGES
+from megatron_vlm.config.schema import Config, LanguageConfig, ModelConfig, VisionConfig
+from megatron_vlm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the rules must know of the model and of this installation."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    ffn_hidden_size: int
+    vocab_size: int  # rows of the embedding table, unpadded
+    vision_num_layers: int  # encoder layers of the whole tower
+    tokens_per_image: int
+    parameter_names: Mapping[str, tuple[str, ...]]  # global, of language, vision (what is reached) and projector
+    families: tuple[str, ...]
+    projectors: tuple[str, ...]
+    templates: tuple[str, ...]
+    installed: frozenset[str]  # as config.packages names them
+
+
+def validate(config: Config, facts: ModelFacts | None, world_size: int) -> None:
+    """Checks every rule.
+
+    Args:
+        config: the recipe.
+        facts: of its model; None where the recipe does not say which model (`names_its_model`), then the rules over
+            recipe and ranks alone are checked, among them that one.
+        world_size: number of ranks.
+
+    Raises:
+        ConfigError: all violations, on one line.
+    """
+    violations = [violation for rule in RECIPE_RULES for violation in rule(config)]
+    violations += [violation for rule in RANK_RULES for violation in rule(config, world_size)]
+    if facts is not None:
+        violations += [violation for rule in MODEL_RULES for violation in rule(config, facts)]
+    if violations:
+        raise ConfigError("; ".join(violations))
+
+
+def names_its_model(model: ModelConfig) -> bool:
+    """Whether tower and language model each have exactly one source, so that facts can be gathered."""
+    return all((part.path is None) != (part.config is None) for part in (model.language, model.vision))
+
+
+def trains(component: str, name: str, model: ModelConfig) -> bool:
+    """Whether a parameter trains: its component (language, vision, projector) is switched on, and no `model.freeze`
+    regex matches anywhere in its global name."""
+    return getattr(model.train, component) and not any(re.search(pattern, name) for pattern in model.freeze)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+# Rules over the recipe alone.
+
+
+def _one_source_each(config: Config) -> Iterator[str]:
+    parts: dict[str, LanguageConfig | VisionConfig] = {
+        "model.language": config.model.language,
+        "model.vision": config.model.vision,
+    }
+    for key, part in parts.items():
+        if part.path is None and part.config is None:
+            yield f"{key}: found neither path nor config, needs exactly one of them"
+        if part.path is not None and part.config is not None:
+            yield f"{key}: found both path {part.path!r} and config, needs exactly one of them (the other: null)"
+
+
+def _tokenizer(config: Config) -> Iterator[str]:
+    language = config.model.language
+    if language.path is None and language.config is not None and language.tokenizer is None:
+        yield "model.language.tokenizer: found null with model.language.config, needs a directory or hub id"
+
+
+def _sequence(config: Config) -> Iterator[str]:
+    parallel, length = config.parallel, config.training.sequence_length
+    if not parallel.sequence:
+        return
+    if parallel.tensor == 1:
+        yield "parallel.sequence: found true with parallel.tensor 1, needs parallel.tensor > 1 or false"
+    elif length % parallel.tensor:
+        yield (
+            f"training.sequence_length: found {length}, needs a multiple of {parallel.tensor}, "
+            "because parallel.sequence cuts it over the tensor ranks"
+        )
+
+
+def _overlap(config: Config) -> Iterator[str]:
+    if not config.parallel.overlap_param_gather:
+        return
+    if not config.optimizer.distributed:
+        yield "parallel.overlap_param_gather: found true with optimizer.distributed false, needs it true"
+    if not config.parallel.overlap_grad_reduce:
+        yield "parallel.overlap_param_gather: found true with parallel.overlap_grad_reduce false, needs it true"
+
+
+def _grad_reduce(config: Config) -> Iterator[str]:
+    if config.precision.params == "fp32" and config.precision.grad_reduce != "fp32":
+        yield (
+            f"precision.grad_reduce: found {config.precision.grad_reduce} with precision.params fp32, "
+            "needs fp32: gradients are never narrower than the parameters"
+        )
+
+
+def _load_states(config: Config) -> Iterator[str]:
+    if config.checkpoint.load_states == "model" and config.checkpoint.load is None:
+        yield "checkpoint.load_states: found model with checkpoint.load null, needs a checkpoint to load, or all"
+
+
+# Rules over recipe and ranks.
+
+
+def _world(config: Config, world_size: int) -> Iterator[str]:
+    parallel = config.parallel
+    size = parallel.tensor * parallel.pipeline
+    if world_size % size:
+        yield (
+            f"parallel.tensor * parallel.pipeline: found {parallel.tensor} * {parallel.pipeline} = {size}, "
+            f"{world_size} ranks allow {_divisors(world_size)}"
+        )
+
+
+def _batch(config: Config, world_size: int) -> Iterator[str]:
+    """Speaks only where the number of data-parallel ranks is known, that is where `_world` is silent."""
+    parallel, training = config.parallel, config.training
+    data, rest = divmod(world_size, parallel.tensor * parallel.pipeline)
+    if rest:
+        return
+    rows = data * training.micro_batch_size
+    if training.global_batch_size % rows:
+        yield (
+            f"training.global_batch_size: found {training.global_batch_size}, needs a multiple of {rows} "
+            f"({data} data-parallel ranks x training.micro_batch_size {training.micro_batch_size})"
+        )
+        return
+    yield from _schedule(config, training.global_batch_size // rows, rows)
+
+
+def _schedule(config: Config, num_micro_batches: int, rows: int) -> Iterator[str]:
+    """Every run of a pipeline that is interleaved, or one of several, takes a multiple of its stages: megatron-core's
+    interleaved schedule refuses a ragged last round, and each run of its own pays a bubble of that length."""
+    stages, window = config.parallel.pipeline, config.training.media_window or num_micro_batches
+    several = window < num_micro_batches
+    if config.parallel.virtual_pipeline > 1 and stages == 1:
+        yield (
+            f"parallel.virtual_pipeline: found {config.parallel.virtual_pipeline} with parallel.pipeline 1, "
+            "needs parallel.pipeline > 1 or 1"
+        )
+    if several and window % stages:
+        yield f"training.media_window: found {window}, needs a multiple of parallel.pipeline {stages}, or null"
+    if (several or config.parallel.virtual_pipeline > 1) and num_micro_batches % stages:
+        reason = "a virtual pipeline" if config.parallel.virtual_pipeline > 1 else "the last media window"
+        yield (
+            f"training.global_batch_size: found {config.training.global_batch_size} = {num_micro_batches} "
+            f"micro-batches per rank, {reason} needs a multiple of parallel.pipeline {stages}, "
+            f"a multiple of {rows * stages} rows"
+        )
+
+
+# Rules over recipe and model.
+
+
+def _tensor_split(config: Config, facts: ModelFacts) -> Iterator[str]:
+    tensor = config.parallel.tensor
+    quantities = {
+        "attention heads": facts.num_attention_heads,
+        "key-value heads": facts.num_query_groups,
+        "feed-forward channels": facts.ffn_hidden_size,
+    }
+    common = math.gcd(*quantities.values())
+    for what, number in quantities.items():
+        if number % tensor:
+            yield (
+                f"parallel.tensor: found {tensor}, which does not divide the language model's {number} {what}, "
+                f"allowed: {_divisors(common)}"
+            )
+
+
+def _pipeline_split(config: Config, facts: ModelFacts) -> Iterator[str]:
+    stages, chunks = config.parallel.pipeline, config.parallel.virtual_pipeline
+    if facts.num_layers % (stages * chunks):
+        yield (
+            f"parallel.pipeline * parallel.virtual_pipeline: found {stages} * {chunks} = {stages * chunks}, "
+            f"the language model's {facts.num_layers} layers allow {_divisors(facts.num_layers)}"
+        )
+
+
+def _images(config: Config, facts: ModelFacts) -> Iterator[str]:
+    layer, num_layers = config.model.vision.select_layer, facts.vision_num_layers
+    if not -num_layers - 1 <= layer <= num_layers:
+        yield (
+            f"model.vision.select_layer: found {layer}, the tower's {num_layers} layers allow "
+            f"{-num_layers - 1} to {num_layers}"
+        )
+    if config.training.sequence_length <= facts.tokens_per_image:
+        yield (
+            f"training.sequence_length: found {config.training.sequence_length}, one image alone takes "
+            f"{facts.tokens_per_image} tokens, needs more"
+        )
+
+
+def _names(config: Config, facts: ModelFacts) -> Iterator[str]:
+    choices = {
+        "model.family": (config.model.family, facts.families),
+        "model.projector.type": (config.model.projector.type, facts.projectors),
+        "data.template": (config.data.template, facts.templates),
+    }
+    for key, (name, known) in choices.items():
+        if name in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"allowed: {', '.join(known)}"
+        yield f"{key}: found {name!r}, {hint}"
+
+
+def _freezing(config: Config, facts: ModelFacts) -> Iterator[str]:
+    """Silent where the projector is unknown, and so the names of its parameters: `_names` speaks then."""
+    if config.model.projector.type not in facts.projectors:
+        return
+    names = [(component, name) for component, known in facts.parameter_names.items() for name in known]
+    broken = False
+    for position, pattern in enumerate(config.model.freeze):
+        try:
+            matches = any(re.search(pattern, name) for _, name in names)
+        except re.error as error:
+            broken = True
+            yield f"model.freeze[{position}]: found {pattern!r}, not a regular expression ({error})"
+            continue
+        if not matches:
+            yield (
+                f"model.freeze[{position}]: found {pattern!r}, which matches no parameter, "
+                f"needs one that matches a name like {_examples(facts)}"
+            )
+    if not broken and not any(trains(component, name, config.model) for component, name in names):
+        train = ", ".join(f"{part} {str(on).lower()}" for part, on in config.model.train)
+        frozen = f" and model.freeze {list(config.model.freeze)}" if config.model.freeze else ""
+        yield f"model.train: found {train}{frozen}, which leaves no parameter to train, needs at least one"
+
+
+def _examples(facts: ModelFacts) -> str:
+    return " or ".join(repr(names[-1]) for names in facts.parameter_names.values() if names)
+
+
+def _packages(config: Config, facts: ModelFacts) -> Iterator[str]:
+    for package in PACKAGES:
+        if package.needed_by(config) and package.name not in facts.installed:
+            yield f"{package.reason}: package {package.name} is missing, install it: pip install {package.name}"
+
+
+RECIPE_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
+    _one_source_each,
+    _tokenizer,
+    _sequence,
+    _overlap,
+    _grad_reduce,
+    _load_states,
+)
+RANK_RULES: tuple[Callable[[Config, int], Iterator[str]], ...] = (_world, _batch)
+MODEL_RULES: tuple[Callable[[Config, ModelFacts], Iterator[str]], ...] = (
+    _tensor_split,
+    _pipeline_split,
+    _images,
+    _names,
+    _freezing,
+    _packages,
+)

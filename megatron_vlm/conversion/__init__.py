@@ -1,0 +1,1 @@
+"""Weights between Hugging Face's layout and a rank's shards."""

@@ -1,0 +1,160 @@
+"""Fills a model's parameters from Hugging Face weights or from a seed: this rank's shards only, one tensor at a time.
+
+Strict in both directions: a tensor the model needs and the source lacks, one of another shape, or one left over that is
+no known buffer is an error that names it. A silent mismatch would train from noise.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.conversion.mappings import canonical_name, language_mappings
+from megatron_vlm.conversion.sources import (
+    RandomSource,
+    SafetensorsSource,
+    StateSource,
+    WeightSource,
+    named_seed,
+    vision_rename,
+)
+from megatron_vlm.errors import ConversionError
+from megatron_vlm.models.language import LanguageModel
+from megatron_vlm.models.projectors import build_projector
+from megatron_vlm.models.vision.encoder import VisionEncoder
+from megatron_vlm.models.vision.survey import build_hf_tower
+from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.parallel.groups import Grid
+
+_BUFFERS = re.compile(r"(\.rotary_emb\.inv_freq|embeddings\.position_ids)$")  # stored by old versions, computed here
+_NUM_SHOWN = 4  # names per error
+
+
+def load_weights(model: VisionLanguageModel, config: Config, grid: Grid) -> None:
+    """Fills language model, tower and projector as the recipe says: from `path`, or with `config` from the seed.
+
+    The projector is always new here. Random weights depend on seed and name only, not on the layout.
+
+    Raises:
+        ConversionError: unreadable files; tensors missing, left over or of another shape, by name.
+    """
+    fill_language(model.language, _language_source(model, config), grid)
+    tower = _tower_source(model, config)
+    fill_vision(model.vision, tower, "vision_tower.")
+    projector = _projector_source(model, config)
+    fill_vision(model.vision, projector, "multi_modal_projector.")
+
+
+def load_hf_state(model: VisionLanguageModel, state: Mapping[str, Tensor], grid: Grid) -> None:
+    """Fills the whole model from a LlavaForConditionalGeneration state dict, with disk or memory names, old or new.
+
+    Raises:
+        ConversionError: tensors missing, left over or of another shape, by name.
+    """
+    parts: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
+    for name, tensor in state.items():
+        canonical = canonical_name(name)
+        parts[canonical.startswith(("vision_tower.", "multi_modal_projector."))][canonical] = tensor
+    fill_language(model.language, StateSource("state dict", parts[False], canonical_name), grid)
+    fill_vision(model.vision, StateSource("state dict", parts[True], canonical_name))
+
+
+def projector_source_name(name: str) -> str:
+    """The projector's tensor in LlavaForConditionalGeneration: `2.bias` -> `multi_modal_projector.linear_2.bias`."""
+    index, _, rest = name.partition(".")
+    if index.isdecimal():
+        name = f"linear_{int(index) // 2 + 1}.{rest}"  # linear layers and activations alternate
+    return f"multi_modal_projector.{name}"
+
+
+def _language_source(model: VisionLanguageModel, config: Config) -> WeightSource:
+    hf_config = model.language[0].spec.hf_config
+    path = config.model.language.path
+    if path is not None:
+        return SafetensorsSource(path, lambda names: canonical_name)
+    return RandomSource(language_mappings(hf_config), config.runtime.seed, hf_config.initializer_range)
+
+
+def _tower_source(model: VisionLanguageModel, config: Config) -> WeightSource:
+    path = config.model.vision.path
+    if path is not None:
+        return SafetensorsSource(path, vision_rename)
+    survey = model.vision.tower.survey
+    return _fresh(lambda: build_hf_tower(survey.hf_config), config.runtime.seed, tower_source_name)
+
+
+def _projector_source(model: VisionLanguageModel, config: Config) -> WeightSource:
+    widths = model.vision.tower.survey.hidden_size, model.vision.language_size
+    kind = config.model.projector.type
+    return _fresh(lambda: build_projector(kind, *widths), config.runtime.seed, projector_source_name)
+
+
+def tower_source_name(name: str) -> str:
+    """The canonical name of a tower's tensor, whether or not the class in memory has an inner `vision_model`."""
+    return f"vision_tower.{name.removeprefix('vision_model.')}"
+
+
+def _fresh(build: Callable[[], nn.Module], seed: int, rename: Callable[[str], str]) -> WeightSource:
+    """The weights a module's own initialisation gives on the CPU under the recipe's seed, so the same on every rank."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(named_seed(seed, rename("")))
+        state = build().state_dict()
+    return StateSource(f"random weights of seed {seed}", state, rename)
+
+
+def fill_language(chunks: Sequence[LanguageModel], source: WeightSource, grid: Grid) -> None:
+    """Fills this rank's shards of its chunks. Raises ConversionError as `load_weights` does."""
+    spec = chunks[0].spec
+    table = {entry.name: entry for entry in language_mappings(spec.hf_config)}
+    spare = {"lm_head.weight"} if spec.tied else set()  # a tied head is often stored all the same
+    _check_names(source, {name for entry in table.values() for name in entry.sources}, spare)
+    for chunk in chunks:
+        names = chunk.global_names()
+        for local, parameter in chunk.named_parameters():
+            entry = table[names[local]]
+            full = [_read(source, name, shape) for name, shape in zip(entry.sources, entry.shapes, strict=True)]
+            _copy(entry.shard(full, grid.coordinates.tensor, grid.sizes.tensor), parameter)
+
+
+def fill_vision(encoder: VisionEncoder, source: WeightSource, prefix: str = "") -> None:
+    """Fills the encoder's tensors whose canonical name has the prefix: parameters and stored buffers, whole."""
+    targets = {_vision_source_name(encoder, local): t for local, t in encoder.state_dict(keep_vars=True).items()}
+    targets = {name: tensor for name, tensor in targets.items() if name.startswith(prefix)}
+    _check_names(source, targets.keys(), set())
+    for name, tensor in targets.items():
+        _copy(_read(source, name, tuple(tensor.shape)), tensor)
+
+
+def _vision_source_name(encoder: VisionEncoder, local: str) -> str:
+    component, _, name = encoder.global_name(local).partition(".")
+    return tower_source_name(name) if component == "vision" else projector_source_name(name)
+
+
+def _check_names(source: WeightSource, wanted: Collection[str], spare: Collection[str]) -> None:
+    given = set(source.names())
+    missing = sorted(set(wanted) - given)
+    left_over = sorted(name for name in given - set(wanted) - set(spare) if not _BUFFERS.search(name))
+    complaints = [
+        f"{len(names)} {what}: {', '.join(names[:_NUM_SHOWN])}{', ...' if len(names) > _NUM_SHOWN else ''}"
+        for what, names in (("missing", missing), ("not in the model", left_over))
+        if names
+    ]
+    if complaints:
+        raise ConversionError(f"weights of {source.origin} do not fit the model: {'; '.join(complaints)}")
+
+
+def _read(source: WeightSource, name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = source.read(name)
+    if tuple(tensor.shape) != shape:
+        raise ConversionError(
+            f"{name} of {source.origin} has shape {list(tensor.shape)}, the model needs {list(shape)}"
+        )
+    return tensor
+
+
+def _copy(value: Tensor, into: Tensor) -> None:
+    assert value.shape == into.shape, f"shard {tuple(value.shape)} for a parameter {tuple(into.shape)}"
+    with torch.no_grad():
+        into.copy_(value)

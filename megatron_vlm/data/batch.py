@@ -1,0 +1,67 @@
+"""What a step is fed: token rows of this rank's micro-batches, and the pictures it encodes itself.
+
+All of it is made by a data worker; the plan of the media exchange comes along, so the training process computes nothing
+but the step.
+
+b rows of a micro-batch; s tokens of every row of the step; n pictures this rank encodes; H W pixels.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Whole rows, before any cut over ranks. All int64."""
+
+    ids: Tensor  # [b, s]; placeholders and padding carry a valid id
+    labels: Tensor  # [b, s]; already shifted: the token after this one, -100 where that is not trained
+    position_ids: Tensor  # [b, s]
+    sample_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MediaSpan:
+    """A picture of the window: whose it is, its file, and the tokens it was given."""
+
+    sample_id: str
+    path: str
+    item: MediaItem  # its micro_batch is the index in the step, as in StepBatch.micro_batches
+
+
+@dataclass(frozen=True)
+class MediaWindow:
+    """Consecutive micro-batches whose pictures are encoded together.
+
+    `spans` are all pictures of this replica's window, in plan order; `own_spans` those this rank encodes, in the order
+    of `pixels` [n, 3, H, W].
+    """
+
+    first_micro_batch: int
+    num_micro_batches: int
+    spans: tuple[MediaSpan, ...]
+    own_spans: tuple[MediaSpan, ...]
+    plan: MediaPlan
+    pixels: Tensor
+
+    @property
+    def micro_batches(self) -> range:
+        """Indices in the step of the window's micro-batches."""
+        return range(self.first_micro_batch, self.first_micro_batch + self.num_micro_batches)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One step's input on one rank; the counts and ids without 'local' are of the global batch."""
+
+    step: int
+    length: int  # s
+    micro_batches: tuple[MicroBatch, ...]
+    windows: tuple[MediaWindow, ...]
+    sample_ids: tuple[str, ...]  # in row order
+    num_tokens: int  # padding left out, pictures included
+    num_media: int
+    num_trained_tokens_local: int  # of this data-parallel rank

@@ -1,0 +1,204 @@
+"""From turns to token ids and labels.
+
+A template renders turns to one string; the tokenizer cuts that string once, as `apply_chat_template` would; labels come
+from character offsets. Which characters are the assistant's is found by rendering the conversation a second time with
+each answer replaced by a stand-in: the text between two stand-ins is the template's own, so every answer's place in the
+real text is known exactly, whatever it says. (VILA walks the tokens greedily instead, and loses its way when an answer
+contains the token that ends a turn; LLaVA adds up the lengths of separately tokenised parts, which do not add up.)
+
+Trained: all the model must say itself, that is from the end of the generation prompt through the answer to its end of
+turn: the first special token after the answer, or all of the template's text after it where it has none.
+
+Hazard: a template that rewrites earlier answers cannot be followed and is refused, naming the sample.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from megatron_vlm.data.sample import Sample, Turn
+from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.registry import Registry
+
+IGNORE = -100  # label of a token that is not trained
+PLACEHOLDER_ID = 0  # valid in every vocabulary; the merge replaces the row
+STAND_IN = "\ue000{}\ue001"  # private-use characters, which no text holds
+
+Template = Callable[[Sequence[Turn], PreTrainedTokenizerBase, bool], str]
+TEMPLATES: Registry[Template] = Registry("template")
+
+
+@TEMPLATES.register("auto")
+def render_chat_template(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation_prompt: bool) -> str:
+    """The tokenizer's own chat template."""
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """Token ids with the pictures' placeholders in place.
+
+    Args:
+        ids: one per token; a placeholder has PLACEHOLDER_ID.
+        labels: the id where the token is trained, else IGNORE; not shifted.
+        image_starts: index of each picture's first placeholder.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    image_starts: list[int]
+
+
+@dataclass(frozen=True)
+class AnswerSpan:
+    """An assistant turn in the rendered text, in characters: what the model says itself, answer and end of turn."""
+
+    start: int
+    answer_end: int
+    turn_end: int
+
+
+class ConversationEncoder:
+    """Encodes samples with one tokenizer and template.
+
+    Args:
+        tokenizer: knows `image_token` as one special token (`load_tokenizer`).
+        template: a registered name; `auto` is the tokenizer's chat template.
+        image_token: the marker of a picture in a text.
+        tokens_per_image: placeholders a marker becomes.
+
+    Raises:
+        ConfigError: `auto` and the tokenizer has no chat template.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, image_token: str, tokens_per_image: int
+    ) -> None:
+        self.render = TEMPLATES.get(template)
+        if template == "auto" and not tokenizer.chat_template:
+            raise ConfigError(
+                f"data.template is 'auto', but the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
+                f"add one to it or name a template: {', '.join(TEMPLATES.names())}"
+            )
+        self.tokenizer = tokenizer
+        self.template = template
+        self.tokens_per_image = tokens_per_image
+        self.marker_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.special_ids = frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
+        self.generation_prompt = self._find_generation_prompt()
+
+    def encode(self, sample: Sample) -> EncodedSample:
+        """A whole conversation, for training.
+
+        Raises:
+            DataError: the template refuses the turns or does not repeat the answers as they are, or the number of
+                markers is not that of the pictures.
+        """
+        text = self._render(sample, sample.turns)
+        spans = self._find_answers(text, sample)
+        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
+        return self._expand(ids, self._label(ids, offsets, spans), sample)
+
+    def encode_prompt(self, sample: Sample) -> EncodedSample:
+        """The conversation up to where the model must speak, for generation; nothing is trained.
+
+        The sample's last turn is left out where it is the assistant's. Raises DataError as `encode`.
+        """
+        turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
+        text = self._render(sample, turns, generation_prompt=True)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._expand(ids, [IGNORE] * len(ids), sample)
+
+    def _find_generation_prompt(self) -> str:
+        """What the template adds for the model to speak after; empty where it adds nothing."""
+        turns = (Turn("user", "?"),)
+        silent, asking = (self.render(turns, self.tokenizer, asked) for asked in (False, True))
+        return asking.removeprefix(silent) if asking.startswith(silent) else ""
+
+    def _render(self, sample: Sample, turns: Sequence[Turn], generation_prompt: bool = False) -> str:
+        try:
+            return self.render(turns, self.tokenizer, generation_prompt)
+        except TemplateError as error:
+            raise DataError(f"{sample.origin}: sample {sample.id!r}: the chat template refuses it: {error}") from error
+
+    def _find_answers(self, text: str, sample: Sample) -> list[AnswerSpan]:
+        """Where in the rendered text each assistant turn is, by rendering again with stand-ins for the answers."""
+        answers: list[str] = []
+        masked: list[Turn] = []
+        for turn in sample.turns:
+            if turn.role == "assistant":
+                masked.append(Turn(turn.role, STAND_IN.format(len(answers))))
+                answers.append(turn.text)
+            else:
+                masked.append(turn)
+        rest = self._render(sample, masked)
+        pieces: list[str] = []  # the template's text (and the users') before, between and after the answers
+        for number in range(len(answers)):
+            piece, _, rest = rest.partition(STAND_IN.format(number))
+            pieces.append(piece)
+        pieces.append(rest)
+        spans = self._walk(text, pieces, answers)
+        if spans is None:
+            raise DataError(
+                f"{sample.origin}: sample {sample.id!r}: the chat template does not repeat every answer as it is (it "
+                "may rewrite earlier ones), so what is to be trained cannot be told; use a template that does"
+            )
+        return spans
+
+    def _walk(self, text: str, pieces: list[str], answers: list[str]) -> list[AnswerSpan] | None:
+        """Checks that `text` is pieces[0] answers[0] pieces[1] ... pieces[-1]; templates may strip an answer's ends."""
+        spans = []
+        position = len(pieces[0])
+        if not text.startswith(pieces[0]):
+            return None
+        for number, answer in enumerate(answers):
+            before, after = pieces[number], pieces[number + 1]
+            forms = (answer, answer.strip(), answer.lstrip(), answer.rstrip())
+            said = next((form for form in forms if text.startswith(form + after, position)), None)
+            if said is None:
+                return None
+            prompt = self.generation_prompt
+            unasked = before.rpartition(prompt)[2] if prompt and prompt in before else ""
+            end = position + len(said)
+            closing = len(commonprefix([after, pieces[-1]]))  # what follows the last answer ends every turn
+            spans.append(AnswerSpan(position - len(unasked), end, end + closing))
+            position = end + len(after)
+        return spans if position == len(text) else None
+
+    def _label(self, ids: list[int], offsets: list[tuple[int, int]], spans: list[AnswerSpan]) -> list[int]:
+        """The ids of trained tokens, IGNORE elsewhere. A token is trained where it shares a character with a span."""
+        labels = [IGNORE] * len(ids)
+        token = 0
+        for span in spans:
+            while token < len(ids) and offsets[token][1] <= span.start:
+                token += 1
+            closed = False
+            while token < len(ids) and offsets[token][0] < span.turn_end and not closed:
+                labels[token] = ids[token]
+                closed = offsets[token][0] >= span.answer_end and ids[token] in self.special_ids
+                token += 1
+        return labels
+
+    def _expand(self, ids: list[int], labels: list[int], sample: Sample) -> EncodedSample:
+        """Replaces each marker by its placeholders. Raises DataError where markers and pictures differ in number."""
+        found = ids.count(self.marker_id)
+        if found != len(sample.images):
+            raise DataError(
+                f"{sample.origin}: sample {sample.id!r} has {len(sample.images)} image(s) and {found} image marker(s) "
+                "in its text; both numbers must be equal"
+            )
+        encoded = EncodedSample([], [], [])
+        for id_, label in zip(ids, labels, strict=True):
+            if id_ == self.marker_id:
+                encoded.image_starts.append(len(encoded.ids))
+                encoded.ids.extend([PLACEHOLDER_ID] * self.tokens_per_image)
+                encoded.labels.extend([IGNORE] * self.tokens_per_image)
+            else:
+                encoded.ids.append(id_)
+                encoded.labels.append(label)
+        return encoded

@@ -1,0 +1,69 @@
+"""From a picture file to the pixels a tower takes.
+
+PIL only, as LLaVA prepares its pictures: `pad` sets the picture on a square of the tower's mean colour before the
+bicubic resize, `resize` lets the aspect ratio go. Only the rank that encodes a picture opens its file.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megatron_vlm.errors import DataError
+from megatron_vlm.models.vision.media_spec import MediaSpec
+
+
+class MediaReader:
+    """Reads pictures for one tower.
+
+    Args:
+        spec: size and statistics of the tower's pixels.
+        image_mode: `pad` or `resize`.
+        blank: every picture becomes the mean colour, unread: what a model answers then, it does not owe to the picture.
+    """
+
+    def __init__(self, spec: MediaSpec, image_mode: Literal["pad", "resize"], blank: bool = False) -> None:
+        self.spec = spec
+        self.image_mode = image_mode
+        self.blank = blank
+        self.mean_colour = tuple(int(mean * 255) for mean in spec.mean)
+
+    def read(self, path: str | Path, sample: str) -> Tensor:
+        """A picture file -> pixels [3, H, W], fp32, normalised.
+
+        Raises:
+            DataError: the file is missing or damaged; names it and `sample`.
+        """
+        if self.blank:
+            return self.prepare(Image.new("RGB", (self.spec.width, self.spec.height), self.mean_colour))
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except FileNotFoundError as error:
+            raise DataError(f"{sample}: image {path} does not exist") from error
+        except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
+            raise DataError(f"{sample}: image {path} cannot be read: {error}") from error
+        return self.prepare(image)
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """An RGB picture of any size -> pixels [3, H, W], fp32, normalised."""
+        if self.image_mode == "pad":
+            image = pad_to_square(image, self.mean_colour)
+        image = image.resize((self.spec.width, self.spec.height), Image.Resampling.BICUBIC)
+        values = np.asarray(image, dtype=np.float32) / np.float32(255)  # [H, W, 3]
+        normalised = (values - np.asarray(self.spec.mean, np.float32)) / np.asarray(self.spec.std, np.float32)
+        return torch.from_numpy(normalised.transpose(2, 0, 1).copy())  # [H, W, 3] -> [3, H, W]
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """The picture centred on a square of its longer side (LLaVA's expand2square)."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square

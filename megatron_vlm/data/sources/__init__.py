@@ -1,0 +1,1 @@
+"""Sources: one module per way conversations are stored."""

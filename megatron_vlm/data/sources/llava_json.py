@@ -1,0 +1,206 @@
+"""LLaVA's conversation files: a JSON list of objects, or one object per line (JSONL).
+
+    {"id": "7", "image": "a.png" | ["a.png", "b.png"],
+     "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
+
+A file is scanned once for the place of every object; after that one object's bytes are read and parsed at a time, so a
+list of gigabytes costs its memory once, at indexing, and never in a worker. The scan decodes as Latin-1, in which a
+character is a byte and JSON's own signs are what they are in UTF-8: positions in the text are offsets in the file.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_vlm.data.sample import Role, Sample, Turn
+from megatron_vlm.errors import DataError
+
+ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+UNREAD_MEDIA_KEYS = ("images", "video", "video_path", "video_id", "frames")
+BLANK = re.compile(r"[ \t\r\n]*")
+BYTE_ORDER_MARK = "\xef\xbb\xbf"  # UTF-8's, as Latin-1
+
+
+class Extent(NamedTuple):
+    """Where one object stands: bytes from `offset`, and its number: line (from 1) or list element (from 0)."""
+
+    offset: int
+    size: int
+    number: int
+
+
+class LlavaFile:
+    """One file of conversations.
+
+    Args:
+        path: a JSON list or JSONL; which of them is told from its first character.
+        image_token: the marker of a picture in a text.
+    """
+
+    def __init__(self, path: str | Path, image_token: str) -> None:
+        self.path = Path(path)
+        self.image_token = image_token
+        self._is_list: bool | None = None
+
+    def scan(self) -> list[Extent]:
+        """The place of every object, in file order.
+
+        Raises:
+            DataError: the file cannot be read, is empty, or is not JSON.
+        """
+        try:
+            with open(self.path, encoding="latin-1", newline="") as file:
+                text = file.read()
+        except OSError as error:
+            raise DataError(f"data file {self.path} cannot be read: {error.strerror}") from error
+        start = _skip_blank(text, len(BYTE_ORDER_MARK) if text.startswith(BYTE_ORDER_MARK) else 0)
+        extents = list(self._scan_list(text, start + 1) if text[start : start + 1] == "[" else _scan_lines(text, start))
+        if not extents:
+            raise DataError(f"{self.path} holds no conversation")
+        return extents
+
+    def read(self, extent: Extent) -> Sample:
+        """One conversation.
+
+        Raises:
+            DataError: the file is gone; the object is malformed, lacks a field or has one of the wrong kind; roles are
+                unknown or out of turn.
+        """
+        try:
+            with open(self.path, "rb") as file:
+                raw = os.pread(file.fileno(), extent.size, extent.offset)
+        except OSError as error:
+            raise DataError(f"data file {self.path} cannot be read: {error.strerror}") from error
+        return parse_record(raw, self.origin(extent), str(extent.number), self.image_token)
+
+    def read_all(self) -> list[Sample]:
+        """Every conversation, in file order: for evaluation files."""
+        return [self.read(extent) for extent in self.scan()]
+
+    def origin(self, extent: Extent) -> str:
+        """How error messages name the object."""
+        if self._is_list is None:
+            with open(self.path, "rb") as file:
+                self._is_list = file.read(64).decode("latin-1").removeprefix(BYTE_ORDER_MARK).lstrip().startswith("[")
+        return f"{self.path} {'element' if self._is_list else 'line'} {extent.number}"
+
+    def _scan_list(self, text: str, position: int) -> Iterator[Extent]:
+        """`position` is just inside the list's opening bracket."""
+        decode = json.JSONDecoder().raw_decode
+        position = _skip_blank(text, position)
+        separator, number = ",", 0
+        if text[position : position + 1] == "]":
+            separator, position = "]", _skip_blank(text, position + 1)
+        while separator == ",":
+            try:
+                _, end = decode(text, position)
+            except json.JSONDecodeError as error:
+                line = text.count("\n", 0, error.pos) + 1
+                raise DataError(f"{self.path} element {number} (line {line}) is not JSON: {error.msg}") from error
+            yield Extent(position, end - position, number)
+            end = _skip_blank(text, end)
+            separator = text[end : end + 1]
+            if separator not in (",", "]"):
+                line = text.count("\n", 0, end) + 1
+                raise DataError(f"{self.path} line {line}: ',' or ']' is needed after element {number}")
+            position = _skip_blank(text, end + 1)
+            number += 1
+        if position < len(text):
+            line = text.count("\n", 0, position) + 1
+            raise DataError(f"{self.path} line {line}: nothing may follow the list's ']'")
+
+
+def _skip_blank(text: str, position: int) -> int:
+    found = BLANK.match(text, position)
+    assert found is not None, "it matches the empty text too"
+    return found.end()
+
+
+def _scan_lines(text: str, position: int) -> Iterator[Extent]:
+    number = text.count("\n", 0, position) + 1
+    while position < len(text):
+        end = text.find("\n", position)
+        end = len(text) if end < 0 else end
+        if not BLANK.fullmatch(text, position, end):
+            yield Extent(position, end - position, number)
+        position, number = end + 1, number + 1
+
+
+def parse_record(raw: bytes, origin: str, default_id: str, image_token: str) -> Sample:
+    """One object's bytes -> a sample whose markers and pictures agree in number.
+
+    Where pictures are given and no text has a marker, the markers go in front of the first user turn, one line each, as
+    LLaVA does. Raises DataError naming `origin` and what is wrong.
+    """
+    try:
+        record = json.loads(raw)
+    except ValueError as error:
+        raise DataError(f"{origin} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{origin} is {type(record).__name__}; an object is needed")
+    for key in UNREAD_MEDIA_KEYS:
+        if record.get(key):
+            raise DataError(f"{origin} has field {key!r}, which is not read; pictures are named in 'image'")
+    images = _images(record.get("image"), origin)
+    turns = _turns(record, origin)
+    found = sum(turn.text.count(image_token) for turn in turns)
+    if images and not found:
+        turns = _prepend_markers(turns, len(images), image_token)
+    elif found != len(images):
+        raise DataError(f"{origin} has {len(images)} image(s) and {found} {image_token} in its text; equal is needed")
+    return Sample(str(record.get("id", default_id)), tuple(turns), images, origin, str(record.get("form", "")))
+
+
+def _images(value: Any, origin: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    paths = [value] if isinstance(value, str) else value
+    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+        raise DataError(f"{origin} field 'image' is {json.dumps(value)[:80]}; a path or a list of paths is needed")
+    return tuple(paths)
+
+
+def _turns(record: dict[str, Any], origin: str) -> list[Turn]:
+    if "conversations" not in record:
+        raise DataError(f"{origin} has no field 'conversations'; found: {', '.join(record) or 'none'}")
+    entries = record["conversations"]
+    if not isinstance(entries, list) or not entries:
+        raise DataError(f"{origin} field 'conversations' must be a list with at least one question and answer")
+    turns = [_turn(entry, f"{origin} turn {number}") for number, entry in enumerate(entries)]
+    first = 1 if turns[0].role == "system" else 0
+    for number, turn in enumerate(turns[first:], start=first):
+        wanted = ("user", "assistant")[(number - first) % 2]
+        if turn.role != wanted:
+            raise DataError(
+                f"{origin} turn {number} is from the {turn.role}, the {wanted} is needed: an optional system turn, "
+                "then user and assistant in alternation"
+            )
+    if turns[-1].role != "assistant":
+        raise DataError(f"{origin} ends with the {turns[-1].role}; the last turn must be the assistant's")
+    return turns
+
+
+def _turn(entry: Any, origin: str) -> Turn:
+    if not isinstance(entry, dict):
+        raise DataError(f"{origin} is {type(entry).__name__}; an object with 'from' and 'value' is needed")
+    for key in ("from", "value"):
+        if not isinstance(entry.get(key), str):
+            raise DataError(f"{origin} field {key!r} is {json.dumps(entry.get(key))[:80]}; a string is needed")
+    if entry["from"] not in ROLES:
+        raise DataError(f"{origin} is from {entry['from']!r}; known roles: {', '.join(ROLES)}")
+    return Turn(ROLES[entry["from"]], entry["value"])
+
+
+def _prepend_markers(turns: list[Turn], count: int, image_token: str) -> list[Turn]:
+    first = next(number for number, turn in enumerate(turns) if turn.role == "user")
+    text = f"{image_token}\n" * count + turns[first].text
+    return [*turns[:first], Turn("user", text), *turns[first + 1 :]]

@@ -1,0 +1,41 @@
+"""Loading a tokenizer and giving it the image marker.
+
+The marker becomes a special token, so that no merge crosses it and it is one id wherever it stands. That id may lie
+outside the model's vocabulary: it is replaced by placeholders before anything sees it.
+"""
+
+from pathlib import Path
+
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_vlm.errors import ConfigError
+
+
+def load_tokenizer(path: str | Path | None, image_token: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or hub id, knowing `image_token` as one special token.
+
+    Raises:
+        ConfigError: nothing given, nothing readable there, or a tokenizer without character offsets, which the label
+            masks need.
+    """
+    if path is None:
+        raise ConfigError(
+            "model.language.tokenizer is null and there is no model.language.path to take it from; "
+            "name a directory or hub id"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.language.tokenizer: no tokenizer can be loaded from {str(path)!r}: {reason}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"model.language.tokenizer: {str(path)!r} gives a {type(tokenizer).__name__} without character offsets; "
+            "a directory with a tokenizer.json is needed"
+        )
+    if image_token not in tokenizer.get_added_vocab():
+        tokenizer.add_tokens([AddedToken(image_token, normalized=False, special=True)], special_tokens=True)
+    return tokenizer

@@ -1,0 +1,121 @@
+"""A model that can be asked: model, conversation encoder, image reader and what ends an answer, in one object.
+
+`generate` is for people: texts and images mixed, one prompt or several. `answer` is for programs (evaluation): one
+batch of ready questions.
+
+Hazard: what ends an answer. A model configuration made from a dictionary carries transformers' default end of sequence
+(2 for Llama), which in the tokenizer in use may be an ordinary letter; only ids that the tokenizer knows as special
+count.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from PIL import Image
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from megatron_vlm.config.schema import DataConfig
+from megatron_vlm.data.conversation import IGNORE, ConversationEncoder
+from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.sample import Sample, Turn
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.generation.greedy import decode_greedily
+from megatron_vlm.generation.prompts import ImageSource, Prompt, Question, collate, read_prompt
+from megatron_vlm.models.vlm import VisionLanguageModel
+
+
+class Assistant:
+    """Answers questions about images.
+
+    Args:
+        model: weights loaded, on a replica of one rank; it is put into evaluation mode.
+        tokenizer: the one it was trained with, knowing the image token.
+        data: how the training samples were rendered and their images prepared.
+        language: the language model's configuration, for its end-of-sequence tokens.
+
+    Raises:
+        ConfigError: no token is known that ends an answer.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataConfig,
+        language: PretrainedConfig,
+    ) -> None:
+        self.model = model.train(False)
+        self.tokenizer = tokenizer
+        self.image_token, self.image_mode = data.image_token, data.image_mode
+        self.encoder = ConversationEncoder(
+            tokenizer, data.template, data.image_token, model.media_spec.tokens_per_image
+        )
+        self.reader = MediaReader(model.media_spec, data.image_mode)
+        self.stop_ids = find_stop_ids(self.encoder, language.eos_token_id)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, batch_size: int = 32
+    ) -> str | list[str]:
+        """Greedy answers.
+
+        Args:
+            prompts: one prompt: a question, or a sequence of texts and images (`[image, "question"]`; an image is a
+                path or a PIL image); or several: a sequence of such sequences.
+            max_new_tokens: longest answer in tokens.
+            batch_size: prompts decoded together; answers do not depend on it.
+
+        Returns:
+            The answer, or a list of answers where several prompts were given.
+
+        Raises:
+            DataError: a prompt without text, an image that cannot be read, or another number of image tokens than of
+                images.
+        """
+        if isinstance(prompts, str) or any(not isinstance(part, list | tuple) for part in prompts):
+            return self._generate_all([cast(Prompt, prompts)], max_new_tokens, batch_size)[0]
+        return self._generate_all(cast(Sequence[Prompt], prompts), max_new_tokens, batch_size)
+
+    def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
+        """Greedy answers to one batch, decoded together. Raises DataError as `collate` does."""
+        batch = collate(questions, self.encoder, self.model.media_spec)
+        rows = decode_greedily(self.model, batch, self.stop_ids, max_new_tokens)
+        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+    def _generate_all(self, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int) -> list[str]:
+        read = [read_prompt(prompt, self.image_token, number) for number, prompt in enumerate(prompts, start=1)]
+        answers = []
+        for start in range(0, len(read), batch_size):
+            questions = [
+                Question(sample, [self._pixels(image, sample) for image in images])
+                for sample, images in read[start : start + batch_size]
+            ]
+            answers += self.answer(questions, max_new_tokens)
+        return answers
+
+    def _pixels(self, image: ImageSource, sample: Sample) -> Tensor:
+        if isinstance(image, Image.Image):
+            return self.reader.prepare(image.convert("RGB"))
+        assert isinstance(image, Path)
+        return self.reader.read(image, sample.origin)
+
+
+def find_stop_ids(encoder: ConversationEncoder, configured: int | Sequence[int] | None) -> frozenset[int]:
+    """The tokens that end an answer: the tokenizer's end of sequence, what the template ends a trained answer with, and
+    the model configuration's, as far as they are special tokens.
+
+    Raises ConfigError where there is none.
+    """
+    candidates = [configured] if isinstance(configured, int) else list(configured or ())
+    trained = encoder.encode(Sample("", (Turn("user", "?"), Turn("assistant", "!")), (), "stop tokens")).labels
+    candidates += [label for label in trained if label != IGNORE][-1:]
+    if encoder.tokenizer.eos_token_id is not None:
+        candidates.append(encoder.tokenizer.eos_token_id)
+    stop_ids = frozenset(candidates) & encoder.special_ids
+    if not stop_ids:
+        raise ConfigError(
+            f"the tokenizer of {encoder.tokenizer.name_or_path!r} has no end-of-sequence token and its template ends "
+            "answers with none, so an answer would never end; set eos_token"
+        )
+    return stop_ids

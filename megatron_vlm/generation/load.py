@@ -1,0 +1,104 @@
+"""From a checkpoint directory to an `Assistant`, in one process or in data-parallel ranks that exist already.
+
+A checkpoint carries all it needs (weights, resolved recipe, tokenizer, model configurations), so that it can be moved
+and asked anywhere. Any layout may have saved it; here each rank builds the whole model.
+
+The imports stand inside the functions: the device must be chosen before torch and megatron-core come in, and this
+module is what a plain Python process meets first.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_vlm.runtime.device import DeviceRequest, prepare
+from megatron_vlm.runtime.distributed import init_world, read_launch
+
+if TYPE_CHECKING:
+    from megatron_vlm.config.schema import Config
+    from megatron_vlm.generation.assistant import Assistant
+
+COLLECTIVE_TIMEOUT_SECONDS = 600
+
+
+def load(path: str | os.PathLike[str], device: DeviceRequest = "auto") -> "Assistant":
+    """A trained model, ready to answer. Every rank of the job calls it.
+
+    Args:
+        path: a checkpoint directory, or a directory of checkpoints (its latest).
+        device: auto | cpu | cuda, where this process has not chosen already.
+
+    Raises:
+        CheckpointError: no checkpoint there, or a damaged or incomplete one.
+        ConfigError: the device asked for is not there, or a recipe of another version.
+        ParallelError: this process works in a layout that splits a model over ranks.
+    """
+    launch = read_launch()
+    torch_device = prepare(device, launch.local_world_size)
+    import torch
+
+    if not torch.distributed.is_initialized():
+        init_world(launch, torch_device, COLLECTIVE_TIMEOUT_SECONDS)
+    return open_checkpoint(path)
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> "Assistant":
+    """The assistant of a checkpoint, in a process whose device and default process group exist. Raises as `load`."""
+    import torch
+
+    from megatron_vlm.checkpoint.store import find_checkpoint, load_checkpoint
+    from megatron_vlm.data.tokenizer import load_tokenizer
+    from megatron_vlm.generation.assistant import Assistant
+    from megatron_vlm.models.families import build_model
+    from megatron_vlm.models.language import load_language_config
+    from megatron_vlm.parallel.groups import GridSizes, build_grid
+
+    directory = find_checkpoint(path)
+    config = inference_config(directory)
+    _forget_grid()
+    grid = build_grid(GridSizes.from_config(config.parallel, torch.distributed.get_world_size()))
+    model = build_model(config, grid)
+    load_checkpoint(directory, model, optimizer=None, states="model")
+    tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
+    return Assistant(model, tokenizer, config.data, load_language_config(config.model.language))
+
+
+def _forget_grid() -> None:
+    """Makes room for the next model's grid: megatron-core knows one per process. Models loaded before keep working,
+    since each rank is a replica of its own. Raises ParallelError where it is not."""
+    from megatron.core import parallel_state
+
+    from megatron_vlm.errors import ParallelError
+
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
+    if tensor * pipeline > 1:
+        raise ParallelError(
+            f"this process works in a layout of tensor {tensor} x pipeline {pipeline}; a checkpoint is loaded for "
+            "generation where both are 1"
+        )
+    parallel_state.destroy_model_parallel()
+
+
+def inference_config(directory: Path) -> "Config":
+    """The recipe a checkpoint was trained by, made self-contained: models and tokenizer from inside the checkpoint,
+    nothing trains, and every rank holds the whole model.
+
+    Raises CheckpointError where a part is missing, ConfigError where the recipe is not one this version reads.
+    """
+    from megatron_vlm.checkpoint.manifest import Manifest
+    from megatron_vlm.config import config_from_tree
+    from megatron_vlm.config.schema import LanguageConfig, ParallelConfig, TrainableConfig
+    from megatron_vlm.errors import CheckpointError
+
+    for part in ("tokenizer", "language", "vision"):
+        if not (directory / part).is_dir():
+            raise CheckpointError(f"{directory} is incomplete: it has no directory {part!r}; save it again")
+    config = config_from_tree(Manifest.read(directory).config, f"{directory}/manifest.json")
+    language = LanguageConfig(path=str(directory / "language"), tokenizer=str(directory / "tokenizer"))
+    vision = config.model.vision.model_copy(update={"path": str(directory / "vision"), "config": None})
+    frozen = TrainableConfig(language=False, vision=False, projector=False)
+    model = config.model.model_copy(update={"language": language, "vision": vision, "train": frozen})
+    return config.model_copy(update={"model": model, "parallel": ParallelConfig()})

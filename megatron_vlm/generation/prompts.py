@@ -1,0 +1,127 @@
+"""From what a caller hands over (texts and images, mixed) to one left-padded batch.
+
+Prompts are rendered by the same conversation encoder as the training samples, so that a model is asked in the words it
+was trained on. Rows are padded on the left, so that all of them continue at the same index; padding is hidden from
+every query and positions count from the first real token, so an answer does not depend on what else is in the batch.
+
+Hazard: a string may be a text or the path of an image. It is a path where it ends like one and either the file exists
+or there is no blank in it (then it is a path that was mistyped); pass `pathlib.Path` where this guess could fail.
+
+Letters: b prompts, s their padded length in tokens, n images.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megatron_vlm.data.batch import MediaSpan
+from megatron_vlm.data.conversation import PLACEHOLDER_ID, ConversationEncoder
+from megatron_vlm.data.sample import Sample, Turn
+from megatron_vlm.errors import DataError
+from megatron_vlm.models.vision.media_spec import MediaSpec
+from megatron_vlm.parallel.media_plan import MediaItem, media_cost
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+ImageSource = Path | Image.Image
+Prompt = str | Sequence[str | ImageSource]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: a conversation up to the assistant's turn, and the pixels [3, H, W] of its images in order."""
+
+    sample: Sample
+    pixels: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts ready for the model, on the CPU.
+
+    Args:
+        ids: [b, s] token ids; PLACEHOLDER_ID where an image or padding is.
+        valid: [b, s] bool, False where padding.
+        spans: whose image is where, row after row.
+        pixels: [n, 3, H, W] in the order of the spans.
+    """
+
+    ids: Tensor
+    valid: Tensor
+    spans: list[MediaSpan]
+    pixels: Tensor
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[b, s]: 0 at each row's first real token; padding, which nobody sees, has 0 too."""
+        return (self.valid.cumsum(1) - 1).clamp(min=0)
+
+
+def read_prompt(prompt: Prompt, image_token: str, number: int) -> tuple[Sample, list[ImageSource]]:
+    """One prompt -> its sample and its images.
+
+    Texts and images are joined by line breaks in the order given. Where no text holds the image token, each image puts
+    one at its own place, so that [image, "question"] reads as LLaVA's "<image>\\nquestion".
+
+    Args:
+        prompt: a question, or texts and images mixed.
+        image_token: the marker of an image in a text.
+        number: of this prompt among those given, for error messages.
+
+    Raises:
+        DataError: no text, something that is neither text nor image, or an image file that does not exist.
+    """
+    origin = f"prompt {number}"
+    parts = [_classify(part, origin) for part in ([prompt] if isinstance(prompt, str) else prompt)]
+    texts = [part for part in parts if isinstance(part, str)]
+    images = [part for part in parts if not isinstance(part, str)]
+    if not any(text.strip() for text in texts):
+        raise DataError(f"{origin} has no text; a question is needed")
+    if any(image_token in text for text in texts):
+        lines = texts
+    else:
+        lines = [part if isinstance(part, str) else image_token for part in parts]
+    names = tuple(str(image) if isinstance(image, Path) else "(image in memory)" for image in images)
+    return Sample(f"{number}", (Turn("user", "\n".join(lines)),), names, origin), images
+
+
+def collate(questions: Sequence[Question], encoder: ConversationEncoder, spec: MediaSpec) -> PromptBatch:
+    """Renders, tokenises and pads. Raises DataError as `ConversationEncoder.encode_prompt` does."""
+    encoded = [encoder.encode_prompt(question.sample) for question in questions]
+    length = max(len(prompt.ids) for prompt in encoded)
+    ids = torch.full((len(encoded), length), PLACEHOLDER_ID)
+    valid = torch.zeros(len(encoded), length, dtype=torch.bool)
+    spans: list[MediaSpan] = []
+    cost = media_cost(spec.num_patches)
+    for row, (question, prompt) in enumerate(zip(questions, encoded, strict=True)):
+        padding = length - len(prompt.ids)
+        ids[row, padding:] = torch.tensor(prompt.ids)
+        valid[row, padding:] = True
+        for path, start in zip(question.sample.images, prompt.image_starts, strict=True):
+            item = MediaItem(cost, spec.tokens_per_image, micro_batch=0, row=row, start=padding + start)
+            spans.append(MediaSpan(question.sample.id, path, item))
+    pixels = [image for question in questions for image in question.pixels]
+    stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, spec.height, spec.width)
+    return PromptBatch(ids, valid, spans, stacked)
+
+
+def _classify(part: object, origin: str) -> str | ImageSource:
+    """A text stays a string; an image becomes a path or stays a picture."""
+    if isinstance(part, Image.Image):
+        return part
+    if isinstance(part, str) and not _looks_like_image(part):
+        return part
+    if not isinstance(part, str | Path):
+        raise DataError(f"{origin}: found a {type(part).__name__}, needs texts, paths of images and PIL images")
+    if not os.path.isfile(part):
+        raise DataError(f"{origin}: image {str(part)!r} does not exist")
+    return Path(part)
+
+
+def _looks_like_image(text: str) -> bool:
+    ends_like_one = text.lower().endswith(IMAGE_SUFFIXES)
+    return ends_like_one and (os.path.isfile(text) or not any(letter.isspace() for letter in text))

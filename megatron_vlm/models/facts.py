@@ -1,0 +1,87 @@
+"""What validation must know of a recipe's model, found without weights, ranks or process groups (DESIGN D12).
+
+Tower and projector are built on the meta device. The language model's parameter names are written down instead: a
+GPTModel cannot be built before the process groups exist. A test compares them with a real model's.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from transformers import PretrainedConfig
+
+from megatron_vlm.config.megatron import QKV_BIAS_ALWAYS
+from megatron_vlm.config.packages import installed_packages
+from megatron_vlm.config.schema import Config, VisionConfig
+from megatron_vlm.config.validation import ModelFacts, names_its_model
+from megatron_vlm.models.families import FAMILIES
+from megatron_vlm.models.language import load_language_config
+from megatron_vlm.models.projectors import PROJECTORS, build_projector
+from megatron_vlm.models.vision.survey import TowerSurvey, load_vision_config, survey_tower
+
+
+def gather_facts(config: Config, templates: Iterable[str]) -> ModelFacts:
+    """The facts of a recipe's model.
+
+    Args:
+        config: the recipe, which `names_its_model`.
+        templates: names of the conversation templates, which the data layer knows.
+    Raises:
+        ConfigError: where tower or language model cannot be read, so that nothing more can be said about them.
+    """
+    assert names_its_model(config.model)
+    language = load_language_config(config.model.language)
+    survey = survey_tower(_with_layer_in_range(config.model.vision))
+    return ModelFacts(
+        num_layers=language.num_hidden_layers,
+        hidden_size=language.hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_key_value_heads,
+        ffn_hidden_size=language.intermediate_size,
+        vocab_size=language.vocab_size,
+        vision_num_layers=survey.num_layers,
+        tokens_per_image=survey.media_spec.tokens_per_image,
+        parameter_names={
+            "language": language_parameter_names(language),
+            "vision": tuple(f"vision.{name}" for name in survey.parameter_names if name not in survey.unreached),
+            "projector": _projector_parameter_names(config.model.projector.type, survey, language.hidden_size),
+        },
+        families=tuple(FAMILIES.names()),
+        projectors=tuple(PROJECTORS.names()),
+        templates=tuple(templates),
+        installed=installed_packages(),
+    )
+
+
+def language_parameter_names(language: PretrainedConfig) -> tuple[str, ...]:
+    """Global parameter names of a whole Llama-architecture language model, in forward order."""
+    in_layer = ["input_layernorm.weight", "self_attention.linear_qkv.weight"]
+    if language.model_type in QKV_BIAS_ALWAYS:
+        in_layer.append("self_attention.linear_qkv.bias")
+    in_layer += [
+        "self_attention.linear_proj.weight",
+        "pre_mlp_layernorm.weight",
+        "mlp.linear_fc1.weight",
+        "mlp.linear_fc2.weight",
+    ]
+    names = ["embedding.word_embeddings.weight"]
+    names += [f"decoder.layers.{i}.{name}" for i in range(language.num_hidden_layers) for name in in_layer]
+    names.append("decoder.final_layernorm.weight")
+    if not language.tie_word_embeddings:
+        names.append("output_layer.weight")
+    return tuple(f"language.{name}" for name in names)
+
+
+def _projector_parameter_names(name: str, survey: TowerSurvey, language_size: int) -> tuple[str, ...]:
+    """Empty where the name is unknown: validation reports that with the recipe's other faults."""
+    if name not in PROJECTORS:
+        return ()
+    with torch.device("meta"):
+        projector = build_projector(name, survey.hidden_size, language_size)
+    return tuple(f"projector.{parameter}" for parameter, _ in projector.named_parameters())
+
+
+def _with_layer_in_range(vision: VisionConfig) -> VisionConfig:
+    """A `select_layer` out of range is left to validation, which reports it with the recipe's other faults."""
+    num_layers = getattr(load_vision_config(vision), "num_hidden_layers", 0)
+    in_range = min(max(vision.select_layer, -num_layers - 1), num_layers)
+    return vision.model_copy(update={"select_layer": in_range})

@@ -1,0 +1,225 @@
+"""The Llama-architecture language model on megatron-core's GPTModel, any stage of the pipeline.
+
+We keep GPTModel's construction, its tying of embedding and output weight and its checkpoint keys, and give it our own
+forward: embeddings, visual features merged in on the first stage, layers with explicit positions, and on the last stage
+a head that computes the loss. mcore's position embedding is 'none': ContextAttention rotates (DESIGN D5).
+
+The hazard is the vocabulary: mcore does not pad it, so we pass one padded to a multiple of the tensor ranks, keep the
+padding out of the loss and cut it from the logits. Letters: b rows, s sequence, h hidden, V true vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from megatron_vlm.config.megatron import transformer_config
+from megatron_vlm.config.schema import Config, LanguageConfig
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.head import LanguageHead
+from megatron_vlm.models.merge import LocalFeatures, merge_features
+from megatron_vlm.models.specs import block_spec
+from megatron_vlm.parallel.context_attention import AttentionContext, KVCache
+from megatron_vlm.parallel.groups import Grid
+
+MODEL_TYPES = ("llama", "qwen2")
+ROPE_TYPES = ("default", "linear", "llama3")  # those whose frequencies do not depend on the sequence's length
+TIED_HEAD, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class LanguageSpec:
+    """What the model needs of a Hugging Face config beyond mcore's TransformerConfig.
+
+    Args:
+        hf_config: the config itself, by which weights are converted.
+        vocab_size: V.
+        tied: embedding and output weight are one.
+        inverse_frequencies: [d/2] of RoPE; `rope_scaling` multiplies cosines and sines.
+    """
+
+    hf_config: PretrainedConfig
+    vocab_size: int
+    tied: bool
+    inverse_frequencies: Tensor
+    rope_scaling: float
+
+    @classmethod
+    def from_config(cls, hf_config: PretrainedConfig) -> "LanguageSpec":
+        """Raises ConfigError where the architecture is not one this package builds."""
+        check_architecture(hf_config)
+        frequencies, scaling = _rope_frequencies(hf_config)
+        return cls(hf_config, hf_config.vocab_size, bool(hf_config.tie_word_embeddings), frequencies, scaling)
+
+
+@dataclass(frozen=True)
+class ChunkPlace:
+    """Where in the pipeline a model chunk stands. `virtual_stage` is None without virtual pipeline stages."""
+
+    first: bool
+    last: bool
+    virtual_stage: int | None = None
+
+
+def load_language_config(language: LanguageConfig) -> PretrainedConfig:
+    """The Hugging Face config of `model.language`, from its path or from the recipe.
+
+    Raises:
+        ConfigError: unreadable, an unknown model type or key values, or an architecture this package does not build.
+    """
+    try:
+        if language.config is not None:
+            hf_config = AutoConfig.for_model(**language.config)
+        else:
+            hf_config = AutoConfig.from_pretrained(language.path)
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
+        found = language.path if language.config is None else language.config
+        raise ConfigError(f"model.language: no usable config in {found}: {str(error).splitlines()[0]}") from error
+    check_architecture(hf_config)
+    return hf_config
+
+
+def check_architecture(hf_config: PretrainedConfig) -> None:
+    """Raises ConfigError, naming key and value, for a model or position encoding that the layers here do not compute.
+
+    Biases and activations are `config.megatron.transformer_config`'s to refuse.
+    """
+    if hf_config.model_type not in MODEL_TYPES:
+        allowed = ", ".join(MODEL_TYPES)
+        raise ConfigError(f"model.language: model_type is {hf_config.model_type!r}, allowed: {allowed}")
+    if getattr(hf_config, "use_sliding_window", False):
+        raise ConfigError("model.language: use_sliding_window is true, allowed: false")
+    rope_type = hf_config.rope_parameters["rope_type"]
+    if rope_type not in ROPE_TYPES:
+        raise ConfigError(f"model.language: rope_type is {rope_type!r}, allowed: {', '.join(ROPE_TYPES)}")
+
+
+def head_width(hf_config: PretrainedConfig) -> int:
+    """Width of one attention head; it need not be hidden / heads."""
+    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def _rope_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
+    rope_type = hf_config.rope_parameters["rope_type"]
+    if rope_type != "default":
+        return ROPE_INIT_FUNCTIONS[rope_type](hf_config)
+    width = head_width(hf_config)
+    return 1.0 / (hf_config.rope_parameters["rope_theta"] ** (torch.arange(0, width, 2).float() / width)), 1.0
+
+
+def padded_vocabulary(vocab_size: int, tensor: int) -> int:
+    """The vocabulary rounded up to a multiple of the tensor ranks."""
+    return -(-vocab_size // tensor) * tensor
+
+
+class LanguageModel(GPTModel):
+    """One chunk: embedding where it is first, some layers, head where it is last."""
+
+    output_layer: LanguageHead  # on the last chunk; mcore's own until __init__ replaces it
+
+    def __init__(
+        self, config: TransformerConfig, spec: LanguageSpec, place: ChunkPlace, recipe: Config, grid: Grid
+    ) -> None:
+        super().__init__(
+            config,
+            block_spec(config, recipe.ops.attention, place.virtual_stage),
+            padded_vocabulary(spec.vocab_size, grid.sizes.tensor),
+            recipe.training.sequence_length,
+            pre_process=place.first,
+            post_process=place.last,
+            share_embeddings_and_output_weights=spec.tied,
+            position_embedding_type="none",
+            vp_stage=place.virtual_stage,
+        )
+        self.spec = spec
+        if place.last:
+            self.output_layer = LanguageHead(self.output_layer, spec.vocab_size, recipe.ops.loss_chunk_tokens)
+
+    def forward(
+        self,
+        ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None = None,
+        features: LocalFeatures | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """One micro-batch through this chunk; a chunk that is not first takes mcore's `input_tensor` as its input.
+
+        Args:
+            ids: [b, s], placeholders carrying any valid id; read by the first chunk only.
+            position_ids: [b, s].
+            labels: [b, s], shifted, -100 where not trained; read by the last chunk only.
+            features: visual rows of this rank's slice of the sequence; merged by the first chunk only.
+            cache: generation's kv cache, of all tokens before these; not with sequence parallelism.
+
+        Returns:
+            Last chunk: per-token loss [b, s] fp32 with labels, else logits [b, s, V]; with a cache the last token's
+            alone, [b, 1, V], since a long prompt's would be by far the largest tensor. Others: hidden [s/tp, b, h].
+        """
+        assert cache is None or not self.config.sequence_parallel, "generation runs without sequence parallelism"
+        hidden = self._embed(ids, position_ids, features) if self.pre_process else None
+        context = AttentionContext(
+            position_ids=position_ids,
+            inverse_frequencies=self.spec.inverse_frequencies,
+            rope_scaling=self.spec.rope_scaling,
+            cache=cache,
+        )
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
+        if not self.post_process:
+            return hidden
+        if cache is not None:
+            hidden = hidden[-1:]  # [s, b, h] -> [1, b, h]
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden, labels, weight)
+
+    def _embed(self, ids: Tensor, position_ids: Tensor, features: LocalFeatures | None) -> Tensor:
+        """ids [b, s] -> [s/tp, b, h] with the visual rows in place."""
+        embeddings = self.embedding(input_ids=ids, position_ids=position_ids)
+        if features is not None:
+            embeddings = merge_features(embeddings, features)
+        if self.training and torch.is_grad_enabled() and not embeddings.requires_grad:
+            # Frozen embedding and no trained picture: mcore's schedules still call backward on this stage's output.
+            embeddings.requires_grad_()
+        return embeddings
+
+    def global_names(self) -> dict[str, str]:
+        """This chunk's parameter names -> names that are the same in every layout.
+
+        Layers carry their number in the whole model, and a tied head's copy the embedding's name.
+        """
+        names = {}
+        for name, _ in self.named_parameters():
+            whole = name
+            if name.startswith("decoder.layers."):
+                _, _, index, rest = name.split(".", 3)
+                whole = f"decoder.layers.{self.decoder.layers[int(index)].layer_number - 1}.{rest}"
+            elif name == TIED_HEAD and self.spec.tied:
+                whole = EMBEDDING
+            names[name] = f"language.{whole}"
+        return names
+
+
+def build_language_chunks(config: Config, hf_config: PretrainedConfig, grid: Grid) -> list[LanguageModel]:
+    """This rank's chunks of the language model, one per virtual pipeline stage, without weights loaded.
+
+    Raises:
+        ConfigError: an architecture this package does not build.
+    """
+    spec = LanguageSpec.from_config(hf_config)
+    mcore_config = transformer_config(config, hf_config)
+    num_chunks = config.parallel.virtual_pipeline
+    first_rank, last_rank = grid.coordinates.pipeline == 0, grid.coordinates.pipeline == grid.sizes.pipeline - 1
+    chunks = []
+    for number in range(num_chunks):
+        place = ChunkPlace(
+            first=first_rank and number == 0,
+            last=last_rank and number == num_chunks - 1,
+            virtual_stage=number if num_chunks > 1 else None,
+        )
+        chunks.append(LanguageModel(mcore_config, spec, place, config, grid))
+    return chunks

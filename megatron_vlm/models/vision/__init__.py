@@ -1,0 +1,1 @@
+"""Vision towers, and the encoder that joins one with a projector."""

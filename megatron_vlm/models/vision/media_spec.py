@@ -1,0 +1,25 @@
+"""What the data side must know of a vision tower: how many tokens an image becomes and how its pixels are prepared.
+
+Kept apart from the tower so that data workers can carry it without holding a model.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MediaSpec:
+    """One image's way through the tower.
+
+    Args:
+        tokens_per_image: rows the projector gives per image.
+        num_patches: patches the tower attends over, for the cost of encoding.
+        height, width: pixels the tower takes.
+        mean, std: per RGB channel, of values in 0..1.
+    """
+
+    tokens_per_image: int
+    num_patches: int
+    height: int
+    width: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]

@@ -1,0 +1,196 @@
+"""What a vision tower is, found without its weights: a trial on the meta device.
+
+Any transformers vision model is to work unmodified, so nothing about it is looked up in a table: where its layers are,
+how many tokens it gives, how many of them come before the patches (CLS, registers), and which parameters the selected
+hidden state reaches, all follow from one forward and backward of the cut model on the meta device, which costs no
+memory and no arithmetic.
+
+Hazard: a model that normalises its last hidden state (`tie_last_hidden_states`) would do so to the selected one when it
+is cut there; `cut` turns that off unless the last layer itself was selected.
+
+L: layers; hidden states number 0..L, embeddings first.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+
+from megatron_vlm.config.schema import VisionConfig
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.vision.media_spec import MediaSpec
+from megatron_vlm.models.vision.preprocessing import pixel_format
+
+LAYER_LIST_NAMES = ("layers", "layer", "blocks")
+
+
+@dataclass(frozen=True)
+class TowerSurvey:
+    """A tower's facts.
+
+    Args:
+        hf_config: of the vision model alone.
+        layers_path: attribute path of its layer list, e.g. `encoder.layers`.
+        num_layers: in the whole tower.
+        selected: index of the hidden state taken, 0..L.
+        num_dropped_tokens: leading tokens dropped from it.
+        hidden_size: its width.
+        media_spec: its images.
+        parameter_names: all of them, as transformers names them in memory.
+        unreached: the names among them that the selected hidden state does not depend on.
+    """
+
+    hf_config: PretrainedConfig
+    layers_path: str
+    num_layers: int
+    selected: int
+    num_dropped_tokens: int
+    hidden_size: int
+    media_spec: MediaSpec
+    parameter_names: tuple[str, ...]
+    unreached: frozenset[str]
+
+    @property
+    def num_kept_layers(self) -> int:
+        """Layers that run. At least one: hidden state 0 is seen as the first layer's input."""
+        return max(self.selected, 1)
+
+
+def load_vision_config(vision: VisionConfig) -> PretrainedConfig:
+    """The transformers config of the vision model, also where `path` holds a larger model (CLIP, LLaVA).
+
+    Raises ConfigError where the path cannot be read or the dictionary names no known model type.
+    """
+    try:
+        if vision.path is not None:
+            config = AutoConfig.from_pretrained(vision.path)
+        else:
+            settings = dict(vision.config or {})
+            config = AutoConfig.for_model(settings.pop("model_type", None), **settings)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        source = f"path {vision.path!r}" if vision.path is not None else f"config {vision.config}"
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.vision.{source} gives no transformers model config: {reason}") from error
+    return getattr(config, "vision_config", config)
+
+
+def build_hf_tower(hf_config: PretrainedConfig) -> nn.Module:
+    """The whole transformers vision model, fp32, random weights. The config is copied: building changes it."""
+    try:
+        return AutoModel.from_config(copy.deepcopy(hf_config), dtype=torch.float32)
+    except (ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model.vision: transformers cannot build {hf_config.model_type!r}: {reason}") from error
+
+
+def survey_tower(vision: VisionConfig) -> TowerSurvey:
+    """Finds a tower's facts on the meta device.
+
+    Raises ConfigError where the config cannot be read, the layers cannot be found, `select_layer` is out of range, or
+    the model does not take pixels of one fixed size.
+    """
+    hf_config = load_vision_config(vision)
+    pixels = pixel_format(vision.path, hf_config)
+    with torch.device("meta"):
+        model = build_hf_tower(hf_config)
+    names = tuple(name for name, _ in model.named_parameters())
+    num_layers = _num_layers(hf_config)
+    layers_path = find_layers(model, num_layers)
+    selected = _resolve_layer(vision.select_layer, num_layers)
+    kept = max(selected, 1)
+    cut(model, layers_path, kept)
+    hidden = _try_on_meta(model, selected, pixels.height, pixels.width)
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    num_patches = _num_patches(hf_config, pixels.height, pixels.width)
+    num_leading = hidden.shape[1] - num_patches
+    if hidden.dim() != 3 or num_leading < 0:
+        raise ConfigError(
+            f"model.vision: {hf_config.model_type!r} gives features {tuple(hidden.shape)} for {num_patches} patches; "
+            "a tower must give [images, leading tokens + patches, width]"
+        )
+    num_dropped = num_leading if vision.select_feature == "patch" else 0
+    spec = MediaSpec(
+        hidden.shape[1] - num_dropped, num_patches, pixels.height, pixels.width, mean=pixels.mean, std=pixels.std
+    )
+    return TowerSurvey(
+        hf_config, layers_path, num_layers, selected, num_dropped, hidden.shape[2], spec, names,
+        unreached=frozenset(names) - reached,
+    )  # fmt: skip
+
+
+def find_layers(model: nn.Module, num_layers: int) -> str:
+    """The attribute path of the model's layer list: the outermost ModuleList of that length.
+
+    Raises ConfigError where there is none, or several and none has a usual name.
+    """
+    paths = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    ]
+    usual = [path for path in paths if path.rpartition(".")[2] in LAYER_LIST_NAMES]
+    candidates = paths if len(paths) == 1 else usual
+    outermost = [path for path in candidates if path.count(".") == min(p.count(".") for p in candidates)]
+    if len(outermost) != 1:
+        raise ConfigError(
+            f"model.vision: {type(model).__name__} must have one list of its {num_layers} layers; found {paths}"
+        )
+    return outermost[0]
+
+
+def cut(model: nn.Module, layers_path: str, kept: int) -> nn.ModuleList:
+    """Leaves the first `kept` layers in the model and returns the others."""
+    parent_path, _, attribute = layers_path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    layers = getattr(parent, attribute)
+    assert isinstance(layers, nn.ModuleList)
+    setattr(parent, attribute, layers[:kept])
+    if kept < len(layers):
+        model.config.tie_last_hidden_states = False  # type: ignore[union-attr]
+    return layers[kept:]
+
+
+def select_hidden(model: nn.Module, pixels: Tensor, selected: int) -> Tensor:
+    """pixels [n, 3, H, W] -> hidden state [n, tokens, width] of a cut model (never its normalised last state)."""
+    return model(pixel_values=pixels, output_hidden_states=True, return_dict=True).hidden_states[selected]
+
+
+def _try_on_meta(model: nn.Module, selected: int, height: int, width: int) -> Tensor:
+    """One forward and backward on the meta device: leaves `.grad` on the parameters that are reached."""
+    try:
+        hidden = select_hidden(model, torch.empty(1, 3, height, width, device="meta"), selected)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        raise ConfigError(
+            f"model.vision: {type(model).__name__} does not give hidden state {selected} for pixels "
+            f"[1, 3, {height}, {width}]: {str(error).splitlines()[0]}"
+        ) from error
+    hidden.sum().backward()
+    return hidden
+
+
+def _num_layers(hf_config: PretrainedConfig) -> int:
+    num_layers = getattr(hf_config, "num_hidden_layers", None)
+    if not isinstance(num_layers, int):
+        raise ConfigError(f"model.vision: config of {hf_config.model_type!r} has no num_hidden_layers")
+    return num_layers
+
+
+def _resolve_layer(select_layer: int, num_layers: int) -> int:
+    if not -num_layers - 1 <= select_layer <= num_layers:
+        raise ConfigError(
+            f"model.vision.select_layer is {select_layer}; the tower has {num_layers} layers, so hidden states "
+            f"{-num_layers - 1} to {num_layers}"
+        )
+    return select_layer % (num_layers + 1)
+
+
+def _num_patches(hf_config: PretrainedConfig, height: int, width: int) -> int:
+    patch = getattr(hf_config, "patch_size", None)
+    if isinstance(patch, int):
+        patch = (patch, patch)
+    if not isinstance(patch, tuple | list) or len(patch) != 2:
+        raise ConfigError(f"model.vision: patch_size of {hf_config.model_type!r} is {patch!r}; a number is needed")
+    return (height // patch[0]) * (width // patch[1])

@@ -1,0 +1,86 @@
+"""Which backend computes an operation, and why not another one (DESIGN D8).
+
+A backend states what hinders it on given inputs; nobody probes by trying. `auto` takes the first one without an
+obstacle, in the order of registration, and logs once what it took; a backend asked for by name either runs or raises
+with the reason. The hazard this removes is the silent fallback to a slow or less exact path.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.registry import Registry
+from megatron_vlm.runtime.logging import get_logger
+
+F = TypeVar("F", bound=Callable[..., Any])
+Obstacle = Callable[..., str | None]
+
+AUTO = "auto"
+
+
+def no_obstacle(*inputs: Any) -> str | None:
+    """The obstacle function of a backend that always runs."""
+    return None
+
+
+@dataclass(frozen=True)
+class Backend(Generic[F]):
+    """One implementation; `obstacle(*inputs)` is the reason it cannot run on them, or None."""
+
+    name: str
+    function: F
+    obstacle: Obstacle
+
+
+class Operation(Generic[F]):
+    """The backends of one operation, fastest first.
+
+    Args:
+        key: the configuration key that selects the backend ("ops.attention"), for messages.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self._registry: Registry[Backend[F]] = Registry(f"{key} backend")
+        self._order: list[Backend[F]] = []
+        self._announced: set[str] = set()
+
+    def backend(self, name: str, obstacle: Obstacle = no_obstacle) -> Callable[[F], F]:
+        """Decorator that registers an implementation; the first registered is the first choice of `auto`."""
+
+        def store(function: F) -> F:
+            self._order.append(self._registry.register(name)(Backend(name, function, obstacle)))
+            return function
+
+        return store
+
+    def select(self, requested: str, *inputs: Any) -> F:
+        """The function that computes the operation on these inputs.
+
+        Args:
+            requested: a backend's name, or "auto".
+            inputs: what the obstacle functions look at (shapes, devices, dtypes).
+
+        Raises:
+            ConfigError: an unknown name, or a backend that cannot run on these inputs, with the reason.
+        """
+        if requested == AUTO:
+            return self._first_able(*inputs).function
+        backend = self._registry.get(requested)
+        reason = backend.obstacle(*inputs)
+        if reason is not None:
+            raise ConfigError(f"{self.key}: {requested!r} cannot run: {reason}; use {AUTO!r} or another backend")
+        return backend.function
+
+    def _first_able(self, *inputs: Any) -> Backend[F]:
+        reasons = []
+        for backend in self._order:
+            reason = backend.obstacle(*inputs)
+            if reason is None:
+                if backend.name not in self._announced:
+                    self._announced.add(backend.name)
+                    get_logger(__name__).info("%s: auto took %r", self.key, backend.name)
+                return backend
+            reasons.append(f"{backend.name}: {reason}")
+        raise ConfigError(f"{self.key}: no backend can run ({'; '.join(reasons)})")

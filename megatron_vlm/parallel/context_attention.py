@@ -1,0 +1,135 @@
+"""Our core attention in every layer and layout (DESIGN D6), and what it is told about the tokens.
+
+mcore hands a layer's queries, keys and values over; positions and the kv cache travel in `AttentionContext`, which
+rides in mcore's `packed_seq_params` argument. Its `qkv_format` is 'sbhd' so that mcore neither squeezes nor slices
+anything, and mcore's own position embedding is 'none', so RoPE happens here, from explicit positions.
+
+Letters: s sequence (gathered: under sequence parallelism mcore's qkv projection has already gathered it), b rows, heads
+and kv_heads of this tensor-parallel rank, d head width.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_vlm.ops.attention import attention
+from megatron_vlm.ops.dispatch import AUTO
+from megatron_vlm.ops.rope import apply_rope, rope_tables
+
+
+class KVCache:
+    """The keys and values every layer has seen, for generation; allocated at a layer's first call.
+
+    Prompts of one batch are padded on the left to one length, so that all rows continue at the same index; the padding
+    is hidden from every query.
+
+    Args:
+        capacity: keys per row, prompt and answer together.
+        prompt_valid: [b, prompt length] bool, False where padding. Default: no padding.
+    """
+
+    def __init__(self, capacity: int, prompt_valid: Tensor | None = None) -> None:
+        self.capacity = capacity
+        self.prompt_valid = prompt_valid
+        self._keys_values: dict[int, Tensor] = {}
+        self._lengths: dict[int, int] = {}
+
+    def extend(self, layer_number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [b, s, kv_heads, d] to the layer's cache -> (all keys, all values), each [b, length, kv_heads, d]."""
+        start = self._lengths.get(layer_number, 0)
+        end = start + keys.shape[1]
+        assert end <= self.capacity, f"kv cache of {self.capacity} positions, {end} needed"
+        if layer_number not in self._keys_values:
+            shape = (2, keys.shape[0], self.capacity, *keys.shape[2:])
+            self._keys_values[layer_number] = torch.empty(shape, dtype=keys.dtype, device=keys.device)
+        store = self._keys_values[layer_number]
+        store[0, :, start:end], store[1, :, start:end] = keys, values
+        self._lengths[layer_number] = end
+        return store[0, :, :end], store[1, :, :end]
+
+    def key_valid(self, length: int) -> Tensor | None:
+        """[b, length] bool: which of the first `length` keys are no padding; None where all are."""
+        if self.prompt_valid is None:
+            return None
+        num_answer_tokens = length - self.prompt_valid.shape[1]
+        return torch.nn.functional.pad(self.prompt_valid, (0, num_answer_tokens), value=True)
+
+
+@dataclass
+class AttentionContext(PackedSeqParams):
+    """What attention must know of the tokens of one forward; one object serves all layers of a stage.
+
+    Args:
+        position_ids: [b, s] of this forward's tokens.
+        inverse_frequencies: [d/2] of RoPE; `rope_scaling` multiplies cosines and sines.
+        cache: the kv cache this forward reads and extends, or None.
+    """
+
+    qkv_format: str = "sbhd"
+    position_ids: Tensor | None = None
+    inverse_frequencies: Tensor | None = None
+    rope_scaling: float = 1.0
+    cache: KVCache | None = None
+
+    @cached_property
+    def rope(self) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each [b, s, d/2] fp32: computed by the first layer, used by all."""
+        assert self.position_ids is not None and self.inverse_frequencies is not None
+        return rope_tables(self.position_ids, self.inverse_frequencies, self.rope_scaling)
+
+
+class ContextAttention(MegatronModule):
+    """mcore's `core_attention`: RoPE, kv cache, `ops.attention`. It has no parameters.
+
+    Args:
+        backend: of `ops.attention`; the other arguments are mcore's.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: TransformerConfig,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        backend: str = AUTO,
+        **unused: Any,  # attn_mask_type, attention_type, cp_comm_type, pg_collection: it is causal self-attention
+    ) -> None:
+        super().__init__(config=config)
+        assert config.attention_dropout == 0.0, "ops.attention has no dropout"
+        assert config.kv_channels is not None
+        self.layer_number = layer_number
+        self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        self.backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [s, b, heads, d], key and value [s, b, kv_heads, d] -> [s, b, heads * d]."""
+        context = packed_seq_params
+        assert isinstance(context, AttentionContext), "ContextAttention needs an AttentionContext"
+        assert attention_mask is None and attention_bias is None, "masks come from the AttentionContext"
+        q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [s, b, ...] -> [b, s, ...]
+        q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
+        key_valid = None
+        if context.cache is not None:
+            k, v = context.cache.extend(self.layer_number, k, v)
+            key_valid = context.cache.key_valid(k.shape[1])
+        out, _ = attention(
+            q, k, v, causal=True, softmax_scale=self.softmax_scale, key_valid=key_valid, backend=self.backend
+        )
+        return out.transpose(0, 1).flatten(2)  # [b, s, heads, d] -> [s, b, heads * d]

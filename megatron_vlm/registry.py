@@ -1,0 +1,52 @@
+"""A name -> object table, the one way components are found by name (projectors, templates, sources, tasks, ...).
+
+Duplicates raise at registration and unknown names raise at lookup, naming the near ones, so a typing error in a recipe
+costs one line of reading. The hazard of registries is import order: a module registers what it defines when it is
+imported, and the package that owns the registry imports all its members.
+"""
+
+import difflib
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from megatron_vlm.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Named objects of one kind.
+
+    Args:
+        kind: what the entries are, in the singular, for error messages ("projector").
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that stores the object under `name`. Raises ConfigError where the name is taken."""
+
+        def store(entry: T) -> T:
+            if name in self._entries:
+                raise ConfigError(f"{self.kind} {name!r} is registered twice; choose another name")
+            self._entries[name] = entry
+            return entry
+
+        return store
+
+    def get(self, name: str) -> T:
+        """The object of that name. Raises ConfigError naming the near ones."""
+        if name in self._entries:
+            return self._entries[name]
+        near = difflib.get_close_matches(name, self._entries, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(self.names())}"
+        raise ConfigError(f"unknown {self.kind} {name!r}; {hint}")
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries

@@ -1,0 +1,1 @@
+"""Devices, ranks, collectives, seeds, logging: what the rest of the package stands on."""

@@ -1,0 +1,78 @@
+"""The ranks of a job: how they start, how megatron-core arranges them, how they end.
+
+A tool's main part:
+
+    launch = read_launch()
+    with fail_together(launch, debug=...):
+        device = prepare(config.runtime.device, launch.local_world_size)
+        init_world(launch, device, config.runtime.timeout_seconds)
+        ...                                                     (groups: parallel.groups.build_grid)
+        teardown()
+
+The grid is given as plain numbers: the arrangement of ranks is parallel/'s business, one row up. The hazard is
+megatron-core's module state, one grid per process: `teardown` forgets it, so that a test can build the next.
+"""
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from megatron_vlm.runtime.failure import fail_together
+from megatron_vlm.runtime.launch import Launch, connect_store, read_launch
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Launch", "fail_together", "init_grid", "init_world", "read_launch", "teardown"]
+
+
+def init_world(launch: Launch, device: "torch.device", timeout_seconds: float) -> None:
+    """The default process group: gloo on the CPU, NCCL on GPUs, where it also takes this rank's GPU.
+
+    Args:
+        launch: this rank's place.
+        device: from `runtime.device.prepare`.
+        timeout_seconds: of every collective, and of the ranks' meeting.
+    """
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(launch.local_rank)
+    store = dist.HashStore() if launch.world_size == 1 else connect_store(launch, "world", timeout_seconds)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+
+
+def init_grid(tensor: int, pipeline: int, virtual_pipeline: int = 1, ulysses: int = 1, ring: int = 1) -> None:
+    """megatron-core's parallel state: rank = tp + T*(cp + C*(dp + D*pp)), cp = ulysses rank + U * ring rank.
+
+    No extra gloo groups are made: optimizers are built with use_gloo_process_groups=False, checkpoints use the others.
+    """
+    from megatron.core import parallel_state
+
+    context = ulysses * ring
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
+        context_parallel_size=context,
+        hierarchical_context_parallel_sizes=[ulysses, ring] if context > 1 else None,
+        order="tp-cp-ep-dp-pp",
+        create_gloo_process_groups=False,
+    )
+
+
+def teardown() -> None:
+    """Forgets megatron-core's grid and ends the default process group, where there are any."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

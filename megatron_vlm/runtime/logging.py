@@ -1,0 +1,45 @@
+"""One console for a whole job: rank 0 tells what happens, the other ranks only warnings.
+
+Everything goes to stdout: stderr is kept for the one line that says why a job failed (DESIGN 5), so libraries that warn
+there are quieted. The hazard is import order: `quiet_libraries` sets variables that torch and transformers read when
+they are imported, so tools call it (through `fail_together`) first.
+"""
+
+import logging
+import os
+import warnings
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+_ROOT = "megatron_vlm"
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module (`__name__`), below the package's own, which gets its console handler on first use."""
+    root = logging.getLogger(_ROOT)
+    if not root.handlers:
+        rank = int(os.environ.get("RANK", 0))
+        handler = RichHandler(console=stdout_console(), show_path=False, log_time_format="%H:%M:%S")
+        handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+        root.addHandler(handler)
+        root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        root.propagate = False
+    return logging.getLogger(name if name.split(".")[0] == _ROOT else f"{_ROOT}.{name}")
+
+
+def stdout_console() -> Console:
+    """A console on stdout; without a terminal its lines are long enough to stay whole."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def quiet_libraries() -> None:
+    """Library warnings off, so that stderr stays for our own errors. Before torch and transformers are imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")
+    for library in ("torch", "transformers", "megatron"):
+        logging.getLogger(library).setLevel(logging.ERROR)

@@ -1,0 +1,1 @@
+"""Training: the three-phase step, the loop around it, the optimizer, and the hooks that watch."""

@@ -1,0 +1,38 @@
+"""The console: a progress bar with step, loss, tokens/s and time left; plain lines where there is no terminal."""
+
+from pathlib import Path
+
+from megatron_vlm.config.schema import LoggingConfig
+from megatron_vlm.runtime.logging import get_logger
+from megatron_vlm.runtime.progress import Progress
+from megatron_vlm.training.hooks.base import Hook
+from megatron_vlm.training.meters import StepReport
+
+logger = get_logger(__name__)
+
+
+class ConsoleHook(Hook):
+    """Shows the run as it goes.
+
+    Args:
+        steps: updates of the whole run.
+        start_step: updates already made.
+        logging: how often, and whether at all.
+    """
+
+    def __init__(self, steps: int, start_step: int, logging: LoggingConfig) -> None:
+        self.logging = logging
+        self.bar = Progress("training", total=steps, completed=start_step, enabled=logging.progress)
+
+    def after_step(self, report: StepReport) -> None:
+        if report.step % self.logging.every_steps == 0:
+            rate = report.tokens / report.seconds
+            self.bar.update(report.step, f"loss {report.loss:.4f}  {rate:,.0f} tokens/s")
+        if not report.updated:
+            logger.warning("step %d: a gradient was not finite, the update was left out", report.step)
+
+    def after_save(self, directory: Path, updates: int) -> None:
+        logger.info("saved %s after %d steps", directory, updates)
+
+    def close(self) -> None:
+        self.bar.close()

@@ -1,0 +1,100 @@
+"""A training job put together: recipe and facts joined, ranks arranged, model built, wrapped and filled.
+
+The order matters and is written once, here: nothing is allocated before the whole recipe is known to be valid; weights
+are loaded before the DDP wrappers copy them into their buffers; the optimizer comes last, because megatron-core's keeps
+the master copies.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer
+from transformers import PreTrainedTokenizerBase
+
+from megatron_vlm.checkpoint.store import TrainingState, load_checkpoint, resolve_checkpoint
+from megatron_vlm.config.megatron import ddp_config, vision_ddp_config
+from megatron_vlm.config.schema import Config
+from megatron_vlm.config.validation import names_its_model, validate
+from megatron_vlm.conversion.weights import load_weights
+from megatron_vlm.data.conversation import TEMPLATES
+from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.models.facts import gather_facts
+from megatron_vlm.models.families import build_model
+from megatron_vlm.models.language import load_language_config
+from megatron_vlm.models.vision.preprocessing import write_pixel_format
+from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.parallel.groups import Grid, GridSizes, build_grid, vision_process_groups
+from megatron_vlm.runtime.seeding import seed_everything
+from megatron_vlm.training.optimizer import build_optimizer
+from megatron_vlm.training.step import TrainStep
+
+
+@dataclass
+class Job:
+    """Everything a training run is made of, on this rank."""
+
+    config: Config
+    grid: Grid
+    model: VisionLanguageModel
+    language: list[DistributedDataParallel]
+    vision: DistributedDataParallel
+    optimizer: ChainedOptimizer
+    tokenizer: PreTrainedTokenizerBase
+    step: TrainStep
+    start_step: int  # updates already made
+
+    def state(self, updates: int) -> TrainingState:
+        """What a checkpoint keeps after `updates` updates."""
+        return TrainingState(self.config, updates, self.model, self.optimizer, self.language, self.write_sources)
+
+    def write_sources(self, directory: Path) -> None:
+        """Writes into a checkpoint what its weights mean nothing without: tokenizer and Hugging Face configs."""
+        self.tokenizer.save_pretrained(directory / "tokenizer")
+        load_language_config(self.config.model.language).save_pretrained(directory / "language")
+        survey = self.model.vision.tower.survey
+        survey.hf_config.save_pretrained(directory / "vision")
+        write_pixel_format(directory / "vision", survey.media_spec)
+
+
+def build_job(config: Config, world_size: int) -> Job:
+    """Validates, then builds. The default process group exists already.
+
+    Raises:
+        ConfigError: everything wrong with the recipe, in one error.
+        CheckpointError, ConversionError: weights that are missing, damaged or of another model.
+    """
+    facts = gather_facts(config, TEMPLATES.names()) if names_its_model(config.model) else None
+    validate(config, facts, world_size)
+    start_from = resolve_checkpoint(config.checkpoint)
+    grid = build_grid(GridSizes.from_config(config.parallel, world_size), config.parallel.virtual_pipeline)
+    seed_everything(config.runtime.seed, grid)
+    model = build_model(config, grid)
+    if start_from is None:
+        load_weights(model, config, grid)
+    language, vision = wrap(model, config, grid)
+    optimizer = build_optimizer(config, language, vision, grid)
+    step = TrainStep(model, language, vision, optimizer)
+    start_step = 0
+    if start_from is not None:
+        start_step = load_checkpoint(start_from, model, optimizer, config.checkpoint.load_states)
+    tokenizer = load_tokenizer(config.model.language.tokenizer or config.model.language.path, config.data.image_token)
+    return Job(config, grid, model, language, vision, optimizer, tokenizer, step, start_step)
+
+
+def wrap(
+    model: VisionLanguageModel, config: Config, grid: Grid
+) -> tuple[list[DistributedDataParallel], DistributedDataParallel]:
+    """DDP wrappers: the language chunks over data parallel, the vision chunk over the world, each with its own config.
+
+    Chunks after the first are not split into buckets: their reduction is off the interleaved schedule's critical path.
+    """
+    language = [
+        DistributedDataParallel(chunk.config, ddp_config(config), chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(model.language)
+    ]
+    vision = DistributedDataParallel(
+        model.vision.config, vision_ddp_config(config), model.vision, pg_collection=vision_process_groups(grid)
+    )
+    vision.broadcast_params()
+    return language, vision

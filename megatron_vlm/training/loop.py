@@ -1,0 +1,61 @@
+"""The training loop: plan, step, hooks, checkpoint. A screen long, so that a reader can follow a whole run.
+
+Its state is one number, the updates made: the loader, the schedule and the checkpoints are pure functions of it.
+"""
+
+import time
+from pathlib import Path
+
+from megatron_vlm.checkpoint.store import save_checkpoint
+from megatron_vlm.config.schema import Config
+from megatron_vlm.data.loader import build_loader
+from megatron_vlm.runtime.distributed import Launch
+from megatron_vlm.training import schedule
+from megatron_vlm.training.hooks import Hook, build_hooks
+from megatron_vlm.training.job import Job, build_job
+from megatron_vlm.training.meters import StepReport, make_report
+
+
+def train(config: Config, launch: Launch) -> Path:
+    """Runs a recipe to its last step on this rank.
+
+    Args:
+        config: the recipe; the device is prepared and the default process group initialised.
+        launch: this rank's place in the job.
+
+    Returns:
+        The directory of the last checkpoint.
+
+    Raises:
+        MegatronVlmError: anything the user can fix.
+    """
+    job = build_job(config, launch.world_size)
+    hooks = build_hooks(config, launch, job.start_step)
+    try:
+        return run_steps(job, hooks, launch.rank)
+    finally:
+        for hook in hooks:
+            hook.close()
+
+
+def run_steps(job: Job, hooks: list[Hook], rank: int) -> Path:
+    """From the job's first step to its last; returns the directory of the last checkpoint."""
+    config, steps = job.config, job.config.training.steps
+    loader = build_loader(
+        config, job.tokenizer, job.model.media_spec, job.grid.sizes, rank, job.start_step, steps - job.start_step
+    )
+    saved = Path(config.checkpoint.directory)
+    started = time.perf_counter()
+    for batch in loader:
+        schedule.apply(job.optimizer.param_groups, batch.step, steps, config.optimizer, config.schedule)
+        result = job.step(batch)
+        report: StepReport = make_report(batch, result, job.optimizer.param_groups, time.perf_counter() - started)
+        for hook in hooks:
+            hook.after_step(report)
+        updates = batch.step + 1
+        if updates == steps or (config.checkpoint.every_steps and updates % config.checkpoint.every_steps == 0):
+            saved = save_checkpoint(job.state(updates))
+            for hook in hooks:
+                hook.after_save(saved, updates)
+        started = time.perf_counter()
+    return saved

@@ -1,0 +1,94 @@
+"""The optimizer: megatron-core's, over the language model's chunks and the vision chunk, chained flat.
+
+The language model's states are sharded over its data-parallel ranks and the vision chunk's over the world, because the
+vision encoder is replicated on every rank. A component with no trainable parameter on any rank has no optimizer: one
+over nothing cannot be saved. Chained flat, because a chain inside a chain loses its gradient-norm group.
+
+Hazard: megatron-core matches the groups of a checkpoint by (wd_mult, lr_mult, ...) only, so two groups that differ in
+nothing but their rate would both get the first one's. `lr_mult` is therefore used as the component's number, which no
+recipe can change; the rates themselves come from `schedule.py` at every step.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig as McoreOptimizerConfig
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+
+from megatron_vlm.config.megatron import optimizer_config
+from megatron_vlm.config.schema import Config
+from megatron_vlm.parallel.groups import Grid, vision_process_groups
+from megatron_vlm.runtime.collectives import all_gather_objects
+from megatron_vlm.runtime.device import use_adam
+from megatron_vlm.training.adamw import AdamW
+from megatron_vlm.training.schedule import COMPONENTS
+
+
+def build_optimizer(
+    config: Config, language: list[DistributedDataParallel], vision: DistributedDataParallel, grid: Grid
+) -> ChainedOptimizer:
+    """One optimizer over everything that trains.
+
+    Args:
+        config: the recipe.
+        language: this rank's model chunks, wrapped.
+        vision: tower and projector, wrapped, a replica on every rank.
+        grid: the process groups.
+    """
+    use_adam(AdamW)
+    settings = optimizer_config(config)
+    parts: list[MegatronOptimizer] = []
+    if _trains_anywhere(language, grid):
+        built = get_megatron_optimizer(
+            settings, language, config_overrides=_overrides(("language",)), use_gloo_process_groups=False
+        )
+        parts += _flat(built)
+    if _trains_anywhere([vision], grid):
+        parts += _flat(_vision_optimizer(settings, vision, grid))
+    for part in parts:
+        for group in part.param_groups:
+            group["component"] = COMPONENTS[int(group["lr_mult"]) - 1]
+    return ChainedOptimizer(parts)
+
+
+def _vision_optimizer(settings: McoreOptimizerConfig, vision: DistributedDataParallel, grid: Grid) -> MegatronOptimizer:
+    return get_megatron_optimizer(
+        settings,
+        [vision],
+        config_overrides=_overrides(("projector", "vision")),
+        use_gloo_process_groups=False,
+        pg_collection=vision_process_groups(grid),
+    )
+
+
+def _flat(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+
+
+def _trains_anywhere(chunks: list[DistributedDataParallel], grid: Grid) -> bool:
+    here = any(p.requires_grad for chunk in chunks for p in chunk.parameters())
+    return any(all_gather_objects(here, grid.world))
+
+
+def _overrides(components: tuple[str, ...]) -> dict[ParamKey, Any]:
+    """Group keys: which component a parameter belongs to, and no decay for vectors and biases."""
+    overrides: dict[ParamKey, Any] = {
+        ParamKey(with_name_predicate=ParamWithNamePredicate(name="not_decayed", fn=_is_not_decayed)): {"wd_mult": 0.0}
+    }
+    for component in components:
+        predicate = ParamWithNamePredicate(name=component, fn=_belongs_to(component, alone=len(components) == 1))
+        overrides[ParamKey(with_name_predicate=predicate)] = {"lr_mult": float(COMPONENTS.index(component) + 1)}
+    return overrides
+
+
+def _is_not_decayed(param: torch.nn.Parameter, name: str) -> bool:
+    return param.dim() == 1 or name.endswith(".bias")
+
+
+def _belongs_to(component: str, alone: bool) -> Any:
+    def belongs(param: torch.nn.Parameter, name: str) -> bool:
+        return alone or name.removeprefix("module.").startswith("projector.") == (component == "projector")
+
+    return belongs

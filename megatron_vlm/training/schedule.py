@@ -1,0 +1,43 @@
+"""Learning rate and weight decay of every parameter group at every step, from the configuration alone.
+
+Nothing here has state: `apply` writes the rates for a given step into the groups, so a resumed run, a run loaded from
+another layout and a run whose recipe changed all have the rates the recipe says (megatron-core would take them from
+the checkpoint).
+"""
+
+import math
+from typing import Any
+
+from megatron_vlm.config.schema import OptimizerConfig, ScheduleConfig
+
+COMPONENTS = ("language", "projector", "vision")
+
+
+def peak_rates(optimizer: OptimizerConfig) -> dict[str, float]:
+    """The peak learning rate per component; the projector's and the tower's default to the language model's."""
+    own = {"language": optimizer.lr, "projector": optimizer.lr_projector, "vision": optimizer.lr_vision}
+    return {component: optimizer.lr if rate is None else rate for component, rate in own.items()}
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
+    """The rate of update number `step` (0-based) out of `steps`.
+
+    Linear warm-up from zero over ceil(warmup_ratio * steps) updates, then half a cosine from `peak` down to
+    `schedule.min_lr`; with min_lr 0 this is `transformers.get_cosine_schedule_with_warmup`, which LLaVA trains with.
+    """
+    warmup = math.ceil(schedule.warmup_ratio * steps)
+    if step < warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    floor = min(schedule.min_lr, peak)
+    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def apply(
+    groups: list[dict[str, Any]], step: int, steps: int, optimizer: OptimizerConfig, schedule: ScheduleConfig
+) -> None:
+    """Writes rate and decay into parameter groups that carry `component` and `wd_mult`."""
+    peaks = peak_rates(optimizer)
+    for group in groups:
+        group["lr"] = learning_rate(step, steps, peaks[group["component"]], schedule)
+        group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]

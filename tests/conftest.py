@@ -1,0 +1,40 @@
+"""What every test gets: no CUDA unless asked for with `-m gpu`, one thread per process, the pool of ranks."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.helpers.ranks import RankPool
+
+
+def wants_gpu(config: pytest.Config) -> bool:
+    """Whether the run was started with `-m gpu` (alone or within an expression that does not exclude it)."""
+    expression = config.option.markexpr
+    return "gpu" in expression and "not gpu" not in expression
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test module, and so before torch, is imported."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never download
+    if not wants_gpu(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need a GPU say why they did not run."""
+    if wants_gpu(config):
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device: run with -m gpu"))
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """The rank pool: `ranks.run(n, function, *arguments)`. Processes start when first needed."""
+    pool = RankPool(tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.stop()

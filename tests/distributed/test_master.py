@@ -1,0 +1,207 @@
+"""The master test (DESIGN 6): any layout gives the losses, gradients and updates of one process.
+
+Real job, real loader, a mix of text-only, one-image and three-image samples, fp32. Tolerances are DESIGN's and relative
+in the L2 norm: losses and gradient norms 1e-5; first gradients per tensor 1e-5 of (its norm + 1e-6 of the total norm);
+five-step updates per tensor 1e-4, except tensors whose gradient is under 1e-6 of the total (attention key biases: their
+true gradient is zero, and Adam turns rounding into full steps), which are printed. Each planted fault must fail it.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.conversion.mappings import language_mappings
+from megatron_vlm.models.language import load_language_config
+from tests.helpers.master import RankRecord, run_layout
+from tests.helpers.ranks import RankFailure, RankPool
+from tests.helpers.tiny import tiny_recipe
+
+STEPS = 5
+NOT_COMPARED_BELOW = 1e-6  # of the total gradient norm
+
+Recipe = dict[str, Any]
+
+
+def layout(ranks: int, **sections: dict[str, Any]) -> tuple[int, dict[str, dict[str, Any]]]:
+    return ranks, sections
+
+
+def parallel(ranks: int, **keys: Any) -> tuple[int, dict[str, dict[str, Any]]]:
+    return layout(ranks, parallel=keys)
+
+
+PROJECTOR_ONLY = {"train": {"language": False, "vision": False, "projector": True}}
+TIED = {"language": {"config": {"tie_word_embeddings": True}}}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+
+FAST = {
+    "tp2-pp2-sp": parallel(4, tensor=2, pipeline=2, sequence=True),
+    "dp2-overlap": parallel(2, **OVERLAP),
+    "pp2-virtual2": parallel(2, pipeline=2, virtual_pipeline=2),
+    "projector-only-tp2-pp2": layout(4, parallel={"tensor": 2, "pipeline": 2}, model=PROJECTOR_ONLY),
+}
+SLOW = {
+    "tp2": parallel(2, tensor=2),
+    "tp2-sp": parallel(2, tensor=2, sequence=True),
+    "pp2": parallel(2, pipeline=2),
+    "dp2": parallel(2),
+    "dp2-not-distributed": layout(2, parallel={}, optimizer={"distributed": False}),
+    "two-windows-overlap": layout(2, parallel=OVERLAP, training={"media_window": 2}),
+    "two-windows-pp2-overlap": layout(2, parallel={"pipeline": 2, **OVERLAP}, training={"media_window": 4}),
+    "tp2-dp2": parallel(4, tensor=2),
+    "tp2-pp2-dp2": parallel(8, tensor=2, pipeline=2),
+    "tied-tp2": layout(2, parallel={"tensor": 2}, model=TIED),
+    "tied-pp2": layout(2, parallel={"pipeline": 2}, model=TIED),
+    "projector-only-tied-pp2": layout(2, parallel={"pipeline": 2}, model=PROJECTOR_ONLY | TIED),
+    "recompute-full": layout(
+        4,
+        parallel={"tensor": 2, "pipeline": 2, "sequence": True},
+        training={"recompute": {"language": "full", "vision": "full"}},
+    ),
+    "recompute-selective": layout(2, parallel={"tensor": 2}, training={"recompute": {"language": "selective"}}),
+    "virtual2-overlap-dp2": parallel(4, pipeline=2, virtual_pipeline=2, **OVERLAP),
+}
+FAULTS = {
+    "vision_gradient_not_over_model_ranks-tp2": ("vision_gradient_not_over_model_ranks", parallel(2, tensor=2)),
+    "vision_gradient_not_over_model_ranks-pp2": ("vision_gradient_not_over_model_ranks", parallel(2, pipeline=2)),
+    "vision_gradient_not_over_data": ("vision_gradient_not_over_data", parallel(2)),
+    "local_token_count": ("local_token_count", parallel(2)),
+    "swapped_feature_rows": ("swapped_feature_rows", parallel(2, tensor=2)),
+    "norm_gradients_not_reduced": ("norm_gradients_not_reduced", parallel(2, tensor=2, sequence=True)),
+    "idle_rank_skips_exchange": ("idle_rank_skips_exchange", parallel(4, tensor=2, pipeline=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One-process runs by what changes the model, made once each."""
+    directory = tmp_path_factory.mktemp("master")
+    known: dict[str, tuple[Recipe, RankRecord]] = {}
+
+    def get(model: dict[str, Any]) -> tuple[Recipe, RankRecord]:
+        key = repr(model)
+        if key not in known:
+            recipe = base_recipe(directory, model)
+            known[key] = (recipe, ranks.run(1, run_layout, recipe, STEPS)[0])
+        return known[key]
+
+    return get
+
+
+def base_recipe(directory: Any, model: dict[str, Any]) -> Recipe:
+    """Eight rows a step, micro-batches of one, everything training, distributed optimizer, rates that differ."""
+    recipe = tiny_recipe(directory).model_dump(mode="json")
+    changes = {
+        "model": {"train": {"language": True, "vision": True, "projector": True}},
+        "optimizer": {"lr": 1e-3, "lr_projector": 3e-3, "lr_vision": 2e-3, "weight_decay": 0.1, "distributed": True},
+        "schedule": {"warmup_ratio": 0.0},
+        "training": {"global_batch_size": 8, "micro_batch_size": 1, "steps": STEPS},
+    }
+    return merged(merged(recipe, changes), {"model": model})
+
+
+def merged(recipe: Recipe, changes: Recipe) -> Recipe:
+    """`recipe` with nested `changes`; neither is altered."""
+    result = dict(recipe)
+    for key, value in changes.items():
+        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if nested else value
+    return result
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_layout(ranks: RankPool, reference: Any, name: str) -> None:
+    check(ranks, reference, *FAST[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_layout_slow(ranks: RankPool, reference: Any, name: str) -> None:
+    check(ranks, reference, *SLOW[name])
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_fault_is_found(ranks: RankPool, reference: Any, name: str) -> None:
+    fault, (num_ranks, sections) = FAULTS[name]
+    with pytest.raises((AssertionError, RankFailure)):
+        check(ranks, reference, num_ranks, sections, fault)
+
+
+def check(
+    ranks: RankPool, reference: Any, num_ranks: int, sections: dict[str, dict[str, Any]], fault: str | None = None
+) -> None:
+    """Runs a layout and compares it with one process; the data-parallel replicas must agree with each other too."""
+    recipe, one = reference(sections.get("model", {}))
+    timeout_seconds = 120 if fault is None else 40
+    records = ranks.run(num_ranks, run_layout, merged(recipe, sections), STEPS, fault, timeout=timeout_seconds)
+    for record in records:
+        compare_numbers("loss", one.losses, record.losses)
+        compare_numbers("gradient norm", one.norms, record.norms)
+    config = Config.model_validate(recipe)
+    wanted, found = whole_tensors([one], config, "gradients"), whole_tensors(records, config, "gradients")
+    total = math.sqrt(sum(float(g.square().sum()) for g in wanted.values()))
+    assert wanted.keys() == found.keys()
+    failures = [
+        f"gradient of {name}: off by {distance:.1e} of its norm {wanted[name].norm():.1e}"
+        for name in wanted
+        if (distance := float((wanted[name] - found[name]).norm()))
+        > 1e-5 * (float(wanted[name].norm()) + 1e-6 * total)
+    ]
+    assert not failures, "\n".join(failures)
+    compare_updates([one], records, config, {n for n, g in wanted.items() if float(g.norm()) < NOT_COMPARED_BELOW * total})
+
+
+def compare_numbers(what: str, wanted: list[float], found: list[float]) -> None:
+    assert len(wanted) == len(found) == STEPS
+    for step, (a, b) in enumerate(zip(wanted, found, strict=True)):
+        assert abs(a - b) <= 1e-5 * abs(a), f"{what} of step {step}: {b:.9f}, one process has {a:.9f}"
+
+
+def compare_updates(one: list[RankRecord], many: list[RankRecord], config: Config, left_out: set[str]) -> None:
+    start, end = (whole_tensors(one, config, field) for field in ("before", "after"))
+    start_many, end_many = (whole_tensors(many, config, field) for field in ("before", "after"))
+    print("not compared, gradient below 1e-6 of the total:", ", ".join(sorted(left_out)) or "none")
+    assert len(left_out) < len(start) / 2
+    failures = []
+    for name in start.keys() - left_out:
+        assert torch.equal(start[name], start_many[name]), f"{name} starts from other weights"
+        wanted, found = end[name] - start[name], end_many[name] - start_many[name]
+        if float((wanted - found).norm()) > 1e-4 * float(wanted.norm()):
+            failures.append(f"update of {name}: off by {(wanted - found).norm() / wanted.norm():.1e}")
+    assert not failures, "\n".join(failures)
+
+
+def whole_tensors(records: list[RankRecord], config: Config, field: str) -> dict[str, Tensor]:
+    """Hugging Face tensors of the language model, and vision and projector tensors, from all ranks' shards.
+
+    Every replica is assembled and must be equal to the first to the last bit.
+    """
+    table = {entry.name: entry for entry in language_mappings(load_language_config(config.model.language))}
+    replicas: dict[int, dict[str, dict[int, Tensor]]] = {}
+    for record in records:
+        by_name = replicas.setdefault(record.coordinates.data, {})
+        for name, tensor in getattr(record, field).items():
+            shards = by_name.setdefault(name, {})
+            assert torch.equal(shards.setdefault(record.coordinates.tensor, tensor), tensor), f"copies of {name} differ"
+    wholes = [assemble(by_name, table) for by_name in replicas.values()]
+    for other in wholes[1:]:
+        assert other.keys() == wholes[0].keys()
+        for name in other:
+            assert torch.equal(other[name], wholes[0][name]), f"{name} differs between replicas"
+    return wholes[0]
+
+
+def assemble(by_name: dict[str, dict[int, Tensor]], table: dict[str, Any]) -> dict[str, Tensor]:
+    wholes: dict[str, Tensor] = {}
+    for name, shards in by_name.items():
+        ordered = [shards[rank] for rank in sorted(shards)]
+        if name in table:
+            wholes.update(zip(table[name].sources, table[name].unshard(ordered), strict=True))
+        else:
+            assert all(torch.equal(shard, ordered[0]) for shard in ordered), f"replicas of {name} differ"
+            wholes[name] = ordered[0]
+    return wholes

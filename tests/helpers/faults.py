@@ -1,0 +1,102 @@
+"""Faults to plant in a rank: each breaks one thing the master test exists to catch."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+@contextlib.contextmanager
+def planted(name: str | None) -> Iterator[None]:
+    """Patches the product for the length of the context; `None` plants nothing."""
+    with contextlib.ExitStack() as stack:
+        if name is not None:
+            for patch in FAULTS[name]():
+                stack.enter_context(patch)
+        yield
+
+
+def vision_gradient_over(group_name: str) -> list[Any]:
+    """The vision chunk reduces over one of the grid's groups instead of the world."""
+    from megatron_vlm.parallel import groups
+    from megatron_vlm.training import job, optimizer
+
+    def narrow(grid: Any) -> Any:
+        collection = groups.vision_process_groups(grid)
+        for field in ("dp", "dp_cp", "intra_dp_cp", "intra_dist_opt"):
+            if hasattr(collection, field):
+                setattr(collection, field, getattr(grid, group_name))
+        return collection
+
+    return [
+        mock.patch.object(job, "vision_process_groups", narrow),
+        mock.patch.object(optimizer, "vision_process_groups", narrow),
+    ]
+
+
+def local_token_count() -> list[Any]:
+    """Gradients are divided by this replica's trained tokens instead of the global batch's."""
+    from megatron.core import parallel_state
+
+    from megatron_vlm.training import step
+
+    original = step.finalize_model_grads
+
+    def finalize(chunks: Any, num_tokens: torch.Tensor) -> None:
+        local = num_tokens.clone()
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        torch.distributed.broadcast(local, last, group=parallel_state.get_pipeline_model_parallel_group())
+        original(chunks, num_tokens)
+        for chunk in chunks:
+            chunk.scale_gradients(float(num_tokens) / float(local))
+
+    return [mock.patch.object(step, "finalize_model_grads", finalize)]
+
+
+def swapped_feature_rows() -> list[Any]:
+    """Two rows of the first picture received change places."""
+    from megatron_vlm.models import vlm
+
+    original = vlm.send_features
+
+    def swap(*args: Any) -> torch.Tensor:
+        rows = original(*args)
+        if rows.shape[0] > 1:
+            rows[[0, 1]] = rows[[1, 0]].clone()
+        return rows
+
+    return [mock.patch.object(vlm, "send_features", swap)]
+
+
+def norm_gradients_not_reduced() -> list[Any]:
+    """Norm weights keep each sequence slice's gradient under sequence parallelism."""
+    from megatron.core.distributed import finalize_model_grads
+
+    names = finalize_model_grads.__globals__
+    return [mock.patch.dict(names, {"_allreduce_non_tensor_model_parallel_grads": lambda *args: None})]
+
+
+def idle_rank_skips_exchange() -> list[Any]:
+    """A rank that encodes nothing stays out of the exchange, as an early return would have it."""
+    from megatron_vlm.models import vlm
+
+    original = vlm.send_features
+
+    def skip(encoded: torch.Tensor, route: Any, group: Any) -> torch.Tensor:
+        if encoded.shape[0] == 0:
+            return encoded.new_zeros(sum(route.recv_splits), encoded.shape[1])
+        return original(encoded, route, group)
+
+    return [mock.patch.object(vlm, "send_features", skip)]
+
+
+FAULTS = {
+    "vision_gradient_not_over_model_ranks": lambda: vision_gradient_over("data"),
+    "vision_gradient_not_over_data": lambda: vision_gradient_over("replica"),
+    "local_token_count": local_token_count,
+    "swapped_feature_rows": swapped_feature_rows,
+    "norm_gradients_not_reduced": norm_gradients_not_reduced,
+    "idle_rank_skips_exchange": idle_rank_skips_exchange,
+}

@@ -1,0 +1,153 @@
+"""The error contract of DESIGN 5 on real jobs: one rank fails, all end within 30 s, and stderr says why exactly once."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+JOB = ROOT / "tests" / "helpers" / "failing_job.py"
+LIMIT_SECONDS = 30
+START_SECONDS = 45  # imports of two ranks on a busy machine
+USER_LINE = "error: training.steps: found 0, needed a positive number\n"
+
+
+@dataclass
+class Outcome:
+    """How a job ended; `own_stderr` without what torchrun itself reports."""
+
+    code: int
+    stdout: str
+    own_stderr: str
+    stderr: str
+    seconds: float
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The test's environment without a launcher's variables."""
+    launcher = re.compile(r"^(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_|TORCHELASTIC_|GROUP_|ROLE_)")
+    clean = {name: value for name, value in os.environ.items() if not launcher.match(name)}
+    return {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+
+
+def torchrun(tmp_path: Path, *arguments: str, num_ranks: int = 2) -> Outcome:
+    """Runs the job under torchrun, each rank's output in its own file."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", "--log-dir", str(tmp_path), "--redirects=3", str(JOB), *arguments]
+    started = time.monotonic()
+    limit = START_SECONDS + LIMIT_SECONDS
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=limit, check=False)
+    seconds = time.monotonic() - started
+
+    def logs(name: str) -> str:
+        return "".join(path.read_text() for path in sorted(tmp_path.rglob(name)))
+
+    return Outcome(done.returncode, logs("stdout.log"), logs("stderr.log"), done.stderr, seconds)
+
+
+def plain_ranks(*arguments: str, num_ranks: int = 2) -> list[Outcome]:
+    """Runs the job under a launcher that sets variables and nothing else: no agent to end what is left over."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(JOB), *arguments],
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_PORT=port, **shared),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    started = time.monotonic()
+    outcomes = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=START_SECONDS + LIMIT_SECONDS)
+            outcomes.append(Outcome(process.returncode, out, err, err, time.monotonic() - started))
+    finally:
+        for process in processes:
+            process.kill()
+    return outcomes
+
+
+def test_a_job_that_goes_well(tmp_path: Path) -> None:
+    outcome = torchrun(tmp_path, "none", "collective")
+    assert (outcome.code, outcome.own_stderr) == (0, "")
+    assert outcome.stdout == "rank 0: 4\nrank 1: 4\n"
+
+
+@pytest.mark.parametrize("when", ["config", "collective"])
+def test_an_error_on_all_ranks_is_told_once_by_the_lowest(tmp_path: Path, when: str) -> None:
+    outcome = torchrun(tmp_path, "user-all", when)
+    assert outcome.code != 0
+    assert outcome.own_stderr == "error: training.steps: found 0 on rank 0, needed a positive number\n"
+
+
+@pytest.mark.parametrize("when", ["config", "collective"])
+def test_a_users_error_on_one_rank_ends_the_others(tmp_path: Path, when: str) -> None:
+    outcome = torchrun(tmp_path, "user", when)
+    assert (outcome.code != 0, outcome.own_stderr) == (True, USER_LINE)
+
+
+def test_debug_tells_where_the_users_error_came_from(tmp_path: Path) -> None:
+    outcome = torchrun(tmp_path, "user", "collective", "--debug")
+    assert "rank 1 failed:\nTraceback" in outcome.own_stderr and "in fail\n" in outcome.own_stderr
+
+
+def test_an_internal_error_shows_its_traceback_and_no_other(tmp_path: Path) -> None:
+    outcome = torchrun(tmp_path, "internal", "collective")
+    assert outcome.code != 0
+    assert outcome.own_stderr.startswith("rank 1 failed:\nTraceback")
+    assert outcome.own_stderr.endswith("KeyError: 'a broken invariant'\n")
+    assert outcome.own_stderr.count("Traceback") == 1
+
+
+def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
+    outcome = torchrun(tmp_path, "killed", "collective")
+    assert outcome.code != 0 and "Traceback" not in outcome.own_stderr
+    assert "SIGKILL" in outcome.stderr  # torchrun's own report names the rank
+
+
+@pytest.mark.parametrize("when", ["world", "collective", "sleep"])
+def test_without_an_agent_the_watchers_end_the_others(when: str) -> None:
+    waiting, failing = plain_ranks("user", when)
+    assert (failing.code, failing.own_stderr) == (1, USER_LINE)
+    assert (waiting.code, waiting.own_stderr, waiting.stdout) == (1, "", "")
+
+
+def test_without_an_agent_a_killed_rank_is_noticed_in_the_collective() -> None:
+    waiting, killed = plain_ranks("killed", "collective")
+    assert killed.code == -9
+    assert waiting.code == 1
+    assert re.fullmatch(
+        r"error: rank 0 lost another rank, which ended without a word \(killed\?\): .*\n", waiting.own_stderr
+    )
+
+
+def test_one_process_without_a_launcher(tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(JOB), *arguments]
+        return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+
+    well, wrong = run("none", "collective"), run("user-all", "collective")
+    assert (well.returncode, well.stdout, well.stderr) == (0, "rank 0: 1\n", "")
+    assert wrong.returncode == 1
+    assert wrong.stderr == "error: training.steps: found 0 on rank 0, needed a positive number\n"
+
+
+def test_impossible_launcher_variables_are_named() -> None:
+    command = [sys.executable, "-c", "from megatron_vlm.runtime.distributed import read_launch; read_launch()"]
+    for variables, complaint in [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT: found nothing"),
+    ]:
+        done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, check=False)
+        assert done.returncode != 0 and complaint in done.stderr

@@ -1,0 +1,131 @@
+"""Recipes: bases, overrides, errors on one line, and the way back to YAML."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_vlm.config import config_hash, load_config, to_yaml
+from megatron_vlm.errors import ConfigError
+from tests.unit.config.recipes import recipe, tree
+
+
+def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def error_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message or "override" in message
+    return message
+
+
+def test_reads_what_was_written(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path / "r.yaml", tree(optimizer__betas=[0.8, 0.9])))
+    assert config == recipe(optimizer__betas=[0.8, 0.9])
+    assert config.optimizer.betas == (0.8, 0.9)
+
+
+def test_bases_chain_and_are_relative_to_their_file(tmp_path: Path) -> None:
+    write(tmp_path / "base" / "first.yaml", tree(training__steps=1, optimizer__lr=0.5, model__freeze=["a", "b"]))
+    write(tmp_path / "base" / "second.yaml", {"base": "first.yaml", "training": {"steps": 2}})
+    child = {"base": "base/second.yaml", "model": {"language": {"path": "weights", "config": None}, "freeze": ["c"]}}
+    config = load_config(write(tmp_path / "child.yaml", child))
+    assert (config.training.steps, config.training.sequence_length, config.optimizer.lr) == (2, 128, 0.5)
+    assert (config.model.language.path, config.model.language.config) == ("weights", None)
+    assert config.model.freeze == ("c",)
+
+
+def test_overrides_come_last_and_are_yaml(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", tree(training__media_window=4))
+    config = load_config(
+        path,
+        [
+            "training.steps=7",
+            "training.steps=8",
+            "optimizer.lr=1e-5",
+            "training.media_window=null",
+            "model.freeze=[^vision,bias]",
+            "model.language.config.hidden_size=32",
+            "data.path=a=b.json",
+        ],
+    )
+    assert (config.training.steps, config.optimizer.lr, config.training.media_window) == (8, 1e-5, None)
+    assert config.model.freeze == ("^vision", "bias")
+    assert config.model.language.config == {"model_type": "llama", "hidden_size": 32}
+    assert config.data.path == "a=b.json"
+
+
+def test_keys_may_refer_to_keys_but_not_to_the_environment(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", tree(checkpoint__load="${checkpoint.directory}/first"))
+    assert load_config(path).checkpoint.load == "runs/test/first"
+    assert "own keys only" in error_of(path, "data.path=${oc.env:HOME}")
+    assert "Interpolation key 'checkpoint.nowhere' not found" in error_of(path, "data.path=${checkpoint.nowhere}")
+
+
+def test_all_violations_on_one_line_with_near_names(tmp_path: Path) -> None:
+    broken = tree(training__steps=0, parallel__tensr=2, precision__params="fp17", tensor=2, zebra=1)
+    del broken["checkpoint"]
+    message = error_of(write(tmp_path / "r.yaml", broken))
+    for part in (
+        "training.steps: found 0, input should be greater than 0",
+        "parallel.tensr: unknown key, did you mean 'tensor'?",
+        "precision.params: found 'fp17', input should be 'fp32' or 'bf16'",
+        "tensor: unknown key, did you mean 'parallel.tensor'?",
+        "zebra: unknown key, allowed: runtime, model,",
+        "checkpoint: missing, needs a value",
+    ):
+        assert part in message
+    assert message.count("; ") == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("- a\n- b\n", "needs a mapping of sections"),
+        ("a: [1,\n", "not valid YAML"),
+        ("a: 1\na: 2\n", "not valid YAML"),
+        ("base: 3\n", "base: found 3, needs the path of one recipe"),
+        ("base: gone.yaml\n", "gone.yaml (base of "),
+        ("", "model: missing, needs a value"),
+    ],
+)
+def test_bad_files(tmp_path: Path, content: str, expected: str) -> None:
+    assert expected in error_of(write(tmp_path / "r.yaml", content))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "cannot be read: No such file" in error_of(tmp_path / "gone.yaml")
+    assert "cannot be read: Is a directory" in error_of(tmp_path)
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00a")
+    error_of(binary)
+
+
+def test_bases_in_a_circle(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", {"base": "b.yaml"})
+    write(tmp_path / "b.yaml", {"base": "a.yaml"})
+    with pytest.raises(ConfigError, match=r"in a circle \(a.yaml -> b.yaml -> a.yaml\)"):
+        load_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("override", ["training.steps", "=3", "--debug"])
+def test_overrides_of_another_form(tmp_path: Path, override: str) -> None:
+    message = error_of(write(tmp_path / "r.yaml", tree()), override)
+    assert f"override {override!r}: needs the form section.key=value" in message
+
+
+def test_yaml_and_hash_round_trip(tmp_path: Path) -> None:
+    config = recipe(optimizer__eps=1e-9, model__freeze=["^vision", "a: b"], training__media_window=2)
+    again = load_config(write(tmp_path / "r.yaml", to_yaml(config)))
+    assert again == config
+    assert config_hash(again) == config_hash(config)
+    assert len(config_hash(config)) == 12
+    assert config_hash(recipe(runtime__seed=43)) != config_hash(recipe())
+    reordered = dict(reversed(tree().items()))
+    assert config_hash(load_config(write(tmp_path / "s.yaml", reordered))) == config_hash(recipe())

@@ -1,0 +1,94 @@
+"""The recipe in megatron-core's words: what must be so for the results to be right, and objects that are not shared."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config
+
+from megatron_vlm.config.megatron import ddp_config, optimizer_config, transformer_config, vision_ddp_config
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.runtime import device
+from tests.unit.config.recipes import recipe
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.03,
+}
+
+
+@pytest.fixture(autouse=True)
+def on_cpu() -> None:
+    device.prepare("cpu")
+
+
+def test_architecture_comes_from_the_model() -> None:
+    built = transformer_config(recipe(), LlamaConfig(**SIZES, head_dim=16))
+    assert (built.num_layers, built.hidden_size, built.ffn_hidden_size) == (8, 64, 192)
+    assert (built.num_attention_heads, built.num_query_groups, built.kv_channels) == (8, 4, 16)
+    assert (built.layernorm_epsilon, built.init_method_std, built.normalization) == (1e-6, 0.03, "RMSNorm")
+    assert built.gated_linear_unit and not built.add_bias_linear and not built.add_qkv_bias
+    assert built.activation_func is torch.nn.functional.silu
+    assert (built.hidden_dropout, built.attention_dropout) == (0.0, 0.0)
+    assert built.calculate_per_token_loss and built.use_cpu_initialization
+    assert transformer_config(recipe(), LlamaConfig(**SIZES)).kv_channels == 8
+    assert transformer_config(recipe(), Qwen2Config(**SIZES)).add_qkv_bias
+
+
+@pytest.mark.parametrize(
+    ("switch", "value"), [("hidden_act", "quick_gelu"), ("attention_bias", True), ("mlp_bias", True)]
+)
+def test_architectures_without_a_counterpart_are_refused(switch: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{switch}: found '?{str(value).lower()}'?, allowed: "):
+        transformer_config(recipe(), LlamaConfig(**SIZES, **{switch: value}))
+
+
+@pytest.mark.parametrize(("params", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_precision(params: str, dtype: torch.dtype) -> None:
+    config = recipe(precision__params=params)
+    built = transformer_config(config, LlamaConfig(**SIZES))
+    assert (built.params_dtype, built.pipeline_dtype, built.bf16) == (dtype, dtype, params == "bf16")
+    assert (optimizer_config(config).params_dtype, optimizer_config(config).bf16) == (dtype, params == "bf16")
+    assert ddp_config(config).grad_reduce_in_fp32 and vision_ddp_config(config).grad_reduce_in_fp32
+    assert not ddp_config(recipe(precision__grad_reduce="bf16")).grad_reduce_in_fp32
+
+
+@pytest.mark.parametrize("virtual_pipeline", [1, 2])
+def test_interleaved_schedules_never_batch_their_messages(virtual_pipeline: int) -> None:
+    parallel = {"tensor": 2, "pipeline": 2, "virtual_pipeline": virtual_pipeline, "sequence": True}
+    built = transformer_config(recipe(parallel=parallel), LlamaConfig(**SIZES))
+    interleaved = virtual_pipeline > 1
+    assert (built.overlap_p2p_comm, built.batch_p2p_comm) == (interleaved, not interleaved)
+    assert built.virtual_pipeline_model_parallel_size == (2 if interleaved else None)
+    assert (built.tensor_model_parallel_size, built.pipeline_model_parallel_size) == (2, 2)
+    assert built.sequence_parallel and not built.variable_seq_lengths
+
+
+def test_recompute() -> None:
+    found = {}
+    for how in ("none", "selective", "full"):
+        built = transformer_config(recipe(training__recompute={"language": how}), LlamaConfig(**SIZES))
+        found[how] = (built.recompute_granularity, built.recompute_method, built.recompute_num_layers)
+    assert found == {"none": (None, None, None), "selective": ("selective", None, None), "full": ("full", "uniform", 1)}
+
+
+def test_vision_never_overlaps_and_shares_no_object() -> None:
+    config = recipe(parallel={"overlap_grad_reduce": True, "overlap_param_gather": True})
+    language, vision = ddp_config(config), vision_ddp_config(config)
+    assert language.overlap_grad_reduce and language.overlap_param_gather and language.use_distributed_optimizer
+    assert not vision.overlap_grad_reduce and not vision.overlap_param_gather and vision.use_distributed_optimizer
+    assert ddp_config(config) is not language and vision is not language
+    assert not ddp_config(recipe(optimizer__distributed=False)).use_distributed_optimizer
+
+
+def test_optimizer() -> None:
+    settings = {"lr": 1e-3, "betas": [0.8, 0.95], "eps": 1e-9, "weight_decay": 0.1, "clip_norm": 0.5}
+    built = optimizer_config(recipe(optimizer=settings))
+    assert (built.lr, built.adam_beta1, built.adam_beta2, built.adam_eps) == (1e-3, 0.8, 0.95, 1e-9)
+    assert (built.weight_decay, built.clip_grad, built.use_distributed_optimizer) == (0.1, 0.5, True)
+    assert built.optimizer == "adam" and built.decoupled_weight_decay

@@ -1,0 +1,202 @@
+"""Every rule: a recipe that breaks it, named with key, value found and values allowed, and one that just keeps it."""
+
+from typing import Any
+
+import pytest
+
+from megatron_vlm.config import names_its_model, trains, validate
+from megatron_vlm.errors import ConfigError
+from tests.unit.config.recipes import FACTS, facts, recipe
+
+BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
+    ("no source", {"model__vision": {}}, 1, ["model.vision: found neither path nor config, needs exactly one"]),
+    ("two sources", {"model__language__path": "here"}, 1, ["model.language: found both path 'here' and config"]),
+    ("no tokenizer", {"model__language__tokenizer": None}, 1, ["model.language.tokenizer: found null"]),
+    ("sequence alone", {"parallel__sequence": True}, 1, ["parallel.sequence: found true with parallel.tensor 1"]),
+    (
+        "ragged sequence",
+        {"parallel__sequence": True, "parallel__tensor": 4, "training__sequence_length": 130},
+        4,
+        ["training.sequence_length: found 130, needs a multiple of 4"],
+    ),
+    (
+        "gather alone",
+        {"parallel__overlap_param_gather": True, "optimizer__distributed": False},
+        1,
+        [
+            "parallel.overlap_param_gather: found true with optimizer.distributed false",
+            "parallel.overlap_param_gather: found true with parallel.overlap_grad_reduce false",
+        ],
+    ),
+    (
+        "narrow reduction",
+        {"precision": {"params": "fp32", "grad_reduce": "bf16"}},
+        1,
+        ["precision.grad_reduce: found bf16 with precision.params fp32, needs fp32"],
+    ),
+    ("nothing to load", {"checkpoint__load_states": "model"}, 1, ["checkpoint.load_states: found model with"]),
+    (
+        "world",
+        {"parallel__tensor": 2, "parallel__pipeline": 2},
+        6,
+        ["parallel.tensor * parallel.pipeline: found 2 * 2 = 4, 6 ranks allow 1, 2, 3, 6"],
+    ),
+    (
+        "batch",
+        {"parallel__tensor": 2, "training__global_batch_size": 15},
+        4,
+        ["training.global_batch_size: found 15, needs a multiple of 4 (2 data-parallel ranks x"],
+    ),
+    (
+        "virtual alone",
+        {"parallel__virtual_pipeline": 2},
+        1,
+        ["parallel.virtual_pipeline: found 2 with parallel.pipeline 1, needs parallel.pipeline > 1 or 1"],
+    ),
+    (
+        "ragged interleaving",
+        {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "training__global_batch_size": 6},
+        2,
+        [
+            "training.global_batch_size: found 6 = 3 micro-batches per rank, a virtual pipeline needs a multiple of "
+            "parallel.pipeline 2, a multiple of 4 rows"
+        ],
+    ),
+    (
+        "ragged window",
+        {"parallel__pipeline": 2, "training__media_window": 3},
+        2,
+        ["training.media_window: found 3, needs a multiple of parallel.pipeline 2, or null"],
+    ),
+    (
+        "ragged last window",
+        {"parallel__pipeline": 2, "training__media_window": 2, "training__global_batch_size": 10},
+        2,
+        ["training.global_batch_size: found 10 = 5 micro-batches per rank, the last media window needs"],
+    ),
+    (
+        "heads",
+        {"parallel__tensor": 16},
+        16,
+        [
+            "parallel.tensor: found 16, which does not divide the language model's 8 attention heads, allowed: 1, 2, 4",
+            "parallel.tensor: found 16, which does not divide the language model's 4 key-value heads, allowed: 1, 2, 4",
+        ],
+    ),
+    (
+        "layers",
+        {"parallel": {"pipeline": 2, "virtual_pipeline": 3}},
+        2,
+        ["parallel.pipeline * parallel.virtual_pipeline: found 2 * 3 = 6, the language model's 8 layers allow 1, 2, 4"],
+    ),
+    ("select", {"model__vision__select_layer": -5}, 1, ["select_layer: found -5, the tower's 3 layers allow -4 to 3"]),
+    ("short", {"training__sequence_length": 16}, 1, ["training.sequence_length: found 16, one image alone takes 16"]),
+    ("family", {"model__family": "lava"}, 1, ["model.family: found 'lava', did you mean 'llava'?"]),
+    ("projector", {"model__projector__type": "mlp2x"}, 1, ["found 'mlp2x', did you mean 'mlp2x_gelu'"]),
+    ("template", {"data__template": "zzz"}, 1, ["data.template: found 'zzz', allowed: auto, vicuna_v1"]),
+    ("dead regex", {"model__freeze": ["lora"]}, 1, ["model.freeze[0]: found 'lora', which matches no parameter"]),
+    ("bad regex", {"model__freeze": ["^vision", "("]}, 1, ["model.freeze[1]: found '(', not a regular expression"]),
+    (
+        "all switched off",
+        {"model__train": {"language": False, "projector": False}},
+        1,
+        ["model.train: found language false, vision false, projector false, which leaves no parameter to train"],
+    ),
+    (
+        "all frozen by regex",
+        {"model__train": {"language": False}, "model__freeze": ["^projector"]},
+        1,
+        ["projector true and model.freeze ['^projector'], which leaves no parameter to train"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "world_size", "expected"), [b[1:] for b in BROKEN], ids=[b[0] for b in BROKEN])
+def test_each_violation_is_named(changes: dict[str, Any], world_size: int, expected: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(recipe(**changes), FACTS, world_size)
+    message = str(caught.value)
+    assert "\n" not in message
+    for text in expected:
+        assert text in message
+    assert len(message.split("; ")) == len(expected)  # one violation each, and no other
+
+
+VALID: list[tuple[str, dict[str, Any], int]] = [
+    ("one rank", {}, 1),
+    ("everything", {"parallel": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True}}, 8),
+    ("overlap", {"parallel": {"overlap_param_gather": True, "overlap_grad_reduce": True}}, 2),
+    ("windows of a multiple", {"parallel__pipeline": 2, "training__media_window": 2}, 2),
+    ("a window over all", {"parallel__pipeline": 2, "training__media_window": 9, "training__global_batch_size": 6}, 2),
+    ("ragged but not interleaved", {"parallel__pipeline": 2, "training__global_batch_size": 6}, 2),
+    ("two sources in turn", {"model__language": {"path": "here"}}, 1),
+    ("first layer", {"model__vision__select_layer": -4}, 1),
+    ("partly frozen", {"model__train": {"language": False}, "model__freeze": [r"projector\.0\.bias"]}, 1),
+    ("bf16 reduction", {"precision__grad_reduce": "bf16"}, 1),
+    ("second phase", {"checkpoint__load": "runs/first", "checkpoint__load_states": "model"}, 1),
+]
+
+
+@pytest.mark.parametrize(("changes", "world_size"), [v[1:] for v in VALID], ids=[v[0] for v in VALID])
+def test_valid_recipes_pass(changes: dict[str, Any], world_size: int) -> None:
+    validate(recipe(**changes), FACTS, world_size)
+
+
+def test_all_violations_come_at_once() -> None:
+    broken = recipe(
+        parallel={"tensor": 3, "sequence": False, "overlap_param_gather": True},
+        model__family="lava",
+        model__freeze=["nothing"],
+        training__sequence_length=8,
+    )
+    with pytest.raises(ConfigError) as caught:
+        validate(broken, facts(installed=frozenset()), 4)
+    message = str(caught.value)
+    for key in (
+        "model.family: ",
+        "parallel.overlap_param_gather: ",
+        "parallel.tensor * parallel.pipeline: ",
+        "parallel.tensor: ",
+        "model.freeze[0]: ",
+        "training.sequence_length: ",
+        "pip install psutil",
+    ):
+        assert key in message
+
+
+def test_feed_forward_channels_are_split_too() -> None:
+    with pytest.raises(ConfigError, match="190 feed-forward channels, allowed: 1, 2$"):
+        validate(recipe(parallel__tensor=4), facts(ffn_hidden_size=190), 4)
+
+
+def test_missing_packages_are_those_the_recipe_needs() -> None:
+    bare = facts(installed=FACTS.installed - {"matplotlib", "jinja2"})
+    with pytest.raises(ConfigError) as caught:
+        validate(recipe(), bare, 1)
+    assert "pip install matplotlib" in str(caught.value) and "pip install jinja2" in str(caught.value)
+    validate(recipe(logging__curves=False, data__template="vicuna_v1"), bare, 1)
+
+
+def test_without_facts_the_other_rules_still_speak() -> None:
+    nameless = recipe(model__language={}, parallel__tensor=3)
+    assert not names_its_model(nameless.model)
+    assert names_its_model(recipe().model)
+    with pytest.raises(ConfigError, match=r"model.language: found neither.*; parallel.tensor \* parallel.pipeline"):
+        validate(nameless, None, 4)
+
+
+def test_trains_follows_component_and_regex() -> None:
+    model = recipe(model__train={"vision": False}, model__freeze=["embed"]).model
+    assert not trains("language", "language.embedding.weight", model)
+    assert trains("language", "language.decoder.weight", model)
+    assert not trains("vision", "vision.encoder.weight", model)
+    assert trains("projector", "projector.0.weight", model)
+
+
+def test_an_unknown_projector_is_reported_once() -> None:
+    """Its parameter names are unknown too, and nothing is said about them."""
+    unknown = recipe(
+        model__projector__type="mpl2x_gelu", model__train={"language": False}, model__freeze=["^projector"]
+    )
+    with pytest.raises(ConfigError, match="^model.projector.type: found 'mpl2x_gelu', did you mean 'mlp2x_gelu'[^;]*$"):
+        validate(unknown, facts(parameter_names={**FACTS.parameter_names, "projector": ()}), 1)

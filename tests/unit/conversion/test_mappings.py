@@ -1,0 +1,110 @@
+"""The table of weights: both directions are inverse, and the cuts are the ones mcore's layers expect."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig
+
+from megatron_vlm.conversion.mappings import (
+    QKV,
+    GatedMLP,
+    Vocab,
+    canonical_name,
+    language_mappings,
+)
+
+
+def llama(**changes):
+    settings = {
+        "model_type": "llama",
+        "vocab_size": 37,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+    }
+    return AutoConfig.for_model(**{**settings, **changes})
+
+
+def random_sources(entry):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in entry.shapes]
+
+
+@given(
+    size=st.sampled_from([1, 2, 4]),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    vocabulary=st.integers(5, 40),
+    model_type=st.sampled_from(["llama", "qwen2"]),
+)
+@settings(max_examples=30, deadline=None)
+def test_unshard_is_the_inverse_of_shard(size, kv_heads, vocabulary, model_type):
+    for entry in language_mappings(llama(num_key_value_heads=kv_heads, vocab_size=vocabulary, model_type=model_type)):
+        full = random_sources(entry)
+        shards = [entry.shard(full, rank, size) for rank in range(size)]
+        assert len({shard.shape for shard in shards}) == 1
+        for back, original in zip(entry.unshard(shards), full, strict=True):
+            torch.testing.assert_close(back, original, rtol=0, atol=0)
+
+
+def test_the_table_names_every_tensor_of_transformers_models_and_their_shapes():
+    from transformers import AutoModelForCausalLM
+
+    for config in (llama(), llama(model_type="qwen2"), llama(tie_word_embeddings=True)):
+        with torch.device("meta"):
+            state = AutoModelForCausalLM.from_config(config).state_dict()
+        if config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        table = {n: s for e in language_mappings(config) for n, s in zip(e.sources, e.shapes, strict=True)}
+        assert table == {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def test_qkv_interleaves_by_group():
+    entry = QKV("x", ("q", "k", "v"), ((8, 1), (4, 1), (4, 1)), num_groups=2)  # 4 heads, 2 groups, width 2
+    q, k, v = torch.arange(8.0)[:, None], 10 + torch.arange(4.0)[:, None], 20 + torch.arange(4.0)[:, None]
+    whole = [0, 1, 2, 3, 10, 11, 20, 21, 4, 5, 6, 7, 12, 13, 22, 23]
+    assert entry.shard([q, k, v], 0, 1).flatten().tolist() == whole
+    assert entry.shard([q, k, v], 1, 2).flatten().tolist() == whole[8:]
+    assert entry.shard([q, k, v], 1, 4).flatten().tolist() == whole[4:8]  # cut through a group: mcore gathers there
+
+
+def test_gated_mlp_keeps_gate_above_up_on_every_rank():
+    entry = GatedMLP("x", ("gate", "up"), ((4, 1), (4, 1)))
+    gate, up = torch.arange(4.0)[:, None], 10 + torch.arange(4.0)[:, None]
+    assert entry.shard([gate, up], 1, 2).flatten().tolist() == [2, 3, 12, 13]
+
+
+def test_vocabulary_is_padded_with_zeros_also_where_a_rank_has_only_padding():
+    entry = Vocab("x", ("e",), ((5, 2),))
+    shards = [entry.shard([torch.ones(5, 2)], rank, 4) for rank in range(4)]
+    assert [int(shard.sum()) for shard in shards] == [4, 4, 2, 0] and all(shard.shape == (2, 2) for shard in shards)
+
+
+@pytest.mark.parametrize(
+    ("names", "canonical"),
+    [
+        (
+            ("model.layers.0.x", "language_model.model.layers.0.x", "model.language_model.layers.0.x"),
+            "model.layers.0.x",
+        ),
+        (("lm_head.weight", "language_model.lm_head.weight"), "lm_head.weight"),
+        (
+            (
+                "vision_tower.embeddings.x",
+                "vision_tower.vision_model.embeddings.x",
+                "model.vision_tower.embeddings.x",
+                "model.vision_tower.vision_model.embeddings.x",
+            ),
+            "vision_tower.embeddings.x",
+        ),
+        (
+            ("multi_modal_projector.linear_1.bias", "model.multi_modal_projector.linear_1.bias"),
+            "multi_modal_projector.linear_1.bias",
+        ),
+    ],
+)
+def test_old_and_new_names_are_one(names, canonical):
+    assert {canonical_name(name) for name in names} == {canonical}

@@ -1,0 +1,127 @@
+"""Conversation files: places of objects, LLaVA's forms, and one clear error for each thing that can be wrong."""
+
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vlm.data.sample import Turn
+from megatron_vlm.data.sources.llava_json import LlavaFile
+from megatron_vlm.errors import DataError
+
+QA = [{"from": "human", "value": "Was ist dás? ☃"}, {"from": "gpt", "value": 'Ein "[{Tier}]",\n漢字'}]
+
+
+def write(path: Path, text: str) -> LlavaFile:
+    path.write_bytes(text.encode())
+    return LlavaFile(path, "<image>")
+
+
+RECORDS = [
+    {"id": 7, "conversations": QA},
+    {"id": "ü", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, QA[1]]},
+    {"image": ["a.png", "b/c.png"], "conversations": [{"from": "system", "value": "Be brief."}, *QA], "form": "pair"},
+    {"id": "x", "image": None, "conversations": [*QA, *QA]},
+]
+
+
+@pytest.mark.parametrize("layout", ["list", "indented", "lines", "lines with gaps", "byte order mark", "windows"])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_both_forms_give_the_same_samples(tmp_path: Path, layout: str, ascii_only: bool) -> None:
+    lines = [json.dumps(record, ensure_ascii=ascii_only) for record in RECORDS]
+    text = {
+        "list": "[" + ", ".join(lines) + "]",
+        "indented": "\n " + json.dumps(RECORDS, indent=2, ensure_ascii=ascii_only) + "\n\n",
+        "lines": "\n".join(lines),
+        "lines with gaps": "\n\n".join(lines) + "\n  \n",
+        "byte order mark": "\ufeff[" + ",\n".join(lines) + "]",
+        "windows": "\r\n".join(lines) + "\r\n",
+    }[layout]
+    file = write(tmp_path / "data.json", text)
+    samples = file.read_all()
+    assert [sample.id for sample in samples[:2]] == ["7", "ü"]
+    assert samples[0].turns == (Turn("user", QA[0]["value"]), Turn("assistant", QA[1]["value"]))
+    assert samples[1].images == ("a.png",)
+    assert samples[2].images == ("a.png", "b/c.png") and samples[2].form == "pair"
+    assert samples[2].turns[1].text == "<image>\n<image>\n" + QA[0]["value"]
+    assert samples[3].images == () and len(samples[3].turns) == 4
+    numbers = [0, 1, 2, 3] if "[" in text[:3] else [1, 3, 5, 7] if layout == "lines with gaps" else [1, 2, 3, 4]
+    assert [extent.number for extent in file.scan()] == numbers
+    raw = (tmp_path / "data.json").read_bytes()
+    for extent, record in zip(file.scan(), RECORDS, strict=True):
+        assert json.loads(raw[extent.offset : extent.offset + extent.size]) == record
+
+
+def test_a_fetch_reads_only_its_own_bytes(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "data.json", json.dumps([{"id": i, "conversations": QA, "pad": "x" * 10_000} for i in range(500)])
+    )
+    extent = file.scan()[250]
+    tracemalloc.start()
+    assert LlavaFile(file.path, "<image>").read(extent).id == "250"
+    assert tracemalloc.get_traced_memory()[1] < 300_000  # the file has 5 MB
+    tracemalloc.stop()
+
+
+def one(**changes: Any) -> str:
+    """A good record and then one that is changed."""
+    return json.dumps([RECORDS[0], {"id": "bad", "conversations": QA, **changes}])
+
+
+def talk(*roles: str) -> str:
+    return one(conversations=[{"from": role, "value": "text"} for role in roles])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no conversation"),
+        ("[ ]", "holds no conversation"),
+        ("  \n ", "holds no conversation"),
+        ("[{},\n{]", r"element 1 \(line 2\) is not JSON"),
+        ("[{},\n", r"element 1 \(line 2\) is not JSON"),
+        ("[{},]", r"element 1 \(line 1\) is not JSON"),
+        ("[{}\n{}]", "line 2: ',' or ']' is needed after element 0"),
+        ("[{}\n", "line 2: ',' or ']' is needed after element 0"),
+        ("[{}]\n{}", r"line 2: nothing may follow the list's '\]'"),
+        ('{"id": 1', "line 1 is not JSON"),
+        (json.dumps(RECORDS[0]) + "\n\n{oops}\n", "line 3 is not JSON"),
+        ("[[1]]", "element 0 is list; an object is needed"),
+        ("[{}]", "element 0 has no field 'conversations'; found: none"),
+        (one(conversations=[]), "element 1 field 'conversations' must be a list with at least one"),
+        (one(conversations="hi"), "element 1 field 'conversations' must be a list"),
+        (one(conversations=["hi"]), "element 1 turn 0 is str; an object with 'from' and 'value'"),
+        (one(conversations=[{"from": "human"}]), "element 1 turn 0 field 'value' is null; a string is needed"),
+        (one(conversations=[{"from": 3, "value": ""}]), "element 1 turn 0 field 'from' is 3; a string is needed"),
+        (talk("human", "bot"), "element 1 turn 1 is from 'bot'; known roles: human, user, gpt"),
+        (talk("gpt", "human"), "element 1 turn 0 is from the assistant, the user is needed"),
+        (talk("human", "human"), "element 1 turn 1 is from the user, the assistant is needed"),
+        (talk("human", "gpt", "gpt"), "element 1 turn 2 is from the assistant, the user is needed"),
+        (talk("human", "system", "gpt"), "element 1 turn 1 is from the system, the assistant is needed"),
+        (talk("human"), "element 1 ends with the user; the last turn must be the assistant's"),
+        (talk("system"), "element 1 ends with the system; the last turn must be the assistant's"),
+        (one(image=3), "element 1 field 'image' is 3; a path or a list of paths is needed"),
+        (one(image=["a", ""]), "element 1 field 'image' is .*; a path or a list of paths is needed"),
+        (one(video="a.mp4"), "element 1 has field 'video', which is not read"),
+        (one(conversations=RECORDS[1]["conversations"]), r"element 1 has 0 image\(s\) and 1 <image> in its text"),
+        (one(conversations=RECORDS[1]["conversations"], image=["a", "b"]), r"element 1 has 2 image\(s\) and 1 <image>"),
+    ],
+)  # fmt: skip
+def test_errors_name_file_and_place(tmp_path: Path, text: str, message: str) -> None:
+    file = write(tmp_path / "some.json", text)
+    with pytest.raises(DataError, match=message) as caught:
+        file.read_all()
+    assert "some.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "some.jsonl").write_bytes(b'{"id": "\xff"}\n')
+    with pytest.raises(DataError, match="some.jsonl line 1 is not JSON"):
+        LlavaFile(tmp_path / "some.jsonl", "<image>").read_all()
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="none.json cannot be read: No such file"):
+        LlavaFile(tmp_path / "none.json", "<image>").scan()

@@ -1,0 +1,180 @@
+"""The stream of steps: the same global batches in every layout, every picture read by exactly one rank of its replica."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.data.batch import StepBatch
+from megatron_vlm.data.loader import build_loader
+from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.errors import DataError
+from megatron_vlm.models.vision.media_spec import MediaSpec
+from megatron_vlm.parallel.sizes import GridSizes
+from tests.helpers.tiny import tiny_recipe
+
+SPEC = MediaSpec(16, 16, 28, 28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+LAYOUTS = [
+    GridSizes(),
+    GridSizes(data=2),
+    GridSizes(tensor=2, pipeline=2),
+    GridSizes(tensor=2, data=2),
+    GridSizes(ulysses=2, ring=2, data=2),
+    GridSizes(tensor=2, ulysses=2, data=2, pipeline=2),
+]
+
+
+def steps_of(
+    config: Config, sizes: GridSizes = GridSizes(), rank: int = 0, start: int = 0, count: int = 4
+) -> list[StepBatch]:  # noqa: B008
+    tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
+    return list(build_loader(config, tokenizer, SPEC, sizes, rank, start, count))
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Whether two results are the same, tensors and all."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return (
+        equal(list(vars(first).items()), list(vars(second).items())) if hasattr(first, "__dict__") else first == second
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("loader")
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+@pytest.mark.parametrize("sizes", LAYOUTS)
+def test_every_layout_has_the_same_global_batch(folder: Path, sizes: GridSizes, micro_batch_size: int) -> None:
+    training = {"micro_batch_size": micro_batch_size}
+    sequence = sizes.tensor > 1
+    config = tiny_recipe(folder, training=training, parallel={"sequence": sequence})
+    reference = steps_of(config)
+    ranks = [steps_of(config, sizes, rank) for rank in range(sizes.world)]
+    for step, whole in enumerate(reference):
+        rows: dict[int, torch.Tensor] = {}
+        for rank, batches in enumerate(ranks):
+            batch, data_rank = batches[step], sizes.coordinates(rank).data
+            assert (batch.step, batch.sample_ids) == (step, whole.sample_ids)
+            assert (batch.num_tokens, batch.num_media) == (whole.num_tokens, whole.num_media)
+            assert (
+                batch.length >= whole.length and batch.length % (sizes.context * (sizes.tensor if sequence else 1)) == 0
+            )
+            assert batch.length == ranks[0][step].length
+            for m, micro_batch in enumerate(batch.micro_batches):
+                for i in range(micro_batch_size):
+                    row = (m * sizes.data + data_rank) * micro_batch_size + i
+                    assert micro_batch.sample_ids[i] == whole.sample_ids[row]
+                    found = torch.stack([micro_batch.ids[i], micro_batch.labels[i], micro_batch.position_ids[i]])
+                    assert torch.equal(rows.setdefault(row, found), found)
+        assert sorted(rows) == list(range(8))
+        for row, found in rows.items():
+            expected = whole.micro_batches[row // micro_batch_size]
+            i = row % micro_batch_size
+            assert torch.equal(found[0, : whole.length], expected.ids[i]) and (found[0, whole.length :] == 0).all()
+            assert torch.equal(found[1, : whole.length], expected.labels[i])
+            assert (found[1, whole.length :] == -100).all()
+        first_of_replica = [sizes.replica_ranks(d)[0] for d in range(sizes.data)]
+        trained = sum(ranks[rank][step].num_trained_tokens_local for rank in first_of_replica)
+        assert (
+            trained == whole.num_trained_tokens_local == sum(int((b.labels != -100).sum()) for b in whole.micro_batches)
+        )
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("sizes", LAYOUTS)
+def test_each_picture_is_read_by_one_rank_of_its_replica(folder: Path, sizes: GridSizes, window: int | None) -> None:
+    config = tiny_recipe(folder, training={"media_window": window})
+    reader = MediaReader(SPEC, "pad")
+    ranks = [steps_of(config, sizes, rank) for rank in range(sizes.world)]
+    for step in range(4):
+        paths = []
+        for data in range(sizes.data):
+            replica = [ranks[rank][step] for rank in sizes.replica_ranks(data)]
+            assert [w.micro_batches for w in replica[0].windows] == [w.micro_batches for w in replica[-1].windows]
+            assert sum((list(w.micro_batches) for w in replica[0].windows), []) == list(
+                range(len(replica[0].micro_batches))
+            )
+            for number, window_batch in enumerate(replica[0].windows):
+                read = sorted(span.path for batch in replica for span in batch.windows[number].own_spans)
+                assert read == sorted(span.path for span in window_batch.spans)
+                paths += read
+            for replica_rank, batch in enumerate(replica):
+                for window_batch in batch.windows:
+                    own = [window_batch.spans[i] for i in window_batch.plan.items_of(replica_rank)]
+                    assert list(window_batch.own_spans) == own and window_batch.pixels.shape == (len(own), 3, 28, 28)
+                    for span, pixels in zip(own, window_batch.pixels, strict=True):
+                        assert torch.equal(pixels, reader.read(folder / span.path, "s"))
+        assert len(paths) == len(set(paths)) == ranks[0][step].num_media
+
+
+def test_placeholders_are_where_the_spans_say(folder: Path) -> None:
+    config = tiny_recipe(folder, training={"micro_batch_size": 2})
+    tokenizer = load_tokenizer(config.model.language.tokenizer, "<image>")
+    for batch in steps_of(config):
+        for window in batch.windows:
+            for span in window.spans:
+                m = batch.micro_batches[span.item.micro_batch]
+                at = slice(span.item.start, span.item.start + span.item.num_tokens)
+                assert m.sample_ids[span.item.row] == span.sample_id
+                assert (m.ids[span.item.row, at] == 0).all() and (
+                    m.labels[span.item.row, at.start - 1 : at.stop - 1] == -100
+                ).all()
+                assert tokenizer.decode(m.ids[span.item.row, at.stop :]).startswith("\n")
+
+
+def test_resume_is_exact_and_workers_change_nothing(folder: Path) -> None:
+    """Also over the end of an epoch, which comes after three steps."""
+    plain = steps_of(tiny_recipe(folder), count=5)
+    assert equal(plain[2:], steps_of(tiny_recipe(folder), start=2, count=3))
+    assert equal(plain, steps_of(tiny_recipe(folder, data={"num_workers": 2}), count=5))
+    assert not equal(plain, steps_of(tiny_recipe(folder, runtime={"seed": 12}), count=5))
+    epoch = [name for batch in plain[:3] for name in batch.sample_ids]
+    assert len(set(epoch)) == 24
+
+
+def test_text_only_steps(tmp_path: Path) -> None:
+    config = tiny_recipe(tmp_path)
+    records = json.loads(Path(config.data.path).read_text())
+    Path(config.data.path).write_text(json.dumps([record for record in records if "image" not in record]))
+    batch = steps_of(config, count=1)[0]
+    assert batch.num_media == 0 and batch.windows[0].spans == () and batch.windows[0].pixels.shape == (0, 3, 28, 28)
+
+
+def test_too_long_a_sample_is_named_before_the_first_step(folder: Path) -> None:
+    config = tiny_recipe(folder, training={"sequence_length": 60})
+    with pytest.raises(DataError, match=r"train.json element \d+: sample 'sample-\d+' has \d+ tokens, pictures included; "
+                                        r"training.sequence_length is 60 \(\d+ of 24 samples are longer\)"):  # fmt: skip
+        steps_of(config)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_picture_lost_during_the_run(tmp_path: Path, num_workers: int) -> None:
+    """The error of a worker arrives as one line that names sample and file."""
+    config = tiny_recipe(tmp_path, data={"num_workers": num_workers})
+    steps_of(tiny_recipe(tmp_path), count=1)
+    for number in range(24):
+        for path in (tmp_path / "images").glob(f"{number}-*.png"):
+            path.write_bytes(b"lost")
+    with pytest.raises(DataError, match=r"^sample 'sample-\d+': image .*png cannot be read") as caught:
+        steps_of(config, count=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_file_changed_during_the_run(tmp_path: Path) -> None:
+    config = tiny_recipe(tmp_path, data={"shuffle": False})
+    tokenizer = load_tokenizer(config.model.language.tokenizer, "<image>")
+    loader = build_loader(config, tokenizer, SPEC, GridSizes(), 0, 0, 1)
+    text = Path(config.data.path).read_text()
+    answer = json.loads(text)[0]["conversations"][1]["value"]
+    Path(config.data.path).write_text(text.replace(f'"{answer}"', '"' + "?" * len(answer) + '"', 1))
+    with pytest.raises(DataError, match="element 0: sample 'sample-0' has .* when it was indexed; the file changed"):
+        list(loader)

@@ -1,0 +1,94 @@
+"""Pixels are those of LLaVA's own preparation through `transformers`' CLIP processor."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from megatron_vlm.data.media import MediaReader
+from megatron_vlm.errors import DataError
+from megatron_vlm.models.vision.media_spec import MediaSpec
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SPEC = MediaSpec(tokens_per_image=4, num_patches=4, height=28, width=28, mean=MEAN, std=STD)
+PROCESSOR = CLIPImageProcessorPil(
+    size={"height": 28, "width": 28}, do_center_crop=False, image_mean=MEAN, image_std=STD
+)
+
+
+def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    values = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+def theirs(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(PROCESSOR(image)["pixel_values"][0]))
+
+
+@pytest.mark.parametrize("size", [(28, 28), (64, 64), (40, 20), (7, 100), (1, 1)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_resize_equals_transformers(tmp_path: Path, size: tuple[int, int], mode: str) -> None:
+    image = picture(*size, mode)
+    image.save(tmp_path / "a.png")
+    pixels = MediaReader(SPEC, "resize").read(tmp_path / "a.png", "sample 's'")
+    assert pixels.shape == (3, 28, 28) and pixels.dtype == torch.float32 and pixels.is_contiguous()
+    torch.testing.assert_close(pixels, theirs(image.convert("RGB")).float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (41, 20), (20, 41)])
+def test_pad_equals_expand_to_square(size: tuple[int, int]) -> None:
+    width, height = size
+    side, image = max(size), picture(*size)
+    square = np.full((side, side, 3), [int(m * 255) for m in MEAN], np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = np.asarray(image)
+    pixels = MediaReader(SPEC, "pad").prepare(image)
+    torch.testing.assert_close(pixels, theirs(Image.fromarray(square)).float(), atol=1e-5, rtol=0)
+    assert width == height or not torch.equal(pixels, MediaReader(SPEC, "resize").prepare(image))
+
+
+def test_size_of_the_spec_is_height_then_width() -> None:
+    spec = MediaSpec(4, 4, height=14, width=42, mean=MEAN, std=STD)
+    assert MediaReader(spec, "resize").prepare(picture(30, 30)).shape == (3, 14, 42)
+
+
+def test_blank_is_the_mean_colour_and_reads_nothing(tmp_path: Path) -> None:
+    pixels = MediaReader(SPEC, "pad", blank=True).read(tmp_path / "none.png", "sample 's'")
+    assert pixels.shape == (3, 28, 28) and pixels.abs().max() < 1 / 255 / min(STD)
+
+
+def damaged(image: Image.Image, path: Path) -> None:
+    image.save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated png", "truncated jpg", "folder"])
+def test_bad_files_name_sample_and_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("bad.jpg" if "jpg" in kind else "bad.png")
+    if kind in ("empty", "text"):
+        path.write_text("" if kind == "empty" else "no picture")
+    elif "truncated" in kind:
+        damaged(picture(64, 64), path)
+    elif kind == "folder":
+        path.mkdir()
+    with pytest.raises(DataError, match=rf"sample 's': image .*{path.name} (does not exist|cannot be read)"):
+        MediaReader(SPEC, "pad").read(path, "sample 's'")
+
+
+def test_every_damaged_byte_is_an_error_or_a_picture(tmp_path: Path) -> None:
+    """Whatever is wrong inside a file, nothing but DataError comes out."""
+    random = np.random.default_rng(0)
+    for name in ("a.png", "a.jpg", "a.gif"):
+        picture(20, 20).save(tmp_path / name)
+        good = np.frombuffer((tmp_path / name).read_bytes(), np.uint8)
+        for _ in range(40):
+            bad = good.copy()
+            bad[random.integers(len(bad), size=3)] = random.integers(256, size=3)
+            (tmp_path / name).write_bytes(bad.tobytes())
+            try:
+                assert MediaReader(SPEC, "pad").read(tmp_path / name, "s").isfinite().all()
+            except DataError as error:
+                assert "\n" not in str(error)

@@ -1,0 +1,29 @@
+"""The marker becomes one special token; what cannot serve is refused with the reason."""
+
+from pathlib import Path
+
+import pytest
+
+from examples.quickstart.make_data import train_tokenizer
+from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.errors import ConfigError
+
+
+def test_marker_is_added_only_where_missing(tmp_path: Path) -> None:
+    size = train_tokenizer(["some text"], 300, tmp_path / "with")
+    assert len(load_tokenizer(tmp_path / "with", "<image>")) == size
+    size = train_tokenizer(["some text"], 300, tmp_path / "without", extra_special=())
+    tokenizer = load_tokenizer(tmp_path / "without", "<image>")
+    assert tokenizer.convert_tokens_to_ids("<image>") == size
+    ids = tokenizer("x<image>\ny <image>", add_special_tokens=False)["input_ids"]
+    assert ids.count(size) == 2
+
+
+def test_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="model.language.tokenizer is null"):
+        load_tokenizer(None, "<image>")
+    with pytest.raises(
+        ConfigError, match="model.language.tokenizer: no tokenizer can be loaded from .*empty"
+    ) as caught:
+        load_tokenizer(tmp_path / "empty", "<image>")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,91 @@
+"""One small assistant beside transformers' LlavaForConditionalGeneration, both with the same weights."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers.solo import one_rank
+from tests.helpers.tiny import tiny_recipe
+
+PLACEHOLDER = 0  # the tiny tokenizer's <pad>, which no text holds: also transformers' image token here
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Our assistant and transformers' model."""
+
+    ours: Any
+    theirs: torch.nn.Module
+    config: Any
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    config = tiny_recipe(tmp_path_factory.mktemp("tiny"))
+    with one_rank() as grid:
+        yield make_pair(config, grid)
+
+
+def make_pair(config: Any, grid: Any) -> Pair:
+    """Both models from one state dict."""
+    from megatron_vlm.conversion.weights import load_hf_state
+    from megatron_vlm.data.tokenizer import load_tokenizer
+    from megatron_vlm.generation.assistant import Assistant
+    from megatron_vlm.models.families import build_model
+    from megatron_vlm.models.language import load_language_config
+
+    theirs = hf_llava(config)
+    model = build_model(config, grid)
+    load_hf_state(model, theirs.state_dict(), grid)
+    tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
+    return Pair(Assistant(model, tokenizer, config.data, load_language_config(config.model.language)), theirs, config)
+
+
+def hf_llava(config: Any) -> torch.nn.Module:
+    """The recipe's architecture in transformers, with weights under which every token's choice is clear."""
+    from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    hf_config = LlavaConfig(
+        vision_config=AutoConfig.for_model(**config.model.vision.config),
+        text_config=AutoConfig.for_model(**config.model.language.config),
+        image_token_index=PLACEHOLDER,
+        vision_feature_layer=config.model.vision.select_layer,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        tie_word_embeddings=False,
+    )
+    model = LlavaForConditionalGeneration(hf_config).float().train(False)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1:
+            parameter.data = 0.2 * noise + float("norm" in name and name.endswith("weight"))
+        else:
+            parameter.data = noise * 1.5 / parameter[0].numel() ** 0.5
+    return model
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    """Three pictures of different sizes and colours."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = [(28, 28), (40, 20), (13, 31)]  # width, height
+    return [
+        Image.fromarray(torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8).numpy())
+        for width, height in sizes
+    ]
+
+
+@pytest.fixture(scope="module")
+def prompts(pictures: list[Image.Image]) -> list[list[Any]]:
+    """No, one and several pictures, so that lengths differ by much."""
+    return [
+        ["how many small red circle?"],
+        [pictures[0], "What is this?"],
+        [*pictures, "which picture shows far green square near blue?"],
+        [pictures[2], "far"],
+    ]

@@ -1,0 +1,58 @@
+"""The assistant: one prompt or several, what ends an answer."""
+
+from typing import Any
+
+import pytest
+
+from megatron_vlm.errors import ConfigError, DataError
+
+
+def test_one_prompt_gives_a_text_and_several_a_list(pair, prompts, tmp_path):
+    answers = pair.ours.generate(prompts, max_new_tokens=6)
+    assert isinstance(answers, list) and len(set(answers)) == len(prompts)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert pair.ours.generate(prompt, max_new_tokens=6) == answer
+    assert pair.ours.generate(prompts[0][0], max_new_tokens=6) == answers[0]
+    prompts[1][0].save(tmp_path / "a.png")
+    assert pair.ours.generate([str(tmp_path / "a.png"), prompts[1][1]], max_new_tokens=6) == answers[1]
+    assert pair.ours.generate(prompts, max_new_tokens=6, batch_size=2) == answers
+    assert pair.ours.generate([]) == []
+
+
+def test_the_answer_is_the_decoded_text(pair, prompts):
+    from tests.unit.generation.test_greedy import batch_of, decode
+
+    rows = decode(pair, batch_of(pair, prompts), tuple(pair.ours.stop_ids), num_new=6)
+    assert pair.ours.generate(prompts, max_new_tokens=6) == [
+        pair.ours.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows
+    ]
+
+
+def test_a_damaged_image_is_an_error_that_names_the_prompt(pair, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="prompt 2.*bad.png cannot be read"):
+        pair.ours.generate([["What?"], [tmp_path / "bad.png", "What?"]])
+
+
+def stop_ids(pair: Any, configured: Any) -> set[str]:
+    from megatron_vlm.generation.assistant import find_stop_ids
+
+    return set(pair.ours.tokenizer.convert_ids_to_tokens(sorted(find_stop_ids(pair.ours.encoder, configured))))
+
+
+def test_only_special_tokens_end_an_answer(pair, monkeypatch):
+    letter, pad = pair.ours.tokenizer.convert_tokens_to_ids(["a", "<pad>"])
+    assert stop_ids(pair, None) == stop_ids(pair, letter) == {"</s>"}
+    assert stop_ids(pair, [letter, pad]) == {"</s>", "<pad>"}
+
+
+def test_no_end_at_all_is_an_error(pair, monkeypatch):
+    from megatron_vlm.data.conversation import ConversationEncoder
+    from megatron_vlm.data.tokenizer import load_tokenizer
+    from megatron_vlm.generation.assistant import find_stop_ids
+
+    tokenizer = load_tokenizer(pair.config.model.language.tokenizer, "<image>")
+    tokenizer.eos_token = None
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
+    with pytest.raises(ConfigError, match="no end-of-sequence token"):
+        find_stop_ids(ConversationEncoder(tokenizer, "auto", "<image>", 4), None)

@@ -1,0 +1,101 @@
+"""Greedy decoding with the cache: against a forward without one, alone and in a batch, and against transformers."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.generation.conftest import Pair
+
+NUM_NEW = 8
+
+
+def questions(pair: Pair, prompts: list[Any]) -> list[Any]:
+    """Prompts as ready questions."""
+    from megatron_vlm.generation.prompts import Question, read_prompt
+
+    read = [read_prompt(prompt, pair.ours.image_token, number) for number, prompt in enumerate(prompts)]
+    return [Question(sample, [pair.ours.reader.prepare(image) for image in images]) for sample, images in read]
+
+
+def batch_of(pair: Pair, prompts: list[Any]) -> Any:
+    from megatron_vlm.generation.prompts import collate
+
+    return collate(questions(pair, prompts), pair.ours.encoder, pair.ours.model.media_spec)
+
+
+def decode(pair: Pair, batch: Any, stop_ids: tuple[int, ...] = (), num_new: int = NUM_NEW) -> list[list[int]]:
+    from megatron_vlm.generation.greedy import decode_greedily
+
+    return decode_greedily(pair.ours.model, batch, stop_ids, num_new)
+
+
+def test_equals_a_full_forward_without_cache_token_by_token(pair, prompts):
+    from megatron_vlm.generation.greedy import encode_images
+
+    answers = decode(pair, batch_of(pair, prompts))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        alone = batch_of(pair, [prompt])
+        assert alone.valid.all()
+        ids = alone.ids
+        with torch.no_grad():
+            features = encode_images(pair.ours.model, alone)
+            for token in answer:
+                positions = torch.arange(ids.shape[1])[None]
+                logits = pair.ours.model.language[0](ids, positions, features=features)
+                assert int(logits[0, -1].argmax()) == token
+                ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+    assert len({tuple(answer) for answer in answers}) == len(prompts), "the prompts must lead to different answers"
+
+
+def test_a_batch_equals_its_prompts_alone_and_needs_its_mask(pair, prompts):
+    batch = batch_of(pair, prompts)
+    alone = [decode(pair, batch_of(pair, [prompt]))[0] for prompt in prompts]
+    assert decode(pair, batch) == alone
+    assert decode(pair, replace(batch, valid=torch.ones_like(batch.valid))) != alone  # padding seen: wrong
+    shifted = replace(batch, pixels=batch.pixels.roll(1, dims=0))
+    assert decode(pair, shifted) != alone  # another prompt's pictures: wrong
+
+
+def test_equals_transformers_generate(pair, prompts):
+    batch = batch_of(pair, prompts)
+    ours = decode(pair, batch)
+    pair.theirs.generation_config.eos_token_id = None
+    start = 0
+    for row, prompt in enumerate(prompts):
+        num_images = sum(not isinstance(part, str) for part in prompt)
+        pixels = {"pixel_values": batch.pixels[start : start + num_images]} if num_images else {}
+        start += num_images
+        ids = batch.ids[row, batch.valid[row]][None]
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            theirs = pair.theirs.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0, **pixels
+            )
+        assert theirs[0, ids.shape[1] :].tolist() == ours[row]
+
+
+def test_each_row_ends_at_its_own_stop_token(pair, prompts):
+    batch = batch_of(pair, prompts)
+    free = decode(pair, batch)
+    stops = (free[0][2], free[1][5])
+    expected = [row[: min([i for i, token in enumerate(row) if token in stops], default=len(row))] for row in free]
+    assert decode(pair, batch, stops) == expected
+    assert {len(row) for row in expected} != {NUM_NEW}
+
+
+def test_stops_computing_when_every_row_has_ended(pair, prompts, monkeypatch):
+    batch = batch_of(pair, prompts[:2])
+    free = decode(pair, batch)
+    language = pair.ours.model.language[0]
+    calls: list[int] = []
+    forward = language.forward
+    monkeypatch.setattr(language, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    decode(pair, batch, stop_ids=(free[0][0], free[1][0]))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("num_new", [0, 1])
+def test_short_limits(pair, prompts, num_new):
+    assert [len(row) for row in decode(pair, batch_of(pair, prompts), num_new=num_new)] == [num_new] * len(prompts)

@@ -1,0 +1,55 @@
+"""Facts for validation, against the recipe and a real model."""
+
+import pytest
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.config.validation import validate
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.facts import gather_facts
+from tests.helpers.ranks import RankPool
+from tests.unit.models.recipes import SMALL_LLAMA, SMALL_TOWER, small_recipe
+
+TEMPLATES = ("auto",)
+QWEN2 = {**SMALL_LLAMA, "model_type": "qwen2"}
+
+
+def test_numbers() -> None:
+    facts = gather_facts(small_recipe(), TEMPLATES)
+    assert (facts.num_layers, facts.hidden_size, facts.ffn_hidden_size, facts.vocab_size) == (2, 64, 96, 101)
+    assert (facts.num_attention_heads, facts.num_query_groups) == (4, 2)
+    assert (facts.vision_num_layers, facts.tokens_per_image) == (4, 16)
+    assert facts.templates == TEMPLATES and "llava" in facts.families and "mlp2x_gelu" in facts.projectors
+    assert {"psutil", "einops"} <= facts.installed
+
+
+def test_faults_of_the_recipe_are_left_to_validation() -> None:
+    vision = {"config": {"model_type": "clip_vision_model", **SMALL_TOWER}, "select_layer": -9}
+    language = {"config": SMALL_LLAMA, "tokenizer": "unused"}
+    config = small_recipe(vision=vision, language=language, projector={"type": "mlp2x_gelo"}, family="lava")
+    with pytest.raises(ConfigError) as raised:
+        validate(config, gather_facts(config, TEMPLATES), world_size=1)
+    for fault in ("select_layer: found -9", "projector.type: found 'mlp2x_gelo'", "family: found 'lava'"):
+        assert fault in str(raised.value)
+
+
+@pytest.mark.parametrize("language", [SMALL_LLAMA, {**SMALL_LLAMA, "tie_word_embeddings": True}, QWEN2])
+def test_parameter_names_are_those_of_the_real_model(language: dict, ranks: RankPool) -> None:
+    config = small_recipe(language={"config": language})
+    facts = gather_facts(config, TEMPLATES)
+    (real,) = ranks.run(1, names_of_built_model, config)
+    expected = {name for names in facts.parameter_names.values() for name in names}
+    assert real["all"] - real["unused"] == expected
+    assert all(name.startswith("vision.") for name in real["unused"])
+
+
+def names_of_built_model(config: Config) -> dict[str, set[str]]:
+    """Runs in a rank: global names of all parameters and of the tower's unreached ones."""
+    from megatron_vlm.models.families import build_model
+    from megatron_vlm.parallel.groups import GridSizes, build_grid
+    from megatron_vlm.runtime.seeding import seed_everything
+
+    grid = build_grid(GridSizes.from_config(config.parallel, 1), config.parallel.virtual_pipeline)
+    seed_everything(0, grid)
+    model = build_model(config, grid)
+    unused = {f"vision.{name}" for name in model.vision.tower.survey.unreached}
+    return {"all": {name for name, _ in model.named_parameters()}, "unused": unused}

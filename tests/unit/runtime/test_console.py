@@ -1,0 +1,68 @@
+"""Logging and progress: rank 0 tells, the others only warn, and nothing of ours goes to stderr."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_vlm.runtime.progress import Progress
+
+PROGRAM = """
+from megatron_vlm.runtime.logging import get_logger, quiet_libraries
+quiet_libraries()
+logger = get_logger("megatron_vlm.somewhere")
+logger.info("told by %d", 0)
+logger.warning("warned [of this]")
+import warnings, logging
+warnings.warn("library noise")
+logging.getLogger("transformers.models").warning("more noise")
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "told"), [("0", ["told by 0", "warned [of this]"]), ("2", ["rank 2: warned [of this]"])]
+)
+def test_who_tells_what(rank: str, told: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env={"RANK": rank, "PATH": ""}, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(told) and all(text in line for text, line in zip(told, lines, strict=True))
+
+
+def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with Progress("training", total=4, completed=1, line_interval_seconds=0) as bar:
+        bar.update(2, "loss 1.5000")
+        bar.advance(2, "loss 1.2000")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[:2] for line in lines] == [
+        ["training 2/4", "loss 1.5000"],
+        ["training 4/4", "loss 1.2000"],
+    ]
+    assert lines[-1].endswith("0 s left")
+
+
+def test_lines_come_now_and_then_and_at_the_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with Progress("indexing", total=1000) as bar:
+        for _ in range(1000):
+            bar.advance()
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "indexing 1/1000",
+        "indexing 1000/1000",
+    ]
+
+
+def test_other_ranks_and_disabled_bars_are_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Progress("training", total=1, enabled=False) as bar:
+        bar.update(1)
+    monkeypatch.setenv("RANK", "1")
+    with Progress("training", total=1) as bar:
+        bar.update(1)
+    assert capsys.readouterr().out == ""

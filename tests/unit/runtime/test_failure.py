@@ -1,0 +1,94 @@
+"""Who speaks when ranks fail, and what is said. The ranks themselves: tests/system/test_failures.py."""
+
+import pytest
+import torch.distributed as dist
+
+from megatron_vlm.errors import ConfigError, ParallelError
+from megatron_vlm.runtime.distributed import Launch, fail_together, read_launch
+from megatron_vlm.runtime.failure import choose_speaker, describe, kind_of
+
+GLOO_ECHO = RuntimeError("[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:13838")
+
+
+@pytest.mark.parametrize(
+    ("reports", "speaker"),
+    [
+        ({2: "user", 0: "user", 1: "user"}, 0),
+        ({2: "internal", 0: "internal"}, 2),
+        ({2: "internal", 0: "user"}, 2),
+        ({2: "user", 0: "internal", 1: "user"}, 1),
+        ({0: "echo", 3: "internal", 1: "echo"}, 3),
+        ({0: "echo", 3: "user"}, 3),
+        ({3: "echo", 1: "echo"}, 1),
+    ],
+)
+def test_choice_of_the_speaker(reports: dict, speaker: int) -> None:
+    assert choose_speaker(reports) == speaker
+
+
+def test_kinds() -> None:
+    assert kind_of(ConfigError("x")) == "user"
+    assert kind_of(ValueError("x")) == "internal"
+    assert kind_of(RuntimeError("shape mismatch")) == "internal"
+    assert kind_of(dist.DistBackendError("NCCL error")) == "echo"
+    assert kind_of(GLOO_ECHO) == "echo"
+
+
+def test_a_users_error_is_one_line_and_a_bug_is_a_traceback() -> None:
+    def told(error: Exception, debug: bool = False) -> str:
+        try:
+            raise error
+        except Exception as raised:
+            return describe(raised, Launch(rank=1, world_size=2, local_world_size=2), debug)
+
+    assert told(ConfigError("a: found 1,\n  needed 2")) == "error: a: found 1, needed 2"
+    assert told(ConfigError("a"), debug=True).startswith("rank 1 failed:\nTraceback")
+    assert told(KeyError("a")).startswith("rank 1 failed:\nTraceback") and told(KeyError("a")).endswith("KeyError: 'a'")
+    assert told(GLOO_ECHO).startswith("error: rank 1 lost another rank") and "\n" not in told(GLOO_ECHO)
+
+
+def test_one_process_ends_with_code_1_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, fail_together(Launch()):
+        raise ConfigError("a: found 1, needed 2")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "error: a: found 1, needed 2\n"
+
+
+def test_an_intended_exit_passes_through(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, fail_together(Launch()):
+        raise SystemExit(0)
+    assert ended.value.code == 0 and capsys.readouterr().err == ""
+
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+MEETING_POINT = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in (*TORCHRUN, *MEETING_POINT):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_read_launch(launcher: pytest.MonkeyPatch) -> None:
+    assert read_launch() == Launch(rank=0, world_size=1, local_rank=0, local_world_size=1)
+    for name, value in {**TORCHRUN, **MEETING_POINT}.items():
+        launcher.setenv(name, value)
+    assert read_launch() == Launch(rank=3, world_size=4, local_rank=1, local_world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("variables", "complaint"),
+    [
+        (TORCHRUN, "MASTER_ADDR, MASTER_PORT: found nothing"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT: found nothing"),
+        ({**TORCHRUN, **MEETING_POINT, "RANK": "-1"}, "found RANK=-1, needed non-negative integers"),
+        ({**TORCHRUN, **MEETING_POINT, "RANK": "4"}, "contradict each other: .*rank=4, world_size=4"),
+    ],
+)
+def test_a_broken_launcher_is_named(launcher: pytest.MonkeyPatch, variables: dict, complaint: str) -> None:
+    for name, value in variables.items():
+        launcher.setenv(name, value)
+    with pytest.raises(ParallelError, match=complaint):
+        read_launch()

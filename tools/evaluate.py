@@ -1,0 +1,85 @@
+"""Asks a checkpoint a file of questions and scores the answers.
+
+torchrun --nproc-per-node N tools/evaluate.py CHECKPOINT --task exact_match --data FILE ... [--blank-images]
+python tools/evaluate.py CHECKPOINT --task exact_match --data FILE        (one process)
+
+FILE is LLaVA JSON or JSONL; the last answer of each conversation is the truth. Scores are given per question form (the
+records' field "form"). Every rank holds the whole model and answers its share of the questions.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_vlm.runtime.distributed import fail_together, read_launch
+
+if TYPE_CHECKING:
+    from megatron_vlm.evaluation.report import Report
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a checkpoint directory, or a directory of checkpoints (its latest)")
+    parser.add_argument("--task", required=True, help="a registered task, such as exact_match")
+    parser.add_argument("--data", required=True, nargs="+", type=Path, metavar="FILE", help="the questions")
+    parser.add_argument("--media-root", type=Path, metavar="DIR", help="folder of the images (default: each FILE's)")
+    parser.add_argument("--blank-images", action="store_true", help="ask everything again with every image blanked")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="for results (default: CHECKPOINT/../evaluation)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at a time (default 64)")
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default 32)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--debug", action="store_true", help="tracebacks instead of one-line errors")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    launch = read_launch()
+    with fail_together(launch, debug=arguments.debug):
+        from megatron_vlm import load
+        from megatron_vlm.runtime.distributed import teardown
+        from megatron_vlm.runtime.logging import get_logger
+
+        get_logger("megatron_vlm").setLevel(logging.WARNING)  # what is printed is the result
+        assistant = load(arguments.checkpoint, device=arguments.device)
+        from megatron_vlm.checkpoint.store import find_checkpoint
+        from megatron_vlm.evaluation.run import EvaluationRequest, evaluate
+
+        request = EvaluationRequest(
+            task=arguments.task,
+            data=arguments.data,
+            media_root=arguments.media_root,
+            blank_images=arguments.blank_images,
+            batch_size=arguments.batch_size,
+            max_new_tokens=arguments.max_new_tokens,
+        )
+        report = evaluate(assistant, request)
+        if launch.rank == 0:
+            output = arguments.output or find_checkpoint(arguments.checkpoint).parent / "evaluation"
+            report.write(output)
+            show(report, output)
+        teardown()
+
+
+def show(report: "Report", output: Path) -> None:
+    """Prints a table with one line per question form."""
+    from rich.table import Table
+
+    from megatron_vlm.runtime.logging import stdout_console
+
+    blanked = bool(report.blank_records)
+    table = Table(
+        "form", "questions", report.task, *(["images blanked"] if blanked else []), "always the most frequent"
+    )
+    for form in report.forms:
+        blank = [f"{form.blank_score:.1%}"] if form.blank_score is not None else []
+        baseline = f"{form.baseline_score:.1%} ({form.baseline_answer})"
+        table.add_row(form.form, f"{form.num_questions:,}", f"{form.score:.1%}", *blank, baseline)
+    console = stdout_console()
+    console.print(table)
+    console.print(f"{report.task}: {report.score:.1%} of {len(report.records):,} questions; answers in {output}")
+
+
+if __name__ == "__main__":
+    main()
