@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from megatron_vlm.training.hooks.curves import smooth
-
 Record = dict[str, Any]  # one line of evaluation's exact_match.jsonl
 RIGHT, WRONG = "#1a7f37", "#c0261c"
 NUM_COLUMNS = 8
 GAP_PIXELS = 4  # between the two images of a pair
 CAPTION_CHARACTERS = 26  # a line
+MEAN_STEPS = 20
 
 
 def draw_loss(phases: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
@@ -33,7 +33,7 @@ def draw_loss(phases: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
         steps = [start + entry["step"] for entry in entries]
         losses = [entry["loss"] for entry in entries]
         axes.plot(steps, losses, color=f"C{number}", alpha=0.3, linewidth=0.8)
-        axes.plot(steps, smooth(losses, 0.9), color=f"C{number}", label=f"{name}: {len(entries)} steps")
+        axes.plot(steps, moving_mean(losses), color=f"C{number}", label=f"{name}: {len(entries)} steps")
         start = steps[-1]
     axes.set(xlabel="step", ylabel="loss, nats per trained token", yscale="log", title="Quickstart: training loss")
     axes.legend(frameon=False)
@@ -42,23 +42,31 @@ def draw_loss(phases: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
     figure.savefig(path, dpi=120)
 
 
+def moving_mean(values: Sequence[float]) -> np.ndarray:
+    """Each value's mean with up to MEAN_STEPS - 1 before it."""
+    sums = np.cumsum([0.0, *values])
+    last = np.arange(1, len(values) + 1)
+    first = np.maximum(last - MEAN_STEPS, 0)
+    return (sums[last] - sums[first]) / (last - first)
+
+
 def draw_contact_sheet(records: Sequence[Record], data: Path, path: Path) -> None:
-    """Held-out images with question, answer and truth: a row of each form as it comes, then a row of wrong answers.
+    """Held-out images with question, answer and truth: a row of each form, good and bad, then a row of wrong answers.
 
     Args:
         records: of the evaluation, in file order.
         data: folder of the images.
         path: of the PNG.
     """
-    rows = {
-        f"{form} (the first {NUM_COLUMNS} of {len(of_form)}, {_share(of_form)} right)": of_form[:NUM_COLUMNS]
-        for form, of_form in _by_form(records).items()
-    }
+    rows: dict[str, list[Record]] = {}
+    for number, (form, of_form) in enumerate(_by_form(records).items()):
+        start = number * NUM_COLUMNS  # other images than in the form before
+        rows[f"{form}: {NUM_COLUMNS} of {len(of_form)}, {_share(of_form)} right"] = of_form[start : start + NUM_COLUMNS]
     wrong = [record for record in records if not record["score"]]
-    chosen = [wrong[i] for i in np.linspace(0, len(wrong) - 1, min(NUM_COLUMNS, len(wrong)), dtype=int)]
     if wrong:
-        rows[f"wrong answers ({len(chosen)} of {len(wrong)})"] = chosen
-    figure = Figure(figsize=(2.1 * NUM_COLUMNS, 3.0 * len(rows)), layout="constrained")
+        by_turns = [record for turn in zip_longest(*_by_form(wrong).values()) for record in turn if record]
+        rows[f"wrong: {min(len(wrong), NUM_COLUMNS)} of {len(wrong)}"] = by_turns[:NUM_COLUMNS]
+    figure = Figure(figsize=(2.0 * NUM_COLUMNS, 3.3 * len(rows)), layout="constrained")
     for part, (title, shown) in zip(np.atleast_1d(figure.subfigures(len(rows), 1)), rows.items(), strict=True):
         part.suptitle(title, x=0.01, ha="left", fontweight="bold")
         for axes, record in zip(part.subplots(1, NUM_COLUMNS), [*shown, *[None] * NUM_COLUMNS], strict=False):

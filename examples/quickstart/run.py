@@ -8,8 +8,8 @@
    again with the images blanked;
 4. draws the loss curve and a contact sheet, and says how to ask it yourself.
 
-Each step is a command that can be typed by hand, and is shown. Exits non-zero where the held-out answers are not as good
-as promised.
+Each step is a command that can be typed by hand, and is shown. Exits non-zero where the held-out answers are not as
+good as promised.
 """
 
 import json
@@ -109,8 +109,10 @@ def say_results(forms: dict[str, dict[str, Any]], seconds: float) -> None:
     print(f"\n== Done in {seconds / 60:.1f} minutes. In {OUTPUT}/:")
     print(f"   loss.png, contact_sheet.png, {RESULTS.name}/ (every question and answer), checkpoint {CHECKPOINT.name}/")
     image = read_lines(RESULTS / "exact_match.jsonl")[0]["images"][0]
+    python = Path(sys.executable)
+    shown = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
     print("\nask it:")
-    print(f'   {sys.executable} tools/generate.py {CHECKPOINT} --media {DATA / image} --prompt "What digit is this?"\n')
+    print(f'   {shown} tools/generate.py {CHECKPOINT} --media {DATA / image} --prompt "What digit is this?"\n')
     for name, form in forms.items():
         print(
             f"{name}: {form['score']:.1%} of {form['num_questions']}; with blanked images {form['blank_score']:.1%}, "

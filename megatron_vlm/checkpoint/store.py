@@ -20,12 +20,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_vlm.checkpoint.manifest import Manifest
+from megatron_vlm.checkpoint.optimizer_state import sharded_optimizer_state
 from megatron_vlm.config.loading import config_hash
 from megatron_vlm.config.schema import CheckpointConfig, Config
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.models.vlm import VisionLanguageModel
 
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 LATEST = "latest"
 
 
@@ -80,7 +80,7 @@ def save_checkpoint(state: TrainingState) -> Path:
     final, partial = root / f"step_{state.step:07d}", root / f".partial_step_{state.step:07d}"
     on_rank_zero(lambda: _fresh_directory(partial))
     weights = model_state(state.model)
-    optimizer = state.optimizer.sharded_state_dict(weights, metadata=METADATA)
+    optimizer = sharded_optimizer_state(state.optimizer, weights)
     dist_checkpointing.save({"model": weights, "optimizer": optimizer}, str(partial))
     manifest = Manifest(
         step=state.step,
@@ -119,7 +119,7 @@ def load_checkpoint(
                 f"{directory} has optimizer states of {manifest.components}, this recipe trains {components(optimizer)}"
                 "; set checkpoint.load_states to model to start a new phase from its weights"
             )
-        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=True, metadata=METADATA)
+        state["optimizer"] = sharded_optimizer_state(optimizer, weights, is_loading=True)
     loaded = _read(state, directory)
     load_model_state(model, loaded["model"])
     if states != "all":

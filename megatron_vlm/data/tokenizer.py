@@ -12,7 +12,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megatron_vlm.errors import ConfigError
 
 
-def load_tokenizer(path: str | Path | None, image_token: str) -> PreTrainedTokenizerBase:
+Tokenizer = PreTrainedTokenizerBase
+
+
+def load_tokenizer(path: str | Path | None, image_token: str) -> Tokenizer:
     """The tokenizer of a directory or hub id, knowing `image_token` as one special token.
 
     Raises:

@@ -10,6 +10,8 @@ wrapping of the worker's traceback into its text.
 """
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -73,8 +75,8 @@ class OrderedItems(Generic[T]):
             num_workers=num_workers,
             collate_fn=_as_it_is,
             multiprocessing_context=multiprocessing.get_context("forkserver") if num_workers else None,
+            worker_init_fn=_end_with_the_rank,
             prefetch_factor=PREFETCHED_ITEMS if num_workers else None,
-            persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # its own: starting a pass draws from it, not from the model's random state
         )
 
@@ -82,10 +84,32 @@ class OrderedItems(Generic[T]):
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[T]:
-        for item in self._loader:
-            if isinstance(item, Failure):
-                raise item.error
-            yield item
+        stream = iter(self._loader)
+        try:
+            for item in stream:
+                if isinstance(item, Failure):
+                    raise item.error
+                yield item
+        finally:
+            # The error's traceback makes this frame part of a cycle. Were the stream collected with it, torch's queues
+            # would be closed before it could tell the workers to end, and it would wait 5 s for each.
+            del stream
+
+
+def _end_with_the_rank(_worker: int) -> None:
+    """Has this worker process end when its rank does, however that ends.
+
+    torch's own watch looks for a change of parent, but a worker's parent is the fork server, which lives as long as its
+    workers do: after a rank was killed, both would stay for ever.
+    """
+    rank = multiprocessing.parent_process()
+    assert rank is not None, "workers are child processes"
+
+    def watch() -> None:
+        rank.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end with the rank", daemon=True).start()
 
 
 def _as_it_is(item: T) -> T:

@@ -46,7 +46,9 @@ def build_grid(sizes: GridSizes, virtual_pipeline: int = 1) -> Grid:
     Raises:
         ParallelError: the sizes need another number of ranks.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    world = dist.group.WORLD
+    assert world is not None, "there is no default process group"
+    rank, world_size = world.rank(), world.size()
     if sizes.world != world_size:
         raise ParallelError(f"number of ranks: found {world_size}, needed {sizes.world} for {sizes}")
     init_grid(sizes.tensor, sizes.pipeline, virtual_pipeline, sizes.ulysses, sizes.ring)
@@ -62,7 +64,7 @@ def build_grid(sizes: GridSizes, virtual_pipeline: int = 1) -> Grid:
         data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         replica=replicas[coordinates.data],
-        world=dist.group.WORLD,
+        world=world,
         solo=dist.new_group([rank], use_local_synchronization=True),
     )
 

@@ -2,8 +2,9 @@
 
 megatron-core writes `torch.cuda` and `device="cuda"` throughout. On the CPU those names are redirected, here and
 nowhere else: functions of `torch.cuda`, `Tensor.cuda`, `Tensor.type`, and the torch factories that megatron-core calls
-with a literal "cuda" device. Plain functions are replaced rather than a `TorchFunctionMode` entered, because a mode costs on
-every torch call and lives in one thread only, while a replaced function serves every thread and only its own callers.
+with a literal "cuda" device. Plain functions are replaced rather than a `TorchFunctionMode` entered, because a mode
+costs on every torch call and lives in one thread only, while a replaced function serves every thread and only its own
+callers.
 `REDIRECTED` names each with its reason; where CUDA is used nothing is touched.
 
 The hazard: a name bound before `prepare` (a default argument, `from torch import empty`) keeps the original. In
@@ -32,9 +33,7 @@ _prepared: "torch.device | None" = None
 
 REDIRECTED: dict[str, str] = {
     "torch.cuda.current_device": "buffers and messages are allocated on it (DDP, p2p, optimizer, RNG)",
-    "torch.cuda.set_device": "the writer processes of dist_checkpointing choose their GPU",
     "torch.cuda.synchronize": "batched p2p, dist_checkpointing, process-group warm-up: the CPU is always in step",
-    "torch.cuda.empty_cache": "DDP and the optimizer give memory back after offloading",
     "torch.cuda.get_rng_state": "the RNG tracker and recompute keep the generator's state: the CPU's one generator",
     "torch.cuda.set_rng_state": "the counterpart",
     "torch.cuda.random.get_rng_state": "the same function under the name the RNG tracker reads",
@@ -158,10 +157,8 @@ class _Event:
         return True
 
 
-def _nothing() -> Callable[..., None]:
-    """Stands for a call that has no meaning on the CPU. A new function each: torch.compile, which megatron-core's
-    imports call, has a rule per function and refuses one function under two names with different rules."""
-    return lambda *args, **kwargs: None
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands for calls that have no meaning on the CPU."""
 
 
 def _on_cpu(function: Callable[..., Any], cpu: "torch.device") -> Callable[..., Any]:
@@ -198,14 +195,14 @@ def _redirect_torch(torch: Any) -> None:
         return found.replace("torch.", "torch.cuda.", 1) if asked and self.device.type == "cpu" else found
 
     cuda.current_device = lambda: cpu
-    cuda.set_device, cuda.synchronize, cuda.empty_cache = _nothing(), _nothing(), _nothing()
+    cuda.synchronize = _nothing
     cuda.get_rng_state = cuda.random.get_rng_state = get_rng_state
     cuda.set_rng_state = set_rng_state
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
     cuda.Stream, cuda.Event = _Stream, _Event
     cuda.current_stream = cuda.default_stream = current_stream
     cuda.stream = lambda stream: contextlib.nullcontext()
-    cuda.nvtx.range_push, cuda.nvtx.range_pop = _nothing(), _nothing()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.Tensor.type = type_
     for name in ("empty", "empty_like", "zeros", "ones", "tensor"):
@@ -215,7 +212,8 @@ def _redirect_torch(torch: Any) -> None:
 def _redirect_megatron(torch: Any) -> None:
     """Replaces the names of `REDIRECTED` that belong to megatron-core, and imports it.
 
-    Before torch's: the import brings in torch._dynamo, which tables torch's functions by identity once and refuses ours.
+    Before torch's: the import brings in torch._dynamo, which tables torch's functions by identity once and refuses
+    a function that it finds under two names.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.tensor_parallel import random
@@ -229,8 +227,8 @@ def _redirect_megatron(torch: Any) -> None:
 
     init_data = ShardedTensor.init_data
 
-    def init_data_on_cpu(self: Any, device: Any, init_fn: Callable[..., Any] = torch.empty) -> None:
-        init_data(self, device, init_fn)
+    def init_data_on_cpu(self: Any, device: Any, init_fn: Callable[..., Any] | None = None) -> None:
+        init_data(self, device, init_fn or torch.empty)
 
     random._get_cuda_rng_state, random._set_cuda_rng_state = get_state, set_state
     ShardedTensor.init_data = init_data_on_cpu

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
-from transformers import PreTrainedTokenizerBase
 
 from megatron_vlm.checkpoint.store import TrainingState, load_checkpoint, resolve_checkpoint
 from megatron_vlm.config.megatron import ddp_config, vision_ddp_config
@@ -18,7 +17,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.config.validation import names_its_model, validate
 from megatron_vlm.conversion.weights import load_weights
 from megatron_vlm.data.conversation import TEMPLATES
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.models.facts import gather_facts
 from megatron_vlm.models.families import build_model
 from megatron_vlm.models.language import load_language_config
@@ -40,7 +39,7 @@ class Job:
     language: list[DistributedDataParallel]
     vision: DistributedDataParallel
     optimizer: ChainedOptimizer
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     step: TrainStep
     start_step: int  # updates already made
 

@@ -2,8 +2,9 @@
 
 Real job, real loader, a mix of text-only, one-image and three-image samples, fp32. Tolerances are DESIGN's and relative
 in the L2 norm: losses and gradient norms 1e-5; first gradients per tensor 1e-5 of (its norm + 1e-6 of the total norm);
-five-step updates per tensor 1e-4, except tensors whose gradient is under 1e-6 of the total (attention key biases: their
-true gradient is zero, and Adam turns rounding into full steps), which are printed. Each planted fault must fail it.
+five-step updates per tensor 1e-4. Tensors whose gradient in one process is under 1e-6 of the total (attention key
+biases: the true gradient is zero, what is there is rounding, and Adam turns that into full steps) are printed, and
+asserted only to be under it in the layout too. Each planted fault must fail the test.
 """
 
 import math
@@ -142,17 +143,25 @@ def check(
         compare_numbers("loss", one.losses, record.losses)
         compare_numbers("gradient norm", one.norms, record.norms)
     config = Config.model_validate(recipe)
-    wanted, found = whole_tensors([one], config, "gradients"), whole_tensors(records, config, "gradients")
-    total = math.sqrt(sum(float(g.square().sum()) for g in wanted.values()))
+    left_out = compare_gradients(whole_tensors([one], config, "gradients"), whole_tensors(records, config, "gradients"))
+    compare_updates([one], records, config, left_out)
+
+
+def compare_gradients(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> set[str]:
+    """Returns the tensors that are not compared because their true gradient is zero: in both it is only rounding."""
     assert wanted.keys() == found.keys()
-    failures = [
-        f"gradient of {name}: off by {distance:.1e} of its norm {wanted[name].norm():.1e}"
-        for name in wanted
-        if (distance := float((wanted[name] - found[name]).norm()))
-        > 1e-5 * (float(wanted[name].norm()) + 1e-6 * total)
-    ]
+    total = math.sqrt(sum(float(g.square().sum()) for g in wanted.values()))
+    left_out = {name for name, g in wanted.items() if float(g.norm()) < NOT_COMPARED_BELOW * total}
+    print("not compared, gradient below 1e-6 of the total:", ", ".join(sorted(left_out)) or "none")
+    assert len(left_out) < len(wanted) / 4
+    failures = []
+    for name, gradient in wanted.items():
+        norm, distance = float(gradient.norm()), float((gradient - found[name]).norm())
+        allowed = NOT_COMPARED_BELOW * total if name in left_out else 1e-5 * (norm + 1e-6 * total)
+        if distance > allowed:
+            failures.append(f"gradient of {name}: off by {distance:.1e} of its norm {norm:.1e}")
     assert not failures, "\n".join(failures)
-    compare_updates([one], records, config, {n for n, g in wanted.items() if float(g.norm()) < NOT_COMPARED_BELOW * total})
+    return left_out
 
 
 def compare_numbers(what: str, wanted: list[float], found: list[float]) -> None:
@@ -164,8 +173,6 @@ def compare_numbers(what: str, wanted: list[float], found: list[float]) -> None:
 def compare_updates(one: list[RankRecord], many: list[RankRecord], config: Config, left_out: set[str]) -> None:
     start, end = (whole_tensors(one, config, field) for field in ("before", "after"))
     start_many, end_many = (whole_tensors(many, config, field) for field in ("before", "after"))
-    print("not compared, gradient below 1e-6 of the total:", ", ".join(sorted(left_out)) or "none")
-    assert len(left_out) < len(start) / 2
     failures = []
     for name in start.keys() - left_out:
         assert torch.equal(start[name], start_many[name]), f"{name} starts from other weights"

@@ -19,7 +19,9 @@ FOREVER_SECONDS = 600
 
 
 def fail(how: str, launch: Launch) -> None:
-    """Does to this rank what `how` says; the other ranks return."""
+    """Does to this rank what `how` says, after telling when; the other ranks return."""
+    if how != "none" and (how == "user-all" or launch.rank == 1):
+        print(f"fails at {time.time()}", flush=True)
     if how == "user-all":
         time.sleep(0.3 * (launch.world_size - launch.rank))  # the highest rank finds it first
         raise ConfigError(f"training.steps: found 0 on rank {launch.rank},\nneeded a positive number")

@@ -1,4 +1,4 @@
-"""The error contract of DESIGN 5 on real jobs: one rank fails, all end within 30 s, and stderr says why exactly once."""
+"""The error contract of DESIGN 5 on real jobs: one rank fails, all end within 30 s, and stderr says why, once."""
 
 import os
 import re
@@ -26,7 +26,12 @@ class Outcome:
     stdout: str
     own_stderr: str
     stderr: str
-    seconds: float
+    ended: float  # time.time()
+
+    def check_ended_in_time(self, failing: "Outcome") -> None:
+        """At most 30 s between the failure and this end."""
+        failed = float(re.findall(r"fails at ([0-9.]+)", failing.stdout)[0])
+        assert 0 < self.ended - failed < LIMIT_SECONDS
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -40,15 +45,17 @@ def torchrun(tmp_path: Path, *arguments: str, num_ranks: int = 2) -> Outcome:
     """Runs the job under torchrun, each rank's output in its own file."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=localhost:0", "--log-dir", str(tmp_path), "--redirects=3", str(JOB), *arguments]
-    started = time.monotonic()
     limit = START_SECONDS + LIMIT_SECONDS
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=limit, check=False)
-    seconds = time.monotonic() - started
+    ended = time.time()
 
     def logs(name: str) -> str:
         return "".join(path.read_text() for path in sorted(tmp_path.rglob(name)))
 
-    return Outcome(done.returncode, logs("stdout.log"), logs("stderr.log"), done.stderr, seconds)
+    outcome = Outcome(done.returncode, logs("stdout.log"), logs("stderr.log"), done.stderr, ended)
+    if arguments[0] != "none":
+        outcome.check_ended_in_time(outcome)
+    return outcome
 
 
 def plain_ranks(*arguments: str, num_ranks: int = 2) -> list[Outcome]:
@@ -67,12 +74,11 @@ def plain_ranks(*arguments: str, num_ranks: int = 2) -> list[Outcome]:
         )
         for rank in range(num_ranks)
     ]
-    started = time.monotonic()
     outcomes = []
     try:
         for process in processes:
             out, err = process.communicate(timeout=START_SECONDS + LIMIT_SECONDS)
-            outcomes.append(Outcome(process.returncode, out, err, err, time.monotonic() - started))
+            outcomes.append(Outcome(process.returncode, out, err, err, time.time()))
     finally:
         for process in processes:
             process.kill()
@@ -85,19 +91,21 @@ def test_a_job_that_goes_well(tmp_path: Path) -> None:
     assert outcome.stdout == "rank 0: 4\nrank 1: 4\n"
 
 
-@pytest.mark.parametrize("when", ["config", "collective"])
+@pytest.mark.parametrize("when", ["config", pytest.param("collective", marks=pytest.mark.slow)])
 def test_an_error_on_all_ranks_is_told_once_by_the_lowest(tmp_path: Path, when: str) -> None:
     outcome = torchrun(tmp_path, "user-all", when)
     assert outcome.code != 0
     assert outcome.own_stderr == "error: training.steps: found 0 on rank 0, needed a positive number\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["config", "collective"])
 def test_a_users_error_on_one_rank_ends_the_others(tmp_path: Path, when: str) -> None:
     outcome = torchrun(tmp_path, "user", when)
     assert (outcome.code != 0, outcome.own_stderr) == (True, USER_LINE)
 
 
+@pytest.mark.slow
 def test_debug_tells_where_the_users_error_came_from(tmp_path: Path) -> None:
     outcome = torchrun(tmp_path, "user", "collective", "--debug")
     assert "rank 1 failed:\nTraceback" in outcome.own_stderr and "in fail\n" in outcome.own_stderr
@@ -117,17 +125,20 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
     assert "SIGKILL" in outcome.stderr  # torchrun's own report names the rank
 
 
-@pytest.mark.parametrize("when", ["world", "collective", "sleep"])
+@pytest.mark.parametrize("when", [*(pytest.param(w, marks=pytest.mark.slow) for w in ("world", "collective")), "sleep"])
 def test_without_an_agent_the_watchers_end_the_others(when: str) -> None:
     waiting, failing = plain_ranks("user", when)
     assert (failing.code, failing.own_stderr) == (1, USER_LINE)
     assert (waiting.code, waiting.own_stderr, waiting.stdout) == (1, "", "")
+    waiting.check_ended_in_time(failing)
 
 
+@pytest.mark.slow
 def test_without_an_agent_a_killed_rank_is_noticed_in_the_collective() -> None:
     waiting, killed = plain_ranks("killed", "collective")
     assert killed.code == -9
     assert waiting.code == 1
+    waiting.check_ended_in_time(killed)
     assert re.fullmatch(
         r"error: rank 0 lost another rank, which ended without a word \(killed\?\): .*\n", waiting.own_stderr
     )
@@ -142,12 +153,3 @@ def test_one_process_without_a_launcher(tmp_path: Path) -> None:
     assert (well.returncode, well.stdout, well.stderr) == (0, "rank 0: 1\n", "")
     assert wrong.returncode == 1
     assert wrong.stderr == "error: training.steps: found 0 on rank 0, needed a positive number\n"
-
-
-def test_impossible_launcher_variables_are_named() -> None:
-    command = [sys.executable, "-c", "from megatron_vlm.runtime.distributed import read_launch; read_launch()"]
-    for variables, complaint in [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT: found nothing"),
-    ]:
-        done = subprocess.run(command, env=environment(**variables), capture_output=True, text=True, check=False)
-        assert done.returncode != 0 and complaint in done.stderr

@@ -131,8 +131,8 @@ def test_greedy_matching_would_fail(chatml: PreTrainedTokenizerBase) -> None:
     """The wrong way (VILA's): walk the tokens, masking whatever equals the template's next token."""
     sample = conversation("one?", "the first\nthe second", "two?", "b")
     encoded = encoder_of(chatml).encode(sample)
-    hollow = re.sub(r"(?<=assistant\n).*?<\|im_end\|>", "", chatml.apply_chat_template(messages(sample), tokenize=False),
-                    flags=re.S)  # fmt: skip
+    text = chatml.apply_chat_template(messages(sample), tokenize=False)
+    hollow = re.sub(r"(?<=assistant\n).*?<\|im_end\|>", "", text, flags=re.S)
     template = chatml(hollow, add_special_tokens=False)["input_ids"]
     labels, position = [], 0
     for id_ in encoded.ids:

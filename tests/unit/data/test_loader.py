@@ -1,4 +1,4 @@
-"""The stream of steps: the same global batches in every layout, every picture read by exactly one rank of its replica."""
+"""The stream of steps: the same global batches in every layout, every picture read by one rank of its replica."""
 
 import json
 from pathlib import Path
@@ -18,8 +18,9 @@ from megatron_vlm.parallel.sizes import GridSizes
 from tests.helpers.tiny import tiny_recipe
 
 SPEC = MediaSpec(16, 16, 28, 28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+ONE_RANK = GridSizes()
 LAYOUTS = [
-    GridSizes(),
+    ONE_RANK,
     GridSizes(data=2),
     GridSizes(tensor=2, pipeline=2),
     GridSizes(tensor=2, data=2),
@@ -29,8 +30,8 @@ LAYOUTS = [
 
 
 def steps_of(
-    config: Config, sizes: GridSizes = GridSizes(), rank: int = 0, start: int = 0, count: int = 4
-) -> list[StepBatch]:  # noqa: B008
+    config: Config, sizes: GridSizes = ONE_RANK, rank: int = 0, start: int = 0, count: int = 4
+) -> list[StepBatch]:
     tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
     return list(build_loader(config, tokenizer, SPEC, sizes, rank, start, count))
 
@@ -151,8 +152,11 @@ def test_text_only_steps(tmp_path: Path) -> None:
 
 def test_too_long_a_sample_is_named_before_the_first_step(folder: Path) -> None:
     config = tiny_recipe(folder, training={"sequence_length": 60})
-    with pytest.raises(DataError, match=r"train.json element \d+: sample 'sample-\d+' has \d+ tokens, pictures included; "
-                                        r"training.sequence_length is 60 \(\d+ of 24 samples are longer\)"):  # fmt: skip
+    message = (
+        r"train.json element \d+: sample 'sample-\d+' has \d+ tokens, pictures included; "
+        r"training.sequence_length is 60 \(\d+ of 24 samples are longer\)"
+    )
+    with pytest.raises(DataError, match=message):
         steps_of(config)
 
 

@@ -1,7 +1,13 @@
 """Items come in order from any number of workers, and errors come as themselves."""
 
+import gc
 import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +41,60 @@ def test_order_and_errors(num_workers: int) -> None:
     with pytest.raises(DataError) as caught:
         next(stream)
     assert str(caught.value) == "item 13 is bad"
+
+
+def test_ending_does_not_wait() -> None:
+    """After the last item, in the middle, and after an error."""
+    for number, bad in ((4, -1), (1, -1), (4, 3)):
+        stream = iter(OrderedItems(Squares(bad=bad), range(5), 2))
+        next(stream)
+        started = time.monotonic()
+        try:
+            for _ in range(number):
+                next(stream)
+        except DataError as error:
+            assert error.__traceback__ is not None
+        del stream
+        gc.collect()
+        assert time.monotonic() - started < 4
+
+
+RANK = """
+import os, signal, sys
+from megatron_vlm.data.workers import OrderedItems
+from tests.unit.data.test_workers import Squares
+
+if __name__ == "__main__":
+    stream = iter(OrderedItems(Squares(), range(1000), 2))
+    print(next(stream)[2], next(stream)[2], flush=True)
+    os._exit(3) if sys.argv[1] == "exit" else os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("end", ["exit", "kill"])
+def test_workers_end_with_their_rank(tmp_path: Path, end: str) -> None:
+    """A rank that is killed, or ends itself at once as a failing one does, leaves no process behind."""
+    (tmp_path / "rank.py").write_text(RANK)
+    root = Path(__file__).parents[3]
+    command, environment = [sys.executable, str(tmp_path / "rank.py"), end], {**os.environ, "PYTHONPATH": str(root)}
+    with open(tmp_path / "pids", "w") as output:  # a pipe would wait for the workers too
+        code = subprocess.run(command, env=environment, stdout=output, timeout=120).returncode
+    workers = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert len(set(workers)) == 2 and code in (3, -signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while (left := [pid for pid in workers if is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def is_running(pid: int) -> bool:
+    """False for a zombie nobody has waited for, too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def test_bugs_keep_their_traceback() -> None:

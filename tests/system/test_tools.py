@@ -1,0 +1,104 @@
+"""The command lines on real processes: train, generate, evaluate; and bad input, which costs one line on stderr."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.config import to_yaml
+from tests.helpers.tiny import tiny_dataset, tiny_recipe
+from tests.system.test_failures import ROOT, environment
+
+LIMIT_SECONDS = 180
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended; `stderr` of our own processes only."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def tool(name: str, *arguments: str | Path) -> Done:
+    """One process."""
+    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
+    done = subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
+    )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def tool_on_ranks(num_ranks: int, logs: Path, name: str, *arguments: str | Path) -> Done:
+    """Under torchrun, each rank's output in its own file, so that torchrun's report stays apart."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    command = [*launcher, "--log-dir", str(logs), "--redirects=3", str(ROOT / "tools" / name), *map(str, arguments)]
+    done = subprocess.run(command, env=environment(), capture_output=True, timeout=LIMIT_SECONDS, check=False)
+
+    def read(file: str) -> str:
+        return "".join(path.read_text() for path in sorted(logs.rglob(file)))
+
+    return Done(done.returncode, read("stdout.log"), read("stderr.log"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where tools/train.py has trained two steps; its checkpoints are in checkpoints/."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(to_yaml(tiny_recipe(folder, training={"steps": 5})))
+    done = tool("train.py", recipe, "training.steps=2")
+    assert done.code == 0 and done.stderr == "", done.stderr
+    assert "saved" in done.stdout
+    return folder
+
+
+def test_generate_prints_the_answer_and_nothing_else(run):
+    media = [run / "images" / "1-0.png", run / "images" / "2-0.png"]
+    done = tool("generate.py", run / "checkpoints", "--media", *media, "--prompt", "Red?", "--max-new-tokens", 5)
+    assert done.code == 0 and done.stderr == ""
+    assert done.stdout.strip() and done.stdout.count("\n") == 1
+
+
+def test_evaluate_on_two_ranks_writes_and_prints_its_numbers(run, tmp_path):
+    data = [tiny_dataset(run, 5, "first.json"), tiny_dataset(run, 4, "second.json")]
+    done = tool_on_ranks(
+        2, tmp_path / "logs", "evaluate.py", run / "checkpoints", "--task", "exact_match", "--data", *data,
+        "--blank-images", "--max-new-tokens", 4,
+    )  # fmt: skip
+    assert done.code == 0 and done.stderr == "", done.stderr
+    assert "images blanked" in done.stdout and done.stdout.count("of 9 questions") == 1
+    results = run / "checkpoints" / "evaluation"
+    assert json.loads((results / "exact_match.json").read_text())["num_questions"] == 9
+    assert len((results / "exact_match_blank.jsonl").read_text().splitlines()) == 9
+
+
+def test_a_failing_rank_ends_the_evaluation_with_one_line(run, tmp_path):
+    record = json.loads(tiny_dataset(run, 2, "bad.json").read_text())
+    record[1]["image"] = "images/gone.png"  # rank 1's only question
+    (run / "bad.json").write_text(json.dumps(record))
+    done = tool_on_ranks(
+        2, tmp_path, "evaluate.py", run / "checkpoints", "--task", "exact_match", "--data", run / "bad.json"
+    )
+    assert done.code != 0
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "sample 'sample-1': image" in done.stderr and "gone.png does not exist" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nowhere", "--prompt", "?"], "error: no checkpoint at nowhere: nowhere is not a directory"),
+        (["RUN", "--prompt", "?", "--media", "gone.png"], "error: prompt 1: image 'gone.png' does not exist"),
+        (["RUN", "--prompt", "<image> <image>?"], "error: prompt 1: sample '1' has 0 image(s) and 2 image marker(s)"),
+    ],
+)
+def test_bad_input_costs_one_line(run, arguments, expected):
+    checkpoint = str(run / "checkpoints")
+    done = tool("generate.py", *[checkpoint if argument == "RUN" else argument for argument in arguments])
+    assert done.code != 0 and done.stdout == ""
+    assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
