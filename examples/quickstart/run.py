@@ -13,7 +13,6 @@ good as promised.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -57,8 +56,7 @@ def torchrun() -> list[str]:
 def step(title: str, *command: str) -> None:
     """Shows and runs one command in the repository; the quickstart ends with its exit code if it fails."""
     print(f"\n== {title}\n   {' '.join(command)}", flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # ranks share the cores
-    done = subprocess.run(command, cwd=ROOT, env=environment, check=False)
+    done = subprocess.run(command, cwd=ROOT, check=False)
     if done.returncode:
         sys.exit(done.returncode)
 

@@ -7,6 +7,7 @@ would do itself and we do better is switched off by name: dropout, RoPE and atte
 Hazards, both silent (found by running it):
 - interleaved schedules with batched point-to-point messages pair them up wrongly when next and previous rank are the
   same one (pipeline 2), so they always use overlapped, unbatched ones;
+- an overlapped send still reads the activation when the interleaved schedule would free it, so there nothing is freed;
 - DDP writes its bucket size into its config, and a rank that has nothing to encode never issues an overlapped
   collective, so the vision chunk has a config object of its own with both overlaps off.
 """
@@ -121,7 +122,7 @@ def _parallelism(config: Config) -> dict[str, Any]:
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
         "variable_seq_lengths": False,  # all rows of a step have one length
-        "deallocate_pipeline_outputs": True,  # a sent activation is needed by the graph only, not its values
+        "deallocate_pipeline_outputs": not interleaved,  # a sent activation is needed by the graph only
     }
 
 

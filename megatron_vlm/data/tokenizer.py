@@ -5,14 +5,14 @@ outside the model's vocabulary: it is replaced by placeholders before anything s
 """
 
 from pathlib import Path
+from typing import TypeAlias
 
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_vlm.errors import ConfigError
 
-
-Tokenizer = PreTrainedTokenizerBase
+Tokenizer: TypeAlias = PreTrainedTokenizerBase  # for layers that may not import transformers
 
 
 def load_tokenizer(path: str | Path | None, image_token: str) -> Tokenizer:

@@ -14,7 +14,6 @@ from typing import cast
 
 from PIL import Image
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_vlm.config.schema import DataConfig
 from megatron_vlm.data.conversation import IGNORE, ConversationEncoder
@@ -31,9 +30,9 @@ class Assistant:
 
     Args:
         model: weights loaded, on a replica of one rank; it is put into evaluation mode.
-        tokenizer: the one it was trained with, knowing the image token.
-        data: how the training samples were rendered and their images prepared.
-        language: the language model's configuration, for its end-of-sequence tokens.
+        encoder: with the tokenizer and template it was trained with.
+        data: the recipe's section: image token and image mode.
+        configured_stops: the model configuration's end-of-sequence tokens.
 
     Raises:
         ConfigError: no token is known that ends an answer.
@@ -42,18 +41,15 @@ class Assistant:
     def __init__(
         self,
         model: VisionLanguageModel,
-        tokenizer: PreTrainedTokenizerBase,
+        encoder: ConversationEncoder,
         data: DataConfig,
-        language: PretrainedConfig,
+        configured_stops: int | Sequence[int] | None,
     ) -> None:
         self.model = model.train(False)
-        self.tokenizer = tokenizer
+        self.encoder = encoder
         self.image_token, self.image_mode = data.image_token, data.image_mode
-        self.encoder = ConversationEncoder(
-            tokenizer, data.template, data.image_token, model.media_spec.tokens_per_image
-        )
         self.reader = MediaReader(model.media_spec, data.image_mode)
-        self.stop_ids = find_stop_ids(self.encoder, language.eos_token_id)
+        self.stop_ids = find_stop_ids(encoder, configured_stops)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, batch_size: int = 32
@@ -81,7 +77,7 @@ class Assistant:
         """Greedy answers to one batch, decoded together. Raises DataError as `collate` does."""
         batch = collate(questions, self.encoder, self.model.media_spec)
         rows = decode_greedily(self.model, batch, self.stop_ids, max_new_tokens)
-        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        return [text.strip() for text in self.encoder.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def _generate_all(self, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int) -> list[str]:
         read = [read_prompt(prompt, self.image_token, number) for number, prompt in enumerate(prompts, start=1)]

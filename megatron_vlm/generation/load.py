@@ -45,8 +45,10 @@ def load(path: str | os.PathLike[str], device: DeviceRequest = "auto") -> "Assis
 def open_checkpoint(path: str | os.PathLike[str]) -> "Assistant":
     """The assistant of a checkpoint, in a process whose device and default process group exist. Raises as `load`."""
     import torch
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from megatron_vlm.checkpoint.store import find_checkpoint, load_checkpoint
+    from megatron_vlm.data.conversation import ConversationEncoder
     from megatron_vlm.data.tokenizer import load_tokenizer
     from megatron_vlm.generation.assistant import Assistant
     from megatron_vlm.models.families import build_model
@@ -57,10 +59,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> "Assistant":
     config = inference_config(directory)
     _forget_grid()
     grid = build_grid(GridSizes.from_config(config.parallel, torch.distributed.get_world_size()))
+    model_parallel_cuda_manual_seed(config.runtime.seed)  # on GPUs first weights are drawn from its streams
     model = build_model(config, grid)
     load_checkpoint(directory, model, optimizer=None, states="model")
-    tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
-    return Assistant(model, tokenizer, config.data, load_language_config(config.model.language))
+    image_token, tokens_per_image = config.data.image_token, model.media_spec.tokens_per_image
+    tokenizer = load_tokenizer(config.model.language.tokenizer, image_token)
+    encoder = ConversationEncoder(tokenizer, config.data.template, image_token, tokens_per_image)
+    return Assistant(model, encoder, config.data, load_language_config(config.model.language).eos_token_id)
 
 
 def _forget_grid() -> None:

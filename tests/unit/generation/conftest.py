@@ -33,6 +33,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 def make_pair(config: Any, grid: Any) -> Pair:
     """Both models from one state dict."""
     from megatron_vlm.conversion.weights import load_hf_state
+    from megatron_vlm.data.conversation import ConversationEncoder
     from megatron_vlm.data.tokenizer import load_tokenizer
     from megatron_vlm.generation.assistant import Assistant
     from megatron_vlm.models.families import build_model
@@ -41,8 +42,11 @@ def make_pair(config: Any, grid: Any) -> Pair:
     theirs = hf_llava(config)
     model = build_model(config, grid)
     load_hf_state(model, theirs.state_dict(), grid)
-    tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
-    return Pair(Assistant(model, tokenizer, config.data, load_language_config(config.model.language)), theirs, config)
+    image_token = config.data.image_token
+    tokenizer = load_tokenizer(config.model.language.tokenizer, image_token)
+    encoder = ConversationEncoder(tokenizer, config.data.template, image_token, model.media_spec.tokens_per_image)
+    stops = load_language_config(config.model.language).eos_token_id
+    return Pair(Assistant(model, encoder, config.data, stops), theirs, config)
 
 
 def hf_llava(config: Any) -> torch.nn.Module:

@@ -24,7 +24,7 @@ def test_the_answer_is_the_decoded_text(pair, prompts):
 
     rows = decode(pair, batch_of(pair, prompts), tuple(pair.ours.stop_ids), num_new=6)
     assert pair.ours.generate(prompts, max_new_tokens=6) == [
-        pair.ours.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows
+        pair.ours.encoder.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows
     ]
 
 
@@ -37,16 +37,16 @@ def test_a_damaged_image_is_an_error_that_names_the_prompt(pair, tmp_path):
 def stop_ids(pair: Any, configured: Any) -> set[str]:
     from megatron_vlm.generation.assistant import find_stop_ids
 
-    return set(pair.ours.tokenizer.convert_ids_to_tokens(sorted(find_stop_ids(pair.ours.encoder, configured))))
+    return set(pair.ours.encoder.tokenizer.convert_ids_to_tokens(sorted(find_stop_ids(pair.ours.encoder, configured))))
 
 
-def test_only_special_tokens_end_an_answer(pair, monkeypatch):
-    letter, pad = pair.ours.tokenizer.convert_tokens_to_ids(["a", "<pad>"])
+def test_only_special_tokens_end_an_answer(pair):
+    letter, pad = pair.ours.encoder.tokenizer.convert_tokens_to_ids(["a", "<pad>"])
     assert stop_ids(pair, None) == stop_ids(pair, letter) == {"</s>"}
     assert stop_ids(pair, [letter, pad]) == {"</s>", "<pad>"}
 
 
-def test_no_end_at_all_is_an_error(pair, monkeypatch):
+def test_no_end_at_all_is_an_error(pair):
     from megatron_vlm.data.conversation import ConversationEncoder
     from megatron_vlm.data.tokenizer import load_tokenizer
     from megatron_vlm.generation.assistant import find_stop_ids

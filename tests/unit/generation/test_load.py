@@ -1,4 +1,4 @@
-"""From a checkpoint on disk to answers: whole, self-contained, more than once, and with errors that say what is missing."""
+"""From a checkpoint on disk to answers: whole, self-contained, more than once; errors say what is missing."""
 
 import shutil
 from collections.abc import Iterator
