@@ -17,10 +17,9 @@ def main() -> None:
     arguments = parser.parse_args()
     launch = read_launch()
     with fail_together(launch, debug=arguments.debug):
+        from megatron_vlm.config import load_config
         from megatron_vlm.runtime.device import prepare
         from megatron_vlm.runtime.distributed import init_world, teardown
-
-        from megatron_vlm.config import load_config
 
         config = load_config(arguments.recipe, arguments.overrides)
         device = prepare(config.runtime.device, launch.local_world_size)

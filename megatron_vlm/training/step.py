@@ -82,6 +82,7 @@ class TrainStep:
         for chunk in [*self.language, self.vision]:
             chunk.train()
             chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()  # else the last step's gradients, aliased as `.grad`, would be added once more
         loss_sum = torch.zeros((), dtype=torch.float32, device=current_device())
         for window in batch.windows:
             media = self._encode(window)

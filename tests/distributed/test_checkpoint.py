@@ -41,8 +41,7 @@ def load_and_train(recipe: dict[str, Any]) -> tuple[int, list[float], list[tuple
     job = build_job(Config.model_validate(recipe), torch.distributed.get_world_size())
     losses, _ = train_steps(job, AFTER)
     groups = [
-        (group["component"], group["lr"], group["weight_decay"], group["step"])
-        for group in job.optimizer.param_groups
+        (group["component"], group["lr"], group["weight_decay"], group["step"]) for group in job.optimizer.param_groups
     ]
     return job.start_step, losses, groups
 

@@ -43,6 +43,7 @@ FAST = {
     "tp2-pp2-sp": parallel(4, tensor=2, pipeline=2, sequence=True),
     "dp2-overlap": parallel(2, **OVERLAP),
     "pp2-virtual2": parallel(2, pipeline=2, virtual_pipeline=2),
+    "dp2-not-distributed": layout(2, parallel={}, optimizer={"distributed": False}),
     "projector-only-tp2-pp2": layout(4, parallel={"tensor": 2, "pipeline": 2}, model=PROJECTOR_ONLY),
 }
 SLOW = {
@@ -50,7 +51,6 @@ SLOW = {
     "tp2-sp": parallel(2, tensor=2, sequence=True),
     "pp2": parallel(2, pipeline=2),
     "dp2": parallel(2),
-    "dp2-not-distributed": layout(2, parallel={}, optimizer={"distributed": False}),
     "two-windows-overlap": layout(2, parallel=OVERLAP, training={"media_window": 2}),
     "four-windows-tp2-pp2": layout(4, parallel={"tensor": 2, "pipeline": 2}, training={"media_window": 2}),
     "two-windows-pp2-overlap": layout(2, parallel={"pipeline": 2, **OVERLAP}, training={"media_window": 4}),

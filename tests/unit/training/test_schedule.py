@@ -28,9 +28,7 @@ def test_the_last_rate_is_the_floor_and_never_above_the_peak() -> None:
 
 def test_every_group_gets_its_component_rate_and_decay() -> None:
     groups = [
-        {"component": component, "wd_mult": decayed}
-        for component in schedule.COMPONENTS
-        for decayed in (0.0, 1.0)
+        {"component": component, "wd_mult": decayed} for component in schedule.COMPONENTS for decayed in (0.0, 1.0)
     ]
     settings = OptimizerConfig(lr=1e-3, lr_vision=1e-5, weight_decay=0.1)
     schedule.apply(groups, 0, 10, settings, ScheduleConfig(warmup_ratio=0.0))
