@@ -7,41 +7,40 @@ FILE is LLaVA JSON or JSONL; the last answer of each conversation is the truth. 
 records' field "form"). Every rank holds the whole model and answers its share of the questions.
 """
 
-import argparse
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vlm.runtime.distributed import fail_together, read_launch
+from megatron_vlm.runtime.command_line import CommandLine, whole_number
 
 if TYPE_CHECKING:
     from megatron_vlm.evaluation.report import Report
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line() -> CommandLine:
+    parser = CommandLine(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint directory, or a directory of checkpoints (its latest)")
     parser.add_argument("--task", required=True, help="a registered task, such as exact_match")
     parser.add_argument("--data", required=True, nargs="+", type=Path, metavar="FILE", help="the questions")
     parser.add_argument("--media-root", type=Path, metavar="DIR", help="folder of the images (default: each FILE's)")
     parser.add_argument("--blank-images", action="store_true", help="ask everything again with every image blanked")
     parser.add_argument("--output", type=Path, metavar="DIR", help="for results (default: CHECKPOINT/../evaluation)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at a time (default 64)")
-    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default 32)")
+    positive = whole_number(1)
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="questions at a time (default 64)")
+    parser.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="longest answer (default 32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--debug", action="store_true", help="tracebacks instead of one-line errors")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    launch = read_launch()
-    with fail_together(launch, debug=arguments.debug):
+    with command_line().run() as (arguments, launch):
         from megatron_vlm import load
+        from megatron_vlm.evaluation.tasks import TASKS
         from megatron_vlm.runtime.distributed import teardown
         from megatron_vlm.runtime.logging import get_logger
 
         get_logger("megatron_vlm").setLevel(logging.WARNING)  # what is printed is the result
+        TASKS.get(arguments.task)  # a name mistyped shall not cost the loading of a model
         assistant = load(arguments.checkpoint, device=arguments.device)
         from megatron_vlm.checkpoint.store import find_checkpoint
         from megatron_vlm.evaluation.run import EvaluationRequest, evaluate

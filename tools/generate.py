@@ -6,23 +6,22 @@ python tools/generate.py CHECKPOINT --media a.png b.png --prompt "Which image sh
 Images come before the text, unless the prompt says with <image> where each belongs.
 """
 
-import argparse
 import logging
 from pathlib import Path
 
-from megatron_vlm.runtime.distributed import fail_together, read_launch
+from megatron_vlm.runtime.command_line import CommandLine, whole_number
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("checkpoint", help="a checkpoint directory, or a directory of checkpoints (its latest)")
     parser.add_argument("--media", nargs="+", default=[], type=Path, metavar="FILE", help="images, in order")
     parser.add_argument("--prompt", required=True, help="the question")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default 64)")
+    parser.add_argument(
+        "--max-new-tokens", type=whole_number(1), default=64, metavar="N", help="longest answer (default 64)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--debug", action="store_true", help="tracebacks instead of one-line errors")
-    arguments = parser.parse_args()
-    with fail_together(read_launch(), debug=arguments.debug):
+    with parser.run() as (arguments, _launch):
         from megatron_vlm import load
         from megatron_vlm.runtime.distributed import teardown
         from megatron_vlm.runtime.logging import get_logger

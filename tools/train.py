@@ -4,19 +4,14 @@ torchrun --nproc-per-node N tools/train.py RECIPE.yaml [section.key=value ...]
 python tools/train.py RECIPE.yaml [section.key=value ...]          (one process)
 """
 
-import argparse
-
-from megatron_vlm.runtime.distributed import fail_together, read_launch
+from megatron_vlm.runtime.command_line import CommandLine
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("recipe", help="a YAML recipe, see examples/recipes")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
-    parser.add_argument("--debug", action="store_true", help="tracebacks instead of one-line errors")
-    arguments = parser.parse_args()
-    launch = read_launch()
-    with fail_together(launch, debug=arguments.debug):
+    with parser.run() as (arguments, launch):
         from megatron_vlm.config import load_config
         from megatron_vlm.runtime.device import prepare
         from megatron_vlm.runtime.distributed import init_world, teardown

@@ -13,6 +13,7 @@ good as promised.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -34,6 +35,7 @@ def main() -> int:
     started = time.monotonic()
     step("Making the data", sys.executable, "examples/quickstart/make_data.py", str(DATA))
     for name, phase in PHASES.items():
+        shutil.rmtree(ROOT / OUTPUT / phase, ignore_errors=True)  # an earlier quickstart's: training would refuse it
         step(f"Training, {phase}: {name}", *torchrun(), "tools/train.py", f"examples/recipes/quickstart_{phase}.yaml")
     questions = [str(DATA / f"eval_{form}.json") for form in FORMS]
     options = ["--task", "exact_match", "--blank-images", "--max-new-tokens", "8", "--output", str(RESULTS)]

@@ -28,6 +28,7 @@ class Manifest:
     config: dict[str, Any]  # the resolved recipe
     config_hash: str
     components: list[str]  # which optimizer states are inside: language, vision
+    vocab_size: int  # of the language model, without padding
     versions: dict[str, str] = field(default_factory=installed_versions)
     format: int = FORMAT
 
@@ -42,9 +43,11 @@ class Manifest:
         if not file.is_file():
             raise CheckpointError(f"{directory} is not a checkpoint: it has no {FILE_NAME}")
         try:
-            manifest = Manifest(**json.loads(file.read_text(encoding="utf-8")))
-        except (TypeError, json.JSONDecodeError) as error:
+            entries = json.loads(file.read_text(encoding="utf-8"))
+            if entries["format"] != FORMAT:  # first: another format may have other entries
+                raise CheckpointError(f"{file}: format {entries['format']} found, this version reads format {FORMAT}")
+            return Manifest(**entries)
+        except CheckpointError:
+            raise
+        except (TypeError, KeyError, ValueError) as error:
             raise CheckpointError(f"{file} is damaged: {error}") from error
-        if manifest.format != FORMAT:
-            raise CheckpointError(f"{file}: format {manifest.format} found, this version reads format {FORMAT}")
-        return manifest

@@ -106,6 +106,10 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
         key, equals, _ = override.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"override {override!r}: needs the form section.key=value")
+        try:
+            OmegaConf.from_dotlist([override])
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"override {override!r}: the value is not valid YAML: {_one_line(error)}") from error
     return OmegaConf.from_dotlist(list(overrides))
 
 

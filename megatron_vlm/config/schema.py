@@ -6,13 +6,24 @@ weights is in `validation.py`. No torch here: a recipe can be read and checked i
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]  # 1 would divide by zero in Adam's bias correction
+
+def _no_switch(value: Any) -> Any:
+    """Pydantic would take `steps: true` for 1."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("switch_for_number", "a number is needed")
+    return value
+
+
+Number = BeforeValidator(_no_switch)
+PositiveInt = Annotated[int, Field(gt=0), Number]
+NonNegativeInt = Annotated[int, Field(ge=0), Number]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False), Number]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False), Number]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0), Number]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0), Number]  # 1 would divide by zero in Adam's bias correction
 
 
 class Section(BaseModel):
@@ -42,7 +53,7 @@ class VisionConfig(Section):
 
     path: str | None = None
     config: dict[str, Any] | None = None
-    select_layer: int = -2
+    select_layer: Annotated[int, Number] = -2
     select_feature: Literal["patch", "cls_patch"] = "patch"
     sharding: Literal["replicate"] = "replicate"
 
@@ -111,7 +122,7 @@ class OptimizerConfig(Section):
     lr_projector: NonNegativeFloat | None = None
     lr_vision: NonNegativeFloat | None = None
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0.0)] = 1.0e-8
+    eps: PositiveFloat = 1.0e-8
     weight_decay: NonNegativeFloat = 0.0  # of matrices; biases and norms are not decayed
     clip_norm: NonNegativeFloat = 1.0  # 0: no clipping
     distributed: bool = True  # states sharded over the data-parallel ranks

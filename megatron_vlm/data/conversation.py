@@ -27,6 +27,8 @@ IGNORE = -100  # label of a token that is not trained
 PLACEHOLDER_ID = 0  # valid in every vocabulary; the merge replaces the row
 STAND_IN = "\ue000{}\ue001"  # private-use characters, which no text holds
 
+TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # what running one may raise
+
 Template = Callable[[Sequence[Turn], PreTrainedTokenizerBase, bool], str]
 TEMPLATES: Registry[Template] = Registry("template")
 
@@ -72,7 +74,7 @@ class ConversationEncoder:
         tokens_per_image: placeholders a marker becomes.
 
     Raises:
-        ConfigError: `auto` and the tokenizer has no chat template.
+        ConfigError: `auto` and the tokenizer has no chat template, or one that cannot be rendered.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class ConversationEncoder:
         if template == "auto" and not tokenizer.chat_template:
             raise ConfigError(
                 f"data.template is 'auto', but the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
-                f"add one to it or name a template: {', '.join(TEMPLATES.names())}"
+                "save one with it (tokenizer.chat_template)"
             )
         self.tokenizer = tokenizer
         self.template = template
@@ -117,13 +119,19 @@ class ConversationEncoder:
     def _find_generation_prompt(self) -> str:
         """What the template adds for the model to speak after; empty where it adds nothing."""
         turns = (Turn("user", "?"),)
-        silent, asking = (self.render(turns, self.tokenizer, asked) for asked in (False, True))
+        try:
+            silent, asking = (self.render(turns, self.tokenizer, asked) for asked in (False, True))
+        except TEMPLATE_FAULTS as error:
+            raise ConfigError(
+                f"data.template is {self.template!r}, but the template of {self.tokenizer.name_or_path!r} cannot be "
+                f"rendered: {error}"
+            ) from error
         return asking.removeprefix(silent) if asking.startswith(silent) else ""
 
     def _render(self, sample: Sample, turns: Sequence[Turn], generation_prompt: bool = False) -> str:
         try:
             return self.render(turns, self.tokenizer, generation_prompt)
-        except TemplateError as error:
+        except TEMPLATE_FAULTS as error:
             raise DataError(f"{sample.origin}: sample {sample.id!r}: the chat template refuses it: {error}") from error
 
     def _find_answers(self, text: str, sample: Sample) -> list[AnswerSpan]:
@@ -146,7 +154,8 @@ class ConversationEncoder:
         if spans is None:
             raise DataError(
                 f"{sample.origin}: sample {sample.id!r}: the chat template does not repeat every answer as it is (it "
-                "may rewrite earlier ones), so what is to be trained cannot be told; use a template that does"
+                "may rewrite earlier ones, or want lists of parts where the content here is a text), so what is to be "
+                "trained cannot be told; use a template that does"
             )
         return spans
 

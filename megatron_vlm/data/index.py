@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -46,7 +47,8 @@ class SampleIndex:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._records = np.load(folder / "samples.npy", mmap_mode="r")
-        self._ids = np.memmap(folder / "ids.bin", dtype=np.uint8, mode="r")
+        ids = folder / "ids.bin"
+        self._ids = np.memmap(ids, np.uint8, mode="r") if ids.stat().st_size else np.empty(0, np.uint8)
         self.tokens: np.ndarray = self._records["tokens"]
         self.images: np.ndarray = self._records["images"]
 
@@ -121,6 +123,8 @@ def _fingerprint(file: LlavaFile, encoder: ConversationEncoder, media_root: Path
         facts = file.path.stat()
     except OSError as error:
         raise DataError(f"data file {file.path} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(facts.st_mode):
+        raise DataError(f"data file {file.path} cannot be read: it is not a file")
     tokenizer = encoder.tokenizer
     parts = [
         FORMAT,
@@ -147,7 +151,12 @@ def _cache_root(path: Path, spare_root: Path) -> Path:
     except OSError as error:
         spare = spare_root / "index" / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
         get_logger(__name__).info("no index beside %s (%s): it goes to %s", path, error.strerror, spare)
-        spare.mkdir(parents=True, exist_ok=True)
+        try:
+            spare.mkdir(parents=True, exist_ok=True)
+        except OSError as spare_error:
+            raise DataError(
+                f"the index of {path} can be written neither to {beside} nor to {spare}: {spare_error}"
+            ) from (spare_error)
         return spare
 
 

@@ -2,6 +2,9 @@
 
 PIL only, as LLaVA prepares its pictures: `pad` sets the picture on a square of the tower's mean colour before the
 bicubic resize, `resize` lets the aspect ratio go. Only the rank that encodes a picture opens its file.
+
+As there, an alpha channel is dropped and EXIF's rotation is not applied. Hazard: Pillow clips wide grey values to 8
+bits, which makes a 16-bit scan all white, so those are scaled first.
 """
 
 from pathlib import Path
@@ -41,7 +44,7 @@ class MediaReader:
             return self.prepare(Image.new("RGB", (self.spec.width, self.spec.height), self.mean_colour))
         try:
             with Image.open(path) as file:
-                image = file.convert("RGB")
+                image = to_rgb(file)
         except FileNotFoundError as error:
             raise DataError(f"{sample}: image {path} does not exist") from error
         except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
@@ -56,6 +59,20 @@ class MediaReader:
         values = np.asarray(image, dtype=np.float32) / np.float32(255)  # [H, W, 3]
         normalised = (values - np.asarray(self.spec.mean, np.float32)) / np.asarray(self.spec.std, np.float32)
         return torch.from_numpy(normalised.transpose(2, 0, 1).copy())  # [H, W, 3] -> [3, H, W]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode as 8-bit RGB; 16-bit grey is scaled.
+
+    Raises:
+        ValueError: 32-bit grey, of which nobody knows what is white.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # PNG has at most 16 bits
+        values = np.asarray(image).astype(np.float32) * np.float32(255 / 65535)
+        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are 32 bits wide (mode {image.mode}), 8 or 16 are needed")
+    return image.convert("RGB")
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:

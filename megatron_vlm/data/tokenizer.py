@@ -4,6 +4,7 @@ The marker becomes a special token, so that no merge crosses it and it is one id
 outside the model's vocabulary: it is replaced by placeholders before anything sees it.
 """
 
+import os
 from pathlib import Path
 from typing import TypeAlias
 
@@ -27,6 +28,9 @@ def load_tokenizer(path: str | Path | None, image_token: str) -> Tokenizer:
             "model.language.tokenizer is null and there is no model.language.path to take it from; "
             "name a directory or hub id"
         )
+    if os.path.isabs(path) or str(path).count("/") > 1 or str(path).startswith("."):  # no hub id has such a form
+        if not os.path.isdir(path):
+            raise ConfigError(f"model.language.tokenizer: {str(path)!r} is not a directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError) as error:
@@ -42,3 +46,21 @@ def load_tokenizer(path: str | Path | None, image_token: str) -> Tokenizer:
     if image_token not in tokenizer.get_added_vocab():
         tokenizer.add_tokens([AddedToken(image_token, normalized=False, special=True)], special_tokens=True)
     return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, image_token: str, vocab_size: int) -> None:
+    """Raises ConfigError where a token lies outside the language model's table of `vocab_size` rows.
+
+    The image marker may: placeholders stand for it.
+    """
+    outside = sorted(
+        (number, token)
+        for token, number in tokenizer.get_vocab().items()
+        if number >= vocab_size and token != image_token
+    )
+    if outside:
+        number, token = outside[0]
+        raise ConfigError(
+            f"model.language.tokenizer: {len(outside)} of its tokens lie outside the language model's vocabulary of "
+            f"{vocab_size}, the first is {token!r} with id {number}; needs a tokenizer of that model"
+        )

@@ -7,17 +7,21 @@ on 2 idle cores: fork 0.03 s, fork server 1.5 s, spawn 1.9 s, and the fork serve
 
 An exception a user can fix crosses the process border as a value, so that it arrives as itself, without torch's
 wrapping of the worker's traceback into its text.
+
+Hazard: torch passes every tensor of an item as a file descriptor of its own, and a step of some hundred micro-batches
+exceeds the usual limit of 1,024; the rank then waits for ever. So an item crosses as plain bytes.
 """
 
 import multiprocessing
 import os
+import pickle
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from megatron_vlm.errors import MegatronVlmError
 
@@ -47,9 +51,10 @@ class _Items(Dataset):
 
     def __getitem__(self, number: int) -> object:
         try:
-            return self.producer.produce(number)
+            item: object = self.producer.produce(number)
         except MegatronVlmError as error:
-            return Failure(error)
+            item = Failure(error)
+        return item if get_worker_info() is None else pickle.dumps(item)
 
 
 class OrderedItems(Generic[T]):
@@ -86,7 +91,8 @@ class OrderedItems(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         stream = iter(self._loader)
         try:
-            for item in stream:
+            for made in stream:
+                item = pickle.loads(made) if self._loader.num_workers else made
                 if isinstance(item, Failure):
                     raise item.error
                 yield item

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megatron_vlm.config.schema import DataConfig
 from megatron_vlm.data.conversation import IGNORE, ConversationEncoder
-from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.media import MediaReader, to_rgb
 from megatron_vlm.data.sample import Sample, Turn
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.generation.greedy import decode_greedily
 from megatron_vlm.generation.prompts import ImageSource, Prompt, Question, collate, read_prompt
 from megatron_vlm.models.vlm import VisionLanguageModel
@@ -92,7 +92,10 @@ class Assistant:
 
     def _pixels(self, image: ImageSource, sample: Sample) -> Tensor:
         if isinstance(image, Image.Image):
-            return self.reader.prepare(image.convert("RGB"))
+            try:
+                return self.reader.prepare(to_rgb(image))
+            except (OSError, ValueError) as error:  # opened lazily, it may be damaged
+                raise DataError(f"{sample.origin}: an image in memory cannot be used: {error}") from error
         assert isinstance(image, Path)
         return self.reader.read(image, sample.origin)
 

@@ -7,12 +7,17 @@ The imports stand inside the functions: the device must be chosen before torch a
 module is what a plain Python process meets first.
 """
 
+import contextlib
+import logging
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vlm.runtime.device import DeviceRequest, prepare
 from megatron_vlm.runtime.distributed import init_world, read_launch
+from megatron_vlm.runtime.logging import get_logger
 
 if TYPE_CHECKING:
     from megatron_vlm.config.schema import Config
@@ -34,12 +39,28 @@ def load(path: str | os.PathLike[str], device: DeviceRequest = "auto") -> "Assis
         ParallelError: this process works in a layout that splits a model over ranks.
     """
     launch = read_launch()
-    torch_device = prepare(device, launch.local_world_size)
-    import torch
+    with _quietly():
+        torch_device = prepare(device, launch.local_world_size)
+        import torch
 
-    if not torch.distributed.is_initialized():
-        init_world(launch, torch_device, COLLECTIVE_TIMEOUT_SECONDS)
-    return open_checkpoint(path)
+        if not torch.distributed.is_initialized():
+            init_world(launch, torch_device, COLLECTIVE_TIMEOUT_SECONDS)
+        return open_checkpoint(path)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """A script that loads a model has stdout and stderr to itself: libraries warn here of fused kernels that generation
+    does not need, and the package tells what would train. Warnings of our own are still logged."""
+    logger = get_logger("megatron_vlm")
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> "Assistant":

@@ -11,7 +11,6 @@ padding out of the loss and cut it from the logits. Letters: b rows, s sequence,
 from dataclasses import dataclass
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -22,6 +21,7 @@ from megatron_vlm.config.megatron import transformer_config
 from megatron_vlm.config.schema import Config, LanguageConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.head import LanguageHead
+from megatron_vlm.models.hf_config import config_from_dict
 from megatron_vlm.models.merge import LocalFeatures, merge_features
 from megatron_vlm.models.specs import block_spec
 from megatron_vlm.parallel.context_attention import AttentionContext, KVCache
@@ -72,14 +72,14 @@ def load_language_config(language: LanguageConfig) -> PretrainedConfig:
     Raises:
         ConfigError: unreadable, an unknown model type or key values, or an architecture this package does not build.
     """
-    try:
-        if language.config is not None:
-            hf_config = AutoConfig.for_model(**language.config)
-        else:
+    if language.config is not None:
+        hf_config = config_from_dict("model.language.config", language.config)
+    else:
+        try:
             hf_config = AutoConfig.from_pretrained(language.path)
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        found = language.path if language.config is None else language.config
-        raise ConfigError(f"model.language: no usable config in {found}: {str(error).splitlines()[0]}") from error
+        except (OSError, ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"model.language.path: no usable config in {language.path!r}: {reason}") from error
     check_architecture(hf_config)
     return hf_config
 

@@ -17,7 +17,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.config.validation import names_its_model, validate
 from megatron_vlm.conversion.weights import load_weights
 from megatron_vlm.data.conversation import TEMPLATES
-from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_vlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_vlm.models.facts import gather_facts
 from megatron_vlm.models.families import build_model
 from megatron_vlm.models.language import load_language_config
@@ -65,6 +65,9 @@ def build_job(config: Config, world_size: int) -> Job:
     """
     facts = gather_facts(config, TEMPLATES.names()) if names_its_model(config.model) else None
     validate(config, facts, world_size)
+    assert facts is not None, "validate refuses a recipe that does not name its model"
+    tokenizer = load_tokenizer(config.model.language.tokenizer or config.model.language.path, config.data.image_token)
+    check_vocabulary(tokenizer, config.data.image_token, facts.vocab_size)
     start_from = resolve_checkpoint(config.checkpoint)
     grid = build_grid(GridSizes.from_config(config.parallel, world_size), config.parallel.virtual_pipeline)
     seed_everything(config.runtime.seed, grid)
@@ -77,7 +80,6 @@ def build_job(config: Config, world_size: int) -> Job:
     start_step = 0
     if start_from is not None:
         start_step = load_checkpoint(start_from, model, optimizer, config.checkpoint.load_states)
-    tokenizer = load_tokenizer(config.model.language.tokenizer or config.model.language.path, config.data.image_token)
     return Job(config, grid, model, language, vision, optimizer, tokenizer, step, start_step)
 
 

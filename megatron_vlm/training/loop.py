@@ -4,16 +4,21 @@ Its state is one number, the updates made: the loader, the schedule and the chec
 """
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_vlm.checkpoint.store import save_checkpoint
+from megatron_vlm.checkpoint.store import find_checkpoint, refuse_to_overwrite, save_checkpoint
 from megatron_vlm.config.schema import Config
+from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.loader import build_loader
 from megatron_vlm.runtime.distributed import Launch
+from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training import schedule
 from megatron_vlm.training.hooks import Hook, build_hooks
 from megatron_vlm.training.job import Job, build_job
 from megatron_vlm.training.meters import StepReport, make_report
+
+logger = get_logger(__name__)
 
 
 def train(config: Config, launch: Launch) -> Path:
@@ -24,27 +29,38 @@ def train(config: Config, launch: Launch) -> Path:
         launch: this rank's place in the job.
 
     Returns:
-        The directory of the last checkpoint.
+        The directory of the last checkpoint: the one loaded where it leaves nothing to do.
 
     Raises:
         MegatronVlmError: anything the user can fix.
     """
+    refuse_to_overwrite(config.checkpoint)
     job = build_job(config, launch.world_size)
-    hooks = build_hooks(config, launch, job.start_step)
+    steps = config.training.steps
+    if job.start_step >= steps:
+        assert config.checkpoint.load is not None
+        logger.info("nothing to do: %d of training.steps %d updates are made", job.start_step, steps)
+        return find_checkpoint(config.checkpoint.load)
+    loader = build_loader(
+        config,
+        job.tokenizer,
+        job.model.media_spec,
+        job.grid.sizes,
+        launch.rank,
+        job.start_step,
+        num_steps=steps - job.start_step,
+    )
+    hooks = build_hooks(config, launch, job.start_step)  # last: they write, and nothing may be wrong any more
     try:
-        return run_steps(job, hooks, launch.rank)
+        return run_steps(job, loader, hooks)
     finally:
         for hook in hooks:
             hook.close()
 
 
-def run_steps(job: Job, hooks: list[Hook], rank: int) -> Path:
+def run_steps(job: Job, loader: Iterable[StepBatch], hooks: list[Hook]) -> Path:
     """From the job's first step to its last; returns the directory of the last checkpoint."""
     config, steps = job.config, job.config.training.steps
-    loader = build_loader(
-        config, job.tokenizer, job.model.media_spec, job.grid.sizes, rank, job.start_step, steps - job.start_step
-    )
-    saved = Path(config.checkpoint.directory)
     started = time.perf_counter()
     for batch in loader:
         schedule.apply(job.optimizer.param_groups, batch.step, steps, config.optimizer, config.schedule)

@@ -9,6 +9,7 @@ nothing but their rate would both get the first one's. `lr_mult` is therefore us
 recipe can change; the rates themselves come from `schedule.py` at every step.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -50,7 +51,28 @@ def build_optimizer(
     for part in parts:
         for group in part.param_groups:
             group["component"] = COMPONENTS[int(group["lr_mult"]) - 1]
-    return ChainedOptimizer(parts)
+    return FiniteOnlyOptimizer(parts)
+
+
+class FiniteOnlyOptimizer(ChainedOptimizer):
+    """A chain that leaves an update out where a gradient is not finite: one NaN would end up in every parameter.
+
+    megatron-core looks for that only under loss scaling, which fp32 and bf16 do without. The norm, which it computes
+    for clipping, tells, and is the same on every rank.
+    """
+
+    grad_norm: float | None = None
+
+    def get_grad_norm(self) -> float | None:
+        """Of all parts together; remembered for `step_with_ready_grads`."""
+        self.grad_norm = super().get_grad_norm()
+        return self.grad_norm
+
+    def step_with_ready_grads(self) -> bool:
+        """False, and no update, where the norm is not finite."""
+        if self.grad_norm is not None and not math.isfinite(self.grad_norm):
+            return False
+        return super().step_with_ready_grads()
 
 
 def _vision_optimizer(settings: McoreOptimizerConfig, vision: DistributedDataParallel, grid: Grid) -> MegatronOptimizer:

@@ -40,7 +40,7 @@ class StepResult:
     loss: float  # summed cross entropy / trained tokens, over the global batch
     grad_norm: float  # before clipping
     num_trained_tokens: int
-    updated: bool  # False where a gradient was not finite
+    updated: bool  # False where a gradient was not finite: nothing changed
 
 
 @dataclass
@@ -78,7 +78,8 @@ class TrainStep:
         self.model.language[0].config.finalize_model_grads_func = self._record_tokens
 
     def __call__(self, batch: StepBatch) -> StepResult:
-        """Trains on one global batch. Returns after the optimizer step; parameters are then up to date."""
+        """Trains on one global batch. Returns after the optimizer step; parameters are then up to date, but those that
+        `overlap_param_gather` fetches during the next forward."""
         for chunk in [*self.language, self.vision]:
             chunk.train()
             chunk.zero_grad_buffer()

@@ -1,5 +1,6 @@
 """Checkpoints between layouts: saved at tp2 x pp2, continued anywhere with the next losses and the recipe's rates."""
 
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,9 @@ import pytest
 import torch
 
 from megatron_vlm.checkpoint.manifest import Manifest
-from megatron_vlm.checkpoint.store import find_checkpoint, save_checkpoint
-from megatron_vlm.config.schema import Config
-from megatron_vlm.errors import CheckpointError
+from megatron_vlm.checkpoint.store import find_checkpoint, refuse_to_overwrite, save_checkpoint
+from megatron_vlm.config.schema import CheckpointConfig, Config
+from megatron_vlm.errors import CheckpointError, ConfigError
 from megatron_vlm.training import schedule
 from megatron_vlm.training.job import build_job
 from tests.distributed.test_master import base_recipe, merged
@@ -85,9 +86,9 @@ def check_groups(groups: list[tuple[str, float, float, int]], config: Config) ->
     assert {step for *_, step in groups} == {BEFORE + AFTER}
 
 
-def test_only_the_weights_for_a_new_phase(ranks: RankPool, saved: Any) -> None:
+def test_only_the_weights_for_a_new_phase(ranks: RankPool, saved: Any, tmp_path: Path) -> None:
     recipe, undisturbed = saved
-    load = {"load": recipe["checkpoint"]["directory"], "load_states": "model"}
+    load = {"load": recipe["checkpoint"]["directory"], "load_states": "model", "directory": str(tmp_path)}
     frozen = {"train": {"language": False, "vision": False, "projector": True}}
     recipe = merged(recipe, {"checkpoint": load, "model": frozen})
     start_step, losses, groups = ranks.run(1, load_and_train, recipe)[0]
@@ -131,3 +132,139 @@ def test_what_is_no_checkpoint_is_named(saved: Any, tmp_path: Path, damage: str)
             manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
     with pytest.raises(CheckpointError, match=str(copy)):
         find_checkpoint(copy)
+
+
+def test_a_killed_replacement_leaves_a_checkpoint(ranks: RankPool, saved: Any, tmp_path: Path) -> None:
+    """A save of a step that is there already, killed between its two renames, then done again, and once more."""
+    root = tmp_path / "run"
+    shutil.copytree(saved[0]["checkpoint"]["directory"], root)
+    final = find_checkpoint(root)
+    replaced = root / f".replaced_{final.name}"
+    final.rename(replaced)
+    assert find_checkpoint(root) == replaced
+    shutil.copytree(replaced, final)  # now as if killed after the second rename
+    recipe = merged(saved[0], {"checkpoint": {"directory": str(root), "load": str(root)}})
+    ranks.run(1, train_and_save, recipe)
+    assert find_checkpoint(root) == final and not replaced.exists()
+
+
+@pytest.mark.parametrize("load", [{}, {"load": "itself", "load_states": "model"}, {"load": "another"}])
+def test_another_runs_checkpoints_are_not_overwritten(saved: Any, tmp_path: Path, load: dict[str, str]) -> None:
+    root, another = tmp_path / "run", tmp_path / "another"
+    for directory in (root, another):
+        shutil.copytree(saved[0]["checkpoint"]["directory"], directory)
+    places = {"itself": str(root), "another": str(another)}
+    section = {"directory": str(root), **load, **({"load": places[load["load"]]} if load else {})}
+    with pytest.raises(ConfigError, match="holds another run's checkpoints"):
+        refuse_to_overwrite(CheckpointConfig(**section))
+    refuse_to_overwrite(CheckpointConfig(directory=str(root), load=str(root)))
+    refuse_to_overwrite(CheckpointConfig(directory=str(tmp_path / "new"), load=str(root)))
+
+
+CHANGES = {
+    "fewer layers": {"language": {"config": {"num_hidden_layers": 2}}},
+    "tied head": {"language": {"config": {"tie_word_embeddings": True}}},
+    "shallower projector": {"projector": {"type": "mlp1x_gelu"}},
+    "larger vocabulary": {"language": {"config": {"vocab_size": 400}}},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_model_is_refused(ranks: RankPool, saved: Any, tmp_path: Path, change: str) -> None:
+    load = {"load": saved[0]["checkpoint"]["directory"], "load_states": "model", "directory": str(tmp_path)}
+    (message,) = ranks.run(1, refusal, merged(saved[0], {"checkpoint": load, "model": CHANGES[change]}))
+    assert "only in the checkpoint" in message or "a vocabulary of" in message, message
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"model": {"train": {"vision": False}}},
+        {"model": {"freeze": ["layers.3"]}},
+        {"optimizer": {"distributed": False}},
+    ],
+    ids=["tower frozen", "a layer frozen", "states not sharded"],
+)
+def test_other_optimizer_states_are_refused(ranks: RankPool, saved: Any, sections: Any) -> None:
+    recipe = merged(saved[0], {"checkpoint": {"load": saved[0]["checkpoint"]["directory"]}} | sections)
+    (message,) = ranks.run(1, refusal, recipe)
+    assert "checkpoint.load_states" in message, message
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "__0_0.distcp", "metadata.json"])
+@pytest.mark.parametrize("how", ["cut", "missing"])
+def test_a_damaged_file_is_one_error(ranks: RankPool, saved: Any, tmp_path: Path, name: str, how: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(find_checkpoint(saved[0]["checkpoint"]["directory"]), copy)
+    if how == "missing":
+        (copy / name).unlink()
+    else:
+        (copy / name).write_bytes((copy / name).read_bytes()[:20])
+    (message,) = ranks.run(
+        1, refusal, merged(saved[0], {"checkpoint": {"load": str(copy), "directory": str(tmp_path)}})
+    )
+    assert str(copy) in message and "\n" not in message
+
+
+def refusal(recipe: dict[str, Any]) -> str:
+    """The message of the CheckpointError that building the job raises."""
+    with pytest.raises(CheckpointError) as caught:
+        build_job(Config.model_validate(recipe), torch.distributed.get_world_size())
+    return str(caught.value)
+
+
+def test_a_disk_error_on_any_rank_leaves_what_was_published(ranks: RankPool, saved: Any, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(saved[0]["checkpoint"]["directory"], root)
+    checkpoint = {"directory": str(root), "load": str(root)}
+    recipe = merged(saved[0], {"checkpoint": checkpoint, "parallel": {"tensor": 2}})
+    first, second = ranks.run(2, save_on_a_full_disk, recipe)
+    assert "could not be written: " in first and "could not be written: " in second
+    assert find_checkpoint(root).name == f"step_{BEFORE:07d}"
+
+
+def save_on_a_full_disk(recipe: dict[str, Any]) -> str:
+    """Rank 1 may write no file above 20 kB. Returns the error's message."""
+    job = build_job(Config.model_validate(recipe), torch.distributed.get_world_size())
+    train_steps(job, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if job.grid.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            save_checkpoint(job.state(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return str(caught.value)
+
+
+def test_some_layers_frozen(ranks: RankPool, tmp_path: Path) -> None:
+    """A whole stage without anything to train is saved, and continued without stages."""
+    freeze = ["layers.[23]", "language.output_layer", "final_layernorm"]
+    changes = {"checkpoint": {"directory": str(tmp_path / "run")}, "training": {"steps": BEFORE + AFTER}}
+    recipe = merged(base_recipe(tmp_path, {}), {**changes, "model": {"freeze": freeze}})
+    undisturbed = ranks.run(2, train_and_save, merged(recipe, {"parallel": {"pipeline": 2}}), timeout=60)[0]
+    load = {"load": str(tmp_path / "run")}
+    (_, losses, _) = ranks.run(1, load_and_train, merged(recipe, {"checkpoint": load}))[0]
+    assert losses == pytest.approx(undisturbed, rel=1e-5)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_bf16_continues_from_fp32_master_weights(ranks: RankPool, tmp_path: Path, distributed: bool) -> None:
+    """All states: the next losses. Weights alone: the masters are the loaded weights, not the random ones."""
+    changes = {
+        "checkpoint": {"directory": str(tmp_path / "run")},
+        "training": {"steps": BEFORE + AFTER},
+        "precision": {"params": "bf16"},
+        "optimizer": {"distributed": distributed},
+    }
+    recipe = merged(base_recipe(tmp_path, {}), changes)
+    undisturbed = ranks.run(1, train_and_save, recipe)[0]
+    resumed = merged(recipe, {"checkpoint": {"load": str(tmp_path / "run")}})
+    assert ranks.run(1, load_and_train, resumed)[0][1] == pytest.approx(undisturbed, rel=1e-6)
+    still = {"lr": 0.0, "lr_projector": 0.0, "lr_vision": 0.0}
+    weights_alone = merged(
+        resumed, {"checkpoint": {"load_states": "model", "directory": str(tmp_path / "new")}, "optimizer": still}
+    )
+    losses = ranks.run(1, load_and_train, weights_alone)[0][1]
+    assert max(losses) < 5.6, f"{losses}: an update put random weights back, whose loss is 5.8"

@@ -6,7 +6,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from megatron_vlm.config import to_yaml
 from tests.helpers.tiny import tiny_dataset, tiny_recipe
@@ -101,3 +103,45 @@ def test_bad_input_costs_one_line(run, arguments, expected):
     done = tool("generate.py", *[checkpoint if argument == "RUN" else argument for argument in arguments])
     assert done.code != 0 and done.stdout == ""
     assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_bad_arguments_cost_one_line_on_several_ranks(tmp_path):
+    done = tool_on_ranks(2, tmp_path, "train.py", "recipe.yaml", "--training.steps=3")
+    assert done.code != 0 and done.stdout == ""
+    assert done.stderr.startswith("error: unrecognized arguments: --training.steps=3"), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def odd_conversations(folder: Path) -> Path:
+    """JSONL as Windows writes it (byte order mark, CRLF), one id for all, and pictures of every mode."""
+    pictures = {
+        "alpha.png": Image.new("RGBA", (30, 20)),
+        "palette.gif": Image.new("P", (28, 28), 3),
+        "print.jpg": Image.new("CMYK", (20, 30)),
+        "scan.png": Image.fromarray(np.full((28, 28), 40_000, np.uint16)),
+        "fax.png": Image.new("1", (28, 28)),
+    }
+    (folder / "pictures").mkdir()
+    turns = [{"from": "human", "value": "Was ist dás? ☃"}, {"from": "gpt", "value": "漢字 😀"}]
+    records: list[dict[str, object]] = [{"conversations": turns}]
+    for name, picture in pictures.items():
+        picture.save(folder / "pictures" / name)
+        records.append({"id": "same", "image": name, "conversations": turns})
+    text = "\r\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    (folder / "odd.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n")
+    return folder / "odd.jsonl"
+
+
+def test_a_users_own_data_and_every_key_the_other_tests_leave_alone(run, tmp_path):
+    done = tool(
+        "train.py", run / "recipe.yaml", f"checkpoint.directory={tmp_path}/own", "checkpoint.every_steps=2",
+        "training.steps=3", "training.media_window=4", f"data.path={odd_conversations(tmp_path)}",
+        f"data.media_root={tmp_path}/pictures", "data.num_workers=2", "data.image_mode=resize", "data.shuffle=false",
+        "precision.params=bf16", "precision.grad_reduce=bf16", "optimizer.clip_norm=0", "ops.loss_chunk_tokens=7",
+        "logging.progress=true", "logging.every_steps=3", "logging.curves=true",
+    )  # fmt: skip
+    assert done.code == 0 and done.stderr == "", done.stderr
+    assert "training 3/3" in done.stdout and "training 1/3" not in done.stdout
+    assert {"step_0000002", "step_0000003", "curves.png"} <= {path.name for path in (tmp_path / "own").iterdir()}
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "own" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 3 and all(4 < loss < 8 for loss in losses)

@@ -26,8 +26,10 @@ ROLES: dict[str, Role] = {
     "system": "system",
 }
 UNREAD_MEDIA_KEYS = ("images", "video", "video_path", "video_id", "frames")
+HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 BLANK = re.compile(r"[ \t\r\n]*")
 BYTE_ORDER_MARK = "\xef\xbb\xbf"  # UTF-8's, as Latin-1
+UTF_16_MARKS = ("\xff\xfe", "\xfe\xff")
 
 
 class Extent(NamedTuple):
@@ -62,6 +64,8 @@ class LlavaFile:
                 text = file.read()
         except OSError as error:
             raise DataError(f"data file {self.path} cannot be read: {error.strerror}") from error
+        if text.startswith(UTF_16_MARKS):
+            raise DataError(f"{self.path} is UTF-16; UTF-8 is needed")
         start = _skip_blank(text, len(BYTE_ORDER_MARK) if text.startswith(BYTE_ORDER_MARK) else 0)
         extents = list(self._scan_list(text, start + 1) if text[start : start + 1] == "[" else _scan_lines(text, start))
         if not extents:
@@ -103,9 +107,10 @@ class LlavaFile:
         while separator == ",":
             try:
                 _, end = decode(text, position)
-            except json.JSONDecodeError as error:
-                line = text.count("\n", 0, error.pos) + 1
-                raise DataError(f"{self.path} element {number} (line {line}) is not JSON: {error.msg}") from error
+            except (ValueError, RecursionError) as error:
+                place, reason = (error.pos, error.msg) if isinstance(error, json.JSONDecodeError) else (position, error)
+                where = f"line {text.count(chr(10), 0, place) + 1}, byte {place}"
+                raise DataError(f"{self.path} element {number} is not JSON: {reason} ({where})") from error
             yield Extent(position, end - position, number)
             end = _skip_blank(text, end)
             separator = text[end : end + 1]
@@ -143,7 +148,9 @@ def parse_record(raw: bytes, origin: str, default_id: str, image_token: str) -> 
     """
     try:
         record = json.loads(raw)
-    except ValueError as error:
+        if HALF_CHARACTER.search(raw):
+            json.dumps(record, ensure_ascii=False).encode()  # it may be half of a pair, which no tokenizer takes
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{origin} is not JSON: {error}") from error
     if not isinstance(record, dict):
         raise DataError(f"{origin} is {type(record).__name__}; an object is needed")
@@ -157,7 +164,8 @@ def parse_record(raw: bytes, origin: str, default_id: str, image_token: str) -> 
         turns = _prepend_markers(turns, len(images), image_token)
     elif found != len(images):
         raise DataError(f"{origin} has {len(images)} image(s) and {found} {image_token} in its text; equal is needed")
-    return Sample(str(record.get("id", default_id)), tuple(turns), images, origin, str(record.get("form", "")))
+    id_ = record.get("id")
+    return Sample(default_id if id_ is None else str(id_), tuple(turns), images, origin, str(record.get("form", "")))
 
 
 def _images(value: Any, origin: str) -> tuple[str, ...]:

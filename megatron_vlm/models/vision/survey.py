@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from megatron_vlm.config.schema import VisionConfig
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.hf_config import config_from_dict
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.preprocessing import pixel_format
 
@@ -64,16 +65,14 @@ def load_vision_config(vision: VisionConfig) -> PretrainedConfig:
 
     Raises ConfigError where the path cannot be read or the dictionary names no known model type.
     """
-    try:
-        if vision.path is not None:
+    if vision.config is not None:
+        config = config_from_dict("model.vision.config", vision.config)
+    else:
+        try:
             config = AutoConfig.from_pretrained(vision.path)
-        else:
-            settings = dict(vision.config or {})
-            config = AutoConfig.for_model(settings.pop("model_type", None), **settings)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        source = f"path {vision.path!r}" if vision.path is not None else f"config {vision.config}"
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.vision.{source} gives no transformers model config: {reason}") from error
+        except (OSError, ValueError, StrictDataclassError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"model.vision.path: no usable config in {vision.path!r}: {reason}") from error
     return getattr(config, "vision_config", config)
 
 

@@ -120,6 +120,25 @@ def test_overrides_of_another_form(tmp_path: Path, override: str) -> None:
     assert f"override {override!r}: needs the form section.key=value" in message
 
 
+def test_an_override_that_is_not_yaml_is_named(tmp_path: Path) -> None:
+    message = error_of(write(tmp_path / "r.yaml", tree()), "training.steps=3", "optimizer.betas=[0.9")
+    assert message.startswith("override 'optimizer.betas=[0.9': the value is not valid YAML")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.lr=.inf", "optimizer.lr: found inf, input should be a finite number"),
+        ("optimizer.eps=.nan", "optimizer.eps: found nan, "),
+        ("training.steps=true", "training.steps: found True, a number is needed"),
+        ("optimizer.lr=false", "optimizer.lr: found False, a number is needed"),
+        ("model.vision.select_layer=false", "model.vision.select_layer: found False, a number is needed"),
+    ],
+)
+def test_what_is_no_number_in_its_place(tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in error_of(write(tmp_path / "r.yaml", tree()), override)
+
+
 def test_yaml_and_hash_round_trip(tmp_path: Path) -> None:
     config = recipe(optimizer__eps=1e-9, model__freeze=["^vision", "a: b"], training__media_window=2)
     again = load_config(write(tmp_path / "r.yaml", to_yaml(config)))

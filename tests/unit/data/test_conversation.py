@@ -205,3 +205,9 @@ def test_config_errors(tmp_path: Path) -> None:
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="data.template is 'auto', but the tokenizer of .* has no chat template"):
         encoder_of(tokenizer)
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m", "{{ nothing.at_all }}", "{{ messages + 1 }}"])
+def test_a_broken_template_is_a_config_error(tmp_path: Path, template: str) -> None:
+    with pytest.raises(ConfigError, match="data.template is 'auto', but the template of .* cannot be rendered"):
+        encoder_of(tokenizers.byte_level(tmp_path, template))

@@ -120,3 +120,16 @@ def test_losing_the_race_takes_the_winners_index(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(index_module, "_publish", slow)
     assert len(open_tiny(tmp_path)) == 24
     assert len(published(tmp_path)) == 1
+
+
+def test_samples_without_a_name(tmp_path: Path) -> None:
+    path = tiny_dataset(tmp_path)
+    path.write_text(json.dumps([{**record, "id": ""} for record in json.loads(path.read_text())]))
+    assert open_tiny(tmp_path).sample_id(3) == ""
+
+
+def test_a_folder_is_no_data_file_and_gets_no_index(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError, match="data cannot be read: it is not a file"):
+        open_index(LlavaFile(tmp_path / "data", "<image>"), encoder_in(tmp_path), tmp_path, tmp_path / "spare")
+    assert not (tmp_path / "data.index").exists()

@@ -80,9 +80,9 @@ def talk(*roles: str) -> str:
         ("", "holds no conversation"),
         ("[ ]", "holds no conversation"),
         ("  \n ", "holds no conversation"),
-        ("[{},\n{]", r"element 1 \(line 2\) is not JSON"),
-        ("[{},\n", r"element 1 \(line 2\) is not JSON"),
-        ("[{},]", r"element 1 \(line 1\) is not JSON"),
+        ("[{},\n{]", r"element 1 is not JSON: .*line 2, byte"),
+        ("[{},\n", r"element 1 is not JSON: .*line 2, byte"),
+        ("[{},]", r"element 1 is not JSON: .*line 1, byte 4"),
         ("[{}\n{}]", "line 2: ',' or ']' is needed after element 0"),
         ("[{}\n", "line 2: ',' or ']' is needed after element 0"),
         ("[{}]\n{}", r"line 2: nothing may follow the list's '\]'"),
@@ -125,3 +125,31 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none.json cannot be read: No such file"):
         LlavaFile(tmp_path / "none.json", "<image>").scan()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            b'[{"id": "a", "conversations": [{"from": "human", "value": "\\ud83d"}]}]',
+            "element 0 is not JSON: .*surrogates",
+        ),
+        (b'{"id": "\\uDE00", "conversations": []}', "line 1 is not JSON: .*surrogates"),
+        (b"[" * 100_000, "element 0 is not JSON: .*recursion"),
+        (b'{"a": ' + b"[" * 100_000, "line 1 is not JSON: .*recursion"),
+        (b'[{"id": ' + b"9" * 5000 + b"}]", "element 0 is not JSON: .*5000 digits"),
+        (json.dumps([{"conversations": QA}]).encode("utf-16"), "is UTF-16; UTF-8 is needed"),
+    ],
+    ids=["half of a character", "half in a line", "deep list", "deep line", "huge number", "utf-16"],
+)
+def test_what_json_allows_and_nobody_can_use_is_a_data_error(tmp_path: Path, data: bytes, message: str) -> None:
+    (tmp_path / "data.json").write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        LlavaFile(tmp_path / "data.json", "<image>").read_all()
+
+
+def test_whole_escaped_characters_and_missing_ids(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "\U0001f600"}, QA[1]]
+    file = write(tmp_path / "data.json", json.dumps([{"id": None, "conversations": turns}, {"conversations": turns}]))
+    samples = file.read_all()
+    assert samples[0].turns[0].text == "\U0001f600" and [sample.id for sample in samples] == ["0", "1"]

@@ -92,3 +92,18 @@ def test_every_damaged_byte_is_an_error_or_a_picture(tmp_path: Path) -> None:
                 assert MediaReader(SPEC, "pad").read(tmp_path / name, "s").isfinite().all()
             except DataError as error:
                 assert "\n" not in str(error)
+
+
+def test_wide_grey_pictures_are_scaled_and_not_clipped(tmp_path: Path) -> None:
+    values = np.arange(28 * 28, dtype=np.uint16).reshape(28, 28) * 83
+    Image.fromarray(values).save(tmp_path / "wide.png")
+    Image.fromarray((values / 257).round().astype(np.uint8)).save(tmp_path / "narrow.png")
+    wide, narrow = (MediaReader(SPEC, "pad").read(tmp_path / f"{name}.png", "s") for name in ("wide", "narrow"))
+    torch.testing.assert_close(wide, narrow, atol=0, rtol=0)
+    assert wide.std() > 0.5
+
+
+def test_pictures_without_a_known_white_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.linspace(0, 1, 28 * 28, dtype=np.float32).reshape(28, 28)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"sample 's': image .*a.tif cannot be read: its pixels are 32 bits wide"):
+        MediaReader(SPEC, "pad").read(tmp_path / "a.tif", "sample 's'")

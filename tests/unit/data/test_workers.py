@@ -1,11 +1,14 @@
 """Items come in order from any number of workers, and errors come as themselves."""
 
+import contextlib
 import gc
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +60,41 @@ def test_ending_does_not_wait() -> None:
         del stream
         gc.collect()
         assert time.monotonic() - started < 4
+
+
+@dataclass(frozen=True)
+class ManyTensors:
+    """Items as large steps are: more tensors than a process may have files open."""
+
+    def produce(self, number: int) -> list[torch.Tensor]:
+        return [torch.full((3,), number) for _ in range(400)]
+
+
+def test_many_tensors_need_no_file_each() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+    try:
+        with time_limit(30):
+            items = list(OrderedItems(ManyTensors(), range(3), 1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [int(item[-1][0]) for item in items] == [0, 1, 2]
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError in the main thread when the time is up."""
+
+    def over(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 RANK = """

@@ -34,6 +34,21 @@ def test_a_damaged_image_is_an_error_that_names_the_prompt(pair, tmp_path):
         pair.ours.generate([["What?"], [tmp_path / "bad.png", "What?"]])
 
 
+def test_images_in_memory_are_prepared_as_files_are(pair, tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    from megatron_vlm.generation.prompts import read_prompt
+
+    wide = Image.fromarray(np.linspace(0, 65535, 28 * 28).reshape(28, 28).astype(np.uint16))
+    wide.save(tmp_path / "wide.png")
+    sample, _ = read_prompt("?", "<image>", 1)
+    in_memory, on_disk = pair.ours._pixels(wide, sample), pair.ours._pixels(tmp_path / "wide.png", sample)
+    assert in_memory.equal(on_disk) and in_memory.std() > 0.5
+    with pytest.raises(DataError, match="prompt 3: an image in memory cannot be used: its pixels are 32 bits wide"):
+        pair.ours.generate([["?"], ["?"], [Image.new("F", (28, 28)), "What?"]])
+
+
 def stop_ids(pair: Any, configured: Any) -> set[str]:
     from megatron_vlm.generation.assistant import find_stop_ids
 

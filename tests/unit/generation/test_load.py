@@ -103,3 +103,8 @@ def test_no_checkpoint_is_an_error(tmp_path):
         megatron_vlm.load(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="is not a checkpoint: it has no manifest.json"):
         megatron_vlm.load(tmp_path)
+
+
+def test_loading_says_nothing(saved, capfd):
+    megatron_vlm.load(saved.directory)
+    assert capfd.readouterr() == ("", "")

@@ -24,6 +24,19 @@ SMALL_LLAMA = {
 }
 
 
+NOT_ITS_KEY = {
+    "dinov2": "intermediate_size",
+    "dinov2_with_registers": "intermediate_size",
+    "siglip2_vision_model": "image_size",
+}
+
+
+def small_tower(model_type: str, **keys: Any) -> dict[str, Any]:
+    """A tower of 4 layers and width 32 of a model type; `keys` are added."""
+    sizes = {key: value for key, value in SMALL_TOWER.items() if key != NOT_ITS_KEY.get(model_type)}
+    return {"model_type": model_type, **sizes, **keys}
+
+
 def small_recipe(**model: Any) -> Config:
     """A 4-layer CLIP of width 32 and a 2-layer Llama of width 64; `model` replaces keys of the model section."""
     vision = {"config": {"model_type": "clip_vision_model", **SMALL_TOWER}}

@@ -10,13 +10,13 @@ from transformers import CLIPConfig, CLIPVisionConfig
 from megatron_vlm.config.schema import VisionConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.vision.survey import load_vision_config, survey_tower
-from tests.unit.models.recipes import SMALL_TOWER
+from tests.unit.models.recipes import SMALL_TOWER, small_tower
 
 
 def tower(model_type: str = "clip_vision_model", **keys: Any) -> VisionConfig:
     """`select_*` go to the recipe's section, the rest into the tower's config."""
     section = {key: keys.pop(key) for key in ("select_layer", "select_feature") if key in keys}
-    return VisionConfig(config={"model_type": model_type, **SMALL_TOWER, **keys}, **section)
+    return VisionConfig(config=small_tower(model_type, **keys), **section)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_layer_out_of_range(select_layer: int) -> None:
     [
         (VisionConfig(config={"model_type": "no_such_model"}), "no_such_model"),
         (VisionConfig(path="no/such/directory"), "no/such/directory"),
-        (tower("siglip2_vision_model"), "spatial_shapes"),
+        (tower("siglip2_vision_model"), "image size of siglip2_vision_model is None"),
         (VisionConfig(config={"model_type": "resnet"}), "image size of resnet is None"),
         (tower("clip_vision_model", image_size=None), "image size of clip_vision_model is None"),
     ],

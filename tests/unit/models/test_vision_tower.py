@@ -6,7 +6,7 @@ import torch
 from megatron_vlm.config.schema import VisionConfig
 from megatron_vlm.models.vision.survey import build_hf_tower, survey_tower
 from megatron_vlm.models.vision.tower import VisionTower
-from tests.unit.models.recipes import SMALL_TOWER
+from tests.unit.models.recipes import small_tower
 
 PIXELS = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
 MODEL_TYPES = ["clip_vision_model", "siglip_vision_model", "dinov2", "vit"]
@@ -14,7 +14,7 @@ MODEL_TYPES = ["clip_vision_model", "siglip_vision_model", "dinov2", "vit"]
 
 def build(model_type: str, select_layer: int = -2, feature: str = "patch", recompute: bool = False) -> VisionTower:
     torch.manual_seed(1)
-    config = {"model_type": model_type, **SMALL_TOWER}
+    config = small_tower(model_type)
     return VisionTower(
         survey_tower(VisionConfig(config=config, select_layer=select_layer, select_feature=feature)), recompute
     )
@@ -70,7 +70,7 @@ def test_recompute_changes_no_gradient(model_type: str) -> None:
 
 def test_frozen_tower_has_no_dropout() -> None:
     torch.manual_seed(0)
-    config = {"model_type": "dinov2", **SMALL_TOWER, "hidden_dropout_prob": 0.5}
+    config = small_tower("dinov2", hidden_dropout_prob=0.5)
     tower = VisionTower(survey_tower(VisionConfig(config=config)))
     tower.train()
     assert not torch.equal(tower(PIXELS), tower(PIXELS))

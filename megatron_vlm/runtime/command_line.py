@@ -1,0 +1,59 @@
+"""How every tool starts: its place in the job, its arguments, and the one line that bad ones cost.
+
+argparse alone would print usage and error on every rank, before anything makes the ranks speak with one voice, so the
+arguments are read inside `fail_together`. torch is not imported: help comes at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from megatron_vlm.errors import ConfigError, ParallelError
+from megatron_vlm.runtime.failure import fail_together
+from megatron_vlm.runtime.launch import Launch, read_launch
+
+
+class CommandLine(argparse.ArgumentParser):
+    """A tool's arguments.
+
+    Args:
+        description: the tool's docstring, printed as it is.
+    """
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+        self.add_argument("--debug", action="store_true", help="tracebacks instead of one-line errors")
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError where argparse would print its usage."""
+        raise ConfigError(f"{message} ({self.prog} --help shows what there is)")
+
+    @contextmanager
+    def run(self) -> Iterator[tuple[argparse.Namespace, Launch]]:
+        """The tool's main part runs inside; what a user can fix ends the whole job with one line.
+
+        Raises:
+            SystemExit: code 1, where the process failed.
+        """
+        try:
+            launch = read_launch()
+        except ParallelError as error:
+            sys.stderr.write(f"error: {error}\n")
+            raise SystemExit(1) from error
+        with fail_together(launch, debug="--debug" in sys.argv):
+            yield self.parse_args(), launch
+
+
+def whole_number(minimum: int) -> Callable[[str], int]:
+    """The `type` of an option that takes integers from `minimum`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"found {text!r}, needs an integer of at least {minimum}")
+        return int(text)
+
+    return parse

@@ -1,0 +1,85 @@
+"""The step and the loop out of the ordinary: a gradient that is not finite, a rate of zero, nothing left to do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.runtime.distributed import Launch
+from megatron_vlm.training.hooks import build_hooks
+from megatron_vlm.training.job import build_job
+from megatron_vlm.training.loop import train
+from tests.distributed.test_master import base_recipe, merged
+from tests.helpers.master import train_steps, trained
+from tests.helpers.ranks import RankPool
+
+
+def step_with_a_bad_gradient(recipe: dict[str, Any]) -> tuple[float, bool]:
+    """The last rank's projector gets a NaN. Returns the norm reported and whether anything changed."""
+    job = build_job(Config.model_validate(recipe), torch.distributed.get_world_size())
+    train_steps(job, 1)
+    before = {name: parameter.detach().clone() for name, parameter in trained(job)}
+    finish = job.vision.finish_grad_sync
+
+    def poison() -> None:
+        if job.grid.rank == job.grid.sizes.world - 1:
+            next(job.vision.module.projector.parameters()).main_grad.fill_(float("nan"))
+        finish()
+
+    job.vision.finish_grad_sync = poison
+    job.start_step = 1
+    _, norms = train_steps(job, 1)
+    return norms[0], any(not torch.equal(parameter, before[name]) for name, parameter in trained(job))
+
+
+@pytest.mark.parametrize("params", ["fp32", "bf16"])
+def test_an_infinite_gradient_changes_nothing_on_any_rank(ranks: RankPool, tmp_path: Path, params: str) -> None:
+    recipe = merged(base_recipe(tmp_path, {}), {"precision": {"params": params}})
+    for norm, changed in ranks.run(2, step_with_a_bad_gradient, recipe):
+        assert norm != norm and not changed
+
+
+def changes_per_component(recipe: dict[str, Any]) -> dict[str, float]:
+    """By how much one step moves each component."""
+    job = build_job(Config.model_validate(recipe), torch.distributed.get_world_size())
+    before = {name: parameter.detach().clone() for name, parameter in trained(job)}
+    train_steps(job, 1)
+    moved: dict[str, float] = {}
+    for name, parameter in trained(job):
+        change: Tensor = (parameter.detach() - before[name]).abs().max()
+        moved[name.partition(".")[0]] = max(moved.get(name.partition(".")[0], 0.0), float(change))
+    return moved
+
+
+@pytest.mark.parametrize("still", ["language", "projector", "vision"])
+def test_each_component_has_its_own_rate(ranks: RankPool, tmp_path: Path, still: str) -> None:
+    rates = {"lr": 1e-3, "lr_projector": 1e-3, "lr_vision": 1e-3}
+    rates["lr" if still == "language" else f"lr_{still}"] = 0.0
+    moved = ranks.run(1, changes_per_component, merged(base_recipe(tmp_path, {}), {"optimizer": rates}))[0]
+    assert {component for component, change in moved.items() if change == 0.0} == {still}
+
+
+def run_to_the_end(recipe: dict[str, Any]) -> str:
+    return str(train(Config.model_validate(recipe), Launch()))
+
+
+def test_a_finished_run_has_nothing_to_do(ranks: RankPool, tmp_path: Path) -> None:
+    directory = str(tmp_path / "run")
+    recipe = merged(base_recipe(tmp_path, {}), {"checkpoint": {"directory": directory}, "training": {"steps": 2}})
+    (first,) = ranks.run(1, run_to_the_end, recipe)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    for steps in (2, 1):
+        again = merged(recipe, {"checkpoint": {"load": directory}, "training": {"steps": steps}})
+        assert ranks.run(1, run_to_the_end, again) == [first]
+    assert metrics.startswith((tmp_path / "run" / "metrics.jsonl").read_text())
+
+
+def test_an_unwritable_directory_is_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    recipe = merged(base_recipe(tmp_path, {}), {"checkpoint": {"directory": str(tmp_path / "file" / "run")}})
+    with pytest.raises(ConfigError, match="checkpoint.directory: found"):
+        build_hooks(Config.model_validate(recipe), Launch(), 0)
