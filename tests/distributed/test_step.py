@@ -83,3 +83,24 @@ def test_an_unwritable_directory_is_the_users_error(tmp_path: Path) -> None:
     recipe = merged(base_recipe(tmp_path, {}), {"checkpoint": {"directory": str(tmp_path / "file" / "run")}})
     with pytest.raises(ConfigError, match="checkpoint.directory: found"):
         build_hooks(Config.model_validate(recipe), Launch(), 0)
+
+
+def losses_of(recipe: dict[str, Any]) -> list[float]:
+    return train_steps(build_job(Config.model_validate(recipe), torch.distributed.get_world_size()), 3)[0]
+
+
+def test_backends_and_chunks_change_nothing(ranks: RankPool, tmp_path: Path) -> None:
+    recipe = base_recipe(tmp_path, {})
+    wanted = ranks.run(1, losses_of, recipe)[0]
+    for ops in ({"attention": "reference"}, {"attention": "cpu"}, {"loss_chunk_tokens": 7}):
+        assert ranks.run(1, losses_of, merged(recipe, {"ops": ops}))[0] == pytest.approx(wanted, rel=1e-5), ops
+
+
+def test_gradients_are_clipped_as_asked(ranks: RankPool, tmp_path: Path) -> None:
+    """Adam hardly feels a scale, but for gradients as small as its eps."""
+    recipe = base_recipe(tmp_path, {})
+    off, far_off, hard = (
+        ranks.run(1, losses_of, merged(recipe, {"optimizer": {"clip_norm": norm}}))[0] for norm in (0.0, 1e9, 1e-9)
+    )
+    assert off == far_off
+    assert hard[0] == off[0] and hard[2] > off[2] + 0.01

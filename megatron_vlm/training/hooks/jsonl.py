@@ -1,9 +1,11 @@
 """metrics.jsonl: one object per step, appended and flushed, so that a killed run keeps every line but the last.
 
-A resumed run drops the lines after its starting step, which the lost run may have written, so each step stands once.
+A resumed run drops the lines after its starting step, which the lost run may have written, so each step stands once;
+the shortened file is written beside and renamed into place.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,17 @@ class JsonLinesHook(Hook):
 
     def __init__(self, path: Path, start_step: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= start_step] if start_step else []
-        self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        for line in kept:
-            self._write(line)
+        beside = path.with_name(f".{path.name}.partial")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(beside, path)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
 
     def after_step(self, report: StepReport) -> None:
-        self._write(report.as_dict())
+        self.file.write(json.dumps(report.as_dict()) + "\n")
+        self.file.flush()
 
     def close(self) -> None:
         self.file.close()
-
-    def _write(self, entry: dict[str, Any]) -> None:
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
