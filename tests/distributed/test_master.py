@@ -59,6 +59,9 @@ SLOW = {
     "tied-tp2": layout(2, parallel={"tensor": 2}, model=TIED),
     "tied-pp2": layout(2, parallel={"pipeline": 2}, model=TIED),
     "projector-only-tied-pp2": layout(2, parallel={"pipeline": 2}, model=PROJECTOR_ONLY | TIED),
+    "projector-only-windows-overlap": layout(
+        4, parallel={"tensor": 2, **OVERLAP}, model=PROJECTOR_ONLY, training={"media_window": 2}
+    ),
     "recompute-full": layout(
         4,
         parallel={"tensor": 2, "pipeline": 2, "sequence": True},

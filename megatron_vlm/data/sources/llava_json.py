@@ -158,7 +158,7 @@ def parse_record(raw: bytes, origin: str, default_id: str, image_token: str) -> 
         if record.get(key):
             raise DataError(f"{origin} has field {key!r}, which is not read; pictures are named in 'image'")
     images = _images(record.get("image"), origin)
-    turns = _turns(record, origin)
+    turns = _turns(record, origin, image_token)
     found = sum(turn.text.count(image_token) for turn in turns)
     if images and not found:
         turns = _prepend_markers(turns, len(images), image_token)
@@ -177,7 +177,7 @@ def _images(value: Any, origin: str) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def _turns(record: dict[str, Any], origin: str) -> list[Turn]:
+def _turns(record: dict[str, Any], origin: str, image_token: str) -> list[Turn]:
     if "conversations" not in record:
         raise DataError(f"{origin} has no field 'conversations'; found: {', '.join(record) or 'none'}")
     entries = record["conversations"]
@@ -185,8 +185,11 @@ def _turns(record: dict[str, Any], origin: str) -> list[Turn]:
         raise DataError(f"{origin} field 'conversations' must be a list with at least one question and answer")
     turns = [_turn(entry, f"{origin} turn {number}") for number, entry in enumerate(entries)]
     first = 1 if turns[0].role == "system" else 0
-    for number, turn in enumerate(turns[first:], start=first):
-        wanted = ("user", "assistant")[(number - first) % 2]
+    begin = first
+    if len(turns) > first + 1 and turns[first].role == "assistant" and image_token not in turns[first].text:
+        begin += 1  # an answer to nothing: LLaVA's own loader leaves it out too, and its 665k mix has some
+    for number, turn in enumerate(turns[begin:], start=begin):
+        wanted = ("user", "assistant")[(number - begin) % 2]
         if turn.role != wanted:
             raise DataError(
                 f"{origin} turn {number} is from the {turn.role}, the {wanted} is needed: an optional system turn, "
@@ -194,7 +197,7 @@ def _turns(record: dict[str, Any], origin: str) -> list[Turn]:
             )
     if turns[-1].role != "assistant":
         raise DataError(f"{origin} ends with the {turns[-1].role}; the last turn must be the assistant's")
-    return turns
+    return [*turns[:first], *turns[begin:]]
 
 
 def _turn(entry: Any, origin: str) -> Turn:

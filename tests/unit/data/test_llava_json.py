@@ -96,7 +96,8 @@ def talk(*roles: str) -> str:
         (one(conversations=[{"from": "human"}]), "element 1 turn 0 field 'value' is null; a string is needed"),
         (one(conversations=[{"from": 3, "value": ""}]), "element 1 turn 0 field 'from' is 3; a string is needed"),
         (talk("human", "bot"), "element 1 turn 1 is from 'bot'; known roles: human, user, gpt"),
-        (talk("gpt", "human"), "element 1 turn 0 is from the assistant, the user is needed"),
+        (talk("gpt", "gpt"), "element 1 turn 1 is from the assistant, the user is needed"),
+        (talk("gpt"), "element 1 turn 0 is from the assistant, the user is needed"),
         (talk("human", "human"), "element 1 turn 1 is from the user, the assistant is needed"),
         (talk("human", "gpt", "gpt"), "element 1 turn 2 is from the assistant, the user is needed"),
         (talk("human", "system", "gpt"), "element 1 turn 1 is from the system, the assistant is needed"),
@@ -114,6 +115,12 @@ def test_errors_name_file_and_place(tmp_path: Path, text: str, message: str) -> 
     with pytest.raises(DataError, match=message) as caught:
         file.read_all()
     assert "some.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_answer_before_any_question_is_left_out(tmp_path: Path) -> None:
+    turns = [{"from": role, "value": role} for role in ("system", "gpt", "human", "gpt")]
+    (_, sample) = write(tmp_path / "some.json", one(conversations=turns)).read_all()
+    assert [turn.text for turn in sample.turns] == ["system", "human", "gpt"]
 
 
 def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""Every recipe that is shipped is valid for the number of ranks it is meant for."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.config import load_config
+from megatron_vlm.config.schema import Config
+from megatron_vlm.config.validation import validate
+from megatron_vlm.data.conversation import TEMPLATES
+from megatron_vlm.models.facts import gather_facts
+
+RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
+RANKS = {"quickstart": 4, "llava_qwen2_7b": 8}
+QWEN2_7B = {
+    "model_type": "qwen2",
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+CLIP_L_336 = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+PUBLIC = {"Qwen/Qwen2-7B-Instruct": QWEN2_7B, "openai/clip-vit-large-patch14-336": CLIP_L_336}
+
+
+def without_downloads(config: Config) -> Config:
+    """The recipe with the public models' sizes in the place of their hub ids."""
+    language, vision = config.model.language, config.model.vision
+    if language.path is not None:
+        sizes = {"path": None, "config": PUBLIC[language.path], "tokenizer": language.path}
+        language = language.model_copy(update=sizes)
+    if vision.path is not None:
+        vision = vision.model_copy(update={"path": None, "config": PUBLIC[vision.path]})
+    return config.model_copy(update={"model": config.model.model_copy(update={"language": language, "vision": vision})})
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipe(path: Path) -> None:
+    config = without_downloads(load_config(path))
+    world_size = RANKS[path.stem.rpartition("_phase")[0]]
+    validate(config, gather_facts(config, TEMPLATES.names()), world_size)
+
+
+def test_a_wrong_number_of_ranks_is_found() -> None:
+    config = without_downloads(load_config(RECIPES / "llava_qwen2_7b_phase1.yaml"))
+    with pytest.raises(ValueError, match="parallel.tensor"):
+        validate(config, gather_facts(config, TEMPLATES.names()), 6)
