@@ -16,8 +16,11 @@ from megatron_vlm.config.megatron import ddp_config, vision_ddp_config
 from megatron_vlm.config.schema import Config
 from megatron_vlm.config.validation import names_its_model, validate
 from megatron_vlm.conversion.weights import load_weights
+from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.conversation import TEMPLATES
+from megatron_vlm.data.loader import build_loader
 from megatron_vlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.models.facts import gather_facts
 from megatron_vlm.models.families import build_model
 from megatron_vlm.models.language import load_language_config
@@ -42,6 +45,11 @@ class Job:
     tokenizer: Tokenizer
     step: TrainStep
     start_step: int  # updates already made
+
+    def batches(self, num_steps: int) -> OrderedItems[StepBatch]:
+        """The next `num_steps` global batches from `start_step` on, as this rank sees them. Raises DataError."""
+        sizes, spec = self.grid.sizes, self.model.media_spec
+        return build_loader(self.config, self.tokenizer, spec, sizes, self.grid.rank, self.start_step, num_steps)
 
     def state(self, updates: int) -> TrainingState:
         """What a checkpoint keeps after `updates` updates."""

@@ -4,13 +4,12 @@ Its state is one number, the updates made: the loader, the schedule and the chec
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_vlm.checkpoint.store import find_checkpoint, refuse_to_overwrite, save_checkpoint
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import StepBatch
-from megatron_vlm.data.loader import build_loader
 from megatron_vlm.runtime.distributed import Launch
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training import schedule
@@ -41,28 +40,21 @@ def train(config: Config, launch: Launch) -> Path:
         assert config.checkpoint.load is not None
         logger.info("nothing to do: %d of training.steps %d updates are made", job.start_step, steps)
         return find_checkpoint(config.checkpoint.load)
-    loader = build_loader(
-        config,
-        job.tokenizer,
-        job.model.media_spec,
-        job.grid.sizes,
-        launch.rank,
-        job.start_step,
-        num_steps=steps - job.start_step,
-    )
+    batches = job.batches(steps - job.start_step)
     hooks = build_hooks(config, launch, job.start_step)  # last: they write, and nothing may be wrong any more
     try:
-        return run_steps(job, loader, hooks)
+        return run_steps(job, batches, hooks)
     finally:
         for hook in hooks:
             hook.close()
 
 
-def run_steps(job: Job, loader: Iterable[StepBatch], hooks: list[Hook]) -> Path:
-    """From the job's first step to its last; returns the directory of the last checkpoint."""
+def run_steps(job: Job, batches: Iterable[StepBatch], hooks: Sequence[Hook] = ()) -> Path:
+    """Trains on the batches, up to the recipe's last step; returns the directory of the last checkpoint."""
     config, steps = job.config, job.config.training.steps
+    saved: Path | None = None
     started = time.perf_counter()
-    for batch in loader:
+    for batch in batches:
         schedule.apply(job.optimizer.param_groups, batch.step, steps, config.optimizer, config.schedule)
         result = job.step(batch)
         report: StepReport = make_report(batch, result, job.optimizer.param_groups, time.perf_counter() - started)
@@ -74,4 +66,5 @@ def run_steps(job: Job, loader: Iterable[StepBatch], hooks: list[Hook]) -> Path:
             for hook in hooks:
                 hook.after_save(saved, updates)
         started = time.perf_counter()
+    assert saved is not None, "the batches end before a checkpoint is due"
     return saved

@@ -17,7 +17,7 @@ def train_and_save(recipe: dict[str, Any]) -> str:
     from megatron_vlm.training.loop import run_steps
 
     job = build_job(Config.model_validate(recipe), dist.get_world_size())
-    return str(run_steps(job, [], dist.get_rank()))
+    return str(run_steps(job, job.batches(1)))
 
 
 def records_of(checkpoint: str, data: Path) -> list[Any]:

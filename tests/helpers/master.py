@@ -44,14 +44,9 @@ def run_layout(recipe: dict[str, Any], steps: int = 5, fault: str | None = None)
 
 def train_steps(job: Job, steps: int) -> tuple[list[float], list[float]]:
     """The loop without hooks: losses and gradient norms of the next `steps` steps."""
-    from megatron_vlm.data.loader import build_loader
-
     config = job.config
     losses, norms = [], []
-    loader = build_loader(
-        config, job.tokenizer, job.model.media_spec, job.grid.sizes, job.grid.rank, job.start_step, steps
-    )
-    for batch in loader:
+    for batch in job.batches(steps):
         schedule.apply(job.optimizer.param_groups, batch.step, config.training.steps, config.optimizer, config.schedule)
         result = job.step(batch)
         losses.append(result.loss)

@@ -38,7 +38,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
         from megatron_vlm.training.loop import run_steps
 
         job = build_job(recipe, 1)
-        directory = run_steps(job, [], 0)
+        directory = run_steps(job, job.batches(1))
         return Saved(directory, {name: p.detach().clone() for name, p in job.model.named_parameters()}, sources)
     finally:
         teardown()
