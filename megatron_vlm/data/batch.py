@@ -8,6 +8,7 @@ b rows of a micro-batch; s tokens of every row of the step; n pictures this rank
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan
@@ -21,6 +22,11 @@ class MicroBatch:
     labels: Tensor  # [b, s]; already shifted: the token after this one, -100 where that is not trained
     position_ids: Tensor  # [b, s]
     sample_ids: tuple[str, ...]
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same rows on a device."""
+        ids, labels, position_ids = (x.to(device) for x in (self.ids, self.labels, self.position_ids))
+        return MicroBatch(ids, labels, position_ids, self.sample_ids)
 
 
 @dataclass(frozen=True)

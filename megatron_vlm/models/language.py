@@ -137,6 +137,7 @@ class LanguageModel(GPTModel):
             vp_stage=place.virtual_stage,
         )
         self.spec = spec
+        self.inverse_frequencies = spec.inverse_frequencies.to(current_device())
         if place.last:
             self.output_layer = LanguageHead(self.output_layer, spec.vocab_size, recipe.ops.loss_chunk_tokens)
 
@@ -165,7 +166,7 @@ class LanguageModel(GPTModel):
         hidden = self._embed(ids, position_ids, features) if self.pre_process else None
         context = AttentionContext(
             position_ids=position_ids,
-            inverse_frequencies=self.spec.inverse_frequencies,
+            inverse_frequencies=self.inverse_frequencies,
             rope_scaling=self.spec.rope_scaling,
             cache=cache,
         )

@@ -106,7 +106,8 @@ class TrainStep:
     def _run_pipeline(self, batch: StepBatch, window: MediaWindow, media: EncodedMedia, last: bool) -> Tensor:
         """Phase 2. Returns the summed loss of this rank's micro-batches, zero except on the last stage."""
         inputs = [
-            (batch.micro_batches[m], local) for m, local in zip(window.micro_batches, media.features, strict=True)
+            (batch.micro_batches[m].to(current_device()), local)
+            for m, local in zip(window.micro_batches, media.features, strict=True)
         ]
         config = self.model.language[0].config
         with contextlib.ExitStack() as stack:
