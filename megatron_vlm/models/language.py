@@ -26,6 +26,7 @@ from megatron_vlm.models.merge import LocalFeatures, merge_features
 from megatron_vlm.models.specs import block_spec
 from megatron_vlm.parallel.context_attention import AttentionContext, KVCache
 from megatron_vlm.parallel.groups import Grid
+from megatron_vlm.runtime.device import current_device
 
 MODEL_TYPES = ("llama", "qwen2")
 ROPE_TYPES = ("default", "linear", "llama3")  # those whose frequencies do not depend on the sequence's length
