@@ -100,9 +100,10 @@ class DataConfig(Section):
     path: str
     media_root: str | None = None  # default: the folder of `path`
     template: str = "auto"
-    image_mode: Literal["pad", "resize"] = "pad"
+    image_mode: Literal["pad", "resize", "processor"] = "pad"  # processor: as the tower's own preprocessor config says
     image_token: str = "<image>"
-    on_bad_sample: Literal["error"] = "error"
+    group_by_modality_length: bool = False  # batches of one modality and of similar lengths, as LLaVA samples
+    on_bad_sample: Literal["error", "skip"] = "error"
     num_workers: NonNegativeInt = 2
     shuffle: bool = True
 
@@ -129,9 +130,9 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """The learning rate over the steps."""
+    """The learning rate over the steps, after a linear warm-up."""
 
-    name: Literal["cosine"] = "cosine"
+    name: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Fraction = 0.03
     min_lr: NonNegativeFloat = 0.0
 
@@ -146,12 +147,14 @@ class RecomputeConfig(Section):
 class TrainingConfig(Section):
     """The step: batch, length, number."""
 
+    mode: Literal["train", "eval", "train_and_eval"] = "train"
     sequence_length: PositiveInt = 2048  # longest row, in tokens, pictures included
     global_batch_size: PositiveInt = 128  # rows per step over all ranks
     micro_batch_size: PositiveInt = 1
     steps: PositiveInt
     media_window: PositiveInt | None = None  # micro-batches encoded ahead per pipeline run; default: all
     recompute: RecomputeConfig = RecomputeConfig()
+    max_nonfinite_steps: PositiveInt = 10  # updates left out in a row, for gradients not finite, before the run stops
 
 
 class CheckpointConfig(Section):
@@ -159,8 +162,22 @@ class CheckpointConfig(Section):
 
     directory: str
     every_steps: NonNegativeInt = 0  # 0: only after the last step
-    load: str | None = None  # a checkpoint directory, or a directory of checkpoints (its `latest`)
+    keep: PositiveInt | None = None  # newest checkpoints kept; default: all
+    async_save: bool = True  # written by a process of its own while training goes on
+    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest good checkpoint in `directory`
+    accept_changes: tuple[str, ...] = ()  # recipe keys (or sections) that may differ from the checkpoint's on resume
+    load: str | None = None  # where a run starts that has nothing to resume: a checkpoint, or a directory of them
     load_states: Literal["all", "model"] = "all"  # model: weights only, for a new training phase
+
+
+class EvaluationConfig(Section):
+    """Held-out data: the loss over all of it, and a task's score where one is named."""
+
+    path: str | None = None
+    media_root: str | None = None  # default: the folder of `path`
+    every_steps: NonNegativeInt = 0  # 0: only after the last step
+    task: str | None = None  # a registered task, answered by generation
+    max_new_tokens: PositiveInt = 32
 
 
 class LoggingConfig(Section):
@@ -169,6 +186,9 @@ class LoggingConfig(Section):
     every_steps: PositiveInt = 1
     progress: bool = True
     curves: bool = True  # loss curve PNG beside the checkpoints
+    tensorboard: bool = True  # event files in <checkpoint.directory>/tensorboard
+    sample_ids: bool = False  # the ids of every step's samples, in metrics.jsonl
+    ranks_every_steps: NonNegativeInt = 50  # time by phase and memory, compared over the ranks; 0: never
 
 
 class OpsConfig(Section):
@@ -190,5 +210,6 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig
     checkpoint: CheckpointConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     ops: OpsConfig = OpsConfig()

@@ -6,11 +6,13 @@ but the step.
 b rows of a micro-batch; s tokens of every row of the step; n pictures this rank encodes; H W pixels.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan
 
 
@@ -28,6 +30,14 @@ class MicroBatch:
         ids, labels, position_ids = (x.to(device) for x in (self.ids, self.labels, self.position_ids))
         return MicroBatch(ids, labels, position_ids, self.sample_ids)
 
+    def without(self, rows: Sequence[int]) -> "MicroBatch":
+        """The same rows with nothing trained in the given ones."""
+        if not rows:
+            return self
+        labels = self.labels.clone()
+        labels[list(rows)] = IGNORE
+        return replace(self, labels=labels)
+
 
 @dataclass(frozen=True)
 class MediaSpan:
@@ -43,7 +53,8 @@ class MediaWindow:
     """Consecutive micro-batches whose pictures are encoded together.
 
     `spans` are all pictures of this replica's window, in plan order; `own_spans` those this rank encodes, in the order
-    of `pixels` [n, 3, H, W].
+    of `pixels` [n, 3, H, W]. `faults` says of each of the latter why it could not be read and is blank instead (an
+    index into `media.FAULTS`), 0 where it was; all 0 under `data.on_bad_sample: error`.
     """
 
     first_micro_batch: int
@@ -52,6 +63,7 @@ class MediaWindow:
     own_spans: tuple[MediaSpan, ...]
     plan: MediaPlan
     pixels: Tensor
+    faults: tuple[int, ...]
 
     @property
     def micro_batches(self) -> range:
@@ -68,6 +80,12 @@ class StepBatch:
     micro_batches: tuple[MicroBatch, ...]
     windows: tuple[MediaWindow, ...]
     sample_ids: tuple[str, ...]  # in row order
-    num_tokens: int  # padding left out, pictures included
+    row_tokens: tuple[int, ...]  # in row order; padding left out, pictures included
     num_media: int
     num_trained_tokens_local: int  # of this data-parallel rank
+    faults_tolerated: bool = False  # equal on all ranks: whether any window may have faults
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the global batch, padding left out, pictures included."""
+        return sum(self.row_tokens)

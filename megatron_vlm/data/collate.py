@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from megatron_vlm.data.batch import MediaSpan, MicroBatch
-from megatron_vlm.data.conversation import IGNORE, PLACEHOLDER_ID, EncodedSample
-from megatron_vlm.data.sample import Sample
+from megatron_vlm.data.conversation import PLACEHOLDER_ID, EncodedSample
+from megatron_vlm.data.sample import IGNORE, Sample
 from megatron_vlm.parallel.media_plan import MediaItem
 
 Row = tuple[Sample, EncodedSample]

@@ -19,11 +19,10 @@ from os.path import commonprefix
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from megatron_vlm.data.sample import Sample, Turn
+from megatron_vlm.data.sample import IGNORE, Sample, Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.registry import Registry
 
-IGNORE = -100  # label of a token that is not trained
 PLACEHOLDER_ID = 0  # valid in every vocabulary; the merge replaces the row
 STAND_IN = "\ue000{}\ue001"  # private-use characters, which no text holds
 

@@ -19,10 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import MediaSpan, MediaWindow, StepBatch
 from megatron_vlm.data.collate import Row, collate_rows, list_spans
-from megatron_vlm.data.conversation import IGNORE, ConversationEncoder
+from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.index import SampleIndex, open_index
 from megatron_vlm.data.media import MediaReader
 from megatron_vlm.data.plan import Plan
+from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.data.sources.llava_json import LlavaFile
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.errors import DataError
@@ -172,7 +173,7 @@ class StepFetcher:
             micro_batches=micro_batches,
             windows=tuple(self._window(first, rows[first : first + shape.media_window], layout) for first in firsts),
             sample_ids=tuple(index.sample_id(sample) for sample in numbers),
-            num_tokens=int(index.tokens[numbers].sum()),
+            row_tokens=tuple(index.tokens[numbers].tolist()),
             num_media=int(index.images[numbers].sum()),
             num_trained_tokens_local=sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches),
         )
@@ -187,7 +188,7 @@ class StepFetcher:
         ]
         plan = plan_media([span.item for span in spans], layout, self.shape.sizes)
         own = tuple(spans[item] for item in plan.items_of(self.shape.replica_rank))
-        return MediaWindow(first, len(rows), tuple(spans), own, plan, self._read(own))
+        return MediaWindow(first, len(rows), tuple(spans), own, plan, self._read(own), (0,) * len(own))
 
     def _read(self, spans: Sequence[MediaSpan]) -> Tensor:
         """Pixels of the given pictures [n, 3, H, W]; n may be 0."""

@@ -18,6 +18,8 @@ from torch import Tensor
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 
+FAULTS = ("none", "missing", "not an image", "damaged", "bomb")  # why a picture cannot be read; 0: it can
+
 
 class MediaReader:
     """Reads pictures for one tower.

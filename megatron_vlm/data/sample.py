@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+IGNORE = -100  # label of a token that is not trained
 Role = Literal["system", "user", "assistant"]
 
 

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_vlm.config.schema import DataConfig
-from megatron_vlm.data.conversation import IGNORE, ConversationEncoder
+from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.media import MediaReader, to_rgb
-from megatron_vlm.data.sample import Sample, Turn
+from megatron_vlm.data.sample import IGNORE, Sample, Turn
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.generation.greedy import decode_greedily
 from megatron_vlm.generation.prompts import ImageSource, Prompt, Question, collate, read_prompt

@@ -26,33 +26,41 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_vlm.data.batch import MediaWindow, MicroBatch, StepBatch
+from megatron_vlm.data.media import FAULTS
 from megatron_vlm.models.merge import LocalFeatures
 from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.parallel.groups import Grid
 from megatron_vlm.parallel.media_exchange import return_gradients
 from megatron_vlm.parallel.media_plan import Route
+from megatron_vlm.runtime.collectives import all_reduce_
 from megatron_vlm.runtime.device import current_device
+from megatron_vlm.training.phases import PhaseClock
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did, equal on every rank."""
+    """What one step did, equal on every rank but for `phase_seconds`."""
 
     loss: float  # summed cross entropy / trained tokens, over the global batch
     grad_norm: float  # before clipping
     num_trained_tokens: int
     updated: bool  # False where a gradient was not finite: nothing changed
+    blanked: dict[str, int]  # samples left untrained because of a picture, by reason
+    phase_seconds: dict[str, float]  # of this rank
 
 
 @dataclass
 class EncodedMedia:
     """A window's pictures between phase 1 and phase 3.
 
-    encoded [n_enc, h]: rows this rank encoded, with their graph; features: per micro-batch, the received rows, leaves.
+    encoded [n_enc, h]: rows this rank encoded, with their graph; features: per micro-batch, the received rows, leaves;
+    faulty: (micro-batch, row) of each sample with a picture that could not be read, and the first one's FAULTS index.
     """
 
     encoded: Tensor
     features: list[LocalFeatures]
     route: Route
+    faulty: dict[tuple[int, int], int]
 
 
 class TrainStep:
@@ -77,38 +85,70 @@ class TrainStep:
         self._window_tokens: list[Tensor] = []
         self.model.language[0].config.finalize_model_grads_func = self._record_tokens
 
-    def __call__(self, batch: StepBatch) -> StepResult:
+    def __call__(self, batch: StepBatch, exact_times: bool = False) -> StepResult:
         """Trains on one global batch. Returns after the optimizer step; parameters are then up to date, but those that
-        `overlap_param_gather` fetches during the next forward."""
+        `overlap_param_gather` fetches during the next forward. `exact_times`: see `PhaseClock`."""
         for chunk in [*self.language, self.vision]:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()  # else the last step's gradients, aliased as `.grad`, would be added once more
-        loss_sum = torch.zeros((), dtype=torch.float32, device=current_device())
+        clock, sums = PhaseClock(exact_times), ReplicaSums()
         for window in batch.windows:
-            media = self._encode(window)
-            loss_sum += self._run_pipeline(batch, window, media, last=window is batch.windows[-1])
-            self._backward_media(media)
-        num_tokens = self._finalize()
-        updated, grad_norm, _ = self.optimizer.step()
-        loss = self._global_sum(loss_sum) / max(1, num_tokens)
-        return StepResult(float(loss), float(grad_norm or 0.0), num_tokens, bool(updated))
+            with clock.phase("encode"):
+                media = self._encode(window, batch.faults_tolerated)
+            with clock.phase("pipeline"), self._synchronised(last=window is batch.windows[-1]):
+                sums.add(media, self._run_pipeline(batch, window, media))
+            with clock.phase("encoder_backward"):
+                self._backward_media(media)
+        with clock.phase("update"):
+            num_tokens = self._finalize()
+            updated, grad_norm, _ = self.optimizer.step()
+        loss_sum, _, blanked = sums.over_world(self.model.grid)
+        loss = loss_sum / max(1, num_tokens)
+        return StepResult(loss, float(grad_norm or 0.0), num_tokens, bool(updated), blanked, clock.seconds)
 
-    def _encode(self, window: MediaWindow) -> EncodedMedia:
+    @torch.no_grad()
+    def evaluate(self, batch: StepBatch) -> tuple[float, int]:
+        """(summed cross entropy, trained tokens) of one global batch, equal on every rank; nothing is learnt from it.
+
+        The chunks are left in evaluation mode."""
+        sums = ReplicaSums()
+        with contextlib.ExitStack() as stack:
+            for chunk in [*self.language, self.vision]:
+                chunk.eval()
+                if chunk.ddp_config.overlap_param_gather:  # all parameters now, instead of layer by layer
+                    chunk.disable_forward_pre_hook(param_sync=True)
+                    stack.callback(chunk.enable_forward_pre_hook)
+            for window in batch.windows:
+                media = self._encode(window, batch.faults_tolerated)
+                sums.add(media, self._run_pipeline(batch, window, media, forward_only=True))
+        loss_sum, num_tokens, _ = sums.over_world(self.model.grid)
+        return loss_sum, num_tokens
+
+    def _encode(self, window: MediaWindow, faults_tolerated: bool) -> EncodedMedia:
         """Phase 1. A rank with no picture still joins the exchange."""
         route = window.plan.route(self.model.grid.replica_rank)
-        with torch.set_grad_enabled(self.vision_trains):
+        with torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
             encoded = self.model.encode(window.pixels.to(current_device()), window.own_spans)
         received = self.model.exchange(encoded.detach(), route)
         features = [self.model.place(received, route, m) for m in window.micro_batches]
-        return EncodedMedia(encoded, features, route)
+        faulty = self._share_faults(window) if faults_tolerated else {}
+        return EncodedMedia(encoded, features, route, faulty)
 
-    def _run_pipeline(self, batch: StepBatch, window: MediaWindow, media: EncodedMedia, last: bool) -> Tensor:
-        """Phase 2. Returns the summed loss of this rank's micro-batches, zero except on the last stage."""
-        inputs = [
-            (batch.micro_batches[m].to(current_device()), local)
-            for m, local in zip(window.micro_batches, media.features, strict=True)
-        ]
+    def _share_faults(self, window: MediaWindow) -> dict[tuple[int, int], int]:
+        """What every rank of the replica found wrong with the pictures it read (DESIGN D4)."""
+        faults = torch.zeros(len(window.spans), dtype=torch.int32)
+        faults[window.plan.items_of(self.model.grid.replica_rank)] = torch.tensor(window.faults, dtype=torch.int32)
+        all_reduce_(shared := faults.to(current_device()), self.model.grid.replica, torch.distributed.ReduceOp.MAX)
+        faulty: dict[tuple[int, int], int] = {}
+        for span, fault in zip(window.spans, shared.tolist(), strict=True):
+            if fault:
+                faulty.setdefault((span.item.micro_batch, span.item.row), fault)
+        return faulty
+
+    @contextlib.contextmanager
+    def _synchronised(self, last: bool) -> Iterator[None]:
+        """Gradients are reduced during the last window's pipeline only."""
         config = self.model.language[0].config
         with contextlib.ExitStack() as stack:
             if last:
@@ -122,16 +162,27 @@ class TrainStep:
                 config.no_sync_func = None
                 for chunk in self.language:
                     stack.enter_context(chunk.no_sync())
-            losses = get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=[iter(inputs) for _ in self.language],
-                model=self.language,
-                num_microbatches=len(inputs),
-                seq_length=batch.length,
-                micro_batch_size=inputs[0][0].ids.shape[0],
-                forward_only=False,
-            )
-        return sum((entry["loss_sum"] for entry in losses), torch.zeros((), device=current_device()))
+            yield
+
+    def _run_pipeline(
+        self, batch: StepBatch, window: MediaWindow, media: EncodedMedia, forward_only: bool = False
+    ) -> Tensor:
+        """Phase 2. Returns [2]: summed loss and trained tokens of the micro-batches; 0 but on the last stage."""
+        inputs = []
+        for m, local in zip(window.micro_batches, media.features, strict=True):
+            rows = batch.micro_batches[m].without([row for number, row in media.faulty if number == m])
+            inputs.append((rows.to(current_device()), local))
+        sums = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(inputs) for _ in self.language],
+            model=self.language,
+            num_microbatches=len(inputs),
+            seq_length=batch.length,
+            micro_batch_size=inputs[0][0].ids.shape[0],
+            forward_only=forward_only,
+        )
+        zero = torch.zeros(2, dtype=torch.float64, device=current_device())
+        return sum((entry["loss_and_tokens"] for entry in sums), zero)
 
     def _backward_media(self, media: EncodedMedia) -> None:
         """Phase 3. Skipped where tower and projector are frozen."""
@@ -156,11 +207,27 @@ class TrainStep:
         """Stands where the schedule would finalize: gradients are complete only after phase 3 of the last window."""
         self._window_tokens.append(num_tokens)
 
-    def _global_sum(self, loss_sum: Tensor) -> Tensor:
-        """Sum over replicas of the last stage's loss, known on every rank (tensor ranks hold equal copies)."""
-        total = loss_sum / self.model.grid.sizes.tensor
-        torch.distributed.all_reduce(total, group=self.model.grid.world)
-        return total
+
+class ReplicaSums:
+    """What this rank's replica adds up over the windows of a step."""
+
+    def __init__(self) -> None:
+        self.loss_and_tokens = torch.zeros(2, dtype=torch.float64, device=current_device())  # last stage only
+        self.faults = [0] * len(FAULTS)  # samples by FAULTS index, the same on every rank of the replica
+
+    def add(self, media: EncodedMedia, loss_and_tokens: Tensor) -> None:
+        """One window."""
+        self.loss_and_tokens += loss_and_tokens
+        for fault in media.faulty.values():
+            self.faults[fault] += 1
+
+    def over_world(self, grid: Grid) -> tuple[float, int, dict[str, int]]:
+        """Summed over the replicas, on every rank: loss, trained tokens, faults that occurred by reason. Ranks that
+        hold copies give a share each."""
+        faults = torch.tensor(self.faults, dtype=torch.float64, device=current_device())
+        shares = torch.cat([self.loss_and_tokens / grid.sizes.tensor, faults / grid.sizes.replica])
+        loss, tokens, *counts = all_reduce_(shares, grid.world).tolist()
+        return loss, round(tokens), {reason: round(n) for reason, n in zip(FAULTS, counts, strict=True) if round(n)}
 
 
 def forward_step(
@@ -176,4 +243,4 @@ def sum_loss(labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, 
     """labels [b, s], per-token losses [b, s] -> their sum, the number of trained tokens, and what is reported."""
     total = losses.sum()
     num_tokens = (labels != -100).sum(dtype=torch.int32)
-    return total, num_tokens, {"loss_sum": total.detach()}
+    return total, num_tokens, {"loss_and_tokens": torch.stack([total.detach().double(), num_tokens.double()])}

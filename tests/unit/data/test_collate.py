@@ -3,8 +3,8 @@
 import torch
 
 from megatron_vlm.data.collate import collate_rows, list_spans
-from megatron_vlm.data.conversation import IGNORE, EncodedSample
-from megatron_vlm.data.sample import Sample
+from megatron_vlm.data.conversation import EncodedSample
+from megatron_vlm.data.sample import IGNORE, Sample
 from megatron_vlm.parallel.media_plan import MediaItem
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from megatron_vlm.data.conversation import IGNORE, PLACEHOLDER_ID, ConversationEncoder, EncodedSample
-from megatron_vlm.data.sample import Sample, Turn
+from megatron_vlm.data.conversation import PLACEHOLDER_ID, ConversationEncoder, EncodedSample
+from megatron_vlm.data.sample import IGNORE, Sample, Turn
 from megatron_vlm.errors import ConfigError, DataError
 from tests.unit.data import tokenizers
 
