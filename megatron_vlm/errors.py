@@ -28,3 +28,7 @@ class ConversionError(MegatronVlmError):
 
 class ParallelError(MegatronVlmError):
     """The ranks, their number or their groups do not fit the layout."""
+
+
+class TrainingError(MegatronVlmError):
+    """A run cannot go on: its numbers are not finite, or what it reports cannot be written."""

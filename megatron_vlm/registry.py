@@ -6,12 +6,18 @@ imported, and the package that owns the registry imports all its members.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic, TypeVar
 
 from megatron_vlm.errors import ConfigError
 
 T = TypeVar("T")
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """What an error says of a name nobody knows: the nearest one, or `otherwise` where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
 
 
 class Registry(Generic[T]):
@@ -40,8 +46,7 @@ class Registry(Generic[T]):
         """The object of that name. Raises ConfigError naming the near ones."""
         if name in self._entries:
             return self._entries[name]
-        near = difflib.get_close_matches(name, self._entries, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(self.names())}"
+        hint = did_you_mean(name, self._entries, f"known: {', '.join(self.names())}")
         raise ConfigError(f"unknown {self.kind} {name!r}; {hint}")
 
     def names(self) -> list[str]:

@@ -4,7 +4,8 @@ torchrun --nproc-per-node N tools/evaluate.py CHECKPOINT --task exact_match --da
 python tools/evaluate.py CHECKPOINT --task exact_match --data FILE        (one process)
 
 FILE is LLaVA JSON or JSONL; the last answer of each conversation is the truth. Scores are given per question form (the
-records' field "form"). Every rank holds the whole model and answers its share of the questions.
+records' field "form"). Every N ranks hold the model together (--tensor T, --pipeline P, N = T * P; 1 by default) and
+answer their share of the questions.
 """
 
 import logging
@@ -28,7 +29,7 @@ def command_line() -> CommandLine:
     positive = whole_number(1)
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="questions at a time (default 64)")
     parser.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="longest answer (default 32)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_layout()
     return parser
 
 
@@ -41,19 +42,19 @@ def main() -> None:
 
         get_logger("megatron_vlm").setLevel(logging.WARNING)  # what is printed is the result
         TASKS.get(arguments.task)  # a name mistyped shall not cost the loading of a model
-        assistant = load(arguments.checkpoint, device=arguments.device)
+        layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
+        assistant = load(arguments.checkpoint, device=arguments.device, **layout)
         from megatron_vlm.checkpoint.store import find_checkpoint
-        from megatron_vlm.evaluation.run import EvaluationRequest, evaluate
+        from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, read_questions
 
+        asked = read_questions(arguments.data, arguments.media_root, assistant.image_token)
         request = EvaluationRequest(
             task=arguments.task,
-            data=arguments.data,
-            media_root=arguments.media_root,
             blank_images=arguments.blank_images,
             batch_size=arguments.batch_size,
             max_new_tokens=arguments.max_new_tokens,
         )
-        report = evaluate(assistant, request)
+        report = evaluate(assistant, asked, request)
         if launch.rank == 0:
             output = arguments.output or find_checkpoint(arguments.checkpoint).parent / "evaluation"
             report.write(output)

@@ -2,6 +2,7 @@
 
 python tools/generate.py CHECKPOINT --media a.png --prompt "What is this?"
 python tools/generate.py CHECKPOINT --media a.png b.png --prompt "Which image shows the larger digit?"
+torchrun --nproc-per-node 4 tools/generate.py CHECKPOINT --tensor 2 --pipeline 2 --prompt "What is this?"
 
 Images come before the text, unless the prompt says with <image> where each belongs.
 """
@@ -20,15 +21,19 @@ def main() -> None:
     parser.add_argument(
         "--max-new-tokens", type=whole_number(1), default=64, metavar="N", help="longest answer (default 64)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    with parser.run() as (arguments, _launch):
+    parser.add_layout()
+    with parser.run() as (arguments, launch):
         from megatron_vlm import load
         from megatron_vlm.runtime.distributed import teardown
         from megatron_vlm.runtime.logging import get_logger
 
         get_logger("megatron_vlm").setLevel(logging.WARNING)  # what is printed is the result
-        assistant = load(arguments.checkpoint, device=arguments.device)
-        print(assistant.generate([*arguments.media, arguments.prompt], max_new_tokens=arguments.max_new_tokens))
+        layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
+        assistant = load(arguments.checkpoint, device=arguments.device, **layout)
+        if assistant.model.grid.coordinates.data == 0:  # one replica answers, further ones have nothing to do
+            answer = assistant.generate([*arguments.media, arguments.prompt], arguments.max_new_tokens)
+            if launch.rank == 0:
+                print(answer)
         teardown()
 
 

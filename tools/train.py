@@ -2,16 +2,21 @@
 
 torchrun --nproc-per-node N tools/train.py RECIPE.yaml [section.key=value ...]
 python tools/train.py RECIPE.yaml [section.key=value ...]          (one process)
+
+With --check-layout nothing is trained: the recipe, shrunk, is run in its layout and by one process, in seconds, and the
+first tensor that differs is named.
 """
 
 from megatron_vlm.runtime.command_line import CommandLine
+from megatron_vlm.runtime.signals import StopSignals
 
 
 def main() -> None:
     parser = CommandLine(__doc__)
     parser.add_argument("recipe", help="a YAML recipe, see examples/recipes")
-    parser.add_argument("overrides", nargs="*", help="section.key=value")
-    with parser.run() as (arguments, launch):
+    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
+    parser.add_argument("--check-layout", action="store_true", help="compare this layout with one process instead")
+    with parser.run() as (arguments, launch), StopSignals() as signals:
         from megatron_vlm.config import load_config
         from megatron_vlm.runtime.device import prepare
         from megatron_vlm.runtime.distributed import init_world, teardown
@@ -19,9 +24,17 @@ def main() -> None:
         config = load_config(arguments.recipe, arguments.overrides)
         device = prepare(config.runtime.device, launch.local_world_size)
         init_world(launch, device, config.runtime.timeout_seconds)
-        from megatron_vlm.training.loop import train
+        if arguments.check_layout:
+            from megatron_vlm.training.check_layout import check_layout
 
-        train(config, launch)
+            report = check_layout(config, launch)
+            if launch.rank == 0 and report.comparisons:
+                print(report.table(), flush=True)
+            report.raise_on_fault()
+        else:
+            from megatron_vlm.training.loop import train
+
+            train(config, launch, signals)
         teardown()
 
 

@@ -9,9 +9,13 @@
 4. draws the loss curve and a contact sheet, and says how to ask it yourself.
 
 Each step is a command that can be typed by hand, and is shown. Exits non-zero where the held-out answers are not as
-good as promised.
+good as promised. On a GPU:
+
+    python examples/quickstart/run.py --ranks 1 runtime.device=cuda precision.params=bf16 \\
+        parallel.tensor=1 parallel.pipeline=1 parallel.sequence=false
 """
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -32,14 +36,17 @@ BLANK_MARGIN = 0.05  # a form may be at most this much above its most frequent a
 
 
 def main() -> int:
+    arguments = parse_arguments()
+    overrides, launcher = arguments.overrides, torchrun(arguments.ranks)
     started = time.monotonic()
     step("Making the data", sys.executable, "examples/quickstart/make_data.py", str(DATA))
     for name, phase in PHASES.items():
         shutil.rmtree(ROOT / OUTPUT / phase, ignore_errors=True)  # an earlier quickstart's: training would refuse it
-        step(f"Training, {phase}: {name}", *torchrun(), "tools/train.py", f"examples/recipes/quickstart_{phase}.yaml")
+        recipe = f"examples/recipes/quickstart_{phase}.yaml"
+        step(f"Training, {phase}: {name}", *launcher, "tools/train.py", recipe, *overrides)
     questions = [str(DATA / f"eval_{form}.json") for form in FORMS]
     options = ["--task", "exact_match", "--blank-images", "--max-new-tokens", "8", "--output", str(RESULTS)]
-    evaluate = [*torchrun(), "tools/evaluate.py", str(CHECKPOINT), *options, "--data", *questions]
+    evaluate = [*launcher, "tools/evaluate.py", str(CHECKPOINT), *options, "--data", *questions]
     step("Asking about held-out images, seen and blanked", *evaluate)
     draw()
     summary = json.loads((ROOT / RESULTS / "exact_match.json").read_text())
@@ -50,9 +57,17 @@ def main() -> int:
     return 1 if failures else 0
 
 
-def torchrun() -> list[str]:
-    """One machine, NUM_RANKS ranks."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(NUM_RANKS)]
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; nothing is needed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="section.key=value, of both training phases")
+    parser.add_argument("--ranks", type=int, default=NUM_RANKS, help=f"default {NUM_RANKS}")
+    return parser.parse_args(arguments)
+
+
+def torchrun(num_ranks: int) -> list[str]:
+    """One machine."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
 
 
 def step(title: str, *command: str) -> None:

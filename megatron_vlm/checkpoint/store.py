@@ -1,65 +1,63 @@
-"""Saving and loading of whole training states, in a form any layout reads.
+"""What a checkpoint holds of a run, and how it comes back into one of any layout.
 
-A checkpoint is written beside its place and renamed into it, and the file `latest` is replaced last: whatever is
-killed, whatever `latest` names is whole. Tensors are stored with megatron-core's dist_checkpointing as parts of global
-tensors, the optimizer's in the fully reshardable format, so tensor, pipeline and data parallel sizes may differ between
-saving and loading.
+Tensors are stored with megatron-core's dist_checkpointing as parts of global tensors, so tensor, pipeline and data
+parallel sizes may differ between saving and loading. Random states belong to ranks: they come back where the layout is
+the same, and are drawn anew from seed and step where it is not.
 
 Hazards: megatron-core stacks equal layers into one tensor by default, and an optimizer that trains some of them can
 then not be saved; here every layer has keys of its own. It also loads what it finds and passes over the rest in
 silence; here a tensor too many is an error, as one too few. torch's CheckpointException is no Exception: it must be
-caught by name, or a failed save would end a rank without a word.
+caught by name, or a failed load would end a rank without a word.
 """
 
 import os
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_vlm.checkpoint.manifest import Manifest
-from megatron_vlm.checkpoint.optimizer_state import sharded_optimizer_state
+from megatron_vlm.checkpoint.directory import LATEST, replaced_path
+from megatron_vlm.checkpoint.integrity import find_damage
+from megatron_vlm.checkpoint.manifest import FileRecord, Manifest
+from megatron_vlm.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
+from megatron_vlm.checkpoint.safe_reading import refuse_code
 from megatron_vlm.config.loading import config_hash
-from megatron_vlm.config.schema import CheckpointConfig, Config
-from megatron_vlm.errors import CheckpointError, ConfigError
+from megatron_vlm.config.schema import Config
+from megatron_vlm.errors import CheckpointError
 from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.parallel.groups import Grid
 from megatron_vlm.runtime.failure import kind_of
+from megatron_vlm.runtime.logging import get_logger
+from megatron_vlm.runtime.seeding import random_states, restore_random_states, seed_everything
 
-LATEST = "latest"
 _PER_LAYER_KEYS = {"non_homogeneous_layers": True}
+_RANDOM_KEY = "random_states"
 _NUM_SHOWN = 3  # tensors per error
 _OTHER_STATES = (
     "; where other parameters train than in the checkpoint, or optimizer.distributed differs, set "
     "checkpoint.load_states to model to start a new phase from its weights"
 )
-_WRITE_ERRORS = (CheckpointingException, CheckpointException, OSError, RuntimeError)
-_READ_ERRORS = (*_WRITE_ERRORS, EOFError, KeyError, UnpicklingError, ValueError)
+_READ_ERRORS = (
+    CheckpointingException,
+    CheckpointException,
+    OSError,
+    RuntimeError,
+    EOFError,
+    KeyError,
+    UnpicklingError,
+    ValueError,
+)
 
-
-def resolve_checkpoint(config: CheckpointConfig) -> Path | None:
-    """The checkpoint `checkpoint.load` names, None where it names none. Raises CheckpointError where there is none."""
-    return None if config.load is None else find_checkpoint(config.load)
-
-
-def refuse_to_overwrite(config: CheckpointConfig) -> None:
-    """Raises ConfigError where `checkpoint.directory` holds checkpoints that this run does not go on from."""
-    root, start_from = Path(config.directory), resolve_checkpoint(config)
-    inside = start_from is not None and start_from.resolve().parent == root.resolve()
-    if (root / LATEST).is_file() and not (inside and config.load_states == "all"):
-        raise ConfigError(
-            f"checkpoint.directory: found {root}, which holds another run's checkpoints; needs a new directory, or "
-            f"checkpoint.load={root} to go on from them"
-        )
+logger = get_logger(__name__)
 
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
@@ -68,8 +66,8 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     pointer = directory / LATEST
     if pointer.is_file():
         directory = directory / pointer.read_text(encoding="utf-8").strip()
-        if not directory.exists() and _replaced(directory).exists():
-            directory = _replaced(directory)  # killed while it was being replaced
+        if not directory.exists() and replaced_path(directory).exists():
+            directory = replaced_path(directory)  # killed while it was being replaced
     if not directory.is_dir():
         raise CheckpointError(f"no checkpoint at {path}: {directory} is not a directory")
     Manifest.read(directory)
@@ -83,72 +81,77 @@ class TrainingState:
     Args:
         config: the recipe, stored in the manifest.
         step: updates made.
+        grid: the layout.
         model: whose weights.
         optimizer: whose states.
         language: the chunks' wrappers: their parameters are gathered first where the gather overlaps the next forward.
+        data_fingerprint: of the training samples, None where none are open.
         write_sources: writes tokenizer and Hugging Face configs into a directory, on rank 0.
     """
 
     config: Config
     step: int
+    grid: Grid
     model: VisionLanguageModel
     optimizer: ChainedOptimizer
     language: list[DistributedDataParallel]
+    data_fingerprint: str | None
     write_sources: Callable[[Path], None]
 
+    def sharded(self) -> dict[str, Any]:
+        """This rank's part, its tensors those of the run itself. Collective where parameters are to be gathered."""
+        for chunk in self.language:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+        weights = model_state(self.model)
+        return {
+            "model": weights,
+            "optimizer": sharded_optimizer_state(self.optimizer, weights),
+            "random": _random_place(self.grid, random_states()),
+        }
 
-def save_checkpoint(state: TrainingState) -> Path:
-    """Saves; a collective call. Returns the published directory, `<checkpoint.directory>/step_NNNNNNN`.
-
-    Raises:
-        CheckpointError: on every rank, where the files cannot be written; nothing published before is touched.
-    """
-    for chunk in state.language:
-        if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
-    root = Path(state.config.checkpoint.directory)
-    final, partial = root / f"step_{state.step:07d}", root / f".partial_step_{state.step:07d}"
-    on_rank_zero(lambda: _fresh_directory(partial))
-    weights = model_state(state.model)
-    optimizer = sharded_optimizer_state(state.optimizer, weights)
-    try:
-        dist_checkpointing.save({"model": weights, "optimizer": optimizer}, str(partial))
-    except _WRITE_ERRORS as error:
-        raise _as_checkpoint_error(f"{partial} could not be written", error) from error
-    manifest = Manifest(
-        step=state.step,
-        config=state.config.model_dump(mode="json"),
-        config_hash=config_hash(state.config),
-        components=components(state.optimizer),
-        vocab_size=state.model.language[0].spec.vocab_size,
-    )
-
-    def publish() -> None:
-        state.write_sources(partial)
-        manifest.write(partial)
-        _publish(partial, final, root / LATEST)
-
-    on_rank_zero(publish)
-    return final
+    def manifest(self, files: dict[str, FileRecord]) -> Manifest:
+        """The manifest of a checkpoint with these files."""
+        return Manifest(
+            step=self.step,
+            config=self.config.model_dump(mode="json"),
+            config_hash=config_hash(self.config),
+            components=components(self.optimizer),
+            vocab_size=self.model.language[0].spec.vocab_size,
+            layout=layout_of(self.model),
+            data_fingerprint=self.data_fingerprint,
+            files=files,
+        )
 
 
 def load_checkpoint(
-    directory: Path, model: VisionLanguageModel, optimizer: ChainedOptimizer | None, states: str
+    directory: Path,
+    model: VisionLanguageModel,
+    optimizer: ChainedOptimizer | None,
+    states: str,
+    is_verified: bool = False,
 ) -> int:
-    """Fills the model and, for `states` "all", the optimizer; a collective call.
+    """Fills the model and, for `states` "all", the optimizer and the random states; a collective call.
+
+    Args:
+        is_verified: the files have been compared with the manifest already.
 
     Returns:
         The number of updates to go on from: the checkpoint's with "all", 0 with "model".
 
     Raises:
-        CheckpointError: unreadable, or of a model with other parameters.
+        CheckpointError: damaged, unreadable, or of a model with other parameters.
     """
+    refuse_code(directory)
     manifest = Manifest.read(directory)
+    if not is_verified and (damage := find_damage(directory, manifest, model.grid.world)) is not None:
+        raise CheckpointError(f"{directory} is damaged: {damage}")
     vocab_size = model.language[0].spec.vocab_size
     if manifest.vocab_size != vocab_size:  # the table's padding depends on the layout, so its shape is not compared
         raise CheckpointError(f"{directory} has a vocabulary of {manifest.vocab_size}, this model one of {vocab_size}")
     weights = model_state(model)
     state: dict[str, Any] = {"model": weights}
+    is_same_layout = manifest.layout == layout_of(model)
     if states == "all":
         assert optimizer is not None
         if manifest.components != components(optimizer):
@@ -157,6 +160,8 @@ def load_checkpoint(
                 "; set checkpoint.load_states to model to start a new phase from its weights"
             )
         state["optimizer"] = sharded_optimizer_state(optimizer, weights, is_loading=True)
+        if is_same_layout:
+            state["random"] = _random_place(model.grid, None)
     loaded = _read(state, directory)
     load_model_state(model, loaded["model"])
     if states != "all":
@@ -164,7 +169,12 @@ def load_checkpoint(
             optimizer.reload_model_params()
         return 0
     assert optimizer is not None
-    optimizer.load_state_dict(loaded["optimizer"])
+    load_optimizer_state(optimizer, loaded["optimizer"])
+    if is_same_layout:
+        restore_random_states(loaded["random"])
+    else:
+        logger.info("another layout than the checkpoint's: random numbers are drawn anew, from seed and step")
+        seed_everything(manifest.config["runtime"]["seed"], model.grid, manifest.step)
     return manifest.step
 
 
@@ -191,42 +201,13 @@ def components(optimizer: ChainedOptimizer) -> list[str]:
     return ["language" if component == "language" else "vision" for component in groups]
 
 
-def on_rank_zero(action: Callable[[], None]) -> None:
-    """Runs `action` on rank 0 while the others wait; its OSError is raised on every rank as a CheckpointError."""
-    failed: list[str | None] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            failed = [str(error)]
-    torch.distributed.broadcast_object_list(failed, src=0)
-    if failed[0] is not None:
-        raise CheckpointError(f"the checkpoint could not be written: {failed[0]}")
+def layout_of(model: VisionLanguageModel) -> dict[str, int]:
+    """Ranks per axis, and model chunks per pipeline rank."""
+    return {**asdict(model.grid.sizes), "virtual_pipeline": len(model.language)}
 
 
-def _fresh_directory(directory: Path) -> None:
-    if directory.exists():
-        shutil.rmtree(directory)  # what a killed save left behind
-    directory.mkdir(parents=True)
-
-
-def _replaced(final: Path) -> Path:
-    """Where a checkpoint of the same step stands until its successor is in place."""
-    return final.with_name(f".replaced_{final.name}")
-
-
-def _publish(partial: Path, final: Path, pointer: Path) -> None:
-    replaced = _replaced(final)
-    if final.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)  # a kill came between the renaming and the removal
-        os.rename(final, replaced)
-    os.rename(partial, final)
-    if replaced.exists():
-        shutil.rmtree(replaced)
-    temporary = pointer.with_name(f".{pointer.name}.partial")
-    temporary.write_text(final.name, encoding="utf-8")
-    os.replace(temporary, pointer)
+def _random_place(grid: Grid, states: dict[str, Any] | None) -> ShardedObject:
+    return ShardedObject(_RANDOM_KEY, states, (grid.sizes.world,), (grid.rank,))
 
 
 def _read(state: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -236,8 +217,9 @@ def _read(state: dict[str, Any], directory: Path) -> dict[str, Any]:
         loaded, only_saved, only_wanted = dist_checkpointing.load(state, directory, strict=StrictHandling.RETURN_ALL)
     except _READ_ERRORS as error:
         raise _as_checkpoint_error(problem, error, _OTHER_STATES if "optimizer" in state else "") from error
-    if "optimizer" not in state:
-        only_saved = {name for name in only_saved if not name.startswith("optimizer.")}
+    kinds = {"optimizer": "optimizer.", "random": _RANDOM_KEY}
+    not_wanted = tuple(prefix for kind, prefix in kinds.items() if kind not in state)
+    only_saved = {name for name in only_saved if not name.startswith(not_wanted)}
     complaints = [
         f"{len(names)} tensors only in {where}: {', '.join(sorted(names)[:_NUM_SHOWN])}"
         for where, names in (("the checkpoint", only_saved), ("the model", only_wanted))

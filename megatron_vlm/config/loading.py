@@ -22,6 +22,13 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.registry import did_you_mean
+
+_KINDS = {  # what pydantic says in the terms of Python
+    "model_type": "must be a section of keys",
+    "dict_type": "must be keys with values",
+    "tuple_type": "must be a list",
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -95,7 +102,7 @@ def _read_file(path: Path, child: Path | None) -> DictConfig:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else _one_line(error)
         raise ConfigError(f"{path}{named_by}: cannot be read: {reason}") from error
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}{named_by}: not valid YAML: {_one_line(error)}") from error
+        raise ConfigError(f"{path}{named_by}: not valid YAML: {_yaml_reason(error, path)}") from error
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{path}{named_by}: found a {type(tree).__name__}, needs a mapping of sections")
     return tree
@@ -132,8 +139,8 @@ def _describe(violation: Any) -> str:
         return f"{key}: unknown key, {_near_keys(location)}"
     if violation["type"] == "missing":
         return f"{key}: missing, needs a value"
-    message = violation["msg"]
-    return f"{key}: found {violation['input']!r}, {message[0].lower()}{message[1:]}"
+    needed = _KINDS.get(violation["type"]) or violation["msg"][0].lower() + violation["msg"][1:]
+    return f"{key}: found {violation['input']!r}, {needed.replace('input should be', 'must be')}"
 
 
 def _near_keys(location: tuple[int | str, ...]) -> str:
@@ -141,10 +148,10 @@ def _near_keys(location: tuple[int | str, ...]) -> str:
     name = str(location[-1])
     siblings = list(_section_at(location[:-1]).model_fields)
     elsewhere = [path for path in _all_keys(Config) if path.rsplit(".", 1)[-1] == name]
-    near = difflib.get_close_matches(name, siblings, n=2) or elsewhere
-    if near:
-        return f"did you mean {' or '.join(map(repr, near))}?"
-    return f"allowed: {', '.join(siblings)}"
+    allowed = f"allowed: {', '.join(siblings)}"
+    if elsewhere and not difflib.get_close_matches(name, siblings):
+        return f"did you mean {' or '.join(map(repr, elsewhere))}?"
+    return did_you_mean(name, siblings, allowed)
 
 
 def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
@@ -161,6 +168,16 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{name}"
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _all_keys(field.annotation, f"{prefix}{name}.")
+
+
+def _yaml_reason(error: Exception, path: Path) -> str:
+    """Line, column and problem; tabs, which an editor shows as blanks, are named."""
+    mark = getattr(error, "problem_mark", None)
+    if not isinstance(error, yaml.MarkedYAMLError) or mark is None:
+        return _one_line(error)
+    line = path.read_text(encoding="utf-8").splitlines()[mark.line : mark.line + 1]
+    tab = "; there is a tab, YAML is indented by blanks" if line and "\t" in line[0] else ""
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}{tab}"
 
 
 def _one_line(error: Exception) -> str:

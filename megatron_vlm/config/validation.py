@@ -8,15 +8,16 @@ Hazard: a rule missing here shows later as a hang or, worse, as a silently wrong
 schedule with a ragged last round, say.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from megatron_vlm.config.drift import unknown_changes
 from megatron_vlm.config.packages import PACKAGES
 from megatron_vlm.config.schema import Config, LanguageConfig, ModelConfig, VisionConfig
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.registry import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class ModelFacts:
     families: tuple[str, ...]
     projectors: tuple[str, ...]
     templates: tuple[str, ...]
+    tasks: tuple[str, ...]
     installed: frozenset[str]  # as config.packages names them
 
 
@@ -54,6 +56,14 @@ def validate(config: Config, facts: ModelFacts | None, world_size: int) -> None:
     violations += [violation for rule in RANK_RULES for violation in rule(config, world_size)]
     if facts is not None:
         violations += [violation for rule in MODEL_RULES for violation in rule(config, facts)]
+    if violations:
+        raise ConfigError("; ".join(violations))
+
+
+def validate_layout(config: Config, facts: ModelFacts, world_size: int) -> None:
+    """The rules over how ranks share a model, and no others: what a finished model is loaded in need not be what its
+    recipe was trained in. Raises ConfigError as `validate` does."""
+    violations = [*_world(config, world_size), *_tensor_split(config, facts), *_pipeline_split(config, facts)]
     if violations:
         raise ConfigError("; ".join(violations))
 
@@ -124,9 +134,30 @@ def _grad_reduce(config: Config) -> Iterator[str]:
         )
 
 
+def _grouping(config: Config) -> Iterator[str]:
+    if config.data.group_by_modality_length and not config.data.shuffle:
+        yield "data.group_by_modality_length: found true with data.shuffle false, which keeps file order, needs it true"
+
+
 def _load_states(config: Config) -> Iterator[str]:
     if config.checkpoint.load_states == "model" and config.checkpoint.load is None:
         yield "checkpoint.load_states: found model with checkpoint.load null, needs a checkpoint to load, or all"
+
+
+def _evaluation(config: Config) -> Iterator[str]:
+    """With mode train a path and a task may stand in the recipe unused, so that one key switches evaluation off."""
+    evaluation, mode = config.evaluation, config.training.mode
+    if mode != "train" and evaluation.path is None:
+        yield f"evaluation.path: found null with training.mode {mode}, needs a data file, or training.mode train"
+    if mode == "train" and evaluation.every_steps:
+        yield (
+            f"evaluation.every_steps: found {evaluation.every_steps} with training.mode train, which never evaluates, "
+            "needs training.mode train_and_eval, or 0"
+        )
+    for key in ("task", "media_root"):
+        found = getattr(evaluation, key)
+        if found is not None and evaluation.path is None:
+            yield f"evaluation.{key}: found {found!r} with evaluation.path null, needs a data file, or null"
 
 
 # Rules over recipe and ranks.
@@ -138,7 +169,8 @@ def _world(config: Config, world_size: int) -> Iterator[str]:
     if world_size % size:
         yield (
             f"parallel.tensor * parallel.pipeline: found {parallel.tensor} * {parallel.pipeline} = {size}, "
-            f"{world_size} ranks allow {_divisors(world_size)}"
+            f"the world size {world_size} allows {_divisors(world_size)}, or start a multiple of {size} ranks "
+            "(torchrun --nproc-per-node)"
         )
 
 
@@ -189,13 +221,12 @@ def _tensor_split(config: Config, facts: ModelFacts) -> Iterator[str]:
         "key-value heads": facts.num_query_groups,
         "feed-forward channels": facts.ffn_hidden_size,
     }
-    common = math.gcd(*quantities.values())
-    for what, number in quantities.items():
-        if number % tensor:
-            yield (
-                f"parallel.tensor: found {tensor}, which does not divide the language model's {number} {what}, "
-                f"allowed: {_divisors(common)}"
-            )
+    undivided = [f"{number} {what}" for what, number in quantities.items() if number % tensor]
+    if undivided:
+        yield (
+            f"parallel.tensor: found {tensor}, which does not divide the language model's {' and '.join(undivided)}, "
+            f"allowed: {_divisors(math.gcd(*quantities.values()))}"
+        )
 
 
 def _pipeline_split(config: Config, facts: ModelFacts) -> Iterator[str]:
@@ -227,12 +258,13 @@ def _names(config: Config, facts: ModelFacts) -> Iterator[str]:
         "model.projector.type": (config.model.projector.type, facts.projectors),
         "data.template": (config.data.template, facts.templates),
     }
+    if config.evaluation.task is not None:
+        choices["evaluation.task"] = (config.evaluation.task, facts.tasks)
     for key, (name, known) in choices.items():
         if name in known:
             continue
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"allowed: {', '.join(known)}"
-        yield f"{key}: found {name!r}, {hint}"
+        allowed = f"allowed: {', '.join(known)}"
+        yield f"{key}: found {name!r}, {did_you_mean(name, known, allowed)}"
 
 
 def _freezing(config: Config, facts: ModelFacts) -> Iterator[str]:
@@ -275,7 +307,10 @@ RECIPE_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _sequence,
     _overlap,
     _grad_reduce,
+    _grouping,
     _load_states,
+    unknown_changes,
+    _evaluation,
 )
 RANK_RULES: tuple[Callable[[Config, int], Iterator[str]], ...] = (_world, _batch)
 MODEL_RULES: tuple[Callable[[Config, ModelFacts], Iterator[str]], ...] = (

@@ -21,6 +21,7 @@ from megatron_vlm.conversion.mappings import Mapping as Entry
 from megatron_vlm.errors import ConversionError
 
 INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 VISION_PREFIXES = ("model.vision_tower.", "vision_tower.", "vision_model.")
 
 
@@ -95,7 +96,11 @@ class SafetensorsSource:
                 raise ConversionError(f"{index}: no index of weights: {error!r}") from error
         files = sorted(path.name for path in self._folder.glob("*.safetensors"))
         if not files:
-            raise ConversionError(f"{self._folder}: no *.safetensors file; save the model with safetensors first")
+            others = ", ".join(sorted(path.name for path in self._folder.iterdir() if path.suffix in PICKLES)[:4])
+            raise ConversionError(
+                f"{self._folder}: found {others or 'no weights'}, needs *.safetensors"
+                f"{' (a pickle can run code and is not read: save the model again)' if others else ''}"
+            )
         return {name: file for file in files for name in self._reader(file).keys()}
 
     def _reader(self, file: str) -> Any:

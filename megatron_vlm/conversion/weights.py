@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.mappings import canonical_name, language_mappings
@@ -24,7 +25,7 @@ from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.language import LanguageModel
 from megatron_vlm.models.projectors import build_projector
 from megatron_vlm.models.vision.encoder import VisionEncoder
-from megatron_vlm.models.vision.survey import build_hf_tower
+from megatron_vlm.models.vision.survey import TowerSurvey, build_hf_tower
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import Grid
 
@@ -40,11 +41,25 @@ def load_weights(model: VisionLanguageModel, config: Config, grid: Grid) -> None
     Raises:
         ConversionError: unreadable files; tensors missing, left over or of another shape, by name.
     """
-    fill_language(model.language, _language_source(model, config), grid)
-    tower = _tower_source(model, config)
+    language, tower, projector = weight_sources(config, model.language[0].spec.hf_config, model.vision.tower.survey)
+    fill_language(model.language, language, grid)
     fill_vision(model.vision, tower, "vision_tower.")
-    projector = _projector_source(model, config)
     fill_vision(model.vision, projector, "multi_modal_projector.")
+
+
+def weight_sources(
+    config: Config, language: PretrainedConfig, tower: TowerSurvey
+) -> tuple[WeightSource, WeightSource, WeightSource]:
+    """Where a run's first weights come from, by canonical name: language model, tower, projector.
+
+    Args:
+        language: the language model's Hugging Face config.
+        tower: the tower's facts.
+
+    Raises:
+        ConversionError: unreadable files.
+    """
+    return _language_source(config, language), _tower_source(config, tower), _projector_source(config, language, tower)
 
 
 def load_hf_state(model: VisionLanguageModel, state: Mapping[str, Tensor], grid: Grid) -> None:
@@ -69,24 +84,22 @@ def projector_source_name(name: str) -> str:
     return f"multi_modal_projector.{name}"
 
 
-def _language_source(model: VisionLanguageModel, config: Config) -> WeightSource:
-    hf_config = model.language[0].spec.hf_config
+def _language_source(config: Config, hf_config: PretrainedConfig) -> WeightSource:
     path = config.model.language.path
     if path is not None:
         return SafetensorsSource(path, lambda names: canonical_name)
     return RandomSource(language_mappings(hf_config), config.runtime.seed, hf_config.initializer_range)
 
 
-def _tower_source(model: VisionLanguageModel, config: Config) -> WeightSource:
+def _tower_source(config: Config, survey: TowerSurvey) -> WeightSource:
     path = config.model.vision.path
     if path is not None:
         return SafetensorsSource(path, vision_rename)
-    survey = model.vision.tower.survey
     return _fresh(lambda: build_hf_tower(survey.hf_config), config.runtime.seed, tower_source_name)
 
 
-def _projector_source(model: VisionLanguageModel, config: Config) -> WeightSource:
-    widths = model.vision.tower.survey.hidden_size, model.vision.language_size
+def _projector_source(config: Config, language: PretrainedConfig, survey: TowerSurvey) -> WeightSource:
+    widths = survey.hidden_size, language.hidden_size
     kind = config.model.projector.type
     return _fresh(lambda: build_projector(kind, *widths), config.runtime.seed, projector_source_name)
 

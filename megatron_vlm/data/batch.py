@@ -73,7 +73,8 @@ class MediaWindow:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One step's input on one rank; the counts and ids without 'local' are of the global batch."""
+    """One step's input on one rank; the counts and ids without 'local' are of the global batch, without the copies that
+    fill up the last step of held-out data."""
 
     step: int
     length: int  # s

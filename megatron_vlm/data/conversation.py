@@ -12,31 +12,22 @@ turn: the first special token after the answer, or all of the template's text af
 Hazard: a template that rewrites earlier answers cannot be followed and is refused, naming the sample.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from os.path import commonprefix
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from megatron_vlm.data.sample import IGNORE, Sample, Turn
-from megatron_vlm.errors import ConfigError, DataError
-from megatron_vlm.registry import Registry
+from megatron_vlm.data.sample import IGNORE, BadSample, Sample, Turn
+from megatron_vlm.data.templates import TEMPLATES
+from megatron_vlm.errors import ConfigError
 
 PLACEHOLDER_ID = 0  # valid in every vocabulary; the merge replaces the row
 STAND_IN = "\ue000{}\ue001"  # private-use characters, which no text holds
 
 TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # what running one may raise
-
-Template = Callable[[Sequence[Turn], PreTrainedTokenizerBase, bool], str]
-TEMPLATES: Registry[Template] = Registry("template")
-
-
-@TEMPLATES.register("auto")
-def render_chat_template(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation_prompt: bool) -> str:
-    """The tokenizer's own chat template."""
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
 
 
 @dataclass(frozen=True)
@@ -73,13 +64,14 @@ class ConversationEncoder:
         tokens_per_image: placeholders a marker becomes.
 
     Raises:
-        ConfigError: `auto` and the tokenizer has no chat template, or one that cannot be rendered.
+        ConfigError: `auto` and the tokenizer has no chat template, or one that cannot be rendered; a template with
+            special tokens of its own that the tokenizer does not have.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, template: str, image_token: str, tokens_per_image: int
     ) -> None:
-        self.render = TEMPLATES.get(template)
+        self.form = TEMPLATES.get(template)
         if template == "auto" and not tokenizer.chat_template:
             raise ConfigError(
                 f"data.template is 'auto', but the tokenizer of {tokenizer.name_or_path!r} has no chat template; "
@@ -87,39 +79,77 @@ class ConversationEncoder:
             )
         self.tokenizer = tokenizer
         self.template = template
+        self.image_token = image_token
         self.tokens_per_image = tokens_per_image
         self.marker_id = tokenizer.convert_tokens_to_ids(image_token)
         self.special_ids = frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
+        known = tokenizer.convert_ids_to_tokens(list(self.special_ids))
+        missing = [token for token in self.form.needs if token not in known]
+        if missing:
+            raise ConfigError(
+                f"data.template is {template!r}, but the tokenizer of {tokenizer.name_or_path!r} has no special token "
+                f"{', '.join(missing)}; needs a tokenizer with it, or another template"
+            )
+        begins = self.form.begins and tokenizer.bos_token_id is not None
+        self.beginning = [tokenizer.bos_token_id] if begins else []
         self.generation_prompt = self._find_generation_prompt()
 
     def encode(self, sample: Sample) -> EncodedSample:
         """A whole conversation, for training.
 
         Raises:
-            DataError: the template refuses the turns or does not repeat the answers as they are, or the number of
+            BadSample: the template refuses the turns or does not repeat the answers as they are, or the number of
                 markers is not that of the pictures.
         """
-        text = self._render(sample, sample.turns)
-        spans = self._find_answers(text, sample)
+        turns = self._turns_of(sample)
+        text = self._render(sample, turns)
+        spans = self._find_answers(text, sample, turns)
         tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = tokens["input_ids"], tokens["offset_mapping"]
+        ids = self.beginning + tokens["input_ids"]
+        offsets = [(0, 0)] * len(self.beginning) + tokens["offset_mapping"]
         return self._expand(ids, self._label(ids, offsets, spans), sample)
 
     def encode_prompt(self, sample: Sample) -> EncodedSample:
         """The conversation up to where the model must speak, for generation; nothing is trained.
 
-        The sample's last turn is left out where it is the assistant's. Raises DataError as `encode`.
+        The sample's last turn is left out where it is the assistant's. Raises BadSample as `encode`.
         """
-        turns = sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns
+        turns = self._turns_of(sample)
+        turns = turns[:-1] if turns[-1].role == "assistant" else turns
         text = self._render(sample, turns, generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.beginning + self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self._expand(ids, [IGNORE] * len(ids), sample)
+
+    def find_turn_ends(self) -> frozenset[int]:
+        """The special tokens that trained answers end with. A template may end the last one with another."""
+        question = Turn("user", f"{self.image_token}\n?")
+        turns = [question, Turn("assistant", "!")]
+        if not self.form.captions:
+            turns += turns
+        labels = self.encode(Sample("", tuple(turns), ("",) * (len(turns) // 2), "turn ends")).labels
+        ends = {label for label, following in pairwise([*labels, IGNORE]) if following == IGNORE}
+        return frozenset(ends) & self.special_ids
+
+    def _turns_of(self, sample: Sample) -> Sequence[Turn]:
+        """The turns to render: the sample's own, or a caption's."""
+        if not self.form.captions:
+            return sample.turns
+        roles = [turn.role for turn in sample.turns]
+        markers = self.image_token * sample.turns[0].text.count(self.image_token)
+        if roles not in (["user", "assistant"], ["user"]) or not markers:
+            raise BadSample(
+                f"{sample.origin}: sample {sample.id!r} has turns of {', '.join(roles)}, and in the first of them "
+                f"{'an' if markers else 'no'} {self.image_token}; data.template {self.template} needs a question with "
+                "an image and its caption",
+                "template",
+            )
+        return [Turn("user", markers), *sample.turns[1:]]
 
     def _find_generation_prompt(self) -> str:
         """What the template adds for the model to speak after; empty where it adds nothing."""
         turns = (Turn("user", "?"),)
         try:
-            silent, asking = (self.render(turns, self.tokenizer, asked) for asked in (False, True))
+            silent, asking = (self.form.render(turns, self.tokenizer, asked) for asked in (False, True))
         except TEMPLATE_FAULTS as error:
             raise ConfigError(
                 f"data.template is {self.template!r}, but the template of {self.tokenizer.name_or_path!r} cannot be "
@@ -129,15 +159,16 @@ class ConversationEncoder:
 
     def _render(self, sample: Sample, turns: Sequence[Turn], generation_prompt: bool = False) -> str:
         try:
-            return self.render(turns, self.tokenizer, generation_prompt)
+            return self.form.render(turns, self.tokenizer, generation_prompt)
         except TEMPLATE_FAULTS as error:
-            raise DataError(f"{sample.origin}: sample {sample.id!r}: the chat template refuses it: {error}") from error
+            message = f"{sample.origin}: sample {sample.id!r}: the chat template refuses it: {error}"
+            raise BadSample(message, "template") from error
 
-    def _find_answers(self, text: str, sample: Sample) -> list[AnswerSpan]:
+    def _find_answers(self, text: str, sample: Sample, turns: Sequence[Turn]) -> list[AnswerSpan]:
         """Where in the rendered text each assistant turn is, by rendering again with stand-ins for the answers."""
         answers: list[str] = []
         masked: list[Turn] = []
-        for turn in sample.turns:
+        for turn in turns:
             if turn.role == "assistant":
                 masked.append(Turn(turn.role, STAND_IN.format(len(answers))))
                 answers.append(turn.text)
@@ -151,10 +182,11 @@ class ConversationEncoder:
         pieces.append(rest)
         spans = self._walk(text, pieces, answers)
         if spans is None:
-            raise DataError(
+            raise BadSample(
                 f"{sample.origin}: sample {sample.id!r}: the chat template does not repeat every answer as it is (it "
                 "may rewrite earlier ones, or want lists of parts where the content here is a text), so what is to be "
-                "trained cannot be told; use a template that does"
+                "trained cannot be told; use a template that does",
+                "template",
             )
         return spans
 
@@ -193,12 +225,13 @@ class ConversationEncoder:
         return labels
 
     def _expand(self, ids: list[int], labels: list[int], sample: Sample) -> EncodedSample:
-        """Replaces each marker by its placeholders. Raises DataError where markers and pictures differ in number."""
+        """Replaces each marker by its placeholders. Raises BadSample where markers and pictures differ in number."""
         found = ids.count(self.marker_id)
         if found != len(sample.images):
-            raise DataError(
+            raise BadSample(
                 f"{sample.origin}: sample {sample.id!r} has {len(sample.images)} image(s) and {found} image marker(s) "
-                "in its text; both numbers must be equal"
+                "in its text; both numbers must be equal",
+                "marker count",
             )
         encoded = EncodedSample([], [], [])
         for id_, label in zip(ids, labels, strict=True):

@@ -2,9 +2,13 @@
 
 Built at first use, by reading and encoding every sample once, and kept beside the data file in
 `<data file>.index/<fingerprint>/`, so lengths are known before any batch is made and a bad sample is told before the
-first step. The fingerprint covers all that the numbers depend on: the file's size and time, tokenizer, template, image
-marker and tokens per image, media folder. A folder is written under another name and renamed, so one that is there is
-whole; a lock file lets the other ranks of the machine wait for the one that builds.
+first step, or left out under `data.on_bad_sample: skip`. The fingerprint covers all that the numbers depend on: the
+file's size and time, tokenizer, template, image marker and tokens per image, media folder, what makes a sample bad. A
+folder is written under another name and renamed, so one that is there is whole; a lock file lets the other ranks of the
+machine wait for the one that builds.
+
+    samples.npy     RECORD per sample          ids.bin         their ids, one after the other
+    contents.json   digest and dropped counts  dropped.jsonl   what was left out: id, place, reason, message
 """
 
 import contextlib
@@ -16,20 +20,24 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron_vlm.data.conversation import ConversationEncoder
+from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.sample import BadSample, Sample
 from megatron_vlm.data.sources.llava_json import Extent, LlavaFile
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.errors import DataError
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.progress import Progress
 
-FORMAT = 1  # of the index's files and of what is in them
+FORMAT = 2  # of the index's files and of what is in them
 SAMPLES_PER_CHUNK = 512
 SAMPLES_PER_PROCESS = 20_000  # below which another process costs more to start than it saves
 HEAD_START_SECONDS = 1.0  # of rank 0, which owns the console, before another rank may build
@@ -41,7 +49,9 @@ RECORD = np.dtype(
 class SampleIndex:
     """A published index, mapped from disk; pickled as its folder.
 
-    `tokens` [n] int32: length of each sample, pictures included; `images` [n] int32: its pictures.
+    `tokens` [n] int32: length of each sample, pictures included; `images` [n] int32: its pictures. `dropped`: how many
+    samples were left out, by reason. `fingerprint_of_contents`: a hex digest of the ids, tokens and images, the same
+    wherever the file lies and whenever it was written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,6 +61,9 @@ class SampleIndex:
         self._ids = np.memmap(ids, np.uint8, mode="r") if ids.stat().st_size else np.empty(0, np.uint8)
         self.tokens: np.ndarray = self._records["tokens"]
         self.images: np.ndarray = self._records["images"]
+        contents = json.loads((folder / "contents.json").read_text(encoding="utf-8"))
+        self.dropped: dict[str, int] = contents["dropped"]
+        self.fingerprint_of_contents: str = contents["fingerprint"]
 
     def __reduce__(self) -> tuple[type["SampleIndex"], tuple[Path]]:
         return SampleIndex, (self.folder,)
@@ -70,6 +83,32 @@ class SampleIndex:
 
 
 @dataclass(frozen=True)
+class SkipRule:
+    """`data.on_bad_sample: skip`: bad samples are left out, and a sample is bad also where a picture's header says so
+    (`media`) or where it is longer than `max_tokens`."""
+
+    media: MediaReader
+    max_tokens: int
+
+
+class Measured(NamedTuple):
+    """What the index keeps of a sample."""
+
+    tokens: int
+    images: int
+    id: str
+
+
+class Dropped(NamedTuple):
+    """A sample left out, as a line of dropped.jsonl; its id is its number where it cannot be read."""
+
+    id: str
+    place: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
 class Measurer:
     """Reads, encodes and checks samples: the work of indexing, done in chunks by worker processes."""
 
@@ -77,25 +116,51 @@ class Measurer:
     encoder: ConversationEncoder
     media_root: Path
     extents: list[Extent]
+    skip: SkipRule | None
 
-    def produce(self, number: int) -> list[tuple[int, int, str]]:
-        """(tokens, pictures, id) of each sample of chunk `number`. Raises DataError for the first that is bad."""
+    def produce(self, number: int) -> list[Measured | Dropped]:
+        """The samples of chunk `number`. Raises BadSample for the first that is bad, but under a skip rule."""
         first = number * SAMPLES_PER_CHUNK
         return [self._measure(extent) for extent in self.extents[first : first + SAMPLES_PER_CHUNK]]
 
-    def _measure(self, extent: Extent) -> tuple[int, int, str]:
-        sample = self.file.read(extent)
+    def _measure(self, extent: Extent) -> Measured | Dropped:
+        sample_id = str(extent.number)
+        try:
+            sample = self.file.read(extent)
+            sample_id = sample.id
+            return Measured(self._num_tokens(sample), len(sample.images), sample_id)
+        except BadSample as error:
+            if self.skip is None:
+                raise
+            return Dropped(sample_id, self.file.origin(extent), error.reason, str(error))
+
+    def _num_tokens(self, sample: Sample) -> int:
+        """Its length, after everything was checked."""
+        owner = f"{sample.origin}: sample {sample.id!r}"
         for image in sample.images:
-            if not (self.media_root / image).is_file():
-                raise DataError(
-                    f"{sample.origin}: sample {sample.id!r}: image {self.media_root / image} does not exist "
-                    "(data.media_root is joined with the path in the file)"
-                )
-        return len(self.encoder.encode(sample).ids), len(sample.images), sample.id
+            path = self.media_root / image
+            if not os.path.isfile(path):
+                message = f"{owner}: image {path} does not exist (data.media_root is joined with the path in the file)"
+                raise BadSample(message, "missing")
+            if self.skip is not None:
+                self.skip.media.check_header(path, owner)
+        num_tokens = len(self.encoder.encode(sample).ids)
+        if self.skip is not None and num_tokens > self.skip.max_tokens:
+            raise BadSample(
+                f"{owner} has {num_tokens} tokens, pictures included; training.sequence_length is "
+                f"{self.skip.max_tokens}",
+                "too long",
+            )
+        return num_tokens
 
 
 def open_index(
-    file: LlavaFile, encoder: ConversationEncoder, media_root: Path, spare_root: Path, rank: int = 0
+    file: LlavaFile,
+    encoder: ConversationEncoder,
+    media_root: Path,
+    spare_root: Path,
+    rank: int = 0,
+    skip: SkipRule | None = None,
 ) -> SampleIndex:
     """The index of `file`, built where there is none yet.
 
@@ -103,22 +168,34 @@ def open_index(
         media_root: the folder image paths are relative to.
         spare_root: where the index goes when it cannot be written beside the data file.
         rank: of this process; rank 0 is given a head start in building.
+        skip: leave bad samples out, by this rule.
 
     Raises:
-        DataError: the file or a sample in it is bad.
+        DataError: the file or, without `skip`, a sample in it is bad; with it: all of them are.
     """
-    fingerprint = _fingerprint(file, encoder, media_root)
+    fingerprint = _fingerprint(file, encoder, media_root, skip)
     folder = _cache_root(file.path, spare_root) / fingerprint
     if not folder.exists() and rank != 0:
         time.sleep(HEAD_START_SECONDS)
     if not folder.exists():
         with _only_builder(folder.with_suffix(".lock")):
             if not folder.exists():
-                _build(file, encoder, media_root, folder)
-    return SampleIndex(folder)
+                _build(Measurer(file, encoder, media_root, file.scan(), skip), folder)
+    index = SampleIndex(folder)
+    if index.dropped and rank == 0:
+        counts, num_dropped = _list_counts(index.dropped), sum(index.dropped.values())
+        get_logger(__name__).warning(
+            "%d of %d samples of %s are left out (%s); they are listed in %s",
+            num_dropped, num_dropped + len(index), file.path, counts, folder / "dropped.jsonl",
+        )  # fmt: skip
+    return index
 
 
-def _fingerprint(file: LlavaFile, encoder: ConversationEncoder, media_root: Path) -> str:
+def _list_counts(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+
+
+def _fingerprint(file: LlavaFile, encoder: ConversationEncoder, media_root: Path, skip: SkipRule | None) -> str:
     try:
         facts = file.path.stat()
     except OSError as error:
@@ -137,6 +214,7 @@ def _fingerprint(file: LlavaFile, encoder: ConversationEncoder, media_root: Path
         file.image_token,
         encoder.tokens_per_image,
         str(media_root.resolve()),
+        None if skip is None else [skip.max_tokens, skip.media.image_mode, repr(skip.media.spec)],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -171,31 +249,48 @@ def _only_builder(lock: Path) -> Iterator[None]:
         yield
 
 
-def _build(file: LlavaFile, encoder: ConversationEncoder, media_root: Path, folder: Path) -> None:
-    extents = file.scan()
+def _build(measurer: Measurer, folder: Path) -> None:
+    file, extents = measurer.file, measurer.extents
     num_chunks = -(-len(extents) // SAMPLES_PER_CHUNK)
     num_processes = min(len(os.sched_getaffinity(0)), len(extents) // SAMPLES_PER_PROCESS)
-    measurer = Measurer(file, encoder, media_root, extents)
     records = np.zeros(len(extents), RECORD)
     ids: list[bytes] = []
+    dropped: list[Dropped] = []
     id_end = 0
     with Progress(f"indexing {file.path.name}", total=len(extents)) as progress:
         for chunk in OrderedItems(measurer, range(num_chunks), num_processes if num_processes > 1 else 0):
-            for tokens, images, sample_id in chunk:
-                number = len(ids)
-                ids.append(sample_id.encode())
-                id_end += len(ids[-1])
-                records[number] = (*extents[number], tokens, images, id_end)
+            for found in chunk:
+                if isinstance(found, Dropped):
+                    dropped.append(found)
+                    continue
+                extent = extents[len(ids) + len(dropped)]
+                id_end += len(found.id.encode())
+                records[len(ids)] = (*extent, found.tokens, found.images, id_end)
+                ids.append(found.id.encode())
             progress.advance(len(chunk))
-    _publish(records, b"".join(ids), folder)
+    if not ids:
+        counts = _list_counts(Counter(sample.reason for sample in dropped))
+        raise DataError(
+            f"data file {file.path}: all of its samples are bad ({counts}), so data.on_bad_sample: skip leaves none; "
+            f"the first: {dropped[0].message}"
+        )
+    _publish(records[: len(ids)], b"".join(ids), dropped, folder)
 
 
-def _publish(records: np.ndarray, ids: bytes, folder: Path) -> None:
+def _publish(records: np.ndarray, ids: bytes, dropped: Sequence[Dropped], folder: Path) -> None:
     """Writes beside and renames; where another process was first, its index stands."""
+    digest = hashlib.sha256(ids)
+    for field in ("id_end", "tokens", "images"):
+        digest.update(records[field].tobytes())
+    counts = dict(sorted(Counter(sample.reason for sample in dropped).items()))
+    contents = {"fingerprint": digest.hexdigest(), "dropped": counts}
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         np.save(temporary / "samples.npy", records)
         (temporary / "ids.bin").write_bytes(ids)
+        (temporary / "contents.json").write_text(json.dumps(contents), encoding="utf-8")
+        lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in dropped)
+        (temporary / "dropped.jsonl").write_text(lines, encoding="utf-8")
         temporary.chmod(0o755)
         os.rename(temporary, folder)
     except OSError:

@@ -1,24 +1,33 @@
 """From a picture file to the pixels a tower takes.
 
 PIL only, as LLaVA prepares its pictures: `pad` sets the picture on a square of the tower's mean colour before the
-bicubic resize, `resize` lets the aspect ratio go. Only the rank that encodes a picture opens its file.
+bicubic resize, `resize` lets the aspect ratio go, `processor` does what the tower's own preprocessor config says. Only
+the rank that encodes a picture opens its file.
 
-As there, an alpha channel is dropped and EXIF's rotation is not applied. Hazard: Pillow clips wide grey values to 8
-bits, which makes a 16-bit scan all white, so those are scaled first.
+As there, an alpha channel is dropped and EXIF's rotation is not applied. Hazards: Pillow clips wide grey values to 8
+bits, which makes a 16-bit scan all white, so those are scaled first. A file of some bytes may declare a picture that
+fills the memory, and a picture that is small by itself may do so on its square: both are refused from the header.
 """
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from megatron_vlm.errors import DataError
+from megatron_vlm.data.sample import BadSample
 from megatron_vlm.models.vision.media_spec import MediaSpec
+from megatron_vlm.models.vision.preprocessing import load_processor
 
 FAULTS = ("none", "missing", "not an image", "damaged", "bomb")  # why a picture cannot be read; 0: it can
+MAX_PREPARED_PIXELS = 2 * 89_478_485  # of a picture while it is prepared; Pillow's own bound of what may be read, twice
+
+ImageMode = Literal["pad", "resize", "processor"]
 
 
 class MediaReader:
@@ -26,41 +35,82 @@ class MediaReader:
 
     Args:
         spec: size and statistics of the tower's pixels.
-        image_mode: `pad` or `resize`.
+        image_mode: `pad`, `resize` or `processor`.
         blank: every picture becomes the mean colour, unread: what a model answers then, it does not owe to the picture.
+
+    Raises:
+        ConfigError: `processor`, and the tower's own cannot be used.
     """
 
-    def __init__(self, spec: MediaSpec, image_mode: Literal["pad", "resize"], blank: bool = False) -> None:
+    def __init__(self, spec: MediaSpec, image_mode: ImageMode, blank: bool = False) -> None:
         self.spec = spec
         self.image_mode = image_mode
         self.blank = blank
         self.mean_colour = tuple(int(mean * 255) for mean in spec.mean)
+        self._processor = load_processor(spec) if image_mode == "processor" else None
 
     def read(self, path: str | Path, sample: str) -> Tensor:
         """A picture file -> pixels [3, H, W], fp32, normalised.
 
         Raises:
-            DataError: the file is missing or damaged; names it and `sample`.
+            BadSample: it cannot be read; names it and `sample`. The reason is one of `FAULTS`.
         """
         if self.blank:
-            return self.prepare(Image.new("RGB", (self.spec.width, self.spec.height), self.mean_colour))
-        try:
-            with Image.open(path) as file:
-                image = to_rgb(file)
-        except FileNotFoundError as error:
-            raise DataError(f"{sample}: image {path} does not exist") from error
-        except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
-            raise DataError(f"{sample}: image {path} cannot be read: {error}") from error
+            return self.blank_pixels()
+        with self._opened(path, sample) as file:
+            image = to_rgb(file)
         return self.prepare(image)
+
+    def check_header(self, path: str | Path, sample: str) -> None:
+        """Raises as `read` does, of what can be told without decoding the picture."""
+        with self._opened(path, sample):
+            pass
+
+    def blank_pixels(self) -> Tensor:
+        """Pixels [3, H, W] of a picture that shows the mean colour."""
+        return self.prepare(Image.new("RGB", (self.spec.width, self.spec.height), self.mean_colour))
 
     def prepare(self, image: Image.Image) -> Tensor:
         """An RGB picture of any size -> pixels [3, H, W], fp32, normalised."""
+        if self._processor is not None:
+            return torch.from_numpy(np.array(self._processor(image)["pixel_values"][0], dtype=np.float32))
         if self.image_mode == "pad":
             image = pad_to_square(image, self.mean_colour)
         image = image.resize((self.spec.width, self.spec.height), Image.Resampling.BICUBIC)
         values = np.asarray(image, dtype=np.float32) / np.float32(255)  # [H, W, 3]
         normalised = (values - np.asarray(self.spec.mean, np.float32)) / np.asarray(self.spec.std, np.float32)
         return torch.from_numpy(normalised.transpose(2, 0, 1).copy())  # [H, W, 3] -> [3, H, W]
+
+    @contextlib.contextmanager
+    def _opened(self, path: str | Path, sample: str) -> Iterator[Image.Image]:
+        """The file with its header read; whatever is wrong with it, also inside the context, is a BadSample."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(path) as file:
+                    self._refuse_size(*file.size)
+                    yield file
+        except FileNotFoundError as error:
+            raise BadSample(f"{sample}: image {path} does not exist", "missing") from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise BadSample(f"{sample}: image {path} is too large to be decoded: {error}", "bomb") from error
+        except UnidentifiedImageError as error:
+            raise BadSample(f"{sample}: image {path} cannot be read: it is not an image", "not an image") from error
+        except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
+            raise BadSample(f"{sample}: image {path} cannot be read: {error}", "damaged") from error
+
+    def _refuse_size(self, width: int, height: int) -> None:
+        """A strip may be small by itself and huge as a square, or where its short side is stretched to the tower's."""
+        longer, shorter = max(width, height), min(width, height)
+        if not shorter:
+            raise ValueError(f"it has {width} x {height} pixels")
+        edge = self._processor.size.shortest_edge if self._processor is not None else None
+        num_pixels = longer**2 if self.image_mode == "pad" else edge**2 * longer // shorter if edge else 0
+        if num_pixels > MAX_PREPARED_PIXELS:
+            raise Image.DecompressionBombError(
+                f"its {width} x {height} pixels become {num_pixels} with data.image_mode {self.image_mode}, "
+                f"{MAX_PREPARED_PIXELS} are allowed"
+            )
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

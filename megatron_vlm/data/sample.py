@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_vlm.errors import DataError
+
 IGNORE = -100  # label of a token that is not trained
 Role = Literal["system", "user", "assistant"]
 
@@ -32,3 +34,15 @@ class Sample:
     images: tuple[str, ...]
     origin: str
     form: str = ""
+
+
+class BadSample(DataError):
+    """A sample that cannot be used while the others can: what `data.on_bad_sample: skip` leaves out.
+
+    Args:
+        reason: in a word or two, the same for all of the kind: they are counted by it.
+    """
+
+    def __init__(self, message: str, reason: str = "malformed") -> None:
+        super().__init__(message)
+        self.reason = reason

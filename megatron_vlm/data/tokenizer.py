@@ -12,8 +12,10 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.hf_config import refuse_missing_directory
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase  # for layers that may not import transformers
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def load_tokenizer(path: str | Path | None, image_token: str) -> Tokenizer:
@@ -28,16 +30,21 @@ def load_tokenizer(path: str | Path | None, image_token: str) -> Tokenizer:
             "model.language.tokenizer is null and there is no model.language.path to take it from; "
             "name a directory or hub id"
         )
-    if os.path.isabs(path) or str(path).count("/") > 1 or str(path).startswith("."):  # no hub id has such a form
-        if not os.path.isdir(path):
-            raise ConfigError(f"model.language.tokenizer: {str(path)!r} is not a directory")
+    refuse_missing_directory("model.language.tokenizer", str(path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # a damaged file makes the tokenizers library raise almost anything
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in _VOCABULARY_FILES):
+            reason = f"it holds none of {', '.join(_VOCABULARY_FILES)}"
         raise ConfigError(
             f"model.language.tokenizer: no tokenizer can be loaded from {str(path)!r}: {reason}"
         ) from error
+    if len(tokenizer.get_vocab()) <= len(tokenizer.get_added_vocab()):  # made up, where files are missing
+        raise ConfigError(
+            f"model.language.tokenizer: {str(path)!r} holds special tokens and no others, needs one of "
+            f"{', '.join(_VOCABULARY_FILES)}"
+        )
     if not tokenizer.is_fast:
         raise ConfigError(
             f"model.language.tokenizer: {str(path)!r} gives a {type(tokenizer).__name__} without character offsets; "

@@ -13,17 +13,18 @@ exceeds the usual limit of 1,024; the rank then waits for ever. So an item cross
 """
 
 import multiprocessing
-import os
 import pickle
-import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from megatron_vlm.errors import MegatronVlmError
+from megatron_vlm.runtime.signals import end_with_parent, kept_from_children
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -70,7 +71,7 @@ class OrderedItems(Generic[T]):
     """
 
     def __init__(self, producer: Producer[T], numbers: Sequence[int], num_workers: int) -> None:
-        self.numbers = numbers
+        self.numbers, self.producer = numbers, producer
         if num_workers:
             multiprocessing.set_forkserver_preload(["__main__", type(producer).__module__])
         self._loader: DataLoader = DataLoader(
@@ -89,7 +90,10 @@ class OrderedItems(Generic[T]):
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[T]:
-        stream = iter(self._loader)
+        with kept_from_children(with_tracker=self._loader.num_workers > 0):  # a signal to save ends no worker
+            stream = iter(self._loader)
+        for worker in getattr(stream, "_workers", ()):
+            weakref.finalize(stream, _kill, worker)  # at this process's end at the latest
         try:
             for made in stream:
                 item = pickle.loads(made) if self._loader.num_workers else made
@@ -102,20 +106,17 @@ class OrderedItems(Generic[T]):
             del stream
 
 
+def _kill(worker: BaseProcess) -> None:
+    """Ends a worker that was not told to end. torch and multiprocessing would do it by SIGTERM, which workers do not
+    get, and then wait for it for ever."""
+    if worker.is_alive():
+        worker.kill()
+
+
 def _end_with_the_rank(_worker: int) -> None:
-    """Has this worker process end when its rank does, however that ends.
-
-    torch's own watch looks for a change of parent, but a worker's parent is the fork server, which lives as long as its
-    workers do: after a rank was killed, both would stay for ever.
-    """
-    rank = multiprocessing.parent_process()
-    assert rank is not None, "workers are child processes"
-
-    def watch() -> None:
-        rank.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end with the rank", daemon=True).start()
+    """torch's own watch looks for a change of parent, but a worker's parent is the fork server, which lives as long as
+    its workers do: after a rank was killed, both would stay for ever."""
+    end_with_parent()
 
 
 def _as_it_is(item: T) -> T:

@@ -1,66 +1,90 @@
-"""Asking whole files of questions, shared by the data-parallel ranks, and gathering the answers.
+"""Asking many questions, shared by the data-parallel replicas, and gathering the answers.
 
-Every rank holds a whole model and answers every world-size-th question; there is no collective but the last one.
+Of D replicas each answers every D-th question, all ranks of a replica together; they meet only to gather at the end.
 Questions with equally many images come together, whose prompts are of about one length, so that little is padded.
+
+Hazard: an image that cannot be read is known to the one rank that encodes it, in the middle of a batch that its replica
+decodes together. A run that shall go on therefore answers the question with a blank image, and leaves it out when all
+is gathered.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from megatron_vlm.data.media import MediaReader
-from megatron_vlm.data.sample import Sample
+from megatron_vlm.data.sample import BadSample, Sample
 from megatron_vlm.data.sources.llava_json import LlavaFile
+from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.report import NO_FORM, Record, Report, make_report
 from megatron_vlm.evaluation.tasks import TASKS, Scorer
 from megatron_vlm.generation.assistant import Assistant
 from megatron_vlm.generation.prompts import Question
+from megatron_vlm.parallel.groups import Grid
 from megatron_vlm.runtime.collectives import all_gather_objects
+from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.progress import Progress
+
+logger = get_logger(__name__)
+Faults = dict[int, str]  # number of a question -> why an image that this rank read for it cannot be used
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to ask and how.
+    """How to ask.
 
     Args:
         task: a registered name.
-        data: LLaVA JSON or JSONL files; each conversation's last answer is the truth of its last question.
-        media_root: folder of their images; default: each file's own.
         blank_images: ask everything once more with every image blanked to the tower's mean colour.
         batch_size: questions decoded together.
         max_new_tokens: longest answer in tokens.
+        tolerant: leave out questions about images that cannot be read, instead of failing.
+        progress: show how far it is.
     """
 
     task: str
-    data: Sequence[Path]
-    media_root: Path | None = None
     blank_images: bool = False
     batch_size: int = 64
     max_new_tokens: int = 32
+    tolerant: bool = False
+    progress: bool = True
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A sample and the folder its images are in."""
+    """A sample, whose last answer is the truth of its last question, and the folder its images are in."""
 
     sample: Sample
     folder: Path
 
 
-def evaluate(assistant: Assistant, request: EvaluationRequest) -> Report:
-    """Asks and scores; every rank calls it and gets the whole report.
+def read_questions(data: Sequence[Path], media_root: Path | None, image_token: str) -> list[Asked]:
+    """Every conversation of LLaVA JSON or JSONL files, in order.
+
+    Args:
+        media_root: folder of their images; default: each file's own.
+        image_token: the marker of an image in a text.
+
+    Raises:
+        DataError: a file or a conversation cannot be read.
+    """
+    return [
+        Asked(sample, media_root or path.parent) for path in data for sample in LlavaFile(path, image_token).read_all()
+    ]
+
+
+def evaluate(assistant: Assistant, asked: Sequence[Asked], request: EvaluationRequest) -> Report:
+    """Asks and scores; every rank calls it with the same and gets the whole report.
 
     Raises:
         ConfigError: no such task.
-        DataError: a data file or one of its images cannot be read.
+        DataError: an image cannot be read; where that is tolerated, none can.
     """
     scorer = TASKS.get(request.task)
-    asked = [
-        Asked(sample, request.media_root or path.parent)
-        for path in request.data
-        for sample in LlavaFile(path, assistant.image_token).read_all()
-    ]
     records = ask_all(assistant, asked, request, scorer, assistant.reader)
     blank_records: list[Record] = []
     if request.blank_images:
@@ -72,27 +96,55 @@ def evaluate(assistant: Assistant, request: EvaluationRequest) -> Report:
 def ask_all(
     assistant: Assistant, asked: Sequence[Asked], request: EvaluationRequest, scorer: Scorer, reader: MediaReader
 ) -> list[Record]:
-    """Every sample's record in the order given, on every rank; each rank answers its share."""
-    world = assistant.model.grid.world
-    mine = sorted(range(world.rank(), len(asked), world.size()), key=lambda number: len(asked[number].sample.images))
+    """Every sample's record in the order given, on every rank; each replica answers its share."""
+    grid = assistant.model.grid
+    share = range(grid.coordinates.data, len(asked), grid.sizes.data)
+    mine = sorted(share, key=lambda number: len(asked[number].sample.images))
     records: list[Record] = []
+    faults: Faults | None = {} if request.tolerant else None
     title = f"{request.task}, images blanked" if reader.blank else request.task
-    with Progress(title, total=len(mine)) as progress:
+    with Progress(title, total=len(mine), enabled=request.progress) as progress:
         for start in range(0, len(mine), request.batch_size):
             numbers = mine[start : start + request.batch_size]
-            questions = [_question(asked[number], reader) for number in numbers]
+            questions = [_question(number, asked[number], reader, faults) for number in numbers]
             answers = assistant.answer(questions, request.max_new_tokens)
             for number, answer in zip(numbers, answers, strict=True):
                 records.append(_record(number, asked[number].sample, answer, scorer))
             progress.advance(len(numbers))
-    gathered = [record for share in all_gather_objects(records, world) for record in share]
-    return sorted(gathered, key=lambda record: record.number)
+    return _gather(records, faults or {}, grid)
 
 
-def _question(asked: Asked, reader: MediaReader) -> Question:
+def _gather(records: list[Record], faults: Faults, grid: Grid) -> list[Record]:
+    """All replicas' records in order, without those of questions whose images could not be read."""
+    own = records if grid.replica_rank == 0 else []  # the same on every rank of the replica
+    gathered = all_gather_objects((own, faults), grid.world)
+    bad = {number: reason for _, part in gathered for number, reason in part.items()}
+    good = [record for part, _ in gathered for record in part if record.number not in bad]
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(Counter(bad.values()).items()))
+    if not good:
+        raise DataError(f"no question can be asked: the images of all {len(bad)} cannot be read ({counts})")
+    if bad and grid.rank == 0:
+        logger.warning("%d of %d questions are left out for their images (%s)", len(bad), len(bad) + len(good), counts)
+    return sorted(good, key=lambda record: record.number)
+
+
+def _question(number: int, asked: Asked, reader: MediaReader, faults: Faults | None) -> Question:
     sample = asked.sample
     owner = f"{sample.origin}: sample {sample.id!r}"
-    return Question(sample, [reader.read(asked.folder / path, owner) for path in sample.images])
+    return Question(
+        sample, [partial(_read, reader, asked.folder / path, owner, number, faults) for path in sample.images]
+    )
+
+
+def _read(reader: MediaReader, path: Path, owner: str, number: int, faults: Faults | None) -> Tensor:
+    """Pixels [3, H, W]; where they cannot be read and `faults` are noted, of a blank image."""
+    try:
+        return reader.read(path, owner)
+    except BadSample as error:
+        if faults is None:
+            raise
+        faults[number] = error.reason
+        return reader.blank_pixels()
 
 
 def _record(number: int, sample: Sample, answer: str, scorer: Scorer) -> Record:

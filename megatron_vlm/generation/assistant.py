@@ -9,6 +9,7 @@ count.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from megatron_vlm.config.schema import DataConfig
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.media import MediaReader, to_rgb
-from megatron_vlm.data.sample import IGNORE, Sample, Turn
+from megatron_vlm.data.sample import Sample
+from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.generation.greedy import decode_greedily
 from megatron_vlm.generation.prompts import ImageSource, Prompt, Question, collate, read_prompt
@@ -29,7 +31,8 @@ class Assistant:
     """Answers questions about images.
 
     Args:
-        model: weights loaded, on a replica of one rank; it is put into evaluation mode.
+        model: weights loaded; its mode and flags stay as they are. Every rank of a replica asks it the same at the
+            same time; replicas do not depend on each other.
         encoder: with the tokenizer and template it was trained with.
         data: the recipe's section: image token and image mode.
         configured_stops: the model configuration's end-of-sequence tokens.
@@ -45,11 +48,17 @@ class Assistant:
         data: DataConfig,
         configured_stops: int | Sequence[int] | None,
     ) -> None:
-        self.model = model.train(False)
+        self.model = model
         self.encoder = encoder
         self.image_token, self.image_mode = data.image_token, data.image_mode
         self.reader = MediaReader(model.media_spec, data.image_mode)
         self.stop_ids = find_stop_ids(encoder, configured_stops)
+
+    @classmethod
+    def of(cls, model: VisionLanguageModel, data: DataConfig, tokenizer: Tokenizer) -> "Assistant":
+        """The assistant of a recipe's model and tokenizer."""
+        encoder = ConversationEncoder(tokenizer, data.template, data.image_token, model.media_spec.tokens_per_image)
+        return cls(model, encoder, data, model.language[0].spec.hf_config.eos_token_id)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, batch_size: int = 32
@@ -74,7 +83,8 @@ class Assistant:
         return self._generate_all(cast(Sequence[Prompt], prompts), max_new_tokens, batch_size)
 
     def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
-        """Greedy answers to one batch, decoded together. Raises DataError as `collate` does."""
+        """Greedy answers to one batch, decoded together; a collective of the replica. Raises DataError as `collate` and
+        the images' readers do."""
         batch = collate(questions, self.encoder, self.model.media_spec)
         rows = decode_greedily(self.model, batch, self.stop_ids, max_new_tokens)
         return [text.strip() for text in self.encoder.tokenizer.batch_decode(rows, skip_special_tokens=True)]
@@ -84,7 +94,7 @@ class Assistant:
         answers = []
         for start in range(0, len(read), batch_size):
             questions = [
-                Question(sample, [self._pixels(image, sample) for image in images])
+                Question(sample, [partial(self._pixels, image, sample) for image in images])
                 for sample, images in read[start : start + batch_size]
             ]
             answers += self.answer(questions, max_new_tokens)
@@ -101,14 +111,13 @@ class Assistant:
 
 
 def find_stop_ids(encoder: ConversationEncoder, configured: int | Sequence[int] | None) -> frozenset[int]:
-    """The tokens that end an answer: the tokenizer's end of sequence, what the template ends a trained answer with, and
+    """The tokens that end an answer: the tokenizer's end of sequence, what the template ends trained answers with, and
     the model configuration's, as far as they are special tokens.
 
     Raises ConfigError where there is none.
     """
     candidates = [configured] if isinstance(configured, int) else list(configured or ())
-    trained = encoder.encode(Sample("", (Turn("user", "?"), Turn("assistant", "!")), (), "stop tokens")).labels
-    candidates += [label for label in trained if label != IGNORE][-1:]
+    candidates += encoder.find_turn_ends()
     if encoder.tokenizer.eos_token_id is not None:
         candidates.append(encoder.tokenizer.eos_token_id)
     stop_ids = frozenset(candidates) & encoder.special_ids

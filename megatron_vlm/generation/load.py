@@ -1,7 +1,7 @@
-"""From a checkpoint directory to an `Assistant`, in one process or in data-parallel ranks that exist already.
+"""From a checkpoint directory to an `Assistant`, in one process or over the ranks of a job.
 
 A checkpoint carries all it needs (weights, resolved recipe, tokenizer, model configurations), so that it can be moved
-and asked anywhere. Any layout may have saved it; here each rank builds the whole model.
+and asked anywhere. Any layout may have saved it, and any may load it.
 
 The imports stand inside the functions: the device must be chosen before torch and megatron-core come in, and this
 module is what a plain Python process meets first.
@@ -20,23 +20,28 @@ from megatron_vlm.runtime.distributed import init_world, read_launch
 from megatron_vlm.runtime.logging import get_logger
 
 if TYPE_CHECKING:
-    from megatron_vlm.config.schema import Config
+    from megatron_vlm.config.schema import Config, ParallelConfig
     from megatron_vlm.generation.assistant import Assistant
 
 COLLECTIVE_TIMEOUT_SECONDS = 600
 
 
-def load(path: str | os.PathLike[str], device: DeviceRequest = "auto") -> "Assistant":
+def load(
+    path: str | os.PathLike[str], device: DeviceRequest = "auto", tensor: int = 1, pipeline: int = 1
+) -> "Assistant":
     """A trained model, ready to answer. Every rank of the job calls it.
 
     Args:
         path: a checkpoint directory, or a directory of checkpoints (its latest).
         device: auto | cpu | cuda, where this process has not chosen already.
+        tensor, pipeline: ranks that share one model; the ranks of the job are so many replicas of it, and all ranks of
+            a replica ask it the same at the same time.
 
     Raises:
         CheckpointError: no checkpoint there, or a damaged or incomplete one.
-        ConfigError: the device asked for is not there, or a recipe of another version.
-        ParallelError: this process works in a layout that splits a model over ranks.
+        ConfigError: the device asked for is not there, a recipe of another version, or a layout that does not divide
+            the ranks, the model's heads or its layers.
+        ParallelError: this process works in another layout already.
     """
     launch = read_launch()
     with _quietly():
@@ -45,7 +50,7 @@ def load(path: str | os.PathLike[str], device: DeviceRequest = "auto") -> "Assis
 
         if not torch.distributed.is_initialized():
             init_world(launch, torch_device, COLLECTIVE_TIMEOUT_SECONDS)
-        return open_checkpoint(path)
+        return open_checkpoint(path, tensor, pipeline)
 
 
 @contextlib.contextmanager
@@ -63,60 +68,64 @@ def _quietly() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> "Assistant":
+def open_checkpoint(path: str | os.PathLike[str], tensor: int = 1, pipeline: int = 1) -> "Assistant":
     """The assistant of a checkpoint, in a process whose device and default process group exist. Raises as `load`."""
     import torch
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from megatron_vlm.checkpoint.store import find_checkpoint, load_checkpoint
-    from megatron_vlm.data.conversation import ConversationEncoder
+    from megatron_vlm.config.schema import ParallelConfig
+    from megatron_vlm.config.validation import validate_layout
+    from megatron_vlm.data.conversation import TEMPLATES
     from megatron_vlm.data.tokenizer import load_tokenizer
     from megatron_vlm.generation.assistant import Assistant
+    from megatron_vlm.models.facts import gather_facts
     from megatron_vlm.models.families import build_model
-    from megatron_vlm.models.language import load_language_config
     from megatron_vlm.parallel.groups import GridSizes, build_grid
 
-    directory = find_checkpoint(path)
-    config = inference_config(directory)
-    _forget_grid()
-    grid = build_grid(GridSizes.from_config(config.parallel, torch.distributed.get_world_size()))
+    directory, world_size = find_checkpoint(path), torch.distributed.get_world_size()
+    config = inference_config(directory, ParallelConfig(tensor=tensor, pipeline=pipeline))
+    validate_layout(config, gather_facts(config, TEMPLATES.names(), tasks=()), world_size)
+    _forget_grid(tensor, pipeline)
+    grid = build_grid(GridSizes.from_config(config.parallel, world_size))
     model_parallel_cuda_manual_seed(config.runtime.seed)  # on GPUs first weights are drawn from its streams
-    model = build_model(config, grid)
+    model = build_model(config, grid).train(False)
     load_checkpoint(directory, model, optimizer=None, states="model")
-    image_token, tokens_per_image = config.data.image_token, model.media_spec.tokens_per_image
-    tokenizer = load_tokenizer(config.model.language.tokenizer, image_token)
-    encoder = ConversationEncoder(tokenizer, config.data.template, image_token, tokens_per_image)
-    return Assistant(model, encoder, config.data, load_language_config(config.model.language).eos_token_id)
+    return Assistant.of(model, config.data, load_tokenizer(config.model.language.tokenizer, config.data.image_token))
 
 
-def _forget_grid() -> None:
+def _forget_grid(tensor: int, pipeline: int) -> None:
     """Makes room for the next model's grid: megatron-core knows one per process. Models loaded before keep working,
-    since each rank is a replica of its own. Raises ParallelError where it is not."""
+    because the next layout is the same. Raises ParallelError where it is not."""
     from megatron.core import parallel_state
 
     from megatron_vlm.errors import ParallelError
 
     if not parallel_state.model_parallel_is_initialized():
         return
-    tensor = parallel_state.get_tensor_model_parallel_world_size()
-    pipeline = parallel_state.get_pipeline_model_parallel_world_size()
-    if tensor * pipeline > 1:
+    present = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    if present != (tensor, pipeline) or virtual is not None:
         raise ParallelError(
-            f"this process works in a layout of tensor {tensor} x pipeline {pipeline}; a checkpoint is loaded for "
-            "generation where both are 1"
+            f"this process works in a layout of tensor {present[0]} x pipeline {present[1]}"
+            f"{'' if virtual is None else f' x {virtual} virtual stages'} already; a checkpoint is loaded for "
+            f"generation at tensor {tensor} x pipeline {pipeline} in a process of its own"
         )
     parallel_state.destroy_model_parallel()
 
 
-def inference_config(directory: Path) -> "Config":
+def inference_config(directory: Path, parallel: "ParallelConfig") -> "Config":
     """The recipe a checkpoint was trained by, made self-contained: models and tokenizer from inside the checkpoint,
-    nothing trains, and every rank holds the whole model.
+    nothing trains, and the layout is the given one.
 
     Raises CheckpointError where a part is missing, ConfigError where the recipe is not one this version reads.
     """
     from megatron_vlm.checkpoint.manifest import Manifest
     from megatron_vlm.config import config_from_tree
-    from megatron_vlm.config.schema import LanguageConfig, ParallelConfig, TrainableConfig
+    from megatron_vlm.config.schema import LanguageConfig, TrainableConfig
     from megatron_vlm.errors import CheckpointError
 
     for part in ("tokenizer", "language", "vision"):
@@ -127,4 +136,4 @@ def inference_config(directory: Path) -> "Config":
     vision = config.model.vision.model_copy(update={"path": str(directory / "vision"), "config": None})
     frozen = TrainableConfig(language=False, vision=False, projector=False)
     model = config.model.model_copy(update={"language": language, "vision": vision, "train": frozen})
-    return config.model_copy(update={"model": model, "parallel": ParallelConfig()})
+    return config.model_copy(update={"model": model, "parallel": parallel})

@@ -7,11 +7,11 @@ every query and positions count from the first real token, so an answer does not
 Hazard: a string may be a text or the path of an image. It is a path where it ends like one and either the file exists
 or there is no blank in it (then it is a path that was mistyped); pass `pathlib.Path` where this guess could fail.
 
-Letters: b prompts, s their padded length in tokens, n images.
+Letters: b prompts, s their padded length in tokens.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,31 +29,32 @@ from megatron_vlm.parallel.media_plan import MediaItem, media_cost
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 ImageSource = Path | Image.Image
 Prompt = str | Sequence[str | ImageSource]
+LazyPixels = Callable[[], Tensor]  # reads an image: [3, H, W]; called by the rank that encodes it, and no other
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: a conversation up to the assistant's turn, and the pixels [3, H, W] of its images in order."""
+    """What is asked: a conversation up to the assistant's turn, and its images in order."""
 
     sample: Sample
-    pixels: Sequence[Tensor]
+    images: Sequence[LazyPixels]
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts ready for the model, on the CPU.
+    """Prompts ready for the model, on the CPU; all but the images read.
 
     Args:
         ids: [b, s] token ids; PLACEHOLDER_ID where an image or padding is.
         valid: [b, s] bool, False where padding.
         spans: whose image is where, row after row.
-        pixels: [n, 3, H, W] in the order of the spans.
+        images: in the order of the spans.
     """
 
     ids: Tensor
     valid: Tensor
     spans: list[MediaSpan]
-    pixels: Tensor
+    images: list[LazyPixels]
 
     @property
     def position_ids(self) -> Tensor:
@@ -104,9 +105,7 @@ def collate(questions: Sequence[Question], encoder: ConversationEncoder, spec: M
         for path, start in zip(question.sample.images, prompt.image_starts, strict=True):
             item = MediaItem(cost, spec.tokens_per_image, micro_batch=0, row=row, start=padding + start)
             spans.append(MediaSpan(question.sample.id, path, item))
-    pixels = [image for question in questions for image in question.pixels]
-    stacked = torch.stack(pixels) if pixels else torch.empty(0, 3, spec.height, spec.width)
-    return PromptBatch(ids, valid, spans, stacked)
+    return PromptBatch(ids, valid, spans, [image for question in questions for image in question.images])
 
 
 def _classify(part: object, origin: str) -> str | ImageSource:

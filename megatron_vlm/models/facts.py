@@ -19,12 +19,14 @@ from megatron_vlm.models.projectors import PROJECTORS, build_projector
 from megatron_vlm.models.vision.survey import TowerSurvey, load_vision_config, survey_tower
 
 
-def gather_facts(config: Config, templates: Iterable[str]) -> ModelFacts:
+def gather_facts(config: Config, templates: Iterable[str], tasks: Iterable[str]) -> ModelFacts:
     """The facts of a recipe's model.
 
     Args:
         config: the recipe, which `names_its_model`.
         templates: names of the conversation templates, which the data layer knows.
+        tasks: names of the evaluation tasks, which the evaluation layer knows.
+
     Raises:
         ConfigError: where tower or language model cannot be read, so that nothing more can be said about them.
     """
@@ -48,6 +50,7 @@ def gather_facts(config: Config, templates: Iterable[str]) -> ModelFacts:
         families=tuple(FAMILIES.names()),
         projectors=tuple(PROJECTORS.names()),
         templates=tuple(templates),
+        tasks=tuple(tasks),
         installed=installed_packages(),
     )
 

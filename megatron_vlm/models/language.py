@@ -14,14 +14,14 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_vlm.config.megatron import transformer_config
 from megatron_vlm.config.schema import Config, LanguageConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.head import LanguageHead
-from megatron_vlm.models.hf_config import config_from_dict
+from megatron_vlm.models.hf_config import config_from_dict, config_from_path
 from megatron_vlm.models.merge import LocalFeatures, merge_features
 from megatron_vlm.models.specs import block_spec
 from megatron_vlm.parallel.context_attention import AttentionContext, KVCache
@@ -76,11 +76,8 @@ def load_language_config(language: LanguageConfig) -> PretrainedConfig:
     if language.config is not None:
         hf_config = config_from_dict("model.language.config", language.config)
     else:
-        try:
-            hf_config = AutoConfig.from_pretrained(language.path)
-        except (OSError, ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"model.language.path: no usable config in {language.path!r}: {reason}") from error
+        assert language.path is not None, "validated with the recipe"
+        hf_config = config_from_path("model.language.path", language.path)
     check_architecture(hf_config)
     return hf_config
 

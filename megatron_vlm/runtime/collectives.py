@@ -62,6 +62,25 @@ def all_gather_objects(value: T, group: ProcessGroup) -> list[T]:
     return gathered
 
 
+def gather_objects(value: T, group: ProcessGroup) -> list[T] | None:
+    """Every rank's picklable `value` by group rank, on group rank 0 alone; None on the others."""
+    if group.size() == 1:
+        return [value]
+    gathered: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
+    dist.gather_object(value, gathered, group=group, group_dst=0)
+    return gathered
+
+
+def broadcast_object(value: T | None, group: ProcessGroup) -> T:
+    """Group rank 0's picklable `value`, on every rank; the others' is not looked at."""
+    if group.size() == 1:
+        assert value is not None
+        return value
+    shared: list[Any] = [value]
+    dist.broadcast_object_list(shared, group=group, group_src=0)
+    return shared[0]
+
+
 def all_reduce_(tensor: Tensor, group: ProcessGroup, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduces `tensor` over the group in place (sum by default), and returns it. Not differentiable."""
     if group.size() > 1:

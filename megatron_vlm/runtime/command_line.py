@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_vlm.errors import ConfigError, ParallelError
 from megatron_vlm.runtime.failure import fail_together
@@ -20,13 +20,23 @@ class CommandLine(argparse.ArgumentParser):
 
     Args:
         description: the tool's docstring, printed as it is.
+        options: argparse's own, which it passes to the parsers of a tool's subcommands.
     """
 
-    def __init__(self, description: str | None) -> None:
+    def __init__(self, description: str | None, **options: Any) -> None:
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
         )
         self.add_argument("--debug", action="store_true", help="tracebacks instead of one-line errors")
+
+    def add_layout(self) -> None:
+        """Where a checkpoint is loaded to: device, and the ranks that share one model."""
+        self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        for name, what in (("tensor", "tensor-parallel ranks"), ("pipeline", "pipeline stages")):
+            self.add_argument(f"--{name}", type=whole_number(1), default=1, metavar="N", help=f"{what} (default 1)")
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError where argparse would print its usage."""

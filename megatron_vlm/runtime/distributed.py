@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megatron_vlm.runtime.failure import fail_together
-from megatron_vlm.runtime.launch import Launch, connect_store, read_launch
+from megatron_vlm.runtime.launch import Launch, connect_store, explain_no_store, read_launch
 
 if TYPE_CHECKING:
     import torch
@@ -25,13 +25,17 @@ if TYPE_CHECKING:
 __all__ = ["Launch", "fail_together", "init_grid", "init_world", "read_launch", "teardown"]
 
 
-def init_world(launch: Launch, device: "torch.device", timeout_seconds: float) -> None:
+def init_world(launch: Launch, device: "torch.device", timeout_seconds: float, name: str = "world") -> None:
     """The default process group: gloo on the CPU, NCCL on GPUs, where it also takes this rank's GPU.
 
     Args:
         launch: this rank's place.
         device: from `runtime.device.prepare`.
         timeout_seconds: of every collective, and of the ranks' meeting.
+        name: tells this world from others of the same job (`tools/bench.py` runs one per side).
+
+    Raises:
+        ParallelError: the ranks do not meet.
     """
     import torch
     import torch.distributed as dist
@@ -39,7 +43,10 @@ def init_world(launch: Launch, device: "torch.device", timeout_seconds: float) -
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(launch.local_rank)
-    store = dist.HashStore() if launch.world_size == 1 else connect_store(launch, "world", timeout_seconds)
+    try:
+        store = dist.HashStore() if launch.world_size == 1 else connect_store(launch, name, timeout_seconds)
+    except dist.DistError as error:
+        raise explain_no_store(error, timeout_seconds) from error
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=store,

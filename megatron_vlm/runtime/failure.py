@@ -123,8 +123,9 @@ def _report(launch: Launch, kind: Kind, message: str) -> None:
             _say(message)
             store.set("spoken", "1")
         _appears(store, "spoken", SPEAKING_SECONDS)
-    except dist.DistError as error:  # the store's host is gone: better two voices than none
-        _say(f"{message}\n(rank {launch.rank} could not reach the other ranks: {' '.join(str(error).split())})")
+    except dist.DistError as error:  # the store's host is gone or never was: better two voices than none
+        alone = f"\n(rank {launch.rank} could not reach the other ranks: {' '.join(str(error).split())})"
+        _say(message if kind == "user" else message + alone)
 
 
 def _appears(store: "Store", key: str, limit_seconds: float) -> bool:

@@ -2,11 +2,17 @@
 
 Launcher variables are read here and nowhere else (DESIGN D12). Under torchrun the agent hosts the store; with a plainer
 launcher that only sets the variables, rank 0 does. One process without a launcher needs neither store nor port.
+
+The hazard: torchrun's store outlives a restart, and what tells the attempts in it apart is a number that each node's
+torchrun counts by itself. A node whose ranks were ended because another node came back does not count that, and the
+nodes would wait for each other in different places. TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every attempt a store
+of its own, hosted by rank 0; several nodes with restarts are refused without it.
 """
 
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vlm.errors import ParallelError
@@ -16,6 +22,8 @@ if TYPE_CHECKING:
 
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
+_STORE_PER_ATTEMPT = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+_LAUNCHER_PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ def read_launch() -> Launch:
     """The launch by torchrun's variables; one process where there are none.
 
     Raises:
-        ParallelError: some are set and others missing, or their values are impossible.
+        ParallelError: some are set and others missing, their values are impossible, or restarts would hang.
     """
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return Launch()
@@ -48,24 +56,60 @@ def read_launch() -> Launch:
     wrong = [f"{name}={os.environ[name]}" for name in (*_NUMBERS, "MASTER_PORT") if not os.environ[name].isdecimal()]
     if wrong:
         raise ParallelError(f"launcher variables: found {', '.join(wrong)}, needed non-negative integers")
+    _check_restarts()
     return Launch(*(int(os.environ[name]) for name in _NUMBERS))
 
 
+def _check_restarts() -> None:
+    """Raises ParallelError where torchrun's nodes would miss each other after a restart."""
+    num_nodes, restarts = (os.environ.get(name, "0") for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
+    restarts_nodes = num_nodes.isdecimal() and int(num_nodes) > 1 and restarts != "0"
+    if restarts_nodes and _agent_hosts() and os.environ.get(_STORE_PER_ATTEMPT) != "1":
+        raise ParallelError(
+            f"torchrun --max-restarts on {num_nodes} nodes: found {_STORE_PER_ATTEMPT} unset, needed "
+            f"{_STORE_PER_ATTEMPT}=1 on each, or restarted nodes miss each other"
+        )
+
+
+def _agent_hosts() -> bool:
+    """Whether torchrun's own process hosts the store, not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def connect_store(launch: Launch, name: str, timeout_seconds: float) -> "Store":
-    """An own connection to the job's store, its keys apart from other names' and other attempts' (torchrun restarts).
+    """An own connection to the job's store, its keys apart from other names' and, where it outlives them, attempts'.
 
     Raises:
         torch.distributed.DistError: nobody hosts it within the timeout.
     """
     import torch.distributed as dist
 
-    agent_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=launch.rank == 0 and not agent_hosts,
+        is_master=launch.rank == 0 and not _agent_hosts(),
         timeout=timedelta(seconds=timeout_seconds),
         wait_for_workers=False,
         multi_tenant=True,
     )
-    return dist.PrefixStore(f"megatron_vlm/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _agent_hosts() else "0"
+    return dist.PrefixStore(f"megatron_vlm/{attempt}/{name}", store)
+
+
+def explain_no_store(error: Exception, timeout_seconds: float) -> ParallelError:
+    """What a user can do where `connect_store` found nobody, or no place to host at."""
+    address, port = (os.environ[name] for name in _MEETING_POINT)
+    if "EADDRINUSE" in str(error):
+        return ParallelError(f"MASTER_PORT: found {port}, where another process listens already, needs a free port")
+    return ParallelError(
+        f"MASTER_ADDR and MASTER_PORT: found {address}:{port}, where no rank 0 of this job answered in "
+        f"{timeout_seconds:.0f} s, needs its machine and port, the same on all ranks"
+    )
+
+
+def environment_of_child() -> dict[str, str]:
+    """This process' environment for one that is no rank of its job: no launcher's variables, the package importable."""
+    package_root = str(Path(__file__).parents[2])
+    search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_PREFIXES)}
+    return {**kept, "PYTHONPATH": search_path}

@@ -11,25 +11,31 @@ from pathlib import Path
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 
-from megatron_vlm.checkpoint.store import TrainingState, load_checkpoint, resolve_checkpoint
+from megatron_vlm.checkpoint.resume import Start, find_start, start_from
+from megatron_vlm.checkpoint.store import TrainingState, load_checkpoint
 from megatron_vlm.config.megatron import ddp_config, vision_ddp_config
 from megatron_vlm.config.schema import Config
 from megatron_vlm.config.validation import names_its_model, validate
 from megatron_vlm.conversion.weights import load_weights
 from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.conversation import TEMPLATES
-from megatron_vlm.data.loader import build_loader
+from megatron_vlm.data.index import SampleIndex
+from megatron_vlm.data.loader import StepFetcher, build_loader
 from megatron_vlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_vlm.data.workers import OrderedItems
+from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.facts import gather_facts
 from megatron_vlm.models.families import build_model
 from megatron_vlm.models.language import load_language_config
 from megatron_vlm.models.vision.preprocessing import write_pixel_format
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import Grid, GridSizes, build_grid, vision_process_groups
+from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.seeding import seed_everything
 from megatron_vlm.training.optimizer import build_optimizer
 from megatron_vlm.training.step import TrainStep
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -45,15 +51,36 @@ class Job:
     tokenizer: Tokenizer
     step: TrainStep
     start_step: int  # updates already made
+    start: Start | None  # the checkpoint it started from
+    data: SampleIndex | None = None  # of the training samples, once `batches` has opened them
 
     def batches(self, num_steps: int) -> OrderedItems[StepBatch]:
-        """The next `num_steps` global batches from `start_step` on, as this rank sees them. Raises DataError."""
+        """The next `num_steps` global batches from `start_step` on, as this rank sees them.
+
+        Raises:
+            DataError: a sample that cannot be used.
+            ConfigError: the samples are not those that the run was started with.
+        """
         sizes, spec = self.grid.sizes, self.model.media_spec
-        return build_loader(self.config, self.tokenizer, spec, sizes, self.grid.rank, self.start_step, num_steps)
+        items = build_loader(self.config, self.tokenizer, spec, sizes, self.grid.rank, self.start_step, num_steps)
+        assert isinstance(items.producer, StepFetcher)
+        self.data = items.producer.source.index
+        if self.start is not None:
+            self.start.check_data(self.data.fingerprint_of_contents, self.config)
+        return items
 
     def state(self, updates: int) -> TrainingState:
         """What a checkpoint keeps after `updates` updates."""
-        return TrainingState(self.config, updates, self.model, self.optimizer, self.language, self.write_sources)
+        return TrainingState(
+            config=self.config,
+            step=updates,
+            grid=self.grid,
+            model=self.model,
+            optimizer=self.optimizer,
+            language=self.language,
+            data_fingerprint=None if self.data is None else self.data.fingerprint_of_contents,
+            write_sources=self.write_sources,
+        )
 
     def write_sources(self, directory: Path) -> None:
         """Writes into a checkpoint what its weights mean nothing without: tokenizer and Hugging Face configs."""
@@ -64,31 +91,38 @@ class Job:
         write_pixel_format(directory / "vision", survey.media_spec)
 
 
-def build_job(config: Config, world_size: int) -> Job:
+def build_job(config: Config, world_size: int, resumes: bool = False) -> Job:
     """Validates, then builds. The default process group exists already.
 
+    Args:
+        resumes: goes on from `checkpoint.directory` where it holds checkpoints (`checkpoint.resume`), and takes
+            possession of it; else the job starts from `checkpoint.load`, or from the recipe's weights.
+
     Raises:
-        ConfigError: everything wrong with the recipe, in one error.
+        ConfigError: everything wrong with the recipe, in one error; or it is not the one a checkpoint was saved under.
         CheckpointError, ConversionError: weights that are missing, damaged or of another model.
     """
-    facts = gather_facts(config, TEMPLATES.names()) if names_its_model(config.model) else None
+    facts = gather_facts(config, TEMPLATES.names(), TASKS.names()) if names_its_model(config.model) else None
     validate(config, facts, world_size)
     assert facts is not None, "validate refuses a recipe that does not name its model"
     tokenizer = load_tokenizer(config.model.language.tokenizer or config.model.language.path, config.data.image_token)
     check_vocabulary(tokenizer, config.data.image_token, facts.vocab_size)
-    start_from = resolve_checkpoint(config.checkpoint)
     grid = build_grid(GridSizes.from_config(config.parallel, world_size), config.parallel.virtual_pipeline)
+    start = (find_start if resumes else start_from)(config.checkpoint, grid.world)
+    if start is not None:
+        start.check_recipe(config)
     seed_everything(config.runtime.seed, grid)
     model = build_model(config, grid)
-    if start_from is None:
+    if start is None:
         load_weights(model, config, grid)
     language, vision = wrap(model, config, grid)
     optimizer = build_optimizer(config, language, vision, grid)
     step = TrainStep(model, language, vision, optimizer)
     start_step = 0
-    if start_from is not None:
-        start_step = load_checkpoint(start_from, model, optimizer, config.checkpoint.load_states)
-    return Job(config, grid, model, language, vision, optimizer, tokenizer, step, start_step)
+    if start is not None:
+        start_step = load_checkpoint(start.directory, model, optimizer, start.states, is_verified=True)
+        logger.info("%s %s", "going on from" if start.states == "all" else "weights from", start.directory)
+    return Job(config, grid, model, language, vision, optimizer, tokenizer, step, start_step, start)
 
 
 def wrap(

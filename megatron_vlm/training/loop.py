@@ -1,70 +1,108 @@
-"""The training loop: plan, step, hooks, checkpoint. A screen long, so that a reader can follow a whole run.
+"""The training loop: plan, step, hooks, checkpoint, evaluation. A screen long, so that a reader can follow a whole run.
 
 Its state is one number, the updates made: the loader, the schedule and the checkpoints are pure functions of it.
 """
 
-import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-from megatron_vlm.checkpoint.store import find_checkpoint, refuse_to_overwrite, save_checkpoint
+from megatron_vlm.checkpoint.directory import step_of
+from megatron_vlm.checkpoint.saver import CheckpointSaver
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.runtime.distributed import Launch
 from megatron_vlm.runtime.logging import get_logger
+from megatron_vlm.runtime.signals import StopSignals, maxima, name_of
 from megatron_vlm.training import schedule
+from megatron_vlm.training.held_out import HeldOut, build_held_out
 from megatron_vlm.training.hooks import Hook, build_hooks
 from megatron_vlm.training.job import Job, build_job
-from megatron_vlm.training.meters import StepReport, make_report
+from megatron_vlm.training.meters import Meter
 
 logger = get_logger(__name__)
 
 
-def train(config: Config, launch: Launch) -> Path:
-    """Runs a recipe to its last step on this rank.
+def train(config: Config, launch: Launch, signals: StopSignals | None = None) -> Path | None:
+    """Runs a recipe to its last step on this rank, or until a signal asks it to end.
 
     Args:
         config: the recipe; the device is prepared and the default process group initialised.
         launch: this rank's place in the job.
+        signals: noted since the process started; default: none are.
 
     Returns:
-        The directory of the last checkpoint: the one loaded where it leaves nothing to do.
+        The directory of the last checkpoint: of this run, else the one it started from, else None.
 
     Raises:
         MegatronVlmError: anything the user can fix.
     """
-    refuse_to_overwrite(config.checkpoint)
-    job = build_job(config, launch.world_size)
-    steps = config.training.steps
-    if job.start_step >= steps:
-        assert config.checkpoint.load is not None
+    signals = signals or StopSignals()
+    job = build_job(config, launch.world_size, resumes=True)
+    steps, found = config.training.steps, None if job.start is None else job.start.directory
+    held_out = build_held_out(job)
+    trains = config.training.mode != "eval"
+    if trains and job.start_step >= steps:
         logger.info("nothing to do: %d of training.steps %d updates are made", job.start_step, steps)
-        return find_checkpoint(config.checkpoint.load)
-    batches = job.batches(steps - job.start_step)
-    hooks = build_hooks(config, launch, job.start_step)  # last: they write, and nothing may be wrong any more
-    try:
-        return run_steps(job, batches, hooks)
-    finally:
+        return found
+    batches = job.batches(steps - job.start_step) if trains else ()
+    meter = Meter(job)
+    with ExitStack() as stack:
+        hooks = build_hooks(job, meter.peak)  # last: they write, and nothing may be wrong any more
         for hook in hooks:
-            hook.close()
+            stack.callback(hook.close)
+        if held_out is not None and not trains:
+            evaluate(held_out, job.start_step, hooks)
+            return found
+        signals.arm()
+        return run_steps(job, meter, batches, hooks, signals, held_out)
 
 
-def run_steps(job: Job, batches: Iterable[StepBatch], hooks: Sequence[Hook] = ()) -> Path:
-    """Trains on the batches, up to the recipe's last step; returns the directory of the last checkpoint."""
-    config, steps = job.config, job.config.training.steps
+def run_steps(
+    job: Job,
+    meter: Meter,
+    batches: Iterable[StepBatch],
+    hooks: Sequence[Hook] = (),
+    signals: StopSignals | None = None,
+    held_out: HeldOut | None = None,
+) -> Path:
+    """Trains on the batches up to the recipe's last step, or a signal; returns the directory of the last checkpoint."""
+    config, steps, signals = job.config, job.config.training.steps, signals or StopSignals()
     saved: Path | None = None
-    started = time.perf_counter()
-    for batch in batches:
-        schedule.apply(job.optimizer.param_groups, batch.step, steps, config.optimizer, config.schedule)
-        result = job.step(batch)
-        report: StepReport = make_report(batch, result, job.optimizer.param_groups, time.perf_counter() - started)
-        for hook in hooks:
-            hook.after_step(report)
-        updates = batch.step + 1
-        if updates == steps or (config.checkpoint.every_steps and updates % config.checkpoint.every_steps == 0):
-            saved = save_checkpoint(job.state(updates))
+    with closing(CheckpointSaver(config.checkpoint)) as saver:
+        for batch in meter.timed(batches):
+            schedule.apply(job.optimizer.param_groups, batch.step, steps, config.optimizer, config.schedule)
+            result = job.step(batch, exact_times=meter.compares(batch))
+            report = meter.report(batch, result)
             for hook in hooks:
-                hook.after_save(saved, updates)
-        started = time.perf_counter()
+                hook.after_step(report)
+            updates = batch.step + 1
+            signal, is_writing = maxima([signals.seen, saver.is_writing], job.grid.world)
+            ends = updates == steps or signal > 0
+            if ends or is_due(updates, config.checkpoint.every_steps):
+                for hook in hooks:
+                    hook.before_save(updates)
+                saver.start(job.state(updates))
+                is_writing = 1
+            for saved in saver.finish() if ends else saver.poll(bool(is_writing)):
+                for hook in hooks:
+                    hook.after_save(saved, step_of(saved))
+            if signal and updates < steps:
+                logger.info("stopped by %s after %d of %d steps, saved in %s", name_of(signal), updates, steps, saved)
+                break
+            if held_out is not None and (updates == steps or is_due(updates, config.evaluation.every_steps)):
+                evaluate(held_out, updates, hooks)
     assert saved is not None, "the batches end before a checkpoint is due"
     return saved
+
+
+def evaluate(held_out: HeldOut, updates: int, hooks: Sequence[Hook]) -> None:
+    """One evaluation, told to the hooks."""
+    report = held_out.evaluate(updates)
+    for hook in hooks:
+        hook.after_evaluation(report)
+
+
+def is_due(updates: int, every: int) -> bool:
+    """Whether something happens after this update that happens every so many; 0 means never."""
+    return every > 0 and updates % every == 0

@@ -1,4 +1,4 @@
-"""Where a step's time goes on this rank: encode, pipeline, encoder backward, update.
+"""Where a step's time goes on this rank. Only in `encode` it waits for no other rank.
 
 Hazard: work on a GPU is queued, and a phase that only queues it looks free. So where the times are to be compared the
 device is waited for at the end of every phase, which costs a little of the overlap; elsewhere it is not.
@@ -12,7 +12,7 @@ import torch
 
 from megatron_vlm.runtime.device import current_device
 
-PHASES = ("encode", "pipeline", "encoder_backward", "update")
+PHASES = ("encode", "exchange", "pipeline", "encoder_backward", "update")
 
 
 class PhaseClock:

@@ -6,11 +6,17 @@ the checkpoint).
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from megatron_vlm.config.schema import OptimizerConfig, ScheduleConfig
 
 COMPONENTS = ("language", "projector", "vision")
+DECAYS: dict[str, Callable[[float], float]] = {  # progress after the warm-up, 0..1 -> share of the way above the floor
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1.0 - progress,
+    "constant": lambda progress: 1.0,
+}
 
 
 def peak_rates(optimizer: OptimizerConfig) -> dict[str, float]:
@@ -22,15 +28,16 @@ def peak_rates(optimizer: OptimizerConfig) -> dict[str, float]:
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
     """The rate of update number `step` (0-based) out of `steps`.
 
-    Linear warm-up from zero over ceil(warmup_ratio * steps) updates, then half a cosine from `peak` down to
-    `schedule.min_lr`; with min_lr 0 this is `transformers.get_cosine_schedule_with_warmup`, which LLaVA trains with.
+    Linear warm-up from zero over ceil(warmup_ratio * steps) updates, then by `schedule.name` half a cosine or a
+    straight line from `peak` down to `schedule.min_lr`, or `peak` throughout. With min_lr 0 these are transformers'
+    `get_{cosine,linear,constant}_schedule_with_warmup`; LLaVA trains with the cosine.
     """
     warmup = math.ceil(schedule.warmup_ratio * steps)
     if step < warmup:
         return peak * step / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     floor = min(schedule.min_lr, peak)
-    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return floor + (peak - floor) * DECAYS[schedule.name](progress)
 
 
 def apply(

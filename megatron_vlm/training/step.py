@@ -94,8 +94,7 @@ class TrainStep:
         self.optimizer.zero_grad()  # else the last step's gradients, aliased as `.grad`, would be added once more
         clock, sums = PhaseClock(exact_times), ReplicaSums()
         for window in batch.windows:
-            with clock.phase("encode"):
-                media = self._encode(window, batch.faults_tolerated)
+            media = self._encode(window, batch.faults_tolerated, clock)
             with clock.phase("pipeline"), self._synchronised(last=window is batch.windows[-1]):
                 sums.add(media, self._run_pipeline(batch, window, media))
             with clock.phase("encoder_backward"):
@@ -112,7 +111,7 @@ class TrainStep:
         """(summed cross entropy, trained tokens) of one global batch, equal on every rank; nothing is learnt from it.
 
         The chunks are left in evaluation mode."""
-        sums = ReplicaSums()
+        clock, sums = PhaseClock(), ReplicaSums()
         with contextlib.ExitStack() as stack:
             for chunk in [*self.language, self.vision]:
                 chunk.eval()
@@ -120,19 +119,20 @@ class TrainStep:
                     chunk.disable_forward_pre_hook(param_sync=True)
                     stack.callback(chunk.enable_forward_pre_hook)
             for window in batch.windows:
-                media = self._encode(window, batch.faults_tolerated)
+                media = self._encode(window, batch.faults_tolerated, clock)
                 sums.add(media, self._run_pipeline(batch, window, media, forward_only=True))
         loss_sum, num_tokens, _ = sums.over_world(self.model.grid)
         return loss_sum, num_tokens
 
-    def _encode(self, window: MediaWindow, faults_tolerated: bool) -> EncodedMedia:
+    def _encode(self, window: MediaWindow, faults_tolerated: bool, clock: PhaseClock) -> EncodedMedia:
         """Phase 1. A rank with no picture still joins the exchange."""
         route = window.plan.route(self.model.grid.replica_rank)
-        with torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
+        with clock.phase("encode"), torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
             encoded = self.model.encode(window.pixels.to(current_device()), window.own_spans)
-        received = self.model.exchange(encoded.detach(), route)
-        features = [self.model.place(received, route, m) for m in window.micro_batches]
-        faulty = self._share_faults(window) if faults_tolerated else {}
+        with clock.phase("exchange"):
+            received = self.model.exchange(encoded.detach(), route)
+            features = [self.model.place(received, route, m) for m in window.micro_batches]
+            faulty = self._share_faults(window) if faults_tolerated else {}
         return EncodedMedia(encoded, features, route, faulty)
 
     def _share_faults(self, window: MediaWindow) -> dict[tuple[int, int], int]:

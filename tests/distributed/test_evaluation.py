@@ -1,32 +1,34 @@
-"""A checkpoint saved by tensor x pipeline ranks, evaluated by data-parallel ones: the records of one process."""
+"""A checkpoint saved in one layout, evaluated in others: always the records of one process."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_dataset, tiny_recipe
 
 
-def train_and_save(recipe: dict[str, Any]) -> str:
-    """One step in the recipe's layout; returns the checkpoint."""
+def train_and_save(recipe: dict[str, Any]) -> None:
+    """Runs a recipe in its layout."""
     import torch.distributed as dist
 
     from megatron_vlm.config.schema import Config
-    from megatron_vlm.training.job import build_job
-    from megatron_vlm.training.loop import run_steps
+    from megatron_vlm.runtime.distributed import Launch
+    from megatron_vlm.training.loop import train
 
-    job = build_job(Config.model_validate(recipe), dist.get_world_size())
-    return str(run_steps(job, job.batches(1)))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    train(Config.model_validate(recipe), Launch(rank, world_size, rank, world_size))
 
 
-def records_of(checkpoint: str, data: Path) -> list[Any]:
+def records_of(checkpoint: str, data: Path, tensor: int = 1, pipeline: int = 1) -> list[Any]:
     """The records of plain and blanked images, as this rank sees them."""
-    from megatron_vlm.evaluation.run import EvaluationRequest, evaluate
+    from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, read_questions
     from megatron_vlm.generation.load import open_checkpoint
 
-    request = EvaluationRequest("exact_match", [data], blank_images=True, batch_size=3, max_new_tokens=5)
-    report = evaluate(open_checkpoint(checkpoint), request)
+    request = EvaluationRequest("exact_match", blank_images=True, batch_size=3, max_new_tokens=5)
+    assistant = open_checkpoint(checkpoint, tensor, pipeline)
+    report = evaluate(assistant, read_questions([data], None, assistant.image_token), request)
     return [*report.records, *report.blank_records]
 
 
@@ -45,16 +47,50 @@ def load_beside_training(recipe: dict[str, Any], checkpoint: str) -> str:
     return str(error.value)
 
 
-def test_any_number_of_ranks_gives_the_records_of_one(ranks, tmp_path):
-    recipe = tiny_recipe(tmp_path, parallel={"tensor": 2, "pipeline": 2, "sequence": True}, training={"steps": 1})
+def load_error(checkpoint: str, tensor: int, pipeline: int) -> str:
+    """What loading in a layout that does not divide says."""
+    from megatron_vlm.errors import ConfigError
+    from megatron_vlm.generation.load import open_checkpoint
+
+    with pytest.raises(ConfigError) as error:
+        open_checkpoint(checkpoint, tensor, pipeline)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def trained(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """A recipe at tensor 2 x pipeline 2, and the directory of its checkpoints."""
+    parallel = {"tensor": 2, "pipeline": 2, "sequence": True}
+    recipe = tiny_recipe(tmp_path_factory.mktemp("trained"), parallel=parallel, training={"steps": 1})
     tree = recipe.model_dump(mode="json")
-    checkpoint = ranks.run(4, train_and_save, tree)[0]
+    ranks.run(4, train_and_save, tree)
+    return tree, recipe.checkpoint.directory
+
+
+def test_any_layout_gives_the_records_of_one_process(ranks, trained, tmp_path):
+    _, checkpoint = trained
     data = tiny_dataset(tmp_path, 11, "held_out.json")
     (alone,) = ranks.run(1, records_of, checkpoint, data)
     assert len(alone) == 22 and [record.number for record in alone] == [*range(11)] * 2
     assert len({record.answer for record in alone}) > 4, "answers must differ for the comparison to say anything"
     assert alone[:11] != alone[11:], "blanked images must matter"
-    shared = ranks.run(3, records_of, checkpoint, data)  # 11 questions over 3 ranks: uneven
-    assert shared == [alone, alone, alone]
-    messages = ranks.run(4, load_beside_training, tree, checkpoint)
-    assert all("tensor 2 x pipeline 2" in message for message in messages)
+    for num_ranks, tensor, pipeline in ((3, 1, 1), (4, 2, 2), (4, 1, 2)):  # 11 questions over 3, 1 and 2 replicas
+        assert ranks.run(num_ranks, records_of, checkpoint, data, tensor, pipeline) == [alone] * num_ranks
+
+
+def test_a_replica_without_a_question_is_no_trouble(ranks, trained, tmp_path):
+    data = tiny_dataset(tmp_path, 1, "one.json")
+    records = ranks.run(4, records_of, trained[1], data, 2, 1)
+    assert len(records[0]) == 2 and records == [records[0]] * 4
+
+
+def test_layouts_that_do_not_fit_are_refused_with_one_line(ranks, trained):
+    recipe, checkpoint = trained
+    for message in ranks.run(4, load_beside_training, recipe, checkpoint):
+        assert message.startswith("this process works in a layout of tensor 2 x pipeline 2 already")
+    (alone,) = ranks.run(1, load_error, checkpoint, 2, 1)
+    assert alone.startswith("parallel.tensor * parallel.pipeline: found 2 * 1 = 2,")
+    (heads, *_) = ranks.run(3, load_error, checkpoint, 3, 1)
+    assert heads.startswith("parallel.tensor: found 3, which does not divide the language model's 4 attention heads")
+    (layers, *_) = ranks.run(3, load_error, checkpoint, 1, 3)
+    assert layers.startswith("parallel.pipeline * parallel.virtual_pipeline: found 3 * 1 = 3") and "\n" not in layers

@@ -153,7 +153,7 @@ def check_optimizer_checkpoint(model: list, optimizer: Any, directory: Path, gri
     """Saves the optimizer, spoils its moments, loads, and finds them again (where there are many buckets too)."""
     from megatron.core import dist_checkpointing
 
-    from megatron_vlm.checkpoint.optimizer_state import FORMAT, sharded_optimizer_state
+    from megatron_vlm.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
 
     def sharded(is_loading: bool) -> Any:
         chunks = {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(model)}
@@ -167,10 +167,10 @@ def check_optimizer_checkpoint(model: list, optimizer: Any, directory: Path, gri
     dist.barrier()
     before = {parameter: moment.clone() for parameter, moment in moments().items()}
     assert any(moment.any() for moment in before.values())
-    dist_checkpointing.save(sharded(False), str(directory), content_metadata=FORMAT)
+    dist_checkpointing.save(sharded(False), str(directory))
     for moment in moments().values():
         moment.zero_()
-    optimizer.load_state_dict(dist_checkpointing.load(sharded(True), str(directory))["optimizer"])
+    load_optimizer_state(optimizer, dist_checkpointing.load(sharded(True), str(directory))["optimizer"])
     after = moments()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[parameter], after[parameter]) for parameter in before)

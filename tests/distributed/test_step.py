@@ -10,11 +10,13 @@ from torch import Tensor
 from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.distributed import Launch
-from megatron_vlm.training.hooks import build_hooks
+from megatron_vlm.training.hooks import showing_hooks
 from megatron_vlm.training.job import build_job
 from megatron_vlm.training.loop import train
+from megatron_vlm.training.peak import Peak
 from tests.distributed.test_master import base_recipe, merged
-from tests.helpers.master import train_steps, trained
+from tests.helpers.jobs import train_steps
+from tests.helpers.master import trained
 from tests.helpers.ranks import RankPool
 
 
@@ -82,7 +84,7 @@ def test_an_unwritable_directory_is_the_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     recipe = merged(base_recipe(tmp_path, {}), {"checkpoint": {"directory": str(tmp_path / "file" / "run")}})
     with pytest.raises(ConfigError, match="checkpoint.directory: found"):
-        build_hooks(Config.model_validate(recipe), Launch(), 0)
+        showing_hooks(Config.model_validate(recipe), 0, Peak(1.0, "none"), {})
 
 
 def losses_of(recipe: dict[str, Any]) -> list[float]:

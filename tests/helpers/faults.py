@@ -1,4 +1,4 @@
-"""Faults to plant in a rank: each breaks one thing the master test exists to catch."""
+"""Faults to plant in a rank: each breaks one thing that the master test and the layout check exist to catch."""
 
 import contextlib
 from collections.abc import Iterator
@@ -92,6 +92,33 @@ def idle_rank_skips_exchange() -> list[Any]:
     return [mock.patch.object(vlm, "send_features", skip)]
 
 
+def partial_sums_not_reduced() -> list[Any]:
+    """The tensor ranks keep their part of a row-parallel layer's output."""
+    from megatron.core.tensor_parallel import layers
+
+    original = layers.RowParallelLinear.forward
+
+    def forward(linear: torch.nn.Module, hidden: torch.Tensor) -> Any:
+        with mock.patch.object(layers, "reduce_from_tensor_model_parallel_region", lambda part, **_: part):
+            return original(linear, hidden)
+
+    return [mock.patch.object(layers.RowParallelLinear, "forward", forward)]
+
+
+def one_rate_for_all() -> list[Any]:
+    """Every component learns at the rate of the first parameter group."""
+    from megatron_vlm.training import schedule
+
+    original = schedule.apply
+
+    def apply(groups: list[dict[str, Any]], *settings: Any) -> None:
+        original(groups, *settings)
+        for group in groups:
+            group["lr"] = groups[0]["lr"]
+
+    return [mock.patch.object(schedule, "apply", apply)]
+
+
 FAULTS = {
     "vision_gradient_not_over_model_ranks": lambda: vision_gradient_over("data"),
     "vision_gradient_not_over_data": lambda: vision_gradient_over("replica"),
@@ -99,4 +126,6 @@ FAULTS = {
     "swapped_feature_rows": swapped_feature_rows,
     "norm_gradients_not_reduced": norm_gradients_not_reduced,
     "idle_rank_skips_exchange": idle_rank_skips_exchange,
+    "partial_sums_not_reduced": partial_sums_not_reduced,
+    "one_rate_for_all": one_rate_for_all,
 }

@@ -1,85 +1,26 @@
-"""The body of the master test: some steps of the real job in a layout, and what it did to every tensor, made whole.
-
-Runs inside a rank. Gradients and weights come back as whole tensors by global name: data-parallel shards of the
-distributed optimizer are gathered here, tensor and pipeline shards in `assemble`, in the test's own process.
-"""
+"""Bodies of the master test and of the layout check's tests: they run inside the ranks of the pool."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.training import schedule
+from megatron_vlm.runtime.distributed import Launch
+from megatron_vlm.training.check_layout import LayoutReport, check_layout, place_in
 from megatron_vlm.training.job import Job, build_job
+from megatron_vlm.training.layout_check.record import Record, observe
+from megatron_vlm.training.layout_check.reference import one_process, run_reference
+from megatron_vlm.training.layout_check.shrink import shrink
 from tests.helpers import faults
 
-Tensors = dict[str, Tensor]
 
-
-@dataclass
-class RankRecord:
-    """What one rank saw: losses and norms per step; its shards of the first gradients and of the weights."""
-
-    coordinates: Any
-    losses: list[float]
-    norms: list[float]
-    gradients: Tensors
-    before: Tensors
-    after: Tensors
-
-
-def run_layout(recipe: dict[str, Any], steps: int = 5, fault: str | None = None) -> RankRecord:
+def run_layout(recipe: dict[str, Any], steps: int = 5, fault: str | None = None) -> Record:
     """Trains `steps` steps of `recipe` through the product's own job, loader and step."""
     config = Config.model_validate(recipe)
     with faults.planted(fault):
-        job = build_job(config, torch.distributed.get_world_size())
-        gradients: Tensors = {}
-        before = weights(job)
-        record_first_gradients(job, gradients)
-        losses, norms = train_steps(job, steps)
-        return RankRecord(job.grid.coordinates, losses, norms, gradients, before, weights(job))
-
-
-def train_steps(job: Job, steps: int) -> tuple[list[float], list[float]]:
-    """The loop without hooks: losses and gradient norms of the next `steps` steps."""
-    config = job.config
-    losses, norms = [], []
-    for batch in job.batches(steps):
-        schedule.apply(job.optimizer.param_groups, batch.step, config.training.steps, config.optimizer, config.schedule)
-        result = job.step(batch)
-        losses.append(result.loss)
-        norms.append(result.grad_norm)
-    return losses, norms
-
-
-def record_first_gradients(job: Job, into: Tensors) -> None:
-    """Makes the first optimizer step leave the final, scaled, unclipped gradients behind."""
-    original = job.optimizer.step
-
-    def step() -> Any:
-        if not into:
-            for chunk in [*job.language, job.vision]:
-                gather_gradient_shards(chunk)
-            into.update({name: p.main_grad.clone() for name, p in trained(job)})
-        return original()
-
-    job.optimizer.step = step
-
-
-def gather_gradient_shards(chunk: Any) -> None:
-    """With the distributed optimizer each rank has reduced its own slice of a bucket: fetch the others' slices."""
-    if not chunk.ddp_config.use_distributed_optimizer:
-        return
-    for buffer in chunk.buffers:
-        group = buffer.data_parallel_group
-        for bucket in buffer.buckets:
-            slices = bucket.grad_data.chunk(group.size())
-            gathered = [torch.empty_like(part) for part in slices]
-            torch.distributed.all_gather(gathered, slices[group.rank()].contiguous(), group=group)
-            for part, whole in zip(slices, gathered, strict=True):
-                part.copy_(whole)
+        return observe(build_job(config, torch.distributed.get_world_size()), steps)
 
 
 def trained(job: Job) -> list[tuple[str, torch.nn.Parameter]]:
@@ -87,9 +28,38 @@ def trained(job: Job) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, p) for name, p in job.model.named_parameters() if p.requires_grad]
 
 
-def weights(job: Job) -> Tensors:
-    """This rank's shards of the trained parameters."""
-    for chunk in job.language:
-        if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
-    return {name: p.detach().clone() for name, p in trained(job)}
+@dataclass(frozen=True)
+class RecordedReference:
+    """One process' record from a file, in the place of the child that would make it."""
+
+    path: Path
+
+    def record(self, limit_seconds: float) -> Record:
+        return Record(**torch.load(self.path, weights_only=True))
+
+    def close(self) -> None: ...
+
+
+def record_reference(recipe: dict[str, Any], num_ranks: int, path: Path) -> None:
+    """What the child of a check on `num_ranks` ranks would record, made in this rank, which nothing is wrong with."""
+    small, samples = shrink(Config.model_validate(recipe), num_ranks)
+    small = place_in(small, samples, path.parent)
+    torch.save(run_reference(one_process(small)).as_dict(), path)
+
+
+def run_check(recipe: dict[str, Any], fault: str | None = None, recorded: Path | None = None) -> LayoutReport:
+    """The product's check, with a fault in this rank only; `recorded` stands for the child.
+
+    Raises:
+        AssertionError: the layout hangs; it tells where. The rank cannot be used again.
+    """
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    launch = Launch(rank, num_ranks, rank, num_ranks)
+    with faults.planted(fault):
+        if recorded is None:
+            report = check_layout(Config.model_validate(recipe), launch)
+        else:
+            known = RecordedReference(recorded)
+            report = check_layout(Config.model_validate(recipe), launch, lambda small, folder: known)
+    assert report.hang is None, f"phase {report.hang.first.phase!r}: {report.hang}"
+    return report

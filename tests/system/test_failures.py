@@ -1,6 +1,5 @@
 """The error contract of DESIGN 5 on real jobs: one rank fails, all end within 30 s, and stderr says why, once."""
 
-import os
 import re
 import socket
 import subprocess
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.helpers.processes import ROOT, environment
+
 JOB = ROOT / "tests" / "helpers" / "failing_job.py"
 LIMIT_SECONDS = 30
 START_SECONDS = 90  # imports of two ranks on a busy machine
@@ -32,13 +32,6 @@ class Outcome:
         """At most 30 s between the failure and this end."""
         failed = float(re.findall(r"fails at ([0-9.]+)", failing.stdout)[0])
         assert 0 < self.ended - failed < LIMIT_SECONDS
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """The test's environment without a launcher's variables."""
-    launcher = re.compile(r"^(RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_|TORCHELASTIC_|GROUP_|ROLE_)")
-    clean = {name: value for name, value in os.environ.items() if not launcher.match(name)}
-    return {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
 
 
 def torchrun(tmp_path: Path, *arguments: str, num_ranks: int = 2) -> Outcome:
@@ -153,3 +146,20 @@ def test_one_process_without_a_launcher(tmp_path: Path) -> None:
     assert (well.returncode, well.stdout, well.stderr) == (0, "rank 0: 1\n", "")
     assert wrong.returncode == 1
     assert wrong.stderr == "error: training.steps: found 0 on rank 0, needed a positive number\n"
+
+
+@pytest.mark.slow
+def test_without_an_agent_a_port_that_is_taken_costs_one_line() -> None:
+    """There is no store to agree on a speaker then."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        shared = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        done = subprocess.run(
+            [sys.executable, str(JOB), "none", "collective"],
+            env=environment(**shared, MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+            capture_output=True, text=True, timeout=START_SECONDS + LIMIT_SECONDS, check=False,
+        )  # fmt: skip
+    line = f"error: MASTER_PORT: found {port}, where another process listens already, needs a free port\n"
+    assert (done.returncode, done.stderr) == (1, line)

@@ -57,14 +57,32 @@ def test_the_last_line_is_the_headline(capsys, tmp_path, monkeypatch):
 def test_recipes_are_valid_and_fit_the_data(phase, tmp_path):
     from megatron_vlm.data.conversation import TEMPLATES
     from megatron_vlm.data.tokenizer import load_tokenizer
+    from megatron_vlm.evaluation.tasks import TASKS
     from megatron_vlm.models.facts import gather_facts
 
     recipe = load_config(RECIPES / f"quickstart_{phase}.yaml")
-    facts = gather_facts(recipe, TEMPLATES.names())
+    facts = gather_facts(recipe, TEMPLATES.names(), TASKS.names())
     validate(recipe, facts, run.NUM_RANKS)
     make_data(tmp_path)
     assert len(load_tokenizer(tmp_path / "tokenizer", "<image>")) == facts.vocab_size
     assert {path.name for path in tmp_path.glob("eval_*.json")} == {f"eval_{form}.json" for form in run.FORMS}
+
+
+def test_on_a_gpu_it_is_one_rank_and_some_overrides():
+    """As examples/gpu_suite.sh asks for it."""
+    from megatron_vlm.data.conversation import TEMPLATES
+    from megatron_vlm.evaluation.tasks import TASKS
+    from megatron_vlm.models.facts import gather_facts
+
+    suite = (RECIPES.parent / "gpu_suite.sh").read_text()
+    (line,) = [line for line in suite.splitlines() if "examples/quickstart/run.py" in line]
+    arguments = run.parse_arguments(line.partition("run.py ")[2].split())
+    assert arguments.ranks == 1 and run.torchrun(arguments.ranks)[-2:] == ["--nproc-per-node", "1"]
+    for phase in run.PHASES.values():
+        recipe = load_config(RECIPES / f"quickstart_{phase}.yaml", arguments.overrides)
+        assert (recipe.runtime.device, recipe.precision.params) == ("cuda", "bf16")
+        validate(recipe, gather_facts(recipe, TEMPLATES.names(), TASKS.names()), arguments.ranks)
+    assert run.parse_arguments([]).ranks == run.NUM_RANKS
 
 
 @pytest.mark.parametrize(("count", "num_wrong"), [(20, 3), (3, 0)])

@@ -66,6 +66,36 @@ def test_generate_prints_the_answer_and_nothing_else(run):
     assert done.stdout.strip() and done.stdout.count("\n") == 1
 
 
+def test_generate_on_two_tensor_ranks_gives_the_same_answer_once(run, tmp_path):
+    question = ["generate.py", run / "checkpoints", "--media", run / "images" / "1-0.png", "--prompt", "Far green?"]
+    alone = tool(*question, "--max-new-tokens", 6)
+    done = tool_on_ranks(2, tmp_path, *question, "--max-new-tokens", 6, "--tensor", 2)
+    assert done.code == 0 and done.stderr == "", done.stderr
+    assert done.stdout == alone.stdout and done.stdout.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_evaluate_gives_the_same_records_in_any_layout(run, tmp_path):
+    question = ["evaluate.py", run / "checkpoints", "--task", "exact_match", "--data", tiny_dataset(run, 7, "any.json")]
+    for number, layout in enumerate([[], ["--tensor", 2, "--pipeline", 2]]):
+        folder = tmp_path / str(number)
+        options = [*layout, "--output", folder, "--max-new-tokens", 4]
+        done = tool_on_ranks(4, folder / "logs", *question, *options)
+        assert done.code == 0 and done.stderr == "", done.stderr
+    shared, split = [(tmp_path / f"{number}" / "exact_match.jsonl").read_text() for number in range(2)]
+    assert shared.count("\n") == 7 and split == shared
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [(["--tensor", 3], "error: parallel.tensor * parallel.pipeline: found 3 * 1 = 3"), (["--pipeline", 0], "error: ")],
+)
+def test_a_layout_that_does_not_fit_costs_one_line(run, layout, expected):
+    done = tool("generate.py", run / "checkpoints", "--prompt", "?", *layout)
+    assert done.code != 0 and done.stdout == ""
+    assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_evaluate_on_two_ranks_writes_and_prints_its_numbers(run, tmp_path):
     data = [tiny_dataset(run, 5, "first.json"), tiny_dataset(run, 4, "second.json")]
     done = tool_on_ranks(

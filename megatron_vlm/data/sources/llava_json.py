@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_vlm.data.sample import Role, Sample, Turn
+from megatron_vlm.data.sample import BadSample, Role, Sample, Turn
 from megatron_vlm.errors import DataError
 
 ROLES: dict[str, Role] = {
@@ -26,6 +26,7 @@ ROLES: dict[str, Role] = {
     "system": "system",
 }
 UNREAD_MEDIA_KEYS = ("images", "video", "video_path", "video_id", "frames")
+USUAL_MARKER = "<image>"
 HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 BLANK = re.compile(r"[ \t\r\n]*")
 BYTE_ORDER_MARK = "\xef\xbb\xbf"  # UTF-8's, as Latin-1
@@ -76,8 +77,9 @@ class LlavaFile:
         """One conversation.
 
         Raises:
-            DataError: the file is gone; the object is malformed, lacks a field or has one of the wrong kind; roles are
-                unknown or out of turn.
+            DataError: the file is gone.
+            BadSample: the object is malformed, lacks a field or has one of the wrong kind; roles are unknown or out of
+                turn.
         """
         try:
             with open(self.path, "rb") as file:
@@ -144,26 +146,32 @@ def parse_record(raw: bytes, origin: str, default_id: str, image_token: str) -> 
     """One object's bytes -> a sample whose markers and pictures agree in number.
 
     Where pictures are given and no text has a marker, the markers go in front of the first user turn, one line each, as
-    LLaVA does. Raises DataError naming `origin` and what is wrong.
+    LLaVA does. Raises BadSample naming `origin` and what is wrong.
     """
     try:
         record = json.loads(raw)
         if HALF_CHARACTER.search(raw):
             json.dumps(record, ensure_ascii=False).encode()  # it may be half of a pair, which no tokenizer takes
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{origin} is not JSON: {error}") from error
+        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        message = f"{origin} is not JSON: {reason}; a file holds one list of objects, or one whole object per line"
+        raise BadSample(message) from error
     if not isinstance(record, dict):
-        raise DataError(f"{origin} is {type(record).__name__}; an object is needed")
+        raise BadSample(f"{origin} is {type(record).__name__}; an object is needed")
     for key in UNREAD_MEDIA_KEYS:
         if record.get(key):
-            raise DataError(f"{origin} has field {key!r}, which is not read; pictures are named in 'image'")
+            raise BadSample(f"{origin} has field {key!r}, which is not read; pictures are named in 'image'")
     images = _images(record.get("image"), origin)
     turns = _turns(record, origin, image_token)
     found = sum(turn.text.count(image_token) for turn in turns)
     if images and not found:
+        if any(USUAL_MARKER in turn.text for turn in turns):
+            message = f"{origin} marks its image(s) by {USUAL_MARKER}; data.image_token is {image_token!r}"
+            raise BadSample(message, "marker count")
         turns = _prepend_markers(turns, len(images), image_token)
     elif found != len(images):
-        raise DataError(f"{origin} has {len(images)} image(s) and {found} {image_token} in its text; equal is needed")
+        message = f"{origin} has {len(images)} image(s) and {found} {image_token} in its text; equal is needed"
+        raise BadSample(message, "marker count")
     id_ = record.get("id")
     return Sample(default_id if id_ is None else str(id_), tuple(turns), images, origin, str(record.get("form", "")))
 
@@ -173,16 +181,16 @@ def _images(value: Any, origin: str) -> tuple[str, ...]:
         return ()
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise DataError(f"{origin} field 'image' is {json.dumps(value)[:80]}; a path or a list of paths is needed")
+        raise BadSample(f"{origin} field 'image' is {json.dumps(value)[:80]}; a path or a list of paths is needed")
     return tuple(paths)
 
 
 def _turns(record: dict[str, Any], origin: str, image_token: str) -> list[Turn]:
     if "conversations" not in record:
-        raise DataError(f"{origin} has no field 'conversations'; found: {', '.join(record) or 'none'}")
+        raise BadSample(f"{origin} has no field 'conversations'; found: {', '.join(record) or 'none'}")
     entries = record["conversations"]
     if not isinstance(entries, list) or not entries:
-        raise DataError(f"{origin} field 'conversations' must be a list with at least one question and answer")
+        raise BadSample(f"{origin} field 'conversations' must be a list with at least one question and answer")
     turns = [_turn(entry, f"{origin} turn {number}") for number, entry in enumerate(entries)]
     first = 1 if turns[0].role == "system" else 0
     begin = first
@@ -191,23 +199,23 @@ def _turns(record: dict[str, Any], origin: str, image_token: str) -> list[Turn]:
     for number, turn in enumerate(turns[begin:], start=begin):
         wanted = ("user", "assistant")[(number - begin) % 2]
         if turn.role != wanted:
-            raise DataError(
+            raise BadSample(
                 f"{origin} turn {number} is from the {turn.role}, the {wanted} is needed: an optional system turn, "
                 "then user and assistant in alternation"
             )
     if turns[-1].role != "assistant":
-        raise DataError(f"{origin} ends with the {turns[-1].role}; the last turn must be the assistant's")
+        raise BadSample(f"{origin} ends with the {turns[-1].role}; the last turn must be the assistant's")
     return [*turns[:first], *turns[begin:]]
 
 
 def _turn(entry: Any, origin: str) -> Turn:
     if not isinstance(entry, dict):
-        raise DataError(f"{origin} is {type(entry).__name__}; an object with 'from' and 'value' is needed")
+        raise BadSample(f"{origin} is {type(entry).__name__}; an object with 'from' and 'value' is needed")
     for key in ("from", "value"):
         if not isinstance(entry.get(key), str):
-            raise DataError(f"{origin} field {key!r} is {json.dumps(entry.get(key))[:80]}; a string is needed")
+            raise BadSample(f"{origin} field {key!r} is {json.dumps(entry.get(key))[:80]}; a string is needed")
     if entry["from"] not in ROLES:
-        raise DataError(f"{origin} is from {entry['from']!r}; known roles: {', '.join(ROLES)}")
+        raise BadSample(f"{origin} is from {entry['from']!r}; known roles: {', '.join(ROLES)}")
     return Turn(ROLES[entry["from"]], entry["value"])
 
 

@@ -15,6 +15,8 @@ class MediaSpec:
         num_patches: patches the tower attends over, for the cost of encoding.
         height, width: pixels the tower takes.
         mean, std: per RGB channel, of values in 0..1.
+        processor: the tower's own preprocessor config as JSON, naming its `image_processor_type`; what image mode
+            `processor` follows, and what a checkpoint keeps.
     """
 
     tokens_per_image: int
@@ -23,3 +25,4 @@ class MediaSpec:
     width: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    processor: str = ""

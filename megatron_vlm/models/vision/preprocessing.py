@@ -1,8 +1,11 @@
-"""The pixels a tower was trained on: size, mean and standard deviation.
+"""The pixels a tower was trained on: size, mean, standard deviation, and how a picture is brought to them.
 
 They come from the preprocessor config beside the weights. Where there is none (a tower built from a config dictionary)
-the model type's usual values are taken. Only the dictionary is read: transformers' image processor classes are not
-needed, and some of them want torchvision.
+the model type's usual one is made up. For image modes `pad` and `resize` only its numbers are read; mode `processor`
+runs the transformers class it names, in the form that needs Pillow alone (`CLIPImageProcessorPil`).
+
+Hazard: the class a config names without `Pil` wants torchvision, and transformers takes it silently where that is
+installed; its resize gives other pixels.
 """
 
 import json
@@ -10,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
+from PIL import Image
 from transformers import PretrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils.constants import (
@@ -25,24 +30,41 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.runtime.logging import get_logger
 
-# Statistics by model type; every other type gets CLIP's.
-USUAL_STATISTICS = {
-    "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
-    "vit": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
-    "dinov2": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-    "dinov2_with_registers": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
-}
 Channels = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
+class Usual:
+    """How the towers of a model type are fed. `resized`: of the shortest edge to the side of the square that is cropped
+    from the middle; 0 where the aspect ratio is let go instead."""
+
+    processor_type: str
+    mean: Channels
+    std: Channels
+    resized: float
+
+
+USUAL_CLIP = Usual("CLIPImageProcessor", tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD), 1.0)
+USUAL_DINO = Usual("BitImageProcessor", tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD), 256 / 224)
+USUAL = {  # every other model type is fed as CLIP's
+    "siglip_vision_model": Usual(
+        "SiglipImageProcessor", tuple(IMAGENET_STANDARD_MEAN), tuple(IMAGENET_STANDARD_STD), 0.0
+    ),
+    "vit": Usual("ViTImageProcessor", tuple(IMAGENET_STANDARD_MEAN), tuple(IMAGENET_STANDARD_STD), 0.0),
+    "dinov2": USUAL_DINO,
+    "dinov2_with_registers": USUAL_DINO,
+}
+
+
+@dataclass(frozen=True)
 class PixelFormat:
-    """height, width in pixels; mean and std per RGB channel, of values in 0..1."""
+    """height, width in pixels; mean and std per RGB channel, of values in 0..1; processor as in `MediaSpec`."""
 
     height: int
     width: int
     mean: Channels
     std: Channels
+    processor: str
 
 
 def pixel_format(path: str | None, tower: PretrainedConfig) -> PixelFormat:
@@ -54,7 +76,7 @@ def pixel_format(path: str | None, tower: PretrainedConfig) -> PixelFormat:
     Raises:
         ConfigError: where the preprocessor config or the tower's config gives no usable size.
     """
-    mean, std = USUAL_STATISTICS.get(tower.model_type, (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    usual = USUAL.get(tower.model_type, USUAL_CLIP)
     settings = _preprocessor_settings(path) if path is not None else {}
     size: Any = settings.get("size")
     if settings.get("do_center_crop") and settings.get("crop_size") is not None:
@@ -62,25 +84,65 @@ def pixel_format(path: str | None, tower: PretrainedConfig) -> PixelFormat:
     if size is None:
         size = getattr(tower, "image_size", None)
     height, width = _height_width(size, path or tower.model_type)
-    mean, std = settings.get("image_mean", mean), settings.get("image_std", std)
-    return PixelFormat(height, width, _channels(mean), _channels(std))
+    mean, std = _channels(settings.get("image_mean", usual.mean)), _channels(settings.get("image_std", usual.std))
+    settings = settings or _usual_settings(usual, height, width)
+    if "feature_extractor_type" in settings:  # as transformers called them until 4.26
+        former = settings["feature_extractor_type"].replace("FeatureExtractor", "ImageProcessor")
+        settings = {"image_processor_type": former, **settings}
+    settings = {"image_processor_type": usual.processor_type, **settings}
+    return PixelFormat(height, width, mean, std, json.dumps(settings, sort_keys=True))
 
 
 def write_pixel_format(directory: Path, spec: MediaSpec) -> None:
     """Writes the preprocessor config that `pixel_format` reads back, beside a tower's config."""
-    settings = {
-        "size": {"height": spec.height, "width": spec.width},
-        "image_mean": list(spec.mean),
-        "image_std": list(spec.std),
-    }
-    (directory / "preprocessor_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    settings = json.dumps(json.loads(spec.processor), indent=1)
+    (directory / "preprocessor_config.json").write_text(settings, encoding="utf-8")
+
+
+def load_processor(spec: MediaSpec) -> Any:
+    """The transformers image processor the tower's preprocessor config names, from Pillow pictures to pixels.
+
+    Raises:
+        ConfigError: there is no form of it that works on Pillow alone, its settings are refused, or what it makes is
+            not of the one size the tower takes.
+    """
+    settings = json.loads(spec.processor)
+    name = settings["image_processor_type"].removesuffix("Fast").removesuffix("Pil")
+    key = "data.image_mode: found processor, but the tower's"
+    class_ = getattr(transformers, f"{name}Pil", None)
+    if class_ is None:
+        raise ConfigError(f"{key} image processor {name} has no form for Pillow in transformers; needs pad or resize")
+    try:
+        processor = class_.from_dict(settings)
+        oblong = Image.new("RGB", (2 * spec.width + 7, spec.height + 3))
+        found = tuple(processor(oblong)["pixel_values"][0].shape)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{key} image processor {name} refuses its own settings: {error}") from error
+    if found != (3, spec.height, spec.width):
+        raise ConfigError(
+            f"{key} image processor {name} makes pixels {found} of a picture of {oblong.width} x {oblong.height}; "
+            f"the tower takes {(3, spec.height, spec.width)} of every one, so needs pad or resize"
+        )
+    return processor
+
+
+def _usual_settings(usual: Usual, height: int, width: int) -> dict[str, Any]:
+    """The preprocessor config such a tower would have beside its weights."""
+    settings: dict[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True}
+    settings |= {"resample": int(Image.Resampling.BICUBIC), "rescale_factor": 1 / 255}
+    settings |= {"image_mean": list(usual.mean), "image_std": list(usual.std)}
+    whole = {"height": height, "width": width}
+    if not usual.resized:
+        return settings | {"size": whole}
+    edge = round(max(height, width) * usual.resized)
+    return settings | {"size": {"shortest_edge": edge}, "do_center_crop": True, "crop_size": whole}
 
 
 def _preprocessor_settings(path: str) -> dict[str, Any]:
     try:
         settings, _ = ImageProcessingMixin.get_image_processor_dict(path)
     except OSError:
-        get_logger(__name__).info("no preprocessor config at %s: using the model type's usual statistics", path)
+        get_logger(__name__).info("no preprocessor config at %s: using the model type's usual one", path)
         return {}
     return settings
 

@@ -15,13 +15,12 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers import AutoModel, PretrainedConfig
 
 from megatron_vlm.config.schema import VisionConfig
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.hf_config import config_from_dict
+from megatron_vlm.models.hf_config import config_from_dict, config_from_path
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.preprocessing import pixel_format
 
@@ -68,11 +67,8 @@ def load_vision_config(vision: VisionConfig) -> PretrainedConfig:
     if vision.config is not None:
         config = config_from_dict("model.vision.config", vision.config)
     else:
-        try:
-            config = AutoConfig.from_pretrained(vision.path)
-        except (OSError, ValueError, StrictDataclassError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"model.vision.path: no usable config in {vision.path!r}: {reason}") from error
+        assert vision.path is not None, "validated with the recipe"
+        config = config_from_path("model.vision.path", vision.path)
     return getattr(config, "vision_config", config)
 
 
@@ -112,8 +108,9 @@ def survey_tower(vision: VisionConfig) -> TowerSurvey:
         )
     num_dropped = num_leading if vision.select_feature == "patch" else 0
     spec = MediaSpec(
-        hidden.shape[1] - num_dropped, num_patches, pixels.height, pixels.width, mean=pixels.mean, std=pixels.std
-    )
+        hidden.shape[1] - num_dropped, num_patches, pixels.height, pixels.width,
+        mean=pixels.mean, std=pixels.std, processor=pixels.processor,
+    )  # fmt: skip
     return TowerSurvey(
         hf_config, layers_path, num_layers, selected, num_dropped, hidden.shape[2], spec, names,
         unreached=frozenset(names) - reached,

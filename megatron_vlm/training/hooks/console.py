@@ -1,10 +1,11 @@
-"""The console: a progress bar with step, loss, tokens/s and time left; plain lines where there is no terminal."""
+"""The console: a progress bar with step, loss, speed and time left; plain lines where there is no terminal."""
 
 from pathlib import Path
 
 from megatron_vlm.config.schema import LoggingConfig
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.progress import Progress
+from megatron_vlm.training.held_out import EvaluationReport
 from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.meters import StepReport
 
@@ -26,13 +27,21 @@ class ConsoleHook(Hook):
 
     def after_step(self, report: StepReport) -> None:
         if report.step % self.logging.every_steps == 0:
-            rate = report.tokens / report.seconds
-            self.bar.update(report.step, f"loss {report.loss:.4f}  {rate:,.0f} tokens/s")
+            speed = f"{report.tokens_per_second:,.0f} tokens/s  MFU {report.mfu:.1%}"
+            self.bar.update(report.step, f"loss {report.loss:.4f}  {speed}")
         if not report.updated:
             logger.warning("step %d: a gradient was not finite, the update was left out", report.step)
+        if report.ranks is not None and report.ranks.straggler is not None:
+            logger.warning("step %d: %s", report.step, report.ranks.straggler)
 
     def after_save(self, directory: Path, updates: int) -> None:
         logger.info("saved %s after %d steps", directory, updates)
+
+    def after_evaluation(self, report: EvaluationReport) -> None:
+        score = "" if report.score is None else f", {report.task} {report.score:.1%}"
+        logger.info(
+            "evaluation after %d steps: loss %.4f%s (%d samples)", report.step, report.loss, score, report.num_samples
+        )
 
     def close(self) -> None:
         self.bar.close()

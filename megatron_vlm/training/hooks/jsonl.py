@@ -1,39 +1,69 @@
-"""metrics.jsonl: one object per step, appended and flushed, so that a killed run keeps every line but the last.
+"""metrics.jsonl and evaluation.jsonl: one object per step or evaluation, so that a killed run keeps every line but the
+last.
 
 A resumed run drops the lines after its starting step, which the lost run may have written, so each step stands once;
-the shortened file is written beside and renamed into place.
+the shortened file is written beside and renamed into place. A number that is not finite is null: JSON has no other.
 """
 
 import json
-import os
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.training.held_out import EvaluationReport
 from megatron_vlm.training.hooks.base import Hook
+from megatron_vlm.training.hooks.files import AppendedFile, replace_file
 from megatron_vlm.training.meters import StepReport
+
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluation.jsonl"
 
 
 class JsonLinesHook(Hook):
-    """Appends every step's report to `path`, keeping the lines up to `start_step`."""
+    """Writes both files into `directory`, keeping the lines up to `start_step`.
 
-    def __init__(self, path: Path, start_step: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= start_step] if start_step else []
-        beside = path.with_name(f".{path.name}.partial")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(beside, path)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+    Args:
+        sample_ids: each step's line also has the ids of its samples, in row order.
+    """
+
+    def __init__(self, directory: Path, start_step: int, sample_ids: bool = False) -> None:
+        self.sample_ids = sample_ids
+        self.metrics, self.evaluations = (_shorten(directory / name, start_step) for name in (METRICS, EVALUATIONS))
 
     def after_step(self, report: StepReport) -> None:
-        self.file.write(json.dumps(report.as_dict()) + "\n")
-        self.file.flush()
+        values = report.as_dict()
+        if self.sample_ids:
+            values["sample_ids"] = report.sample_ids
+        self.metrics.write(to_line(values))
+
+    def after_evaluation(self, report: EvaluationReport) -> None:
+        self.evaluations.write(to_line(asdict(report)))
 
     def close(self) -> None:
-        self.file.close()
+        self.metrics.close()
+        self.evaluations.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a last line cut short by a kill is left out."""
+def to_line(values: dict[str, Any]) -> bytes:
+    """One object as a line of strict JSON."""
+    return (json.dumps(_strict(values), allow_nan=False) + "\n").encode()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of such a file; a last line cut short by a kill is left out."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _strict(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _shorten(path: Path, start_step: int) -> AppendedFile:
+    kept = [line for line in read_lines(path) if line["step"] <= start_step] if start_step else []
+    replace_file(path, b"".join(map(to_line, kept)))
+    return AppendedFile(path)

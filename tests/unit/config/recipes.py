@@ -25,6 +25,7 @@ FACTS = ModelFacts(
     families=("llava",),
     projectors=("identity", "linear", "mlp2x_gelu"),
     templates=("auto", "vicuna_v1"),
+    tasks=("exact_match",),
     installed=frozenset({"psutil", "einops", "pillow", "matplotlib", "jinja2"}),
 )
 

@@ -73,9 +73,9 @@ def test_all_violations_on_one_line_with_near_names(tmp_path: Path) -> None:
     del broken["checkpoint"]
     message = error_of(write(tmp_path / "r.yaml", broken))
     for part in (
-        "training.steps: found 0, input should be greater than 0",
+        "training.steps: found 0, must be greater than 0",
         "parallel.tensr: unknown key, did you mean 'tensor'?",
-        "precision.params: found 'fp17', input should be 'fp32' or 'bf16'",
+        "precision.params: found 'fp17', must be 'fp32' or 'bf16'",
         "tensor: unknown key, did you mean 'parallel.tensor'?",
         "zebra: unknown key, allowed: runtime, model,",
         "checkpoint: missing, needs a value",
@@ -88,8 +88,10 @@ def test_all_violations_on_one_line_with_near_names(tmp_path: Path) -> None:
     ("content", "expected"),
     [
         ("- a\n- b\n", "needs a mapping of sections"),
-        ("a: [1,\n", "not valid YAML"),
-        ("a: 1\na: 2\n", "not valid YAML"),
+        ("a: [1,\n", "not valid YAML: line 2, column 1: "),
+        ("a: 1\na: 2\n", "not valid YAML: line 2, column 1: found duplicate key a"),
+        ("a:\n\tb: 1\n", "start any token; there is a tab, YAML is indented by blanks"),
+        ("a:\n  b: 1\n c: 2\n", "not valid YAML: line 3, column 2: "),
         ("base: 3\n", "base: found 3, needs the path of one recipe"),
         ("base: gone.yaml\n", "gone.yaml (base of "),
         ("", "model: missing, needs a value"),
@@ -128,14 +130,18 @@ def test_an_override_that_is_not_yaml_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("optimizer.lr=.inf", "optimizer.lr: found inf, input should be a finite number"),
+        ("optimizer.lr=fast", "optimizer.lr: found 'fast', must be a valid number"),
+        ("optimizer=null", "optimizer: found None, must be a section of keys"),
+        ("model.freeze=language", "model.freeze: found 'language', must be a list"),
+        ("model.language.config=llama", "model.language.config: found 'llama', must be keys with values"),
+        ("optimizer.lr=.inf", "optimizer.lr: found inf, must be a finite number"),
         ("optimizer.eps=.nan", "optimizer.eps: found nan, "),
         ("training.steps=true", "training.steps: found True, a number is needed"),
         ("optimizer.lr=false", "optimizer.lr: found False, a number is needed"),
         ("model.vision.select_layer=false", "model.vision.select_layer: found False, a number is needed"),
     ],
 )
-def test_what_is_no_number_in_its_place(tmp_path: Path, override: str, expected: str) -> None:
+def test_a_value_of_another_kind(tmp_path: Path, override: str, expected: str) -> None:
     assert expected in error_of(write(tmp_path / "r.yaml", tree()), override)
 
 
@@ -148,3 +154,12 @@ def test_yaml_and_hash_round_trip(tmp_path: Path) -> None:
     assert config_hash(recipe(runtime__seed=43)) != config_hash(recipe())
     reordered = dict(reversed(tree().items()))
     assert config_hash(load_config(write(tmp_path / "s.yaml", reordered))) == config_hash(recipe())
+
+
+@pytest.mark.parametrize("rate", ["2e-5", "2.0e-5", '"2e-5"', "0.00002"])
+def test_a_learning_rate_as_people_write_it(tmp_path: Path, rate: str) -> None:
+    """YAML 1.1, which PyYAML reads, takes 2e-5 for a text."""
+    text = to_yaml(recipe()).replace("lr: 2.0e-05", f"lr: {rate}")
+    assert f"lr: {rate}\n" in text
+    assert load_config(write(tmp_path / "r.yaml", text)).optimizer.lr == 2e-5
+    assert load_config(write(tmp_path / "s.yaml", tree()), [f"optimizer.lr={rate}"]).optimizer.lr == 2e-5

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_vlm.config import names_its_model, trains, validate
+from megatron_vlm.config.validation import validate_layout
 from megatron_vlm.errors import ConfigError
 from tests.unit.config.recipes import FACTS, facts, recipe
 
@@ -34,12 +35,39 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
         1,
         ["precision.grad_reduce: found bf16 with precision.params fp32, needs fp32"],
     ),
+    (
+        "grouped in file order",
+        {"data__group_by_modality_length": True, "data__shuffle": False},
+        1,
+        ["data.group_by_modality_length: found true with data.shuffle false"],
+    ),
+    (
+        "nothing to evaluate",
+        {"training__mode": "eval", "evaluation__task": "exact_match"},
+        1,
+        [
+            "evaluation.path: found null with training.mode eval, needs a data file, or training.mode train",
+            "evaluation.task: found 'exact_match' with evaluation.path null",
+        ],
+    ),
+    (
+        "evaluation switched off",
+        {"evaluation": {"path": "held_out.json", "every_steps": 5}},
+        1,
+        ["evaluation.every_steps: found 5 with training.mode train, which never evaluates, needs training.mode"],
+    ),
+    (
+        "task",
+        {"training__mode": "eval", "evaluation": {"path": "held_out.json", "task": "exact_mach"}},
+        1,
+        ["evaluation.task: found 'exact_mach', did you mean 'exact_match'?"],
+    ),
     ("nothing to load", {"checkpoint__load_states": "model"}, 1, ["checkpoint.load_states: found model with"]),
     (
         "world",
         {"parallel__tensor": 2, "parallel__pipeline": 2},
         6,
-        ["parallel.tensor * parallel.pipeline: found 2 * 2 = 4, 6 ranks allow 1, 2, 3, 6"],
+        ["parallel.tensor * parallel.pipeline: found 2 * 2 = 4, the world size 6 allows 1, 2, 3, 6, or start"],
     ),
     (
         "batch",
@@ -79,8 +107,8 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
         {"parallel__tensor": 16},
         16,
         [
-            "parallel.tensor: found 16, which does not divide the language model's 8 attention heads, allowed: 1, 2, 4",
-            "parallel.tensor: found 16, which does not divide the language model's 4 key-value heads, allowed: 1, 2, 4",
+            "parallel.tensor: found 16, which does not divide the language model's 8 attention heads and "
+            "4 key-value heads, allowed: 1, 2, 4"
         ],
     ),
     (
@@ -132,6 +160,8 @@ VALID: list[tuple[str, dict[str, Any], int]] = [
     ("two sources in turn", {"model__language": {"path": "here"}}, 1),
     ("first layer", {"model__vision__select_layer": -4}, 1),
     ("partly frozen", {"model__train": {"language": False}, "model__freeze": [r"projector\.0\.bias"]}, 1),
+    ("evaluated", {"training__mode": "train_and_eval", "evaluation": {"path": "held_out.json", "every_steps": 5}}, 1),
+    ("evaluation unused", {"evaluation": {"path": "held_out.json", "task": "exact_match"}}, 1),
     ("bf16 reduction", {"precision__grad_reduce": "bf16"}, 1),
     ("second phase", {"checkpoint__load": "runs/first", "checkpoint__load_states": "model"}, 1),
 ]
@@ -200,3 +230,12 @@ def test_an_unknown_projector_is_reported_once() -> None:
     )
     with pytest.raises(ConfigError, match="^model.projector.type: found 'mpl2x_gelu', did you mean 'mlp2x_gelu'[^;]*$"):
         validate(unknown, facts(parameter_names={**FACTS.parameter_names, "projector": ()}), 1)
+
+
+def test_a_layout_alone_is_judged_by_its_own_rules() -> None:
+    other_faults = {"model__family": "lava", "training__mode": "eval"}
+    validate_layout(recipe(parallel__tensor=2, **other_faults), FACTS, 4)
+    with pytest.raises(ConfigError) as caught:
+        validate_layout(recipe(parallel={"tensor": 3, "pipeline": 5}, **other_faults), FACTS, 4)
+    world, heads, layers = str(caught.value).split("; ")
+    assert "found 3 * 5 = 15" in world and "8 attention heads" in heads and "8 layers" in layers

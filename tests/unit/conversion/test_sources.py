@@ -34,7 +34,10 @@ def test_a_directory_without_an_index_is_all_its_files(tmp_path):
 
 
 def test_what_is_wrong_with_a_directory_is_said(tmp_path):
-    with pytest.raises(ConversionError, match="no .*safetensors file"):
+    with pytest.raises(ConversionError, match=r"found no weights, needs \*\.safetensors$"):
+        SafetensorsSource(str(tmp_path), as_they_are)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(ConversionError, match=r"found pytorch_model\.bin, needs \*\.safetensors \(a pickle can run"):
         SafetensorsSource(str(tmp_path), as_they_are)
     with pytest.raises(ConversionError, match="neither a directory nor a hub id"):
         SafetensorsSource(str(tmp_path / "nothing" / "here"), as_they_are)

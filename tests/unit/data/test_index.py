@@ -10,10 +10,13 @@ import pytest
 
 from megatron_vlm.data import index as index_module
 from megatron_vlm.data.conversation import ConversationEncoder
-from megatron_vlm.data.index import SampleIndex, open_index
+from megatron_vlm.data.index import SampleIndex, SkipRule, open_index
+from megatron_vlm.data.media import MediaReader
 from megatron_vlm.data.sources.llava_json import LlavaFile
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import DataError
+from megatron_vlm.models.vision.media_spec import MediaSpec
+from tests.helpers import bad_media
 from tests.helpers.tiny import tiny_dataset, tiny_tokenizer
 
 
@@ -113,9 +116,9 @@ def test_losing_the_race_takes_the_winners_index(tmp_path: Path, monkeypatch: py
     """Where file locks do nothing, two may build: the first one's folder stands, and no rubbish is left."""
     publish = index_module._publish
 
-    def slow(records: object, ids: bytes, folder: Path) -> None:
-        publish(records, ids, folder)
-        publish(records, ids, folder)
+    def slow(*args: object) -> None:
+        publish(*args)
+        publish(*args)
 
     monkeypatch.setattr(index_module, "_publish", slow)
     assert len(open_tiny(tmp_path)) == 24
@@ -133,3 +136,115 @@ def test_a_folder_is_no_data_file_and_gets_no_index(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="data cannot be read: it is not a file"):
         open_index(LlavaFile(tmp_path / "data", "<image>"), encoder_in(tmp_path), tmp_path, tmp_path / "spare")
     assert not (tmp_path / "data.index").exists()
+
+
+SPEC = MediaSpec(5, 5, 28, 28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def skip_bad(path: Path, folder: Path, max_tokens: int = 128) -> SampleIndex:
+    """The index of a data file of `folder` without its bad samples."""
+    rule = SkipRule(MediaReader(SPEC, "pad"), max_tokens)
+    return open_index(LlavaFile(path, "<image>"), encoder_in(folder), folder, folder / "spare", skip=rule)
+
+
+def ids_of(index: SampleIndex) -> list[str]:
+    return [index.sample_id(number) for number in range(len(index))]
+
+
+def test_bad_samples_are_left_out_and_counted(tmp_path: Path) -> None:
+    path, without, blanked = bad_media.spoil(tmp_path)
+    index = skip_bad(path, tmp_path)
+    assert index.dropped == bad_media.DROPPED == dict(sorted(index.dropped.items()))
+    clean = open_index(LlavaFile(without, "<image>"), encoder_in(tmp_path), tmp_path, tmp_path / "spare")
+    assert clean.dropped == {} and ids_of(index) == ids_of(clean) and blanked <= set(ids_of(index))
+    assert index.fingerprint_of_contents == clean.fingerprint_of_contents
+    file = LlavaFile(path, "<image>")
+    assert [file.read(index.extent(i)).id for i in range(len(index))] == ids_of(index)
+    listed = [json.loads(line) for line in (index.folder / "dropped.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in listed] == [s.id for s in file.read_all() if s.id not in set(ids_of(index))]
+    assert all(line["place"].startswith(f"{path} element ") and line["message"] for line in listed)
+    assert sum(index.dropped.values()) == len(listed)
+
+
+def test_the_run_is_told_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every time, not only when the index is built."""
+    path, _, _ = bad_media.spoil(tmp_path)
+    for _ in range(2):
+        folder = skip_bad(path, tmp_path).folder
+        told = " ".join(capsys.readouterr().out.split())
+        assert f"5 of 160 samples of {path} are left out (2 bomb, 2 missing, 1 not an image)" in told
+        assert f"listed in {folder}/dropped.jsonl" in told
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_reason_to_leave_a_sample_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
+    monkeypatch.setattr(index_module, "SAMPLES_PER_PROCESS", 4)
+    monkeypatch.setattr(index_module, "SAMPLES_PER_CHUNK", 5)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processes)))
+    lines = [json.dumps(record) for record in json.loads(tiny_dataset(tmp_path).read_text())]
+    turns = [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]
+    bad = {
+        2: "{not json",
+        3: json.dumps({"id": "x", "conversations": turns}),
+        7: json.dumps({"id": "y", "image": "gone.png", "conversations": turns}),
+        11: json.dumps({"id": "z", "conversations": turns[:1]}),
+        12: json.dumps({"id": "long", "conversations": [{"from": "human", "value": "how " * 200}, turns[1]]}),
+    }
+    for number, line in bad.items():
+        lines[number] = line
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(lines))
+    index = skip_bad(path, tmp_path)
+    assert index.dropped == {"malformed": 2, "marker count": 1, "missing": 1, "too long": 1}
+    assert ids_of(index) == [f"sample-{i}" for i in range(24) if i not in bad]
+    listed = [json.loads(line) for line in (index.folder / "dropped.jsonl").read_text().splitlines()]
+    assert [line["place"] for line in listed] == [f"{path} line {number + 1}" for number in bad]
+    assert listed[-1]["id"] == "long" and "training.sequence_length is 128" in listed[-1]["message"]
+    with pytest.raises(DataError, match="line 3 is not JSON"):  # without the rule the first is an error
+        open_index(LlavaFile(path, "<image>"), encoder_in(tmp_path), tmp_path, tmp_path / "spare")
+
+
+def test_a_broken_list_stays_an_error(tmp_path: Path) -> None:
+    """Where its next element begins, nobody knows."""
+    path = tiny_dataset(tmp_path)
+    path.write_text(path.read_text().replace('"id": "sample-3"', '"id" "sample-3"'))
+    with pytest.raises(DataError, match="element 3 is not JSON"):
+        skip_bad(path, tmp_path)
+
+
+def test_nothing_left(tmp_path: Path) -> None:
+    path = tiny_dataset(tmp_path)
+    with pytest.raises(
+        DataError, match=r"all of its samples are bad \(24 too long\).*; the first: .*sample-0"
+    ) as caught:
+        skip_bad(path, tmp_path, max_tokens=3)
+    assert published(tmp_path) == [] and "\n" not in str(caught.value)
+
+
+def test_indices_of_other_rules_are_other_indices(tmp_path: Path) -> None:
+    path = tiny_dataset(tmp_path)
+    folders = {open_tiny(tmp_path).folder, skip_bad(path, tmp_path).folder, skip_bad(path, tmp_path, 64).folder}
+    assert len(folders) == 3
+
+
+def test_fingerprint_of_contents(tmp_path: Path) -> None:
+    """Of what is trained on, wherever and whenever written."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        tiny_dataset(tmp_path / name)
+    os.utime(tmp_path / "two/train.json", (1, 1))
+    first, second = open_tiny(tmp_path / "one"), open_tiny(tmp_path / "two")
+    assert first.fingerprint_of_contents == second.fingerprint_of_contents and len(first.fingerprint_of_contents) == 64
+    records = json.loads((tmp_path / "two/train.json").read_text())
+    longer = [{"from": "human", "value": "how many"}, {"from": "gpt", "value": "no no no no"}]
+    changes = (
+        lambda rs: [{**rs[0], "id": "other"}, *rs[1:]],
+        lambda rs: [rs[1], rs[0], *rs[2:]],
+        lambda rs: rs[:-1],
+        lambda rs: [{**rs[0], "conversations": longer}, *rs[1:]],
+    )
+    found = {first.fingerprint_of_contents}
+    for change in changes:
+        (tmp_path / "two/train.json").write_text(json.dumps(change(records)))
+        found.add(open_tiny(tmp_path / "two").fingerprint_of_contents)
+    assert len(found) == 1 + len(changes)

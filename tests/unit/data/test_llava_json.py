@@ -129,6 +129,19 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
         LlavaFile(tmp_path / "some.jsonl", "<image>").read_all()
 
 
+def test_another_marker_than_the_files_is_not_put_beside_it(tmp_path: Path) -> None:
+    """The file's own would be trained on as a text."""
+    write(tmp_path / "some.json", one(conversations=RECORDS[1]["conversations"], image="a"))
+    with pytest.raises(DataError, match="element 1 marks its image.s. by <image>; data.image_token is '<img>'"):
+        LlavaFile(tmp_path / "some.json", "<img>").read_all()
+
+
+def test_lines_of_one_object_are_told_apart_from_a_list(tmp_path: Path) -> None:
+    file = write(tmp_path / "some.json", json.dumps(RECORDS[0], indent=1))
+    with pytest.raises(DataError, match="line 1 is not JSON: .*, column 2; a file holds one list of objects, or one"):
+        file.read_all()
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none.json cannot be read: No such file"):
         LlavaFile(tmp_path / "none.json", "<image>").scan()

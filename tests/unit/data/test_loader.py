@@ -4,18 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import StepBatch
-from megatron_vlm.data.loader import build_loader
-from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.loader import build_held_out_loader, build_loader
+from megatron_vlm.data.media import FAULTS, MediaReader
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
+from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.parallel.sizes import GridSizes
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers import bad_media
+from tests.helpers.tiny import tiny_dataset, tiny_recipe
 
 SPEC = MediaSpec(16, 16, 28, 28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 ONE_RANK = GridSizes()
@@ -182,3 +187,112 @@ def test_file_changed_during_the_run(tmp_path: Path) -> None:
     Path(config.data.path).write_text(text.replace(f'"{answer}"', '"' + "?" * len(answer) + '"', 1))
     with pytest.raises(DataError, match="element 0: sample 'sample-0' has .* when it was indexed; the file changed"):
         list(loader)
+
+
+def held_out_of(config: Config, sizes: GridSizes = ONE_RANK, rank: int = 0) -> list[StepBatch]:
+    tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
+    loader = build_held_out_loader(config, tokenizer, SPEC, sizes, rank)
+    assert len(loader) == len(list(loader))  # every pass is a whole one
+    return list(loader)
+
+
+@pytest.mark.parametrize("num_samples", [3, 16, 21])
+@pytest.mark.parametrize("sizes", [ONE_RANK, GridSizes(tensor=2, data=2)])
+def test_held_out_samples_come_once_in_file_order(tmp_path: Path, num_samples: int, sizes: GridSizes) -> None:
+    """What is trained on in all steps and ranks together is what is trained on in the file, once."""
+    path = tiny_dataset(tmp_path, num_samples, "held_out.json")
+    config = tiny_recipe(tmp_path, evaluation={"path": str(path)}, training={"micro_batch_size": 2})
+    batches = held_out_of(config, sizes)
+    names = [f"sample-{i}" for i in range(num_samples)]
+    assert [name for batch in batches for name in batch.sample_ids] == names
+    assert len(batches) == -(-num_samples // 8) and all(len(b.row_tokens) == len(b.sample_ids) for b in batches)
+    trained: list[str] = []
+    for rank in {sizes.replica_ranks(d)[0] for d in range(sizes.data)}:
+        for batch in held_out_of(config, sizes, rank):
+            assert sum(m.ids.shape[0] for m in batch.micro_batches) == 8 // sizes.data  # the shape of training's steps
+            for micro_batch in batch.micro_batches:
+                counts = (micro_batch.labels != -100).sum(1).tolist()
+                trained += [name for name, count in zip(micro_batch.sample_ids, counts, strict=True) if count]
+            assert batch.num_trained_tokens_local == sum(int((m.labels != -100).sum()) for m in batch.micro_batches)
+    assert sorted(trained) == sorted(names)
+
+
+def test_held_out_samples_are_checked_too(tmp_path: Path) -> None:
+    path = tiny_dataset(tmp_path, 12, "held_out.json")
+    config = tiny_recipe(tmp_path / "train", evaluation={"path": str(path)}, training={"sequence_length": 60})
+    with pytest.raises(DataError, match="held_out.json element .* training.sequence_length is 60"):
+        held_out_of(config)
+
+
+def skipping(tmp_path: Path, path: Path, **data: Any) -> Config:
+    return tiny_recipe(tmp_path, data={"path": str(path), "on_bad_sample": "skip", **data})
+
+
+def test_bad_samples_dropped_while_indexing_change_nothing_else(tmp_path: Path) -> None:
+    """Bitwise the batches of a file that never had them."""
+    path, without, _ = bad_media.spoil(tmp_path)
+    skipped = steps_of(skipping(tmp_path, path, num_workers=1), count=10)
+    clean = steps_of(skipping(tmp_path, without), count=10)
+    assert all(batch.faults_tolerated for batch in skipped)
+    assert [batch.sample_ids for batch in skipped] == [batch.sample_ids for batch in clean]
+    for one, other in zip(skipped, clean, strict=True):
+        assert equal(one, other)
+
+
+def test_pictures_that_cannot_be_decoded_are_blank(tmp_path: Path) -> None:
+    path, _, blanked = bad_media.spoil(tmp_path)
+    batches = steps_of(skipping(tmp_path, path), count=20)
+    faulty: list[str] = []
+    blank = MediaReader(SPEC, "pad").blank_pixels()
+    for batch in batches:
+        for window in batch.windows:
+            assert len(window.faults) == len(window.own_spans)
+            for span, fault, pixels in zip(window.own_spans, window.faults, window.pixels, strict=True):
+                assert torch.equal(pixels, blank) == bool(fault)
+                faulty += [span.sample_id] if fault else []
+                assert FAULTS[fault] in ("none", "damaged")
+    assert set(faulty) == blanked and len(faulty) >= bad_media.BLANKED["damaged"]
+
+
+def test_a_picture_lost_during_the_run_is_blank_under_skip(tmp_path: Path) -> None:
+    config = skipping(tmp_path, tiny_dataset(tmp_path), shuffle=False)
+    steps_of(config, count=1)
+    (tmp_path / "images/1-0.png").unlink()
+    window = steps_of(config, count=1)[0].windows[0]
+    assert [FAULTS[fault] for fault in window.faults if fault] == ["missing"]
+    assert window.own_spans[window.faults.index(FAULTS.index("missing"))].sample_id == "sample-1"
+
+
+def test_bombs_are_one_line_under_error(tmp_path: Path) -> None:
+    config = tiny_recipe(tmp_path)
+    for picture in (tmp_path / "images").iterdir():
+        bad_media.bomb(picture)
+    with pytest.raises(DataError, match=r"^sample 'sample-.*png is too large to be decoded: .*pixels") as caught:
+        steps_of(config, count=1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sizes", [ONE_RANK, GridSizes(data=2)])
+def test_grouped_steps_resume_exactly_on_any_layout(folder: Path, sizes: GridSizes) -> None:
+    config = tiny_recipe(folder, data={"group_by_modality_length": True})
+    whole = steps_of(config, count=7)
+    resumed = steps_of(config, sizes, rank=sizes.world - 1, start=3, count=4)
+    assert [batch.sample_ids for batch in resumed] == [batch.sample_ids for batch in whole[3:]]
+    epoch = [name for batch in whole[:3] for name in batch.sample_ids]
+    assert sorted(epoch) == sorted(f"sample-{i}" for i in range(24))
+    mixed = [len({span.sample_id for span in batch.windows[0].spans}) not in (0, 8) for batch in whole[:3]]
+    assert sum(mixed) == 1  # 18 samples with pictures, 6 without: two whole batches, and one of leftovers
+
+
+def test_pixels_of_the_towers_own_processor(folder: Path) -> None:
+    """Workers get the processor too."""
+    config = tiny_recipe(folder, data={"image_mode": "processor", "num_workers": 1})
+    tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
+    spec = survey_tower(config.model.vision).media_spec
+    (batch,) = build_loader(config, tokenizer, spec, ONE_RANK, 0, 0, 1)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    window = batch.windows[0]
+    assert len(window.own_spans) > 3
+    for span, pixels in zip(window.own_spans, window.pixels, strict=True):
+        theirs = np.asarray(processor(Image.open(folder / span.path))["pixel_values"][0])
+        assert torch.equal(pixels, torch.from_numpy(theirs))

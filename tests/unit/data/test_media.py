@@ -1,16 +1,21 @@
-"""Pixels are those of LLaVA's own preparation through `transformers`' CLIP processor."""
+"""Pixels are those of LLaVA's own preparation through `transformers`' CLIP processor, or of the tower's own one."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil, ViTImageProcessorPil
 
-from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.media import FAULTS, MediaReader
+from megatron_vlm.data.sample import BadSample
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
+from tests.helpers import bad_media
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SPEC = MediaSpec(tokens_per_image=4, num_patches=4, height=28, width=28, mean=MEAN, std=STD)
@@ -65,6 +70,32 @@ def damaged(image: Image.Image, path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+PROCESSORS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "clip": (CLIPImageProcessorPil, {"size": {"shortest_edge": 28}, "crop_size": 28}),
+    "clip, old form": (CLIPImageProcessorPil, {"size": 28, "crop_size": 28, "do_convert_rgb": True}),
+    "clip, larger edge": (CLIPImageProcessorPil, {"size": {"shortest_edge": 32}, "crop_size": 28, "resample": 2}),
+    "siglip": (SiglipImageProcessorPil, {"size": {"height": 28, "width": 28}}),
+    "not normalised": (SiglipImageProcessorPil, {"size": {"height": 28, "width": 28}, "do_normalize": False}),
+    "not rescaled": (ViTImageProcessorPil, {"size": {"height": 28, "width": 28}, "do_rescale": False}),
+}
+
+
+@pytest.mark.parametrize("size", [(28, 28), (64, 64), (41, 20), (20, 41)])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_processor_mode_is_the_towers_processor(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+    class_, settings = PROCESSORS[name]
+    settings = {"image_processor_type": class_.__name__.removesuffix("Pil"), "image_mean": MEAN, **settings}
+    image = picture(*size)
+    image.save(tmp_path / "a.png")
+    reader = MediaReader(replace(SPEC, processor=json.dumps(settings)), "processor")
+    pixels = reader.read(tmp_path / "a.png", "sample 's'")
+    expected = torch.from_numpy(np.asarray(class_(**settings)(image)["pixel_values"][0])).float()
+    assert pixels.dtype == torch.float32 and torch.equal(pixels, expected)
+    if size[0] != size[1]:
+        assert not torch.allclose(pixels, MediaReader(SPEC, "pad").prepare(image), atol=1e-3)
+    assert reader.blank_pixels().shape == (3, 28, 28)
+
+
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated png", "truncated jpg", "folder"])
 def test_bad_files_name_sample_and_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / ("bad.jpg" if "jpg" in kind else "bad.png")
@@ -107,3 +138,51 @@ def test_pictures_without_a_known_white_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.linspace(0, 1, 28 * 28, dtype=np.float32).reshape(28, 28)).save(tmp_path / "a.tif")
     with pytest.raises(DataError, match=r"sample 's': image .*a.tif cannot be read: its pixels are 32 bits wide"):
         MediaReader(SPEC, "pad").read(tmp_path / "a.tif", "sample 's'")
+
+
+@pytest.mark.parametrize(
+    ("spoiler", "reason", "in_header"),
+    [
+        (bad_media.missing, "missing", True),
+        (bad_media.bomb, "bomb", True),
+        (bad_media.not_an_image, "not an image", True),
+        (bad_media.truncated, "damaged", False),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_what_is_wrong_is_told_by_name(tmp_path: Path, spoiler: Any, reason: str, in_header: bool, suffix: str) -> None:
+    path, reader = tmp_path / f"bad.{suffix}", MediaReader(SPEC, "pad")
+    spoiler(path)
+    with pytest.raises(BadSample, match=f"^sample 's': image {path}") as caught:
+        reader.read(path, "sample 's'")
+    assert caught.value.reason == reason and reason in FAULTS and "\n" not in str(caught.value)
+    if in_header:
+        with pytest.raises(BadSample) as caught:
+            reader.check_header(path, "sample 's'")
+        assert caught.value.reason == reason
+    else:
+        reader.check_header(path, "sample 's'")
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "refused_by"),
+    [
+        (9_400, 9_600, ("pad", "resize", "processor")),  # between Pillow's warning and its error
+        (8_900, 8_900, ()),
+        (60_000, 1_000, ("pad",)),  # its square has 3.6 thousand million pixels
+        (80_000_000, 1, ("pad", "processor")),  # its short side is stretched to the tower's
+    ],
+)
+def test_how_large_a_picture_may_be(tmp_path: Path, width: int, height: int, refused_by: tuple[str, ...]) -> None:
+    """Headers alone: a photograph passes, whatever would fill the memory does not."""
+    bad_media.bomb(tmp_path / "a.png", width, height)
+    settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}, "crop_size": 28}
+    spec = replace(SPEC, processor=json.dumps(settings))
+    for mode in ("pad", "resize", "processor"):
+        reader = MediaReader(spec, mode)
+        if mode in refused_by:
+            with pytest.raises(BadSample, match="is too large to be decoded: .*pixels") as caught:
+                reader.check_header(tmp_path / "a.png", "s")
+            assert caught.value.reason == "bomb"
+        else:
+            reader.check_header(tmp_path / "a.png", "s")

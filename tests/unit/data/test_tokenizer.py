@@ -22,14 +22,35 @@ def test_marker_is_added_only_where_missing(tmp_path: Path) -> None:
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model.language.tokenizer is null"):
         load_tokenizer(None, "<image>")
-    with pytest.raises(ConfigError, match="model.language.tokenizer: .*gone' is not a directory"):
+    with pytest.raises(ConfigError, match="model.language.tokenizer: found '.*gone', which is not there"):
         load_tokenizer(tmp_path / "gone", "<image>")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        ConfigError, match="model.language.tokenizer: no tokenizer can be loaded from .*empty"
-    ) as caught:
-        load_tokenizer(tmp_path / "empty", "<image>")
-    assert "\n" not in str(caught.value)
+
+
+REMOTE_CODE = '{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", null]}}'
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, "from '.*': it holds none of tokenizer.json, tokenizer.model"),
+        ({"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'}, "holds special tokens and no others"),
+        ({"tokenizer.json": "{"}, "no tokenizer can be loaded from '.*': Expecting property name"),
+        ({"tokenizer.json": "[]"}, "no tokenizer can be loaded from '.*': "),
+        ({"tokenizer.json": '{"added_tokens": [], "model": {"type": "Own"}}'}, "no tokenizer can be loaded from"),
+        ({"tokenizer_config.json": REMOTE_CODE, "tokenizer.json": "{}"}, "contains custom code which must be executed"),
+    ],
+)
+def test_directories_without_a_tokenizer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], files: dict[str, str], expected: str
+) -> None:
+    """Nobody is asked whether to run code either."""
+    (tmp_path / "own.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nclass Own: pass\n")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=f"model.language.tokenizer: .*{expected}") as caught:
+        load_tokenizer(tmp_path, "<image>")
+    assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
+    assert capsys.readouterr().out == ""
 
 
 def test_tokens_outside_the_models_vocabulary_are_refused(tmp_path: Path) -> None:

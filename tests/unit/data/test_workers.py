@@ -105,20 +105,24 @@ from tests.unit.data.test_workers import Squares
 if __name__ == "__main__":
     stream = iter(OrderedItems(Squares(), range(1000), 2))
     print(next(stream)[2], next(stream)[2], flush=True)
-    os._exit(3) if sys.argv[1] == "exit" else os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[1] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif sys.argv[1] == "exit":
+        os._exit(3)
 """
 
 
-@pytest.mark.parametrize("end", ["exit", "kill"])
-def test_workers_end_with_their_rank(tmp_path: Path, end: str) -> None:
-    """A rank that is killed, or ends itself at once as a failing one does, leaves no process behind."""
+@pytest.mark.parametrize(("end", "wanted"), [("exit", 3), ("kill", -signal.SIGKILL), ("return", 0)])
+def test_workers_end_with_their_rank(tmp_path: Path, end: str, wanted: int) -> None:
+    """A rank that is killed, ends itself at once as a failing one does, or just comes to its end in the middle of a
+    pass leaves no process behind, and waits for none."""
     (tmp_path / "rank.py").write_text(RANK)
     root = Path(__file__).parents[3]
     command, environment = [sys.executable, str(tmp_path / "rank.py"), end], {**os.environ, "PYTHONPATH": str(root)}
     with open(tmp_path / "pids", "w") as output:  # a pipe would wait for the workers too
         code = subprocess.run(command, env=environment, stdout=output, timeout=120).returncode
     workers = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
-    assert len(set(workers)) == 2 and code in (3, -signal.SIGKILL)
+    assert len(set(workers)) == 2 and code == wanted
     deadline = time.monotonic() + 20
     while (left := [pid for pid in workers if is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.1)

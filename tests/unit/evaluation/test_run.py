@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,10 @@ from PIL import Image
 
 from megatron_vlm.data.media import MediaReader
 from megatron_vlm.errors import ConfigError, DataError
-from megatron_vlm.evaluation.run import EvaluationRequest, evaluate
+from megatron_vlm.evaluation.report import Report
+from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, read_questions
 from megatron_vlm.models.vision.media_spec import MediaSpec
+from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 
 SPEC = MediaSpec(4, 4, 8, 8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
@@ -26,7 +29,14 @@ class ColourAssistant:
     image_mode: str = "pad"
     model: Any = field(
         default_factory=lambda: SimpleNamespace(
-            media_spec=SPEC, grid=SimpleNamespace(world=SimpleNamespace(rank=lambda: 0, size=lambda: 1))
+            media_spec=SPEC,
+            grid=SimpleNamespace(
+                sizes=GridSizes(),
+                coordinates=Coordinates(),
+                rank=0,
+                replica_rank=0,
+                world=SimpleNamespace(size=lambda: 1),
+            ),
         )
     )
 
@@ -36,7 +46,7 @@ class ColourAssistant:
 
     def answer(self, questions: list[Any], max_new_tokens: int) -> list[str]:
         self.batches.append([question.sample.id for question in questions])
-        return ["bright" if torch.cat(list(q.pixels)).mean() > 0.5 else "dark" for q in questions]
+        return ["bright" if torch.cat([read() for read in q.images]).mean() > 0.5 else "dark" for q in questions]
 
 
 @pytest.fixture
@@ -56,9 +66,15 @@ def data(tmp_path):
     return path
 
 
+def report_on(files: list[Path], media_root: Path | None = None, **how: Any) -> Report:
+    assistant = how.pop("assistant", ColourAssistant())
+    asked = read_questions(files, media_root, assistant.image_token)
+    return evaluate(assistant, asked, EvaluationRequest("exact_match", **how))
+
+
 def test_a_model_that_looks_is_right_until_it_is_blinded(data):
     assistant = ColourAssistant()
-    report = evaluate(assistant, EvaluationRequest("exact_match", [data], blank_images=True, batch_size=2))
+    report = report_on([data], assistant=assistant, blank_images=True, batch_size=2)
     assert [record.id for record in report.records] == [f"s{number}" for number in range(6)]
     assert report.score == 1.0
     one, two = report.forms
@@ -70,7 +86,7 @@ def test_a_model_that_looks_is_right_until_it_is_blinded(data):
 
 
 def test_several_files_are_counted_through(data):
-    report = evaluate(ColourAssistant(), EvaluationRequest("exact_match", [data, data]))
+    report = report_on([data, data])
     assert [record.number for record in report.records] == list(range(12))
     assert report.blank_records == []
 
@@ -79,11 +95,23 @@ def test_images_may_lie_elsewhere(data, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     moved = data.rename(elsewhere / "data.json")
-    assert evaluate(ColourAssistant(), EvaluationRequest("exact_match", [moved], media_root=tmp_path)).score == 1.0
+    assert report_on([moved], media_root=tmp_path).score == 1.0
     with pytest.raises(DataError, match="element 0: sample 's0': image .*elsewhere/bright.png does not exist"):
-        evaluate(ColourAssistant(), EvaluationRequest("exact_match", [moved]))
+        report_on([moved])
 
 
-def test_an_unknown_task_is_found_before_anything_is_read(tmp_path):
+def test_questions_about_bad_images_are_left_out_where_that_is_tolerated(data, caplog):
+    (data.parent / "bright.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="sample 's0': image .*bright.png cannot be read"):
+        report_on([data])
+    report = report_on([data], tolerant=True)
+    assert [record.id for record in report.records] == ["s2", "s4", "s5"] and report.score == 1.0
+    assert "3 of 6 questions are left out for their images (3 not an image)" in caplog.text
+    (data.parent / "dark.png").unlink()
+    with pytest.raises(DataError, match="no question can be asked: .* all 6 cannot be read .3 missing, 3 not an image"):
+        report_on([data], tolerant=True)
+
+
+def test_an_unknown_task_is_an_error():
     with pytest.raises(ConfigError, match="unknown evaluation task 'bleu'"):
-        evaluate(ColourAssistant(), EvaluationRequest("bleu", [tmp_path / "nothing.json"]))
+        evaluate(ColourAssistant(), [], EvaluationRequest("bleu"))

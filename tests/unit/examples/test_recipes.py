@@ -8,10 +8,11 @@ from megatron_vlm.config import load_config
 from megatron_vlm.config.schema import Config
 from megatron_vlm.config.validation import validate
 from megatron_vlm.data.conversation import TEMPLATES
+from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.facts import gather_facts
 
 RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
-RANKS = {"quickstart": 4, "llava_qwen2_7b": 8}
+RANKS = {"quickstart": 4, "llava_qwen2_7b": 8, "bench_cpu": 2, "bench_cpu_large": 2}
 QWEN2_7B = {
     "model_type": "qwen2",
     "vocab_size": 152064,
@@ -48,11 +49,11 @@ def without_downloads(config: Config) -> Config:
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipe(path: Path) -> None:
     config = without_downloads(load_config(path))
-    world_size = RANKS[path.stem.rpartition("_phase")[0]]
-    validate(config, gather_facts(config, TEMPLATES.names()), world_size)
+    world_size = RANKS[path.stem.partition("_phase")[0]]
+    validate(config, gather_facts(config, TEMPLATES.names(), TASKS.names()), world_size)
 
 
 def test_a_wrong_number_of_ranks_is_found() -> None:
     config = without_downloads(load_config(RECIPES / "llava_qwen2_7b_phase1.yaml"))
     with pytest.raises(ValueError, match="parallel.tensor"):
-        validate(config, gather_facts(config, TEMPLATES.names()), 6)
+        validate(config, gather_facts(config, TEMPLATES.names(), TASKS.names()), 6)

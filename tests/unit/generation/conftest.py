@@ -75,6 +75,15 @@ def hf_llava(config: Any) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Image.Image]:
+    return draw_pictures()
+
+
+@pytest.fixture(scope="module")
+def prompts(pictures: list[Image.Image]) -> list[list[Any]]:
+    return write_prompts(pictures)
+
+
+def draw_pictures() -> list[Image.Image]:
     """Three pictures of different sizes and colours."""
     generator = torch.Generator().manual_seed(5)
     sizes = [(28, 28), (40, 20), (13, 31)]  # width, height
@@ -84,8 +93,7 @@ def pictures() -> list[Image.Image]:
     ]
 
 
-@pytest.fixture(scope="module")
-def prompts(pictures: list[Image.Image]) -> list[list[Any]]:
+def write_prompts(pictures: list[Image.Image]) -> list[list[Any]]:
     """No, one and several pictures, so that lengths differ by much."""
     return [
         ["how many small red circle?"],

@@ -29,19 +29,23 @@ class Saved:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     from megatron_vlm.runtime.device import prepare
     from megatron_vlm.runtime.distributed import Launch, init_world, teardown
+    from megatron_vlm.training.job import build_job
+    from megatron_vlm.training.loop import train
 
     sources = tmp_path_factory.mktemp("sources")
-    recipe = tiny_recipe(sources, model={"vision": {"select_layer": -1}}, training={"steps": 1})
-    init_world(Launch(), prepare("cpu"), 60)
+    recipe = tiny_recipe(
+        sources, model={"vision": {"select_layer": -1}}, training={"steps": 1}, optimizer={"lr": 0.0}
+    )  # a rate of 0: the first weights are the last ones
+    device = prepare("cpu")
     try:
-        from megatron_vlm.training.job import build_job
-        from megatron_vlm.training.loop import run_steps
-
-        job = build_job(recipe, 1)
-        directory = run_steps(job, job.batches(1))
-        return Saved(directory, {name: p.detach().clone() for name, p in job.model.named_parameters()}, sources)
+        init_world(Launch(), device, 60)
+        weights = {name: p.detach().clone() for name, p in build_job(recipe, 1).model.named_parameters()}
+        teardown()
+        init_world(Launch(), device, 60)
+        train(recipe, Launch())
     finally:
         teardown()
+    return Saved(Path(recipe.checkpoint.directory) / "step_0000001", weights, sources)
 
 
 @pytest.fixture(autouse=True)

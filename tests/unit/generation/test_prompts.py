@@ -70,7 +70,7 @@ def test_rows_are_padded_on_the_left(pair, prompts):
         assert batch.position_ids[row, -length:].tolist() == list(range(length))
         alone = batch_of(pair, [prompts[row]])
         assert torch.equal(alone.ids[0], batch.ids[row, -length:])
-    assert batch.pixels.shape[0] == len(batch.spans) == 5
+    assert len(batch.images) == len(batch.spans) == 5
     for span in batch.spans:
         item = span.item
         placeholders = batch.ids[item.row, item.start : item.start + item.num_tokens]

@@ -9,16 +9,16 @@ from megatron_vlm.models.facts import gather_facts
 from tests.helpers.ranks import RankPool
 from tests.unit.models.recipes import SMALL_LLAMA, SMALL_TOWER, small_recipe
 
-TEMPLATES = ("auto",)
+TEMPLATES, TASKS = ("auto",), ("exact_match",)
 QWEN2 = {**SMALL_LLAMA, "model_type": "qwen2"}
 
 
 def test_numbers() -> None:
-    facts = gather_facts(small_recipe(), TEMPLATES)
+    facts = gather_facts(small_recipe(), TEMPLATES, TASKS)
     assert (facts.num_layers, facts.hidden_size, facts.ffn_hidden_size, facts.vocab_size) == (2, 64, 96, 101)
     assert (facts.num_attention_heads, facts.num_query_groups) == (4, 2)
     assert (facts.vision_num_layers, facts.tokens_per_image) == (4, 16)
-    assert facts.templates == TEMPLATES and "llava" in facts.families and "mlp2x_gelu" in facts.projectors
+    assert facts.templates == TEMPLATES and facts.tasks == TASKS and "llava" in facts.families and "mlp2x_gelu" in facts.projectors
     assert {"psutil", "einops"} <= facts.installed
 
 
@@ -27,7 +27,7 @@ def test_faults_of_the_recipe_are_left_to_validation() -> None:
     language = {"config": SMALL_LLAMA, "tokenizer": "unused"}
     config = small_recipe(vision=vision, language=language, projector={"type": "mlp2x_gelo"}, family="lava")
     with pytest.raises(ConfigError) as raised:
-        validate(config, gather_facts(config, TEMPLATES), world_size=1)
+        validate(config, gather_facts(config, TEMPLATES, TASKS), world_size=1)
     for fault in ("select_layer: found -9", "projector.type: found 'mlp2x_gelo'", "family: found 'lava'"):
         assert fault in str(raised.value)
 
@@ -35,7 +35,7 @@ def test_faults_of_the_recipe_are_left_to_validation() -> None:
 @pytest.mark.parametrize("language", [SMALL_LLAMA, {**SMALL_LLAMA, "tie_word_embeddings": True}, QWEN2])
 def test_parameter_names_are_those_of_the_real_model(language: dict, ranks: RankPool) -> None:
     config = small_recipe(language={"config": language})
-    facts = gather_facts(config, TEMPLATES)
+    facts = gather_facts(config, TEMPLATES, TASKS)
     (real,) = ranks.run(1, names_of_built_model, config)
     expected = {name for names in facts.parameter_names.values() for name in names}
     assert real["all"] - real["unused"] == expected

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_vlm.ops import reference
+from megatron_vlm.ops import cross_entropy, reference
 from megatron_vlm.ops.cross_entropy import linear_cross_entropy
 
 T, H, V, PADDED = 23, 8, 50, 54
@@ -49,6 +49,65 @@ def test_padding_rows_that_take_part_are_seen():
     wrong = linear_cross_entropy(hidden, weight, labels, vocab_size=PADDED, group=None)
     with pytest.raises(AssertionError):
         torch.testing.assert_close(wrong, twin, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_tokens", [3, 9, 1000])
+def test_small_pieces_on_the_cpu_change_nothing(chunk_tokens, monkeypatch):
+    """Of some pieces the log-probabilities are kept, of others the logits are computed again."""
+    monkeypatch.setattr(cross_entropy, "CPU_PIECE_BYTES", 4 * V * 4)
+    hidden, weight, labels = case()
+    ours = linear_cross_entropy(hidden, weight, labels, vocab_size=V, group=None, chunk_tokens=chunk_tokens)
+    twin = reference.linear_cross_entropy(hidden, weight, labels, vocab_size=V)
+    torch.testing.assert_close(ours, twin, rtol=1e-5, atol=1e-6)
+    expected = gradients(twin, hidden, weight)
+    kept = torch.autograd.grad((ours * torch.linspace(0.5, 2.0, T)).sum(), (hidden, weight), retain_graph=True)
+    computed_again = gradients(ours, hidden, weight)  # the first backward has used up what was kept
+    for mine in (kept, computed_again):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_piece_left_out_is_seen(monkeypatch):
+    """The deliberately wrong variant: the last piece of several is never worked through."""
+    pieces = cross_entropy._Shard.pieces
+    monkeypatch.setattr(cross_entropy._Shard, "pieces", lambda *args: pieces(*args)[:-1])
+    hidden, weight, labels = case()
+    wrong = linear_cross_entropy(hidden, weight, labels, vocab_size=V, group=None, chunk_tokens=5)
+    twin = reference.linear_cross_entropy(hidden, weight, labels, vocab_size=V)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(wrong, twin, rtol=1e-5, atol=1e-6)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(gradients(wrong, weight), gradients(twin, weight), rtol=1e-5, atol=1e-6)
+
+
+def test_only_trained_rows_are_projected_and_few_of_them_twice():
+    hidden, weight, labels = case()
+    num_trained = int((labels != -100).sum())
+    assert num_trained < T
+
+    class Projections(torch.utils._python_dispatch.TorchDispatchMode):
+        """Rows that were multiplied into logits."""
+
+        num_rows = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mm.default and out.shape[1] == V:
+                self.num_rows += out.shape[0]
+            return out
+
+    with Projections() as forward:
+        loss = linear_cross_entropy(hidden, weight, labels, vocab_size=V, group=None, chunk_tokens=4).sum()
+    with Projections() as backward:
+        loss.backward()
+    assert forward.num_rows == num_trained == 18
+    assert backward.num_rows == 16  # the last piece's log-probabilities were kept: 18 = 4 * 4 + 2
+
+
+def test_nothing_trained():
+    hidden, weight, labels = case()
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100), vocab_size=V, group=None)
+    assert not loss.any()
+    assert not any(gradient.any() for gradient in gradients(loss, hidden, weight))
 
 
 def test_large_logits_do_not_overflow():

@@ -64,9 +64,14 @@ TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
 MEETING_POINT = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
+TWO_NODES_RESTARTED = {
+    "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"
+}  # fmt: skip
+
+
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in (*TORCHRUN, *MEETING_POINT):
+    for name in (*TORCHRUN, *MEETING_POINT, *TWO_NODES_RESTARTED, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -92,3 +97,17 @@ def test_a_broken_launcher_is_named(launcher: pytest.MonkeyPatch, variables: dic
         launcher.setenv(name, value)
     with pytest.raises(ParallelError, match=complaint):
         read_launch()
+
+
+def test_nodes_that_would_miss_each_other_after_a_restart(launcher: pytest.MonkeyPatch) -> None:
+    for name, value in {**TORCHRUN, **MEETING_POINT, **TWO_NODES_RESTARTED}.items():
+        launcher.setenv(name, value)
+    with pytest.raises(ParallelError, match="on 2 nodes: found TORCH_DISABLE_SHARE_RDZV_TCP_STORE unset, needed .*=1"):
+        read_launch()
+    for name, value in {
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCHELASTIC_USE_AGENT_STORE": "False", "GROUP_WORLD_SIZE": "1",
+        "TORCHELASTIC_MAX_RESTARTS": "0",
+    }.items():  # fmt: skip
+        with launcher.context() as changed:
+            changed.setenv(name, value)
+            assert read_launch().world_size == 4

@@ -1,54 +1,238 @@
-"""metrics.jsonl across a resume, and the curves drawn from it."""
+"""What rank 0 shows of a run: lines, TensorBoard events, pictures, the summary; across a resume and on a full disk."""
 
+import contextlib
 import json
+import logging
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_vlm.training.hooks.curves import draw_curves, smooth
-from megatron_vlm.training.hooks.jsonl import JsonLinesHook, read_metrics
-from megatron_vlm.training.meters import StepReport
+from megatron_vlm.config.schema import LoggingConfig
+from megatron_vlm.errors import TrainingError
+from megatron_vlm.training.hooks import showing_hooks
+from megatron_vlm.training.hooks.base import Hook
+from megatron_vlm.training.hooks.console import ConsoleHook
+from megatron_vlm.training.hooks.curves import CurvesHook, draw_curves, smooth
+from megatron_vlm.training.hooks.files import AppendedFile, replace_file
+from megatron_vlm.training.hooks.jsonl import EVALUATIONS, METRICS, JsonLinesHook, read_lines, to_line
+from megatron_vlm.training.hooks.summary import SummaryHook
+from megatron_vlm.training.hooks.tensorboard import TensorBoardHook
+from megatron_vlm.training.peak import Peak
+from tests.helpers.reports import comparison, evaluation_report, step_report
+from tests.helpers.solo import small_recipe
 
-
-def report(step: int, loss: float = 1.0) -> StepReport:
-    rates = {"language": 1e-3, "projector": 1e-2}
-    return StepReport(step, loss, 0.5, rates, 10, 20, 3, 0.1, True)
+PEAK = Peak(1e12, "a device, bf16, measured")
 
 
 def test_a_resumed_run_writes_each_step_once(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    first = JsonLinesHook(path, 0)
+    path = tmp_path / METRICS
+    first = JsonLinesHook(tmp_path, 0)
     for step in (1, 2, 3):
-        first.after_step(report(step))
+        first.after_step(step_report(step))
+    for step in (2, 3):
+        first.after_evaluation(evaluation_report(step))
     first.close()
     path.write_text(path.read_text() + '{"step": 4, "lo')  # cut short by a kill
-    resumed = JsonLinesHook(path, 2)
-    resumed.after_step(report(3, loss=2.0))
+    resumed = JsonLinesHook(tmp_path, 2)
+    resumed.after_step(step_report(3, loss=2.0))
+    resumed.after_evaluation(evaluation_report(3, loss=2.5))
     resumed.close()
-    assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert [(line["step"], line["loss"]) for line in read_lines(path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert [(line["step"], line["loss"]) for line in read_lines(tmp_path / EVALUATIONS)] == [(2, 1.5), (3, 2.5)]
 
 
-def test_a_fresh_run_starts_a_fresh_file(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(json.dumps(report(1).as_dict()) + "\n")
-    JsonLinesHook(path, 0).close()
-    assert read_metrics(path) == []
+def test_a_fresh_run_starts_fresh_files(tmp_path: Path) -> None:
+    for name in (METRICS, EVALUATIONS):
+        (tmp_path / name).write_text('{"step": 1}\n')
+    JsonLinesHook(tmp_path, 0).close()
+    assert read_lines(tmp_path / METRICS) == read_lines(tmp_path / EVALUATIONS) == []
 
 
-def test_curves_are_a_picture(tmp_path: Path) -> None:
-    hook = JsonLinesHook(tmp_path / "metrics.jsonl", 0)
-    for step in range(1, 30):
-        hook.after_step(report(step, loss=3.0 / step))
+def test_a_line_has_what_a_reader_needs(tmp_path: Path) -> None:
+    hook = JsonLinesHook(tmp_path, 0, sample_ids=True)
+    ranks = comparison({"data": [0.0, 0.0], "encode": [0.1, 0.3], "exchange": [0.3, 0.3]}, [1000, 3000])
+    hook.after_step(step_report(1, blanked={"missing": 2}, ranks=ranks))
+    (line,) = read_lines(tmp_path / METRICS)  # before the close: nothing is held back
     hook.close()
-    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as image:
-        assert image.width > 500 and len(image.convert("RGB").getcolors(1 << 24) or []) > 10
+    assert line["sample_ids"] == ["a", "b", "c", "d"] and line["blanked"] == {"missing": 2}
+    assert line["ranks"]["phases"]["encode"] == {"mean": 0.2, "max": 0.3, "slowest_rank": 1}
+    assert line["ranks"]["peak_memory_bytes"] == {"mean": 2000, "max": 3000, "fullest_rank": 1}
+    assert line["ranks"]["straggler"]["rank"] == 1 and line["ranks"]["straggler"]["phase"] == "encode"
+    other = JsonLinesHook(tmp_path, 0)
+    other.after_step(step_report(1))
+    other.close()
+    assert not {"sample_ids", "ranks"} & set(read_lines(tmp_path / METRICS)[0])
+
+
+def test_numbers_that_are_not_finite_stay_json(tmp_path: Path) -> None:
+    hook = JsonLinesHook(tmp_path, 0)
+    hook.after_step(step_report(1, loss=math.nan, grad_norm=math.inf, updated=False))
+    hook.close()
+    line = json.loads((tmp_path / METRICS).read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert line["loss"] is None and line["grad_norm"] is None and line["updated"] is False
+    draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").exists()
+    assert to_line({"evaluation": {"loss": math.nan}}) == b'{"evaluation": {"loss": null}}\n'
+
+
+def scalars(directory: Path, tag: str) -> dict[int, float]:
+    """The values TensorBoard shows, by step."""
+    accumulator = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return {event.step: event.value for event in accumulator.Scalars(tag)}
+
+
+def test_tensorboard_reads_the_events_back(tmp_path: Path) -> None:
+    hook = TensorBoardHook(tmp_path, 0)
+    for step in (1, 2, 3):
+        hook.after_step(step_report(step, loss=float(step)))
+    ranks = comparison({"data": [0.0, 0.0], "encode": [0.25, 0.75]}, [2**30, 2**31])
+    hook.after_step(step_report(4, loss=4.0, ranks=ranks))
+    hook.after_evaluation(evaluation_report(4, loss=1.5, score=0.5))
+    assert scalars(tmp_path, "loss") == {1: 1, 2: 2, 3: 3, 4: 4}, "before the close: a kill loses nothing"
+    assert scalars(tmp_path, "learning_rate/projector")[2] == pytest.approx(1e-2)
+    wanted = {
+        "grad_norm": 0.5, "speed/tokens_per_second": 200.0, "speed/mfu": 0.25, "speed/tflops_per_rank": 0.5,
+        "memory/peak_gib": 1.0, "memory/peak_gib_of_ranks": 2.0, "seconds/encode": 0.5,
+        "seconds_slowest/encode": 0.75, "evaluation/loss": 1.5, "evaluation/exact_match": 0.5,
+    }  # fmt: skip
+    assert {tag: scalars(tmp_path, tag)[4] for tag in wanted} == wanted
+    hook.close()
+
+
+def test_tensorboard_forgets_what_a_killed_run_had_done_since(tmp_path: Path) -> None:
+    first = TensorBoardHook(tmp_path, 0)
+    for step in range(1, 6):
+        first.after_step(step_report(step, loss=1.0))
+    resumed = TensorBoardHook(tmp_path, 3)
+    resumed.after_step(step_report(4, loss=2.0))
+    assert scalars(tmp_path, "loss") == {1: 1, 2: 1, 3: 1, 4: 2}
+    first.close()
+    resumed.close()
+
+
+def run_of(hook: Hook, steps: int = 40) -> None:
+    """A run with evaluations, a slow rank and a save at its end."""
+    for step in range(1, steps + 1):
+        seconds = {"data": [0.001] * 4, "encode": [0.02, 0.02, 0.09, 0.02], "exchange": [0.09] * 4}
+        seconds |= {"pipeline": [0.2, 0.21, 0.19, 0.2], "encoder_backward": [0.04] * 4, "update": [0.01] * 4}
+        ranks = comparison(seconds) if step % 10 == 0 else None
+        loss = 3.0 / step + 0.1 * math.sin(step)
+        hook.after_step(step_report(step, loss=loss, tokens_per_second=200 + 10 * math.cos(step), ranks=ranks))
+        if step % 10 == 0:
+            hook.after_evaluation(evaluation_report(step, 3.2 / step, step / 50))
+    hook.close()
+
+
+def test_curves_and_ranks_are_pictures(tmp_path: Path) -> None:
+    run_of(JsonLinesHook(tmp_path, 0))
+    run_of(CurvesHook(tmp_path))
+    for name in ("curves.png", "ranks_phases.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.width > 500 and len(image.convert("RGB").getcolors(1 << 24) or []) > 10
+    assert not list(tmp_path.glob(".*")), "nothing half-written is left"
 
 
 def test_no_picture_before_the_first_step(tmp_path: Path) -> None:
-    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
-    assert not (tmp_path / "curves.png").exists()
+    CurvesHook(tmp_path).close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_moving_mean_of_a_constant_is_that_constant() -> None:
     assert all(abs(value - 2.0) < 1e-12 for value in smooth([2.0] * 5))
+    assert smooth([2.0, math.nan, 2.0])[1:] == pytest.approx([2.0, 2.0])
+
+
+def test_the_summary_adds_up_each_attempt(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    for first_step in (1, 3):
+        hook = SummaryHook(path, 10, PEAK, {"too long": 5})
+        for step in (first_step, first_step + 1):
+            hook.after_step(step_report(step, blanked={"missing": step}, seconds=0.1 * step, mfu=0.1 * step))
+        hook.after_step(step_report(first_step + 2, updated=False, loss=0.5, seconds=1.0, mfu=0.0))
+        hook.after_evaluation(evaluation_report(first_step + 2))
+        hook.close()
+    first, last = read_lines(path)
+    assert (first["step"], last["step"], last["of_steps"], last["steps"]) == (3, 5, 10, 3)
+    assert last["samples_blanked"] == {"missing": 7} and last["samples_left_out"] == {"too long": 5}
+    assert last["tokens"] == 60 and last["samples"] == 12 and last["updates_left_out"] == 1
+    assert last["seconds"] == pytest.approx(1.7) and last["tokens_per_second"] == pytest.approx(60 / 1.7)
+    assert last["mfu"] == pytest.approx((0.3 * 0.3 + 0.4 * 0.4) / 1.7)
+    assert last["loss"] == 0.5 and last["evaluation"]["loss"] == 1.5 and last["peak_flops_source"] == PEAK.source
+
+
+def test_the_summary_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with told(caplog):
+        hook = SummaryHook(tmp_path / "summary.json", 10, PEAK, {"too long": 5, "bomb": 1})
+        hook.after_step(step_report(1, blanked={"missing": 2}))
+        hook.close()
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    assert "left out while indexing: 1 bomb, 5 too long" in text and "left untrained: 2 missing" in text
+    assert "200 tokens/s" in text and "MFU 25.0%" in text and "measured" in text
+
+
+def test_a_run_without_a_step_has_no_summary(tmp_path: Path) -> None:
+    SummaryHook(tmp_path / "summary.json", 10, PEAK, {}).close()
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_straggler_is_told_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    hook = ConsoleHook(10, 0, LoggingConfig(progress=False))
+    with told(caplog):
+        hook.after_step(step_report(1, ranks=comparison({"data": [0.0] * 3, "encode": [0.1, 0.1, 0.1]})))
+        assert not caplog.records
+        hook.after_step(step_report(2, ranks=comparison({"data": [0.0] * 3, "encode": [0.1, 0.3, 0.1]})))
+    (record,) = caplog.records
+    assert "rank 1" in record.getMessage() and "encode took 300 ms" in record.getMessage()
+    hook.close()
+
+
+@contextlib.contextmanager
+def told(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Lets caplog see the package's log, which does not go to the root logger."""
+    logger = logging.getLogger("megatron_vlm")
+    level = logger.level
+    logger.addHandler(caplog.handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(caplog.handler)
+        logger.setLevel(level)
+
+
+def test_a_full_disk_is_told_in_one_line() -> None:
+    file = AppendedFile(Path("/dev/full"))
+    with pytest.raises(TrainingError, match="/dev/full cannot be written: No space left on device"):
+        file.write(b"a line\n")
+    file.close()
+
+
+def test_a_replaced_file_is_whole_or_old(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    replace_file(path, b"old")
+    path.with_name(".file.partial").mkdir()
+    with pytest.raises(TrainingError, match="file cannot be written"):
+        replace_file(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("tensorboard", [True, False])
+def test_a_recipe_chooses_what_is_shown(tmp_path: Path, tensorboard: bool) -> None:
+    sections = {
+        "checkpoint": {"directory": str(tmp_path / "run")},
+        "logging": {"tensorboard": tensorboard, "curves": False, "progress": False, "sample_ids": True},
+    }
+    hooks = showing_hooks(small_recipe(sections=sections), 0, PEAK, {})
+    for hook in hooks:
+        hook.after_step(step_report(1))
+    for hook in hooks:
+        hook.close()
+    assert (tmp_path / "run" / "tensorboard").exists() is tensorboard
+    assert not (tmp_path / "run" / "curves.png").exists()
+    assert read_lines(tmp_path / "run" / METRICS)[0]["sample_ids"]
+    assert (tmp_path / "run" / "recipe.yaml").exists() and (tmp_path / "run" / "summary.json").exists()

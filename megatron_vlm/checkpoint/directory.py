@@ -1,0 +1,140 @@
+"""The directory of a run's checkpoints: what its names mean, and the only places that create, rename or remove any.
+
+    step_0000100/            a checkpoint; it got this name when it was whole
+    latest                   a file with the name of the newest
+    .partial_step_0000100/   being written
+    .replaced_step_0000100/  the one that stood there before, until the new one of that step does
+    .removed_step_0000100/   being removed
+    damaged_step_0000100/    found damaged on resume; nothing here looks at it again
+
+One process per job changes it, rank 0; the others hear of it (`on_rank_zero`). Whatever is killed, and whenever, at
+least one of the checkpoints that were there stays, under a name that the next start finds.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar, cast
+
+from torch.distributed import ProcessGroup
+
+from megatron_vlm.checkpoint.integrity import sync_directory
+from megatron_vlm.errors import CheckpointError
+from megatron_vlm.runtime.collectives import broadcast_object
+
+T = TypeVar("T")
+LATEST = "latest"
+_STEP = "step_"
+_LEFTOVERS = (".partial_*", ".removed_*")
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates stands."""
+    return root / f"{_STEP}{step:07d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Updates made before a checkpoint of a run's directory."""
+    return int(checkpoint.name.removeprefix(_STEP))
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The checkpoints of a run's directory, newest first."""
+    found = [path for path in root.glob(f"{_STEP}*") if path.name.removeprefix(_STEP).isdecimal() and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def partial_path(final: Path) -> Path:
+    """Where a checkpoint is written."""
+    return final.with_name(f".partial_{final.name}")
+
+
+def replaced_path(final: Path) -> Path:
+    """Where a checkpoint of the same step stands until its successor is in place."""
+    return final.with_name(f".replaced_{final.name}")
+
+
+def create_partial(final: Path) -> Path:
+    """An empty directory to write a checkpoint into. Raises OSError."""
+    partial = partial_path(final)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Gives a checkpoint its name, in place of one of the same step where there is one. Raises OSError."""
+    for directory in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+        sync_directory(directory)
+    replaced = replaced_path(final)
+    if final.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)  # a kill came between the renaming and the removal
+        os.rename(final, replaced)
+    os.rename(partial, final)
+    point_to(final)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def point_to(checkpoint: Path) -> None:
+    """Makes `latest` name this checkpoint. Raises OSError."""
+    pointer = checkpoint.with_name(LATEST)
+    temporary = pointer.with_name(f".{LATEST}.partial")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(checkpoint.name)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, pointer)
+    sync_directory(checkpoint.parent)
+
+
+def keep_newest(root: Path, number: int) -> None:
+    """Removes all checkpoints but the newest `number`. Raises OSError."""
+    for checkpoint in checkpoints(root)[number:]:
+        removed = checkpoint.with_name(f".removed_{checkpoint.name}")  # half removed, it must not look like one
+        os.rename(checkpoint, removed)
+        shutil.rmtree(removed)
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Takes a damaged checkpoint out of the run's, without removing it. Raises OSError."""
+    aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    os.rename(checkpoint, aside)
+
+
+def tidy(root: Path) -> None:
+    """Removes what a killed run was writing or removing, and finishes what it was renaming. Raises OSError."""
+    for pattern in _LEFTOVERS:
+        for leftover in root.glob(pattern):
+            shutil.rmtree(leftover)
+    for replaced in root.glob(f".replaced_{_STEP}*"):
+        final = replaced.with_name(replaced.name.removeprefix(".replaced_"))
+        if final.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.rename(replaced, final)
+
+
+def on_rank_zero(action: Callable[[], T], world: ProcessGroup, problem: str) -> T:
+    """What `action` returns on rank 0 (picklable), on every rank; a collective call.
+
+    Raises:
+        CheckpointError: on every rank, what `action` raised, an OSError as `problem` and its message.
+    """
+    outcome: tuple[T | None, CheckpointError | None] | None = None
+    if world.rank() == 0:
+        try:
+            outcome = action(), None
+        except CheckpointError as error:
+            outcome = None, error
+        except OSError as error:
+            outcome = None, CheckpointError(f"{problem}: {error}")
+    result, failure = broadcast_object(outcome, world)
+    if failure is not None:
+        raise failure
+    return cast(T, result)

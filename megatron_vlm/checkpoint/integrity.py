@@ -1,0 +1,54 @@
+"""Files that are whole: brought to the disk and hashed when written, compared with the manifest before being read."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch.distributed import ProcessGroup
+
+from megatron_vlm.checkpoint.manifest import FileRecord, Manifest
+from megatron_vlm.runtime.collectives import all_gather_objects
+
+
+def record_of(file: Path) -> FileRecord:
+    """Size and hash of a file, its bytes brought to the disk. Raises OSError."""
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())
+        return FileRecord(os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def records_of(directory: Path, files: Iterable[Path]) -> dict[str, FileRecord]:
+    """The records of files by their path inside `directory`. Raises OSError."""
+    return {str(file.relative_to(directory)): record_of(file) for file in files}
+
+
+def sync_directory(directory: Path) -> None:
+    """Brings the names of the files in `directory` to the disk. Raises OSError."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def find_damage(directory: Path, manifest: Manifest, world: ProcessGroup) -> str | None:
+    """The first file that is not what the manifest says, and why; None where all are. A collective call: the ranks
+    share the reading, and all get the same answer."""
+    by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size_bytes, name))
+    own = by_size[world.rank() :: world.size()]
+    found = [f"{name} {why}" for name in own if (why := _damage(directory / name, manifest.files[name]))]
+    return next((damage for of_rank in all_gather_objects(found, world) for damage in of_rank), None)
+
+
+def _damage(file: Path, expected: FileRecord) -> str | None:
+    try:
+        size_bytes = file.stat().st_size
+        if size_bytes != expected.size_bytes:
+            return f"has {size_bytes} bytes, it was saved with {expected.size_bytes}"
+        with open(file, "rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != expected.sha256:
+                return "is not what was saved: its SHA-256 differs from the manifest's"
+    except OSError as error:
+        return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+    return None

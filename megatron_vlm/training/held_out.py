@@ -1,0 +1,140 @@
+"""Evaluation in training: the loss over all held-out data and, where a task is named, the score of generated answers.
+
+The job's own model is used in the layout it trains in: nothing is loaded a second time. Nothing is learnt and no random
+number is drawn, so training goes on exactly as it would have without (tests/distributed/test_held_out.py).
+
+Hazard: everything here is collective. Every rank evaluates after the same updates; only the questions are shared out,
+by replica, and the answers gathered at the end.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megatron.core.distributed import DistributedDataParallel
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.data.loader import SampleSource, StepFetcher, build_held_out_loader
+from megatron_vlm.evaluation.report import Report
+from megatron_vlm.evaluation.run import Asked, EvaluationRequest, evaluate
+from megatron_vlm.generation.assistant import Assistant
+from megatron_vlm.training.job import Job
+
+QUESTIONS_AT_A_TIME = 16  # gradients and optimizer states stay, so the cache has less room than in tools/evaluate.py
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What one evaluation found, equal on every rank."""
+
+    step: int  # updates made before it
+    loss: float  # mean cross entropy per trained token
+    num_samples: int
+    num_tokens: int  # trained ones
+    task: str | None = None  # this and the rest where evaluation.task is named
+    score: float | None = None  # mean over all questions, 0..1
+    forms: dict[str, float] | None = None  # the same by question form
+
+
+def build_held_out(job: Job) -> "HeldOut | None":
+    """The job's evaluation, None with training.mode train. Every rank calls it, once; the data is opened here, so that
+    what is wrong with it is told before the first step.
+
+    Raises:
+        ConfigError: no token is known that ends an answer.
+        DataError: a sample that cannot be used, or is longer than training.sequence_length.
+    """
+    return None if job.config.training.mode == "train" else HeldOut(job)
+
+
+class HeldOut:
+    """Evaluates a job's model in the layout it trains in.
+
+    Args:
+        job: its recipe has an evaluation.path. Raises as `build_held_out`.
+    """
+
+    def __init__(self, job: Job) -> None:
+        config, spec, grid = job.config, job.model.media_spec, job.grid
+        self.job = job
+        self.batches = build_held_out_loader(config, job.tokenizer, spec, grid.sizes, grid.rank)
+        self.questions: Questions | None = None
+        if config.evaluation.task is not None:
+            assert isinstance(self.batches.producer, StepFetcher)
+            assistant = Assistant.of(job.model, config.data, job.tokenizer)
+            request = make_request(config, config.evaluation.task)
+            self.questions = Questions(assistant, self.batches.producer.source, request)
+
+    def evaluate(self, updates: int) -> EvaluationReport:
+        """A collective call. The model, its mode and all random states are left as they were.
+
+        Args:
+            updates: made so far, for the report.
+
+        Raises:
+            DataError: a picture that cannot be read, where data.on_bad_sample is error.
+        """
+        loss_sum, num_tokens, num_samples = 0.0, 0, 0
+        with unchanged_mode([*self.job.language, self.job.vision]):
+            for batch in self.batches:
+                batch_loss, batch_tokens = self.job.step.evaluate(batch)
+                loss_sum, num_tokens = loss_sum + batch_loss, num_tokens + batch_tokens
+                num_samples += len(batch.sample_ids)
+        report = EvaluationReport(updates, loss_sum / max(1, num_tokens), num_samples, num_tokens)
+        if self.questions is None:
+            return report
+        with whole_parameters(self.job.language):
+            answers = self.questions.ask()
+        forms = {form.form: form.score for form in answers.forms}
+        return replace(report, task=answers.task, score=answers.score, forms=forms)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Held-out samples as questions to the model in training."""
+
+    assistant: Assistant
+    samples: SampleSource
+    request: EvaluationRequest
+
+    def ask(self) -> Report:
+        """All of them. Raises DataError as `evaluate`."""
+        source = self.samples
+        read = [source.file.read(source.index.extent(number)) for number in range(len(source.index))]
+        return evaluate(self.assistant, [Asked(sample, source.media_root) for sample in read], self.request)
+
+
+def make_request(config: Config, task: str) -> EvaluationRequest:
+    """How a job in training is asked."""
+    return EvaluationRequest(
+        task=task,
+        batch_size=QUESTIONS_AT_A_TIME,
+        max_new_tokens=config.evaluation.max_new_tokens,
+        tolerant=config.data.on_bad_sample == "skip",
+        progress=False,  # the run has a bar of its own
+    )
+
+
+@contextlib.contextmanager
+def unchanged_mode(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Training or evaluation mode of every module is afterwards as it was."""
+    modes = [(module, module.training) for chunk in chunks for module in chunk.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def whole_parameters(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """All parameters are up to date inside, and nothing waits for them: where their gather overlaps the next training
+    step's forward, megatron-core's hooks would wait for layers in an order that decoding does not keep."""
+    overlapped = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlapped:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in overlapped:
+            chunk.enable_forward_pre_hook()

@@ -1,0 +1,109 @@
+"""The end of a run in a few numbers: on the console, and as the last line of summary.json.
+
+summary.json has one object per attempt, in order: a run that was resumed has as many lines as it was started times.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.runtime.logging import get_logger
+from megatron_vlm.training.held_out import EvaluationReport
+from megatron_vlm.training.hooks.base import Hook
+from megatron_vlm.training.hooks.files import AppendedFile
+from megatron_vlm.training.hooks.jsonl import to_line
+from megatron_vlm.training.meters import StepReport
+from megatron_vlm.training.peak import Peak
+
+logger = get_logger(__name__)
+
+
+class SummaryHook(Hook):
+    """Sums up this attempt, from its first step to whatever ends it; says nothing of one without a step.
+
+    Args:
+        path: of summary.json.
+        steps: updates of the whole run.
+        peak: what MFU is measured against.
+        left_out: samples left out while indexing, by reason.
+    """
+
+    def __init__(self, path: Path, steps: int, peak: Peak, left_out: dict[str, int]) -> None:
+        self.path, self.steps, self.peak, self.left_out = path, steps, peak, left_out
+        self.blanked: Counter[str] = Counter()
+        self.totals: Counter[str] = Counter()
+        self.mfu_seconds = self.tflops_seconds = 0.0
+        self.peak_memory_bytes = 0
+        self.last: StepReport | None = None
+        self.evaluation: EvaluationReport | None = None
+
+    def after_step(self, report: StepReport) -> None:
+        self.blanked.update(report.blanked)
+        for name in ("tokens", "trained_tokens", "samples", "media", "seconds"):
+            self.totals[name] += getattr(report, name)
+        self.totals["steps"] += 1
+        self.totals["updates_left_out"] += not report.updated
+        self.mfu_seconds += report.mfu * report.seconds
+        self.tflops_seconds += report.tflops_per_rank * report.seconds
+        self.peak_memory_bytes = max(
+            self.peak_memory_bytes,
+            report.peak_memory_bytes,
+            0 if report.ranks is None else int(report.ranks.peak_memory.max),
+        )
+        self.last = report
+
+    def after_evaluation(self, report: EvaluationReport) -> None:
+        self.evaluation = report
+
+    def close(self) -> None:
+        if self.last is None:
+            return
+        summary = self.summary(self.last)
+        _log(summary)
+        file = AppendedFile(self.path)
+        file.write(to_line(summary))
+        file.close()
+
+    def summary(self, last: StepReport) -> dict[str, Any]:
+        """Plain values."""
+        seconds = self.totals["seconds"]
+        evaluation = self.evaluation
+        return {
+            "step": last.step,
+            "of_steps": self.steps,
+            **self.totals,
+            "loss": last.loss,
+            "tokens_per_second": self.totals["tokens"] / seconds,
+            "tflops_per_rank": self.tflops_seconds / seconds,
+            "mfu": self.mfu_seconds / seconds,
+            "peak_flops": self.peak.flops_per_second,
+            "peak_flops_source": self.peak.source,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "samples_left_out": self.left_out,
+            "samples_blanked": dict(self.blanked),
+            "evaluation": None if evaluation is None else vars(evaluation),
+        }
+
+
+def _log(summary: dict[str, Any]) -> None:
+    logger.info(
+        "%d steps to step %d of %d in %.1f s: %s tokens, %s samples, %s pictures; loss %.4f",
+        summary["steps"],
+        summary["step"],
+        summary["of_steps"],
+        summary["seconds"],
+        *(f"{summary[name]:,}" for name in ("tokens", "samples", "media")),
+        summary["loss"],
+    )
+    logger.info(
+        "%s tokens/s, %.3g TFLOP/s per rank, MFU %.1f%% of %.3g FLOP/s (%s), peak memory %.2f GiB",
+        f"{summary['tokens_per_second']:,.0f}",
+        summary["tflops_per_rank"],
+        100 * summary["mfu"],
+        summary["peak_flops"],
+        summary["peak_flops_source"],
+        summary["peak_memory_bytes"] / 2**30,
+    )
+    for name, what in (("samples_left_out", "left out while indexing"), ("samples_blanked", "left untrained")):
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(summary[name].items()))
+        logger.info("samples %s: %s", what, reasons or "none")

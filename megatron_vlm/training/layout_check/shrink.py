@@ -1,0 +1,212 @@
+"""The user's own recipe made small: the same layout, kind of model and data, in seconds.
+
+Kept: everything that decides how ranks share the work (sizes, sequence parallelism, windows, overlap, recompute,
+distributed optimizer), what trains, heads and groups, tied weights and biases, the vocabulary with its padding, the
+tokenizer and its template. Reduced: layers, widths, the pictures' size, rows, steps. Weights are random, with a spread
+at which attention is not flat, even where the recipe names some: none of the user's is needed to see whether a layout
+computes what one process does. Arithmetic is fp32, and rates are high enough for updates to show.
+
+The samples are the shortest real ones of each kind: one picture, several, text alone.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.config.loading import config_from_tree
+from megatron_vlm.config.schema import Config, TrainingConfig
+from megatron_vlm.data.conversation import ConversationEncoder
+from megatron_vlm.data.sources.llava_json import Extent, LlavaFile
+from megatron_vlm.data.templates import TEMPLATES
+from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.errors import DataError
+from megatron_vlm.evaluation.tasks import TASKS
+from megatron_vlm.models.facts import gather_facts
+from megatron_vlm.models.language import head_width, load_language_config
+from megatron_vlm.models.vision.survey import load_vision_config, survey_tower
+from megatron_vlm.parallel.layout import padded_length
+from megatron_vlm.parallel.sizes import GridSizes
+
+NUM_STEPS = 3
+NUM_CANDIDATES = 512  # samples looked at, evenly spread over the file
+MAX_LAYERS_PER_CHUNK = 2
+MAX_HIDDEN_SIZE, MAX_HEAD_WIDTH, MAX_FFN_SIZE = 64, 16, 256
+MAX_TOWER_LAYERS, MAX_TOWER_HEADS = 2, 4
+MAX_PATCHES_PER_SIDE = 6
+MAX_MICRO_BATCH_SIZE = 2
+MIN_ROWS = 4  # of a global batch, where the recipe's has as many
+INITIALIZER_RANGE = 0.1
+RATES = {"lr": 1e-3, "lr_projector": 3e-3, "lr_vision": 2e-3}  # apart, so that a mix-up of components shows
+MIN_EPS = 1e-6  # of Adam: below, rounding in single elements with hardly a gradient becomes whole steps
+ABOUT_FILES = ("transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "quantization_config")
+
+Tree = dict[str, Any]
+
+
+def shrink(config: Config, world_size: int) -> tuple[Config, list[Tree]]:
+    """A small recipe, whose data, checkpoint and log paths mean nothing yet, and the samples for its data file.
+
+    Args:
+        config: valid for `world_size` ranks.
+
+    Raises:
+        ConfigError, DataError: tokenizer or data file cannot be used.
+    """
+    sizes = GridSizes.from_config(config.parallel, world_size)
+    tree = config.model_dump(mode="json")
+    model, language, vision = tree["model"], config.model.language, config.model.vision
+    model["language"] |= {
+        "path": None,
+        "config": shrink_language(config),
+        "tokenizer": language.tokenizer or language.path,
+    }
+    tower, select_layer = shrink_tower(config)
+    model["vision"] |= {"path": None, "config": tower, "select_layer": select_layer}
+    root = config.data.media_root or str(Path(config.data.path).parent)
+    tree["data"] |= {"media_root": str(Path(root).resolve()), "num_workers": 0}
+    tree["data"] |= {
+        "shuffle": False,
+        "group_by_modality_length": False,
+    }  # the picked order: pictures in the first step
+    if config.data.image_mode == "processor":
+        tree["data"]["image_mode"] = "pad"  # the processor's settings stay behind with the tower's path
+    tree["precision"] |= {"params": "fp32", "grad_reduce": "fp32"}
+    tree["optimizer"] |= {name: rate for name, rate in RATES.items() if tree["optimizer"][name] is not None}
+    tree["optimizer"]["eps"] = max(config.optimizer.eps, MIN_EPS)
+    tree["schedule"] |= {"warmup_ratio": 0.0, "min_lr": 0.0}
+    tree["training"] |= shrink_batch(config.training, sizes) | {"steps": NUM_STEPS, "mode": "train"}
+    tree["checkpoint"] = {"directory": "unused", "resume": "never"}
+    tree["evaluation"] = {}
+    tree["logging"] = {"progress": False, "curves": False, "tensorboard": False, "ranks_every_steps": 0}
+    model["freeze"] = matching_patterns(tree)
+    small = config_from_tree(tree, "the shrunk recipe")
+    num_tokens = survey_tower(small.model.vision).media_spec.tokens_per_image
+    samples, longest = pick_samples(small, num_tokens, small.training.global_batch_size * NUM_STEPS)
+    cut = (sizes.ring, sizes.ulysses, sizes.tensor if config.parallel.sequence else 1)
+    tree["training"]["sequence_length"] = padded_length(max(longest, num_tokens + 1), *cut)
+    return config_from_tree(tree, "the shrunk recipe"), samples
+
+
+def shrink_language(config: Config) -> Tree:
+    """The language model's config: few layers, narrow, with the heads and groups that it has."""
+    hf_config = load_language_config(config.model.language)
+    chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
+    num_layers = chunks * min(MAX_LAYERS_PER_CHUNK, hf_config.num_hidden_layers // chunks)
+    settings = _settings(hf_config, num_layers)
+    heads = hf_config.num_attention_heads
+    if hf_config.hidden_size > MAX_HIDDEN_SIZE:
+        settings["hidden_size"] = heads * max(1, MAX_HIDDEN_SIZE // heads)  # transformers wants a multiple
+    settings["head_dim"] = min(head_width(hf_config), MAX_HEAD_WIDTH)
+    settings["intermediate_size"] = min(
+        hf_config.intermediate_size, padded_length(MAX_FFN_SIZE, tensor=config.parallel.tensor)
+    )
+    return settings | {"initializer_range": INITIALIZER_RANGE}
+
+
+def shrink_tower(config: Config) -> tuple[Tree, int]:
+    """The tower's config and `select_layer`: few layers, of which as many are left out at the end as before, or one."""
+    hf_config = load_vision_config(config.model.vision)
+    selected = config.model.vision.select_layer % (hf_config.num_hidden_layers + 1)
+    kept = min(selected, MAX_TOWER_LAYERS)
+    num_layers = max(1, kept + min(1, hf_config.num_hidden_layers - selected))
+    settings = _settings(hf_config, num_layers)
+    heads = settings.get("num_attention_heads")
+    if heads and settings["hidden_size"] > MAX_HIDDEN_SIZE:
+        settings["num_attention_heads"] = min(heads, MAX_TOWER_HEADS)
+        settings["hidden_size"] = settings["num_attention_heads"] * MAX_HEAD_WIDTH
+        if "intermediate_size" in settings:
+            settings["intermediate_size"] = min(settings["intermediate_size"], MAX_FFN_SIZE)
+    size, patch = settings.get("image_size"), settings.get("patch_size")
+    if isinstance(size, int) and isinstance(patch, int):
+        settings["image_size"] = min(size, MAX_PATCHES_PER_SIDE * patch)
+    return settings, kept
+
+
+def _settings(hf_config: Any, num_layers: int) -> Tree:
+    """A transformers config as a recipe may have it, with `num_layers` layers; lists by layer are cut."""
+    settings = {name: value for name, value in hf_config.to_diff_dict().items() if name not in ABOUT_FILES}
+    per_layer = {
+        name: value[:num_layers]
+        for name, value in settings.items()
+        if isinstance(value, list) and len(value) == hf_config.num_hidden_layers
+    }
+    return settings | per_layer | {"model_type": hf_config.model_type, "num_hidden_layers": num_layers}
+
+
+def shrink_batch(training: TrainingConfig, sizes: GridSizes) -> Tree:
+    """The fewest rows with which the schedule still does all it does: several micro-batches, windows where there are
+    some, the last one shorter where it is."""
+    stages, window = sizes.pipeline, training.media_window
+    number = training.global_batch_size // (training.micro_batch_size * sizes.data)
+    rows = min(training.micro_batch_size, MAX_MICRO_BATCH_SIZE)
+    if window is None or window >= number:
+        window, number = None, min(number, max(2 * stages, -(-MIN_ROWS // (rows * sizes.data))))
+    elif number % window:
+        window, number = 2 * stages, 3 * stages
+    else:
+        window = min(window, max(2, stages))
+        number = 2 * window
+    return {
+        "media_window": window,
+        "micro_batch_size": rows,
+        "global_batch_size": number * rows * sizes.data,
+    }
+
+
+def matching_patterns(tree: Tree) -> list[str]:
+    """The regexes of `model.freeze` that match a parameter of the small model; others were for layers it lacks."""
+    patterns = tree["model"]["freeze"]
+    without = config_from_tree(tree | {"model": tree["model"] | {"freeze": []}}, "the shrunk recipe")
+    names = [
+        name
+        for known in gather_facts(without, TEMPLATES.names(), TASKS.names()).parameter_names.values()
+        for name in known
+    ]
+    return [pattern for pattern in patterns if any(re.search(pattern, name) for name in names)]
+
+
+def pick_samples(config: Config, tokens_per_image: int, num_samples: int) -> tuple[list[Tree], int]:
+    """The shortest samples with one, several and no pictures, by turns, and the longest one's tokens.
+
+    Raises:
+        DataError: none can be used; the first one's fault.
+    """
+    data = config.data
+    tokenizer = load_tokenizer(config.model.language.tokenizer, data.image_token)
+    encoder = ConversationEncoder(tokenizer, data.template, data.image_token, tokens_per_image)
+    file = LlavaFile(data.path, data.image_token)
+    kinds: dict[int, list[tuple[int, Extent]]] = {1: [], 2: [], 0: []}
+    fault: DataError | None = None
+    for extent in _spread(file.scan(), NUM_CANDIDATES):
+        try:
+            sample = file.read(extent)
+            length = len(encoder.encode(sample).ids)
+        except DataError as error:
+            fault = fault or error
+            continue
+        if all((Path(str(data.media_root)) / image).is_file() for image in sample.images):
+            kinds[min(len(sample.images), 2)].append((length, extent))
+    picked = list(_by_turns([sorted(kind) for kind in kinds.values()]))[:num_samples]
+    if not picked:
+        raise fault or DataError(f"{data.path}: none of its first samples has all its pictures in {data.media_root}")
+    return [_read_object(file.path, extent) for _, extent in picked], max(length for length, _ in picked)
+
+
+def _spread(extents: Sequence[Extent], number: int) -> Sequence[Extent]:
+    return extents[:: max(1, len(extents) // number)][:number]
+
+
+def _by_turns(kinds: Sequence[Sequence[tuple[int, Extent]]]) -> Iterator[tuple[int, Extent]]:
+    """The first of each kind, the second of each, ..."""
+    for number in range(max(map(len, kinds))):
+        yield from (kind[number] for kind in kinds if number < len(kind))
+
+
+def _read_object(path: Path, extent: Extent) -> Tree:
+    """A conversation as the file has it, but named as errors and reports name it."""
+    with open(path, "rb") as file:
+        file.seek(extent.offset)
+        record = json.loads(file.read(extent.size))
+    return {"id": str(extent.number)} | record

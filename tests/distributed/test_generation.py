@@ -1,0 +1,130 @@
+"""A training job's own model answers in its layout, token for token as one process does, and is then as it was.
+
+Weights of high variance, so that every choice is clear and anything wrong on the way changes answers: each planted
+fault must.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.helpers import faults
+from tests.helpers.ranks import RankPool
+from tests.helpers.tiny import tiny_recipe
+from tests.unit.generation.conftest import draw_pictures, hf_llava, write_prompts
+
+NUM_NEW = 8
+NUM_IMAGES = 5  # of all prompts
+VIRTUAL = {"pipeline": 2, "virtual_pipeline": 2}
+FAST = {"tp2-pp2-sp": (4, {"tensor": 2, "pipeline": 2, "sequence": True}), "pp2-virtual2": (2, VIRTUAL)}
+SLOW = {
+    "tp2": (2, {"tensor": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "tp2-dp2-sp": (4, {"tensor": 2, "sequence": True}),
+}
+FAULTS = {
+    "swapped_feature_rows": {"tensor": 2},
+    "answers_one_position_behind": {"pipeline": 2},
+    "chunks_in_wrong_order": VIRTUAL,
+}
+
+
+def recipe_in(directory: Any, **parallel: Any) -> dict[str, Any]:
+    return tiny_recipe(directory, parallel=parallel).model_dump(mode="json")
+
+
+def decode_in_job(
+    recipe: dict[str, Any], batch_sizes: tuple[int, ...], fault: str | None = None
+) -> tuple[list[list[int]], int]:
+    """Token ids per prompt, by a job's model, as this rank sees them, and how many images it read; replica d decodes
+    batch_sizes[d] prompts at a time, and other replicas do not wait."""
+    from megatron_vlm.config.schema import Config
+    from megatron_vlm.conversion.weights import load_hf_state
+    from megatron_vlm.generation.assistant import Assistant
+    from megatron_vlm.generation.greedy import decode_greedily
+    from megatron_vlm.generation.prompts import Question, collate, read_prompt
+    from megatron_vlm.training.job import build_job
+
+    config = Config.model_validate(recipe)
+    job = build_job(config, torch.distributed.get_world_size())
+    load_hf_state(job.model, hf_llava(config).state_dict(), job.grid)
+    assistant = Assistant.of(job.model, config.data, job.tokenizer)
+    questions, read = [], []
+
+    def pixels(image: Any) -> torch.Tensor:
+        read.append(image)
+        return assistant.reader.prepare(image)
+
+    for number, prompt in enumerate(write_prompts(draw_pictures())):
+        sample, images = read_prompt(prompt, assistant.image_token, number)
+        questions.append(Question(sample, [partial(pixels, image) for image in images]))
+    before = flags(job.model.train())
+    rows: list[list[int]] = []
+    size = batch_sizes[job.grid.coordinates.data]
+    with planted(fault):
+        for start in range(0, len(questions), size):
+            batch = collate(questions[start : start + size], assistant.encoder, job.model.media_spec)
+            rows += decode_greedily(job.model, batch, (), NUM_NEW)
+    assert flags(job.model) == before
+    return rows, len(read)
+
+
+def flags(model: Any) -> list[Any]:
+    """Mode and sequence parallelism of every module and configuration."""
+    names = ("training", "sequence_parallel", "reduce_scatter_embeddings", "scatter_to_sequence_parallel")
+    owners = [owner for part in model.modules() for m in part.modules() for owner in (m, getattr(m, "config", None))]
+    return [(name, getattr(owner, name, None)) for owner in owners for name in names]
+
+
+@contextlib.contextmanager
+def planted(fault: str | None) -> Iterator[None]:
+    """One thing broken on the way of a token through the replica."""
+    from megatron_vlm.generation import greedy
+
+    original = greedy.next_tokens
+
+    def one_behind(model: Any, ids: Any, positions: Any, features: Any, cache: Any) -> Any:
+        return original(model, ids, positions if features is not None else positions - 1, features, cache)
+
+    def wrong_order(model: Any, *rest: Any) -> Any:
+        first, second = (chunk.decoder for chunk in model.language)
+        first.layers, second.layers = second.layers, first.layers
+        try:
+            return original(model, *rest)
+        finally:
+            first.layers, second.layers = second.layers, first.layers
+
+    broken = {"answers_one_position_behind": one_behind, "chunks_in_wrong_order": wrong_order}
+    if fault in broken:
+        with mock.patch.object(greedy, "next_tokens", broken[fault]):
+            yield
+    else:
+        with faults.planted(fault):
+            yield
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    ((rows, _),) = ranks.run(1, decode_in_job, recipe_in(tmp_path_factory.mktemp("alone")), (4,))
+    assert len({tuple(row) for row in rows}) == len(rows), "the prompts must lead to different answers"
+    return rows
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_a_layout_answers_as_one_process(ranks, alone, tmp_path, name):
+    num_ranks, parallel = {**FAST, **SLOW}[name]
+    answers = ranks.run(num_ranks, decode_in_job, recipe_in(tmp_path, **parallel), (4, 1))
+    assert [rows for rows, _ in answers] == [alone] * num_ranks
+    num_replicas = num_ranks // (parallel.get("tensor", 1) * parallel.get("pipeline", 1))
+    assert sum(num_read for _, num_read in answers) == NUM_IMAGES * num_replicas, "each by one rank of a replica"
+
+
+@pytest.mark.parametrize("fault", [*FAULTS])
+def test_a_fault_changes_answers(ranks, alone, tmp_path, fault):
+    for rows, _ in ranks.run(2, decode_in_job, recipe_in(tmp_path, **FAULTS[fault]), (4,), fault):
+        assert rows != alone

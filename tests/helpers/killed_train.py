@@ -1,0 +1,62 @@
+"""tools/train.py that is killed at a chosen moment. tests/system/test_kills.py starts it.
+
+killed_train.py RANK STEP {step,save} RECIPE.yaml [section.key=value ...]
+
+step: rank RANK ends by SIGKILL in step STEP (0-based), while the others wait for it in a collective.
+save: it ends while the checkpoint after STEP updates is half written: its writer, which kills it, has written some
+      tensors of many, and the other ranks' writers may have written all of theirs.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.runtime import distributed
+from tools import train
+
+
+def kill_in_step(step: int) -> None:
+    """This process ends when the step begins."""
+    from megatron_vlm.training.step import TrainStep
+
+    run_step = TrainStep.__call__
+
+    def run_or_end(self: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
+        if batch.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return run_step(self, batch, *arguments, **options)
+
+    TrainStep.__call__ = run_or_end  # type: ignore[method-assign]
+
+
+def kill_in_save(step: int) -> None:
+    """This process ends when its writer has written some tensors of the step's checkpoint."""
+    from megatron_vlm.checkpoint import saver
+    from megatron_vlm.checkpoint.writing import Part
+    from tests.helpers.parts import FatalPart
+
+    def part(directory: Path, *arguments: Any) -> Part:
+        return (FatalPart if directory.name.endswith(f"step_{step:07d}") else Part)(directory, *arguments)
+
+    saver.Part = part  # type: ignore[assignment,misc]
+
+
+def main() -> None:
+    """Waits for torch to be there, and the device prepared, before it changes anything."""
+    rank, step, moment = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    del sys.argv[1:4]
+    init_world = distributed.init_world
+
+    def init_and_arm(launch: Any, *arguments: Any, **options: Any) -> None:
+        init_world(launch, *arguments, **options)
+        if launch.rank == rank:
+            (kill_in_step if moment == "step" else kill_in_save)(step)
+
+    distributed.init_world = init_and_arm
+    train.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The directory of a run's checkpoints through kills at any point, and what is kept of it."""
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_vlm.checkpoint import directory
+from megatron_vlm.checkpoint.store import find_checkpoint
+from megatron_vlm.errors import CheckpointError, ConfigError
+from tests.helpers.solo import one_rank
+
+
+def write(root: Path, step: int, content: str = "x") -> Path:
+    """A checkpoint ready to be published."""
+    partial = directory.create_partial(directory.checkpoint_path(root, step))
+    (partial / "part").write_text(content)
+    (partial / "manifest.json").write_text('{"format": 0}')
+    return partial
+
+
+def publish(root: Path, step: int, content: str = "x") -> Path:
+    final = directory.checkpoint_path(root, step)
+    directory.publish(write(root, step, content), final)
+    return final
+
+
+def names(root: Path) -> set[str]:
+    return {path.name for path in root.iterdir()}
+
+
+def test_the_newest_comes_first_and_nothing_else_counts(tmp_path: Path) -> None:
+    for step in (2, 10_000_000, 4):
+        publish(tmp_path, step)
+    write(tmp_path, 6)
+    (tmp_path / "step_0000008").write_text("a file")
+    (tmp_path / "step_notes").mkdir()
+    assert [directory.step_of(found) for found in directory.checkpoints(tmp_path)] == [10_000_000, 4, 2]
+    assert (tmp_path / "latest").read_text() == "step_0000004"
+    assert directory.checkpoints(tmp_path / "nowhere") == []
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    publish(tmp_path, 2, "old")
+    assert (publish(tmp_path, 2, "new") / "part").read_text() == "new"
+    assert names(tmp_path) == {"step_0000002", "latest"}
+
+
+@pytest.mark.parametrize("killed_before", ["rename", "rmtree", "replace"])
+def test_killed_while_replacing(tmp_path: Path, killed_before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the last thing was that the killed process did, one of the two checkpoints is there after the next
+    start, whole."""
+    publish(tmp_path, 2, "old")
+    calls = 0
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def kill_at_second_call(*arguments: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        original(*arguments)
+
+    with monkeypatch.context() as patch:
+        original = directory.os.rename
+        if killed_before == "rename":
+            patch.setattr(directory.os, "rename", kill_at_second_call)
+        else:
+            patch.setattr(directory.shutil if killed_before == "rmtree" else directory.os, killed_before, kill)
+        with pytest.raises(KeyboardInterrupt):
+            publish(tmp_path, 2, "new")
+    directory.tidy(tmp_path)
+    (found,) = directory.checkpoints(tmp_path)
+    assert (found / "part").read_text() == ("old" if killed_before == "rename" else "new")
+    assert (tmp_path / "latest").read_text() == found.name
+    assert not [name for name in names(tmp_path) if name.startswith((".partial_", ".replaced_", ".removed_"))]
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        publish(tmp_path, step)
+    directory.keep_newest(tmp_path, 2)
+    assert names(tmp_path) == {"step_0000006", "step_0000008", "latest"}
+
+
+def test_one_that_was_being_removed_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path, 2)
+    publish(tmp_path, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(directory.shutil, "rmtree", lambda path: (path / "part").unlink())  # killed halfway
+        directory.keep_newest(tmp_path, 1)
+    assert [found.name for found in directory.checkpoints(tmp_path)] == ["step_0000004"]
+    directory.tidy(tmp_path)
+    assert names(tmp_path) == {"step_0000004", "latest"}
+
+
+def test_a_damaged_one_is_out_of_the_way(tmp_path: Path) -> None:
+    for step in (2, 4):
+        publish(tmp_path, step)
+    for content in ("first", "second"):  # damaged twice
+        directory.set_aside(publish(tmp_path, 6, content))
+    directory.keep_newest(tmp_path, 1)
+    assert names(tmp_path) == {"step_0000004", "damaged_step_0000006", "latest"}
+    assert (tmp_path / "damaged_step_0000006" / "part").read_text() == "second"
+
+
+def test_what_goes_wrong_on_rank_zero_is_an_error_everywhere() -> None:
+    def refuse() -> None:
+        raise CheckpointError("of its own")
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    with one_rank():
+        world = dist.group.WORLD
+        assert world is not None
+        assert directory.on_rank_zero(lambda: 7, world, "saving") == 7
+        with pytest.raises(CheckpointError, match="^of its own$"):
+            directory.on_rank_zero(refuse, world, "saving")
+        with pytest.raises(CheckpointError, match=r"^saving: .*No space left"):
+            directory.on_rank_zero(full, world, "saving")
+
+
+def test_another_format_is_refused_by_name(tmp_path: Path) -> None:
+    publish(tmp_path, 2)
+    with pytest.raises((CheckpointError, ConfigError), match="format 0 found, this version reads format 2"):
+        find_checkpoint(tmp_path)

@@ -1,0 +1,117 @@
+"""Signals that ask a job to save and end: noted in time, at once before the first step, and not by children."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+
+import psutil
+import pytest
+
+from megatron_vlm.runtime import signals
+from tests.system.test_failures import ROOT, environment
+
+NOTE_SECONDS = 10.0
+
+
+def noted(stop: signals.StopSignals) -> int:
+    """What is noted within the time."""
+    deadline = time.monotonic() + NOTE_SECONDS
+    while not stop.seen and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return stop.seen
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_a_signal_is_noted_and_the_handlers_come_back(number: signal.Signals) -> None:
+    before = [signal.getsignal(each) for each in signals.SIGNALS]
+    with signals.StopSignals() as stop:
+        stop.arm()
+        os.kill(os.getpid(), number)
+        assert noted(stop) == number
+        os.kill(os.getpid(), number)  # a second one changes nothing
+    assert [signal.getsignal(each) for each in signals.SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+    assert signals.name_of(number) == number.name and signals.name_of(0) is None
+
+
+def program(body: str) -> subprocess.Popen:
+    """Python in a process of its own that says when it is ready."""
+    text = f"import os, sys, time, signal, subprocess\nfrom megatron_vlm.runtime.signals import *\n{body}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", text], env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stdout.readline() == "ready\n", process.communicate()
+    return process
+
+
+def test_before_the_first_step_the_process_ends_at_once_and_well() -> None:
+    """Even where the main thread is in C and no Python handler could run: the lock is never let go."""
+    waiting = "import threading\nlock = threading.Lock(); lock.acquire()\n"
+    blocked = program(waiting + "with StopSignals():\n print('ready', flush=True)\n lock.acquire()\n")
+    blocked.send_signal(signal.SIGTERM)
+    out, err = blocked.communicate(timeout=30)
+    assert (blocked.returncode, err) == (0, "")
+    assert "stopped by SIGTERM before the first step: nothing to save" in " ".join(out.split())
+
+
+def test_a_rank_told_to_end_that_loses_its_peers_ends_without_a_word() -> None:
+    lost = "raise RuntimeError('[gloo] connection closed by peer')"
+    for arm, code in (("stop.arm()", 1), ("", 1)):
+        process = program(
+            f"with StopSignals() as stop:\n {arm}\n print('ready', flush=True)\n"
+            + (" while not stop.seen: time.sleep(0.01)\n" if arm else "")
+            + f" {lost}\n"
+        )
+        if arm:
+            process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert ("connection closed" in err) == (not arm)
+
+
+def test_children_take_no_notice() -> None:
+    sleeper = "[sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(60)']"
+    process = program(
+        f"with kept_from_children(with_tracker=True):\n deaf = subprocess.Popen({sleeper}, stdout=subprocess.PIPE)\n"
+        f"hearing = subprocess.Popen({sleeper}, stdout=subprocess.PIPE)\n"
+        "for child in (deaf, hearing): child.stdout.readline()\n"
+        "for number in SIGNALS:\n deaf.send_signal(number)\nhearing.send_signal(signal.SIGUSR1)\n"
+        "code = hearing.wait(); time.sleep(0.2)\n"
+        "print('ready', flush=True); print(deaf.poll(), code); deaf.kill()\n"
+    )
+    assert process.stdout is not None
+    assert process.stdout.read() == f"None {-signal.SIGUSR1}\n"
+    process.communicate(timeout=60)
+
+
+def sleep_until_the_parent_ends(said: Connection) -> None:
+    """In a child."""
+    signals.end_with_parent()
+    said.send(os.getpid())
+    time.sleep(60)
+
+
+def have_a_child(said: Connection) -> None:
+    """In a process that is to be killed: its own child by the fork server."""
+    context = multiprocessing.get_context("forkserver")
+    context.Process(target=sleep_until_the_parent_ends, args=(said,)).start()
+    time.sleep(60)
+
+
+def test_a_child_ends_with_the_process_that_asked_for_it() -> None:
+    context = multiprocessing.get_context("forkserver")
+    listener, said = context.Pipe(duplex=False)
+    parent = context.Process(target=have_a_child, args=(said,))
+    parent.start()
+    child = listener.recv()
+    parent.kill()
+    parent.join()
+    deadline = time.monotonic() + NOTE_SECONDS
+    while psutil.pid_exists(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(child)

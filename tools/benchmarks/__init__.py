@@ -1,0 +1,1 @@
+"""What `tools/bench.py` can measure, a module per subcommand and what they share."""
