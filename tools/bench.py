@@ -6,12 +6,16 @@ torchrun --nproc-per-node N tools/bench.py throughput RECIPE [section.key=value 
 Each benchmark prints its own --help.
 """
 
-from benchmarks import throughput
+import sys
+from pathlib import Path
 
 from megatron_vlm.runtime.command_line import CommandLine
 
 
 def main() -> None:
+    sys.path.insert(0, str(Path(__file__).parent))  # the package `benchmarks`, however this file is run
+    from benchmarks import throughput
+
     parser = CommandLine(__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     throughput.add_arguments(

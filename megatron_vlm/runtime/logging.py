@@ -40,6 +40,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # children's: a rank that is ended leaks semaphores, by design
     warnings.simplefilter("ignore")
     for library in ("torch", "transformers", "megatron"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -136,6 +136,10 @@ def check_layout(
         one = reference(small, Path(folder)) if launch.rank == 0 else None
         try:
             limit_seconds = min(MAX_HANG_SECONDS, config.runtime.timeout_seconds)
+            logger.info(
+                "checking the layout: %d steps of %d rows of up to %d tokens; %.0f s without a step made are a hang",
+                small.training.steps, small.training.global_batch_size, small.training.sequence_length, limit_seconds,
+            )  # fmt: skip
             found = _run_layout(small, launch, store, limit_seconds)
             if isinstance(found, Hang):
                 return LayoutReport(sizes, hang=found)

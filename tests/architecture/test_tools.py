@@ -10,8 +10,9 @@ from tests.architecture.sources import ROOT
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py") if not path.name.startswith("_"))
 
 RUN_HELP = """
-import runpy, sys
+import os, runpy, sys
 sys.argv = [sys.argv[1], "--help"]
+sys.path[0] = os.path.dirname(sys.argv[0])  # as Python itself has it for a script
 code = 0
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")
@@ -37,4 +38,4 @@ def test_help(tool: str) -> None:
 
 
 def test_the_tools_are_there() -> None:
-    assert {"train.py", "generate.py", "evaluate.py"} <= set(TOOLS)
+    assert {"bench.py", "evaluate.py", "generate.py", "launch.py", "train.py"} <= set(TOOLS)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.system.test_failures import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 SUITE = ROOT / "examples" / "gpu_suite.sh"
 PLAYED = """#!/bin/sh

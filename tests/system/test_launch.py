@@ -16,9 +16,9 @@ import pytest
 from megatron_vlm.config import to_yaml
 from megatron_vlm.training.hooks.jsonl import read_lines
 from tests.helpers import fake_slurm
+from tests.helpers.processes import ROOT, environment
 from tests.helpers.ranks_below import ranks_below
 from tests.helpers.tiny import tiny_recipe
-from tests.system.test_failures import ROOT, environment
 
 COMMAND = ROOT / "tests" / "helpers" / "restartable.py"
 LAUNCH = [sys.executable, str(ROOT / "tools" / "launch.py")]

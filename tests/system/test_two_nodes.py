@@ -19,9 +19,9 @@ import psutil
 import pytest
 
 from megatron_vlm.config import to_yaml
+from tests.helpers.processes import ROOT, environment
 from tests.helpers.ranks_below import ranks_below
 from tests.helpers.tiny import tiny_recipe
-from tests.system.test_failures import ROOT, environment
 
 STEPS = 60
 LIMIT_SECONDS = 240

@@ -39,7 +39,7 @@ MAX_MICRO_BATCH_SIZE = 2
 MIN_ROWS = 4  # of a global batch, where the recipe's has as many
 INITIALIZER_RANGE = 0.1
 RATES = {"lr": 1e-3, "lr_projector": 3e-3, "lr_vision": 2e-3}  # apart, so that a mix-up of components shows
-MIN_EPS = 1e-6  # of Adam: below, rounding in single elements with hardly a gradient becomes whole steps
+MIN_EPS = 1e-5  # of Adam: below, rounding in single elements with hardly a gradient becomes whole steps
 ABOUT_FILES = ("transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "quantization_config")
 
 Tree = dict[str, Any]
@@ -56,7 +56,7 @@ def shrink(config: Config, world_size: int) -> tuple[Config, list[Tree]]:
     """
     sizes = GridSizes.from_config(config.parallel, world_size)
     tree = config.model_dump(mode="json")
-    model, language, vision = tree["model"], config.model.language, config.model.vision
+    model, language = tree["model"], config.model.language
     model["language"] |= {
         "path": None,
         "config": shrink_language(config),

@@ -1,0 +1,142 @@
+"""The shrunk recipe: as small as may be, the same in all that a layout depends on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import CLIPConfig, Qwen2Config
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.config.validation import validate
+from megatron_vlm.data.templates import TEMPLATES
+from megatron_vlm.errors import DataError
+from megatron_vlm.evaluation.tasks import TASKS
+from megatron_vlm.models.facts import gather_facts
+from megatron_vlm.models.vision.survey import survey_tower
+from megatron_vlm.parallel.sizes import GridSizes
+from megatron_vlm.training.layout_check.shrink import pick_samples, shrink, shrink_batch
+from tests.helpers.tiny import tiny_dataset, tiny_recipe, tiny_tokenizer
+
+QWEN2_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+CLIP_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+
+
+def large_recipe(directory: Path, **sections: Any) -> Config:
+    """LLaVA on Qwen2-7B, of directories that hold configurations and a tokenizer, but no weights."""
+    language, vision = tiny_tokenizer(directory), directory / "clip"
+    Qwen2Config(**QWEN2_7B).save_pretrained(language)
+    CLIPConfig(vision_config=CLIP_LARGE).save_pretrained(vision)
+    tree = {
+        "model": {"language": {"path": str(language)}, "vision": {"path": str(vision)}},
+        "data": {"path": str(tiny_dataset(directory)), "image_mode": "processor", "group_by_modality_length": True},
+        "optimizer": {"lr_projector": 2e-5},
+        "training": {"steps": 5197, "global_batch_size": 128, "micro_batch_size": 4, "media_window": 4},
+        "checkpoint": {"directory": str(directory / "run"), "load": str(directory / "other")},
+    }
+    return Config.model_validate(tree | sections)
+
+
+def test_a_large_recipe_without_weights(tmp_path: Path) -> None:
+    parallel = {"tensor": 4, "pipeline": 2, "virtual_pipeline": 2, "sequence": True, "overlap_grad_reduce": True}
+    recipe = large_recipe(tmp_path, parallel=parallel)
+    small, samples = shrink(recipe, 8)
+    validate(small, gather_facts(small, TEMPLATES.names(), TASKS.names()), 8)
+    language = small.model.language.config
+    assert language is not None and small.model.language.path is None
+    kept = ("model_type", "vocab_size", "num_attention_heads", "num_key_value_heads")
+    assert [language[key] for key in kept] == ["qwen2", 152064, 28, 4]
+    assert (language["num_hidden_layers"], language["hidden_size"], language["head_dim"]) == (8, 56, 16)
+    survey = survey_tower(small.model.vision)
+    assert (survey.num_layers, survey.selected, survey.media_spec.tokens_per_image) == (
+        3,
+        2,
+        36,
+    )  # one left out, as before
+    assert small.parallel == recipe.parallel
+    assert small.precision.params == "fp32" and small.checkpoint.load is None
+    assert (small.optimizer.lr, small.optimizer.lr_projector, small.optimizer.lr_vision) == (1e-3, 3e-3, None)
+    assert small.training.sequence_length % 4 == 0
+    assert len(samples) == 24  # all there are
+
+
+def test_a_small_recipe_keeps_its_sizes(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, parallel={"tensor": 2})
+    small, samples = shrink(recipe, 2)
+    before, after = recipe.model.language.config, small.model.language.config
+    assert before is not None and after is not None
+    assert [after[k] for k in before if k != "num_hidden_layers"] == [
+        before[k] for k in before if k != "num_hidden_layers"
+    ]
+    assert after["num_hidden_layers"] == 2
+    assert [len(sample.get("image") or ()) > 0 for sample in samples[:3]] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("batch", "sizes", "small"),
+    [  # global batch, micro-batch, window; of ranks; the same of the small recipe
+        ((128, 1, None), {}, (4, 1, None)),
+        ((128, 4, None), {"data": 2}, (8, 2, None)),
+        ((2, 1, None), {}, (2, 1, None)),  # no more micro-batches than there were
+        ((64, 1, None), {"pipeline": 4}, (8, 1, None)),
+        ((64, 1, None), {"pipeline": 4, "data": 2}, (16, 1, None)),
+        ((64, 1, 8), {"pipeline": 4}, (8, 1, 4)),
+        ((64, 1, 4), {"tensor": 2}, (4, 1, 2)),
+        ((64, 1, 1), {}, (2, 1, 1)),
+        ((10, 1, 4), {}, (3, 1, 2)),  # the last window is shorter
+        ((20, 1, 8), {"pipeline": 4}, (12, 1, 8)),
+        ((8, 1, 8), {"pipeline": 2}, (4, 1, None)),  # one window is none
+    ],
+)
+def test_the_fewest_rows_that_do_all_the_schedule_does(
+    tmp_path: Path, batch: tuple[int, int, int | None], sizes: dict[str, int], small: tuple[int, int, int | None]
+) -> None:
+    keys = ("global_batch_size", "micro_batch_size", "media_window")
+    recipe = tiny_recipe(tmp_path, training=dict(zip(keys, batch, strict=True)))
+    found = shrink_batch(recipe.training, GridSizes(**sizes))
+    assert tuple(found[key] for key in keys) == small
+
+
+def test_regexes_for_layers_that_are_gone_are_dropped(tmp_path: Path) -> None:
+    freeze = [r"decoder\.layers\.27\.", r"\.input_layernorm\.", r"vision\..*layers\.20\."]
+    model = large_recipe(tmp_path).model.model_dump() | {"freeze": freeze}
+    small, _ = shrink(large_recipe(tmp_path, model=model), 1)
+    assert small.model.freeze == (r"\.input_layernorm\.",)
+
+
+def write_samples(directory: Path, *changes: dict[str, Any]) -> Path:
+    """The tiny data set's samples with changes to the first of them."""
+    samples = json.loads(tiny_dataset(directory).read_text())
+    for sample, change in zip(samples, changes, strict=False):
+        sample |= change
+    (directory / "changed.json").write_text(json.dumps(samples[: len(changes)]))
+    return directory / "changed.json"
+
+
+def test_samples_that_cannot_be_used_are_passed_over(tmp_path: Path) -> None:
+    path = write_samples(tmp_path, {"conversations": []}, {"image": "nowhere.png"}, {}, {"id": None})
+    recipe = tiny_recipe(tmp_path, data={"path": str(path), "media_root": str(tmp_path)})
+    samples, longest = pick_samples(recipe, 16, 10)
+    assert [sample["id"] for sample in samples] == [None, "sample-2"]  # one picture before three
+    assert longest > 3 * 16
+
+
+def test_no_usable_sample_is_the_users_error(tmp_path: Path) -> None:
+    path = write_samples(tmp_path, {"conversations": []})
+    recipe = tiny_recipe(tmp_path, data={"path": str(path), "media_root": str(tmp_path)})
+    with pytest.raises(DataError, match="changed.json element 0"):
+        pick_samples(recipe, 16, 10)
