@@ -14,6 +14,7 @@ machine wait for the one that builds.
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -59,6 +60,8 @@ class SampleIndex:
         self._records = np.load(folder / "samples.npy", mmap_mode="r")
         ids = folder / "ids.bin"
         self._ids = np.memmap(ids, np.uint8, mode="r") if ids.stat().st_size else np.empty(0, np.uint8)
+        if len(self._ids) != (self._records["id_end"][-1] if len(self) else 0):
+            raise ValueError(f"{ids.name} has {len(self._ids)} bytes, {self._records['id_end'][-1]} are needed")
         self.tokens: np.ndarray = self._records["tokens"]
         self.images: np.ndarray = self._records["images"]
         contents = json.loads((folder / "contents.json").read_text(encoding="utf-8"))
@@ -178,10 +181,13 @@ def open_index(
     if not folder.exists() and rank != 0:
         time.sleep(HEAD_START_SECONDS)
     if not folder.exists():
-        with _only_builder(folder.with_suffix(".lock")):
-            if not folder.exists():
-                _build(Measurer(file, encoder, media_root, file.scan(), skip), folder)
-    index = SampleIndex(folder)
+        try:
+            with _only_builder(folder.with_suffix(".lock")):
+                if not folder.exists():
+                    _build(Measurer(file, encoder, media_root, file.scan(), skip), folder)
+        except OSError as error:
+            raise DataError(f"the index of {file.path} cannot be written to {folder}: {error}") from error
+    index = _open(folder)
     if index.dropped and rank == 0:
         counts, num_dropped = _list_counts(index.dropped), sum(index.dropped.values())
         get_logger(__name__).warning(
@@ -189,6 +195,13 @@ def open_index(
             num_dropped, num_dropped + len(index), file.path, counts, folder / "dropped.jsonl",
         )  # fmt: skip
     return index
+
+
+def _open(folder: Path) -> SampleIndex:
+    try:
+        return SampleIndex(folder)
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        raise DataError(f"the index {folder} is damaged ({error}); remove the folder: it is built again") from error
 
 
 def _list_counts(dropped: dict[str, int]) -> str:
@@ -286,7 +299,9 @@ def _publish(records: np.ndarray, ids: bytes, dropped: Sequence[Dropped], folder
     contents = {"fingerprint": digest.hexdigest(), "dropped": counts}
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        np.save(temporary / "samples.npy", records)
+        samples = io.BytesIO()  # into a file numpy would write past Python, and not notice a full disk
+        np.save(samples, records)
+        (temporary / "samples.npy").write_bytes(samples.getbuffer())
         (temporary / "ids.bin").write_bytes(ids)
         (temporary / "contents.json").write_text(json.dumps(contents), encoding="utf-8")
         lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in dropped)

@@ -55,7 +55,12 @@ class CommandLine(argparse.ArgumentParser):
             sys.stderr.write(f"error: {error}\n")
             raise SystemExit(1) from error
         with fail_together(launch, debug="--debug" in sys.argv):
-            yield self.parse_args(), launch
+            yield self._read_arguments(), launch
+
+    def _read_arguments(self) -> argparse.Namespace:
+        """Options may stand anywhere: `RECIPE --debug section.key=value`; argparse alone would refuse the override."""
+        takes_all_that_follows = any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions)
+        return self.parse_args() if takes_all_that_follows else self.parse_intermixed_args()
 
 
 def whole_number(minimum: int) -> Callable[[str], int]:

@@ -79,6 +79,22 @@ def test_any_layout_continues(ranks: RankPool, saved: Any, name: str) -> None:
         check_groups(groups, Config.model_validate(merged(recipe, new_rate)))
 
 
+def test_states_cut_over_data_parallel_ranks_continue_anywhere(ranks: RankPool, tmp_path: Path) -> None:
+    """Saved by three ranks that hold a third each of the optimizer's states, cut through rows and tensors."""
+    changes = {
+        "checkpoint": {"directory": str(tmp_path / "run")},
+        "training": {"steps": BEFORE + AFTER, "global_batch_size": 6},
+        "parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    }
+    recipe = merged(base_recipe(tmp_path, {}), changes)
+    undisturbed = ranks.run(3, train_and_save, recipe)[0]
+    alone = {"overlap_grad_reduce": False, "overlap_param_gather": False}
+    for num_ranks, parallel in ((1, alone), (2, alone | {"tensor": 2}), (2, {})):
+        other = merged(recipe, {"checkpoint": {"load": str(tmp_path / "run")}, "parallel": parallel})
+        for start_step, losses, _ in ranks.run(num_ranks, load_and_train, other):
+            assert start_step == BEFORE and losses == pytest.approx(undisturbed, rel=1e-5)
+
+
 def check_groups(groups: list[tuple[str, float, float, int]], config: Config) -> None:
     """Every component has a decayed and an undecayed group, at the recipe's rates for the last step."""
     last, steps = BEFORE + AFTER - 1, config.training.steps

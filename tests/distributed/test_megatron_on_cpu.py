@@ -156,7 +156,8 @@ def check_optimizer_checkpoint(model: list, optimizer: Any, directory: Path, gri
     from megatron_vlm.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
 
     def sharded(is_loading: bool) -> Any:
-        chunks = {f"model{i}": chunk.module.sharded_state_dict() for i, chunk in enumerate(model)}
+        keys = {"non_homogeneous_layers": True}  # one per layer, as checkpoint/store.py has it
+        chunks = {f"model{i}": chunk.module.sharded_state_dict(metadata=dict(keys)) for i, chunk in enumerate(model)}
         return {"optimizer": sharded_optimizer_state(optimizer, chunks, is_loading)}
 
     def moments() -> dict[Any, torch.Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_vlm.config import config_hash, to_yaml
 from megatron_vlm.config.schema import Config
-from megatron_vlm.errors import ConfigError, TrainingError
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.hooks.console import ConsoleHook
@@ -34,7 +34,7 @@ def build_hooks(job: Job, peak: Peak) -> list[Hook]:
         peak: of all ranks, for the summary.
 
     Raises:
-        ConfigError: checkpoint.directory cannot be written to.
+        ConfigError, TrainingError: checkpoint.directory cannot be written to.
     """
     left_out = {} if job.data is None else job.data.dropped
     shown = showing_hooks(job.config, job.start_step, peak, left_out) if job.grid.rank == 0 else []
@@ -42,7 +42,7 @@ def build_hooks(job: Job, peak: Peak) -> list[Hook]:
 
 
 def showing_hooks(config: Config, start_step: int, peak: Peak, left_out: dict[str, int]) -> list[Hook]:
-    """Rank 0's. `left_out`: samples left out while indexing, by reason. Raises ConfigError as `build_hooks`."""
+    """Rank 0's. `left_out`: samples left out while indexing, by reason. Raises as `build_hooks`."""
     directory, logging = Path(config.checkpoint.directory), config.logging
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -50,8 +50,9 @@ def showing_hooks(config: Config, start_step: int, peak: Peak, left_out: dict[st
         hooks: list[Hook] = [JsonLinesHook(directory, start_step, logging.sample_ids)]
         if logging.tensorboard:
             hooks.append(TensorBoardHook(directory / "tensorboard", start_step))
-    except (OSError, TrainingError) as error:
-        raise ConfigError(f"checkpoint.directory: found {directory}, needs a writable place ({error})") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"checkpoint.directory: found {directory}, needs a writable place ({reason})") from error
     logger.info("recipe %s, in full in %s", config_hash(config), directory / "recipe.yaml")
     hooks.append(SummaryHook(directory / "summary.json", config.training.steps, peak, left_out))
     hooks.append(ConsoleHook(config.training.steps, start_step, logging))

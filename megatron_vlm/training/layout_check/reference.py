@@ -27,8 +27,10 @@ POLL_SECONDS = 0.2
 
 
 def one_process(config: Config) -> Config:
-    """The recipe without a layout: nothing is shared, overlapped, windowed or recomputed, row by row."""
+    """The recipe without a layout, on this process' kind of device: nothing is shared, overlapped, windowed or
+    recomputed, row by row."""
     tree = config.model_dump(mode="json")
+    tree["runtime"]["device"] = current_device().type
     tree["parallel"] = {}
     tree["optimizer"]["distributed"] = False
     tree["training"] |= {"micro_batch_size": 1, "media_window": None, "recompute": {}}
@@ -44,11 +46,9 @@ class ReferenceProcess:
     """
 
     def __init__(self, config: Config, folder: Path) -> None:
-        self.recipe, self.record_path, self.log = folder / "one.json", folder / "one.pt", folder / "one.log"
-        own_device = one_process(config).model_dump(mode="json")
-        own_device["runtime"]["device"] = current_device().type
-        self.recipe.write_text(Config.model_validate(own_device).model_dump_json())
-        command = [sys.executable, "-m", __name__, str(self.recipe), str(self.record_path)]
+        recipe, self.record_path, self.log = folder / "one.json", folder / "one.pt", folder / "one.log"
+        recipe.write_text(one_process(config).model_dump_json())
+        command = [sys.executable, "-m", __name__, str(recipe), str(self.record_path)]
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 command, env=environment_of_child(), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
@@ -67,7 +67,8 @@ class ReferenceProcess:
             raise ParallelError(f"the one process to compare with: no end after {limit_seconds:.0f} s") from error
         if code:
             said = self.log.read_text(errors="replace").strip().splitlines()
-            raise ParallelError(f"the one process to compare with failed: {said[-1] if said else f'exit code {code}'}")
+            reason = said[-1].removeprefix("error: ") if said else f"exit code {code}"
+            raise ParallelError(f"the one process to compare with failed: {reason}")
         return Record(**torch.load(self.record_path, weights_only=True))
 
     def close(self) -> None:

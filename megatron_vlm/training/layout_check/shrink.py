@@ -205,8 +205,8 @@ def _by_turns(kinds: Sequence[Sequence[tuple[int, Extent]]]) -> Iterator[tuple[i
 
 
 def _read_object(path: Path, extent: Extent) -> Tree:
-    """A conversation as the file has it, but named as errors and reports name it."""
+    """A conversation as the file has it; one without an id gets its number there, by which the report names it."""
     with open(path, "rb") as file:
         file.seek(extent.offset)
         record = json.loads(file.read(extent.size))
-    return {"id": str(extent.number)} | record
+    return record if record.get("id") is not None else record | {"id": str(extent.number)}

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -101,6 +102,27 @@ def test_nowhere_to_write_beside_the_data(tmp_path: Path) -> None:
     tiny_dataset(tmp_path)
     (tmp_path / "train.json.index").write_text("in the way")
     assert open_tiny(tmp_path).folder.is_relative_to(tmp_path / "spare")
+
+
+def test_a_disk_without_room_for_it(tmp_path: Path) -> None:
+    tiny_dataset(tmp_path), tiny_tokenizer(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.raises(DataError, match="the index of .*train.json cannot be written to .*: "):
+            open_tiny(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert published(tmp_path) == []
+    assert len(open_tiny(tmp_path)) == 24
+
+
+@pytest.mark.parametrize("name", ["samples.npy", "ids.bin", "contents.json"])
+def test_a_damaged_index_is_told(tmp_path: Path, name: str) -> None:
+    damaged = open_tiny(tmp_path).folder / name
+    os.truncate(damaged, damaged.stat().st_size // 2)
+    with pytest.raises(DataError, match=f"the index {damaged.parent} is damaged .*; remove the folder"):
+        open_tiny(tmp_path)
 
 
 def test_several_ranks_at_once(tmp_path: Path, count_builds: list[int]) -> None:

@@ -16,6 +16,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, **environment: str) ->
     parser = CommandLine("What it does.")
     parser.prog = "tool.py"
     parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*", default=[])
     parser.add_argument("--number", type=whole_number(1), default=7)
     with parser.run() as (found, launch):
         assert launch.world_size == 1
@@ -23,7 +24,18 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, **environment: str) ->
 
 
 def test_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert vars(run(monkeypatch, "a.yaml", "--number", "3")) == {"recipe": "a.yaml", "number": 3, "debug": False}
+    found = {"recipe": "a.yaml", "overrides": [], "number": 3, "debug": False}
+    assert vars(run(monkeypatch, "a.yaml", "--number", "3")) == found
+    found |= {"overrides": ["b=1", "c=2"], "debug": True}
+    assert vars(run(monkeypatch, "a.yaml", "b=1", "--debug", "c=2", "--number", "3")) == found
+
+
+def test_a_command_that_follows_keeps_its_own_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["tool.py", "--", "ls", "--debug"])
+    parser = CommandLine("What it does.")
+    parser.add_argument("command", nargs="...")
+    with parser.run() as (found, _):
+        assert vars(found) == {"command": ["--", "ls", "--debug"], "debug": False}
 
 
 @pytest.mark.parametrize(
