@@ -32,3 +32,7 @@ class ParallelError(MegatronVlmError):
 
 class TrainingError(MegatronVlmError):
     """A run cannot go on: its numbers are not finite, or what it reports cannot be written."""
+
+
+class NotFiniteError(TrainingError):
+    """A run's numbers are not finite; raised by all ranks together."""

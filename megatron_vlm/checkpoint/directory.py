@@ -6,6 +6,7 @@
     .replaced_step_0000100/  the one that stood there before, until the new one of that step does
     .removed_step_0000100/   being removed
     damaged_step_0000100/    found damaged on resume; nothing here looks at it again
+    .run                     locked by the run that goes on here (claim.py)
 
 One process per job changes it, rank 0; the others hear of it (`on_rank_zero`). Whatever is killed, and whenever, at
 least one of the checkpoints that were there stays, under a name that the next start finds.

@@ -43,7 +43,7 @@ class Manifest:
     components: list[str]  # which optimizer states are inside: language, vision
     vocab_size: int  # of the language model, without padding
     layout: dict[str, int]  # ranks per axis, and model chunks per pipeline rank
-    data_fingerprint: str | None  # of the training samples, `SampleIndex.fingerprint_of_contents`
+    data_fingerprint: dict[str, int | str] | None  # of the training samples, `SampleIndex.fingerprint_of_contents`
     files: dict[str, FileRecord]  # by path inside the checkpoint; all but this one
     versions: dict[str, str] = field(default_factory=installed_versions)
     format: int = FORMAT

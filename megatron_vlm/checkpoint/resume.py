@@ -42,14 +42,17 @@ class Start:
             saved = config_from_tree(self.manifest.config, f"{self.directory}/manifest.json")
             refuse_drift(saved, config, str(self.directory))
 
-    def check_data(self, fingerprint: str | None, config: Config) -> None:
+    def check_data(self, fingerprint: dict[str, int | str] | None, config: Config) -> None:
         """Raises ConfigError where a run is to go on with other training samples."""
         if self.states == "all":
             refuse_data_drift(self.manifest.data_fingerprint, fingerprint, config, str(self.directory))
 
 
-def find_start(config: CheckpointConfig, world: ProcessGroup) -> Start | None:
+def find_start(config: CheckpointConfig, world: ProcessGroup, owns: bool = True) -> Start | None:
     """What `checkpoint.resume`, `load` and `load_states` come to; a collective call.
+
+    Args:
+        owns: the directory is this run's to tidy; else nothing in it is touched, another run may be going on there.
 
     Raises:
         ConfigError: `resume: never` in a directory that holds checkpoints.
@@ -62,7 +65,7 @@ def find_start(config: CheckpointConfig, world: ProcessGroup) -> Start | None:
             f"checkpoint.directory: found {root}, which holds checkpoints ({found[0].name}); needs a new directory, or "
             "checkpoint.resume: auto to go on from the newest"
         )
-    return _resume(root, world) or start_from(config, world)
+    return _resume(root, world, owns) or start_from(config, world)
 
 
 def start_from(config: CheckpointConfig, world: ProcessGroup) -> Start | None:
@@ -76,18 +79,21 @@ def start_from(config: CheckpointConfig, world: ProcessGroup) -> Start | None:
     return Start(directory, manifest, config.load_states)
 
 
-def _resume(root: Path, world: ProcessGroup) -> Start | None:
-    """The newest good checkpoint of the run's own directory; those found damaged on the way are set aside."""
-    _from_rank_zero(partial(tidy, root), root, world)
+def _resume(root: Path, world: ProcessGroup, owns: bool) -> Start | None:
+    """The newest good checkpoint of the run's own directory; its owner sets aside those found damaged on the way."""
+    if owns:
+        _from_rank_zero(partial(tidy, root), root, world)
     damaged: dict[Path, str] = {}
     for directory in _from_rank_zero(partial(checkpoints, root), root, world):
         manifest, damage = _from_rank_zero(partial(_read_manifest, directory), root, world)
         if manifest is not None:
             damage = find_damage(directory, manifest, world)
         if manifest is not None and damage is None:
-            _from_rank_zero(partial(_pass_over, list(damaged), directory), root, world)
+            if owns:
+                _from_rank_zero(partial(_pass_over, list(damaged), directory), root, world)
             if damaged and world.rank() == 0:
-                logger.warning("%s; going on from %s instead, what is damaged is set aside", _told(damaged), directory)
+                aside = ", what is damaged is set aside" if owns else ""
+                logger.warning("%s; going on from %s instead%s", _told(damaged), directory, aside)
             return Start(directory, manifest, "all")
         damaged[directory] = f"checkpoint {directory} is damaged: {damage}"
     if damaged:

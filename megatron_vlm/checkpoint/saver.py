@@ -29,7 +29,7 @@ from megatron_vlm.checkpoint.directory import (
 from megatron_vlm.checkpoint.integrity import records_of
 from megatron_vlm.checkpoint.planning import Planner
 from megatron_vlm.checkpoint.store import TrainingState
-from megatron_vlm.checkpoint.writing import BackgroundWriter, Outcome, Part, reason_of, start_server
+from megatron_vlm.checkpoint.writing import BackgroundWriter, Outcome, Part, SharedMemory, reason_of, start_server
 from megatron_vlm.config.schema import CheckpointConfig
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.runtime.collectives import all_gather_objects, gather_objects
@@ -60,6 +60,7 @@ class CheckpointSaver:
         self.config = config
         self._planner = Planner()
         self._save: _Save | None = None
+        self._memory: SharedMemory | None = None
         self._published: list[Path] = []
         if config.async_save:
             start_server()
@@ -95,7 +96,8 @@ class CheckpointSaver:
         on_rank_zero(prepare, world, _problem(final))
         part = Part(partial_path(final), world.rank(), items)
         if self.config.async_save:
-            self._save = _Save(state, BackgroundWriter(part), final)
+            writer = BackgroundWriter(part, self._memory)
+            self._save, self._memory = _Save(state, writer, final), writer.memory
         else:
             self._publish(state, part.write(), final)
 
@@ -125,6 +127,9 @@ class CheckpointSaver:
         if self._save is not None:
             self._save.writer.end()
             self._save = None
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
 
     def _complete(self, save: _Save) -> None:
         outcome = save.writer.outcome()

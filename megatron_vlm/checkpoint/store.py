@@ -95,7 +95,7 @@ class TrainingState:
     model: VisionLanguageModel
     optimizer: ChainedOptimizer
     language: list[DistributedDataParallel]
-    data_fingerprint: str | None
+    data_fingerprint: dict[str, int | str] | None
     write_sources: Callable[[Path], None]
 
     def sharded(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import signal
 from dataclasses import dataclass, field, replace
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
@@ -84,63 +85,92 @@ class _Place:
         return memory.narrow(0, self.offset_bytes, size_bytes).view(self.dtype).view(self.shape)
 
 
-class Snapshot:
-    """A part with its tensors copied into shared memory, which goes along when it is sent to a child process.
+class SharedMemory:
+    """Bytes that a rank shares with its writers, sent to a process as a handle. Kept from save to save: to be given new
+    pages takes as long as to copy into them.
 
     Args:
-        part: its tensors may change as soon as this is built.
+        size_bytes: at least one.
+        handle: of memory that exists. Raises OSError where there is no memory for more.
     """
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, size_bytes: int, handle: int | None = None) -> None:
+        self.handle = os.memfd_create("checkpoint") if handle is None else handle  # /dev/shm is small in containers
+        try:
+            os.truncate(self.handle, size_bytes)
+            self.bytes = torch.frombuffer(mmap.mmap(self.handle, size_bytes), dtype=torch.uint8)
+        except OSError:
+            os.close(self.handle)
+            raise
+
+    def close(self) -> None:
+        """Lets go of it in this process."""
+        os.close(self.handle)
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _shared_memory_from, (len(self.bytes), DupFd(self.handle))
+
+
+def _shared_memory_from(size_bytes: int, handle: Any) -> SharedMemory:
+    return SharedMemory(size_bytes, handle.detach())
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A part whose tensors are `_Place`s in shared memory."""
+
+    part: Part
+    memory: SharedMemory
+
+    @classmethod
+    def of(cls, part: Part, memory: SharedMemory | None) -> "Snapshot":
+        """Copies the part's tensors, into `memory` where it is large enough. Raises OSError where there is none."""
         places: list[Any] = []
-        self.size_bytes = 0
+        size_bytes = 0
         for _, data in part.items:
             if isinstance(data, Tensor):
-                places.append(_Place(self.size_bytes, data.shape, data.dtype))
-                self.size_bytes += -(-data.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+                places.append(_Place(size_bytes, data.shape, data.dtype))
+                size_bytes += -(-data.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
             else:
                 places.append(data)
-        self.part = _with(part, places)
-        self.handle = os.memfd_create("checkpoint")  # not in /dev/shm, which is small in containers
-        os.truncate(self.handle, max(1, self.size_bytes))
-        for (_, data), copy in zip(part.items, self._data(), strict=True):
+        if memory is None or len(memory.bytes) < size_bytes:
+            if memory is not None:
+                memory.close()
+            memory = SharedMemory(max(1, size_bytes))
+        for place, (_, data) in zip(places, part.items, strict=True):
             if isinstance(data, Tensor):
-                copy.copy_(data)
+                place.of(memory.bytes).copy_(data)
+        return cls(_with(part, places), memory)
 
     def restored(self) -> Part:
         """The part, its tensors where they were copied to."""
-        return _with(self.part, self._data())
-
-    def close(self) -> None:
-        """Lets go of the memory in this process."""
-        os.close(self.handle)
-
-    def _data(self) -> list[Any]:
-        memory = torch.frombuffer(mmap.mmap(self.handle, max(1, self.size_bytes)), dtype=torch.uint8)
-        return [data.of(memory) if isinstance(data, _Place) else data for _, data in self.part.items]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "handle": DupFd(self.handle)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, handle=state["handle"].detach())
+        items = [data for _, data in self.part.items]
+        return _with(self.part, [x.of(self.memory.bytes) if isinstance(x, _Place) else x for x in items])
 
 
 class BackgroundWriter:
-    """A process that writes a part.
+    """A process that writes a part. Where it cannot be started, that is its outcome.
 
     Args:
         part: its tensors may change as soon as this is built.
+        memory: of an earlier writer that has ended.
     """
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: Part, memory: SharedMemory | None = None) -> None:
         context = multiprocessing.get_context("forkserver")
-        snapshot = Snapshot(part)
         self._receiver, sender = context.Pipe(duplex=False)
-        self._process = context.Process(target=_write, args=(snapshot, sender))
-        with kept_from_children(with_tracker=True):
-            self._process.start()
-        snapshot.close()
+        self._process: BaseProcess | None = None
+        self.memory: SharedMemory | None = None
+        try:
+            snapshot = Snapshot.of(part, memory)
+            self.memory = snapshot.memory
+            process = context.Process(target=_write, args=(snapshot, sender))
+            with kept_from_children(with_tracker=True):
+                process.start()
+            self._process = process
+        except OSError as error:  # no memory for the snapshot, no process
+            sender.send(Outcome(error=reason_of(error)))
         sender.close()  # the child's end is the only one: it closes when the child ends
 
     @property
@@ -153,6 +183,7 @@ class BackgroundWriter:
         try:
             outcome: Outcome = self._receiver.recv()
         except EOFError:
+            assert self._process is not None
             self._process.join()
             code = self._process.exitcode or 0
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
@@ -162,9 +193,10 @@ class BackgroundWriter:
 
     def end(self) -> None:
         """Ends the process, whatever it is doing."""
-        self._process.kill()
-        self._process.join()
-        self._process.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process.close()
         self._receiver.close()
 
 

@@ -35,7 +35,6 @@ MAY_DIFFER: dict[str, bool] = {
     "data.shuffle": False,
     "precision": False,
     "optimizer": False,
-    "optimizer.distributed": True,
     "schedule": False,
     "training.mode": True,
     "training.sequence_length": False,
@@ -72,22 +71,33 @@ def refuse_drift(saved: Config, config: Config, checkpoint: str) -> None:
         differences = (f"{key}: found {_shown(now, key)}, it was trained with {_shown(before, key)}" for key in changed)
         raise ConfigError(
             f"{checkpoint} is of another recipe: {'; '.join(differences)}; needs the same values, or "
-            f"checkpoint.accept_changes=[{','.join(changed)}] to go on with the new ones"
+            f"'checkpoint.accept_changes=[{','.join(changed)}]' to go on with the new ones"
         )
 
 
-def refuse_data_drift(saved: str | None, found: str | None, config: Config, checkpoint: str) -> None:
+def refuse_data_drift(
+    saved: Mapping[str, int | str] | None, found: Mapping[str, int | str] | None, config: Config, checkpoint: str
+) -> None:
     """Compares the fingerprint of the training samples with a checkpoint's; None is not compared.
 
+    Args:
+        saved, found: what is compared -> a number, or the digest of what has no number.
+        checkpoint: what to call it in the error.
+
     Raises:
-        ConfigError: they differ, and the recipe does not accept it.
+        ConfigError: they differ, and the recipe does not accept it; what differs, numbers with both values.
     """
-    if None not in (saved, found) and saved != found and DATA not in config.checkpoint.accept_changes:
-        raise ConfigError(
-            f"data.path: found {config.data.path} with samples of fingerprint {found}, {checkpoint} was trained on "
-            f"{saved}: ids, lengths, pictures or their order differ; needs the same samples, or "
-            f"checkpoint.accept_changes=[{DATA}] to go on with these"
-        )
+    if saved is None or found is None or saved == found or DATA in config.checkpoint.accept_changes:
+        return
+    differences = (
+        f"{value} {name}, it was trained on {saved[name]}" if isinstance(value, int) else f"the {name} differ"
+        for name, value in found.items()
+        if value != saved[name]
+    )
+    raise ConfigError(
+        f"data.path: found {config.data.path}, whose samples are not those of {checkpoint}: {'; '.join(differences)}; "
+        f"needs the same samples, or checkpoint.accept_changes=[{DATA}] to go on with these"
+    )
 
 
 def unknown_changes(config: Config) -> Iterator[str]:

@@ -7,8 +7,11 @@ file's size and time, tokenizer, template, image marker and tokens per image, me
 folder is written under another name and renamed, so one that is there is whole; a lock file lets the other ranks of the
 machine wait for the one that builds.
 
-    samples.npy     RECORD per sample          ids.bin         their ids, one after the other
-    contents.json   digest and dropped counts  dropped.jsonl   what was left out: id, place, reason, message
+    samples.npy     RECORD per sample            ids.bin         their ids, one after the other
+    contents.json   fingerprint, dropped counts  dropped.jsonl   what was left out: id, place, reason, message, images
+
+Hazard: pictures come and go without a trace in the fingerprint. What was left out for want of one that is there by now
+is refused, not indexed anew: ranks that open the index meanwhile would train on other samples than the rest.
 """
 
 import contextlib
@@ -32,18 +35,19 @@ import numpy as np
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.media import MediaReader
 from megatron_vlm.data.sample import BadSample, Sample
-from megatron_vlm.data.sources.llava_json import Extent, LlavaFile
+from megatron_vlm.data.sources.llava_json import Extent, LlavaFile, parse_record
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.errors import DataError
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.progress import Progress
 
-FORMAT = 2  # of the index's files and of what is in them
+FORMAT = 3  # of the index's files and of what is in them
 SAMPLES_PER_CHUNK = 512
 SAMPLES_PER_PROCESS = 20_000  # below which another process costs more to start than it saves
 HEAD_START_SECONDS = 1.0  # of rank 0, which owns the console, before another rank may build
 RECORD = np.dtype(
     [("offset", "<i8"), ("size", "<i8"), ("number", "<i8"), ("tokens", "<i4"), ("images", "<i4"), ("id_end", "<i8")]
+    + [("digest", "<u8")]  # of its bytes in the file
 )
 
 
@@ -51,8 +55,8 @@ class SampleIndex:
     """A published index, mapped from disk; pickled as its folder.
 
     `tokens` [n] int32: length of each sample, pictures included; `images` [n] int32: its pictures. `dropped`: how many
-    samples were left out, by reason. `fingerprint_of_contents`: a hex digest of the ids, tokens and images, the same
-    wherever the file lies and whenever it was written.
+    samples were left out, by reason. `fingerprint_of_contents`: numbers of samples, tokens and images, hex digests of
+    ids, lengths and contents; the same wherever the file lies and whenever it was written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,13 +64,13 @@ class SampleIndex:
         self._records = np.load(folder / "samples.npy", mmap_mode="r")
         ids = folder / "ids.bin"
         self._ids = np.memmap(ids, np.uint8, mode="r") if ids.stat().st_size else np.empty(0, np.uint8)
-        if len(self._ids) != (self._records["id_end"][-1] if len(self) else 0):
-            raise ValueError(f"{ids.name} has {len(self._ids)} bytes, {self._records['id_end'][-1]} are needed")
+        if len(self._ids) != (needed := self._records["id_end"][-1]):
+            raise ValueError(f"{ids.name} has {len(self._ids)} bytes, {needed} are needed")
         self.tokens: np.ndarray = self._records["tokens"]
         self.images: np.ndarray = self._records["images"]
         contents = json.loads((folder / "contents.json").read_text(encoding="utf-8"))
         self.dropped: dict[str, int] = contents["dropped"]
-        self.fingerprint_of_contents: str = contents["fingerprint"]
+        self.fingerprint_of_contents: dict[str, int | str] = contents["fingerprint"]
 
     def __reduce__(self) -> tuple[type["SampleIndex"], tuple[Path]]:
         return SampleIndex, (self.folder,)
@@ -99,16 +103,19 @@ class Measured(NamedTuple):
 
     tokens: int
     images: int
+    digest: int
     id: str
 
 
 class Dropped(NamedTuple):
-    """A sample left out, as a line of dropped.jsonl; its id is its number where it cannot be read."""
+    """A sample left out, as a line of dropped.jsonl; where it cannot be read its id is its number, and it has no images
+    (their paths)."""
 
     id: str
     place: str
     reason: str
     message: str
+    images: list[str]
 
 
 @dataclass(frozen=True)
@@ -127,15 +134,24 @@ class Measurer:
         return [self._measure(extent) for extent in self.extents[first : first + SAMPLES_PER_CHUNK]]
 
     def _measure(self, extent: Extent) -> Measured | Dropped:
-        sample_id = str(extent.number)
+        sample_id, origin, raw = str(extent.number), self.file.origin(extent), self._bytes(extent)
+        images: list[str] = []
         try:
-            sample = self.file.read(extent)
-            sample_id = sample.id
-            return Measured(self._num_tokens(sample), len(sample.images), sample_id)
+            sample = parse_record(raw, origin, sample_id, self.file.image_token)
+            sample_id, images = sample.id, [str(self.media_root / image) for image in sample.images]
+            digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+            return Measured(self._num_tokens(sample), len(images), digest, sample_id)
         except BadSample as error:
             if self.skip is None:
                 raise
-            return Dropped(sample_id, self.file.origin(extent), error.reason, str(error))
+            return Dropped(sample_id, origin, error.reason, str(error), images)
+
+    def _bytes(self, extent: Extent) -> bytes:
+        try:
+            with open(self.file.path, "rb") as file:
+                return os.pread(file.fileno(), extent.size, extent.offset)
+        except OSError as error:
+            raise DataError(f"data file {self.file.path} cannot be read: {error.strerror}") from error
 
     def _num_tokens(self, sample: Sample) -> int:
         """Its length, after everything was checked."""
@@ -174,7 +190,8 @@ def open_index(
         skip: leave bad samples out, by this rule.
 
     Raises:
-        DataError: the file or, without `skip`, a sample in it is bad; with it: all of them are.
+        DataError: the file or, without `skip`, a sample in it is bad; with it: all of them are, more than half of
+            those with pictures lack one, or one was left out for want of pictures that are there now.
     """
     fingerprint = _fingerprint(file, encoder, media_root, skip)
     folder = _cache_root(file.path, spare_root) / fingerprint
@@ -187,7 +204,7 @@ def open_index(
                     _build(Measurer(file, encoder, media_root, file.scan(), skip), folder)
         except OSError as error:
             raise DataError(f"the index of {file.path} cannot be written to {folder}: {error}") from error
-    index = _open(folder)
+    index = _open(folder, with_check=rank == 0)
     if index.dropped and rank == 0:
         counts, num_dropped = _list_counts(index.dropped), sum(index.dropped.values())
         get_logger(__name__).warning(
@@ -197,11 +214,39 @@ def open_index(
     return index
 
 
-def _open(folder: Path) -> SampleIndex:
+def _open(folder: Path, with_check: bool) -> SampleIndex:
     try:
+        if with_check:
+            _refuse_mended(folder)
         return SampleIndex(folder)
-    except (OSError, EOFError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the index {folder} is damaged ({error}); remove the folder: it is built again") from error
+
+
+def _refuse_mended(folder: Path) -> None:
+    """Raises DataError where pictures that were missing at indexing are there now."""
+    with open(folder / "dropped.jsonl", encoding="utf-8") as lines:
+        dropped = [Dropped(**json.loads(line)) for line in lines]
+    mended = [one for one in dropped if one.reason == "missing" and all(map(os.path.isfile, one.images))]
+    if mended:
+        raise DataError(
+            f"the index {folder} lacks {len(mended)} samples whose pictures were missing when it was built and are "
+            f"there now (the first: {mended[0].place}, sample {mended[0].id!r}); remove the folder: it is built again, "
+            "with them"
+        )
+
+
+def _refuse_media_root(media_root: Path, path: Path, num_found: int, dropped: Sequence[Dropped]) -> None:
+    """Raises DataError where more than half of the samples with pictures lack one: then it is not the samples that are
+    bad. `num_found`: samples whose pictures are there."""
+    missing = [sample for sample in dropped if sample.reason == "missing"]
+    num_with_images = num_found + sum(bool(sample.images) for sample in dropped)
+    if 2 * len(missing) > num_with_images:
+        raise DataError(
+            f"data.media_root: found {media_root}, where {len(missing)} of {num_with_images} samples with pictures of "
+            f"{path} lack one, so it looks unmounted or wrong; needs the folder that the file's paths are relative to "
+            f"(the first: {missing[0].message})"
+        )
 
 
 def _list_counts(dropped: dict[str, int]) -> str:
@@ -278,25 +323,24 @@ def _build(measurer: Measurer, folder: Path) -> None:
                     continue
                 extent = extents[len(ids) + len(dropped)]
                 id_end += len(found.id.encode())
-                records[len(ids)] = (*extent, found.tokens, found.images, id_end)
+                records[len(ids)] = (*extent, found.tokens, found.images, id_end, found.digest)
                 ids.append(found.id.encode())
             progress.advance(len(chunk))
+    records = records[: len(ids)]
+    _refuse_media_root(measurer.media_root, file.path, int((records["images"] > 0).sum()), dropped)
     if not ids:
         counts = _list_counts(Counter(sample.reason for sample in dropped))
         raise DataError(
             f"data file {file.path}: all of its samples are bad ({counts}), so data.on_bad_sample: skip leaves none; "
             f"the first: {dropped[0].message}"
         )
-    _publish(records[: len(ids)], b"".join(ids), dropped, folder)
+    _publish(records, b"".join(ids), dropped, folder)
 
 
 def _publish(records: np.ndarray, ids: bytes, dropped: Sequence[Dropped], folder: Path) -> None:
     """Writes beside and renames; where another process was first, its index stands."""
-    digest = hashlib.sha256(ids)
-    for field in ("id_end", "tokens", "images"):
-        digest.update(records[field].tobytes())
     counts = dict(sorted(Counter(sample.reason for sample in dropped).items()))
-    contents = {"fingerprint": digest.hexdigest(), "dropped": counts}
+    contents = {"fingerprint": _fingerprint_of_contents(records, ids), "dropped": counts}
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         samples = io.BytesIO()  # into a file numpy would write past Python, and not notice a full disk
@@ -313,3 +357,18 @@ def _publish(records: np.ndarray, ids: bytes, dropped: Sequence[Dropped], folder
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fingerprint_of_contents(records: np.ndarray, ids: bytes) -> dict[str, int | str]:
+    def digest(*parts: bytes) -> str:
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    tokens, images = records["tokens"], records["images"]
+    return {
+        "samples": len(records),
+        "tokens": int(tokens.sum(dtype=np.int64)),
+        "images": int(images.sum(dtype=np.int64)),
+        "ids": digest(records["id_end"].tobytes(), ids),
+        "lengths": digest(tokens.tobytes(), images.tobytes()),
+        "contents": digest(records["digest"].tobytes()),
+    }

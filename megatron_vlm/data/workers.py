@@ -14,6 +14,7 @@ exceeds the usual limit of 1,024; the rank then waits for ever. So an item cross
 
 import multiprocessing
 import pickle
+import re
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,12 +24,13 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from megatron_vlm.errors import MegatronVlmError
+from megatron_vlm.errors import DataError, MegatronVlmError
 from megatron_vlm.runtime.signals import end_with_parent, kept_from_children
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 PREFETCHED_ITEMS = 2  # per worker
+_DEAD_WORKER = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)")
 
 
 class Producer(Protocol[T_co]):
@@ -68,6 +70,7 @@ class OrderedItems(Generic[T]):
 
     Raises:
         MegatronVlmError: from iterating, what the producer raised for that item.
+        DataError: from iterating, where a worker was killed.
     """
 
     def __init__(self, producer: Producer[T], numbers: Sequence[int], num_workers: int) -> None:
@@ -100,6 +103,11 @@ class OrderedItems(Generic[T]):
                 if isinstance(item, Failure):
                     raise item.error
                 yield item
+        except RuntimeError as error:
+            if not _DEAD_WORKER.search(str(error)):
+                raise
+            reason = " ".join(str(error).split())
+            raise DataError(f"{reason} (data.num_workers: {self._loader.num_workers}; was the memory full?)") from error
         finally:
             # The error's traceback makes this frame part of a cycle. Were the stream collected with it, torch's queues
             # would be closed before it could tell the workers to end, and it would wait 5 s for each.

@@ -36,6 +36,11 @@ Kind = Literal["user", "internal", "echo"]
 POLL_SECONDS = 0.5
 REPORTS_SECONDS = 3.0  # other ranks that find the same error may be this much later
 REAL_FAILURE_SECONDS = 12.0  # only echoes so far: the rank they come from may still be about to report
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+_NEEDS_LESS_MEMORY = (
+    "; needs a smaller training.micro_batch_size, training.sequence_length or training.media_window, "
+    "training.recompute, or more ranks to share the model"
+)
 SPEAKING_SECONDS = 5.0  # from the decision until everyone ends, at most
 STORE_SECONDS = 10.0
 
@@ -73,7 +78,7 @@ def fail_together(launch: Launch, debug: bool = False) -> Iterator[None]:
 
 def kind_of(error: BaseException) -> Kind:
     """Whether an exception is the user's to fix, ours, or the echo of another rank's end."""
-    if isinstance(error, MegatronVlmError):
+    if isinstance(error, MegatronVlmError) or _is_out_of_memory(error):
         return "user"
     import torch.distributed as dist
 
@@ -88,10 +93,19 @@ def describe(error: BaseException, launch: Launch, debug: bool) -> str:
     kind = kind_of(error)
     one_line = " ".join(str(error).split())
     if kind == "user" and not debug:
+        if _is_out_of_memory(error):
+            told = ". ".join(one_line.split(". ")[:2])  # torch goes on at length
+            return f"error: rank {launch.rank} is out of memory ({told}){_NEEDS_LESS_MEMORY}"
         return f"error: {one_line}"
     if kind == "echo" and not debug:
         return f"error: rank {launch.rank} lost another rank, which ended without a word (killed?): {one_line}"
     return f"rank {launch.rank} failed:\n{''.join(traceback.format_exception(error)).rstrip()}"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """GPU's or host's. torch has an own class for the first alone, a RuntimeError as the second's."""
+    told = isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+    return told or isinstance(error, MemoryError)
 
 
 def _say(message: str) -> None:

@@ -8,8 +8,9 @@ by replica, and the answers gathered at the end.
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from megatron.core.distributed import DistributedDataParallel
 
@@ -29,8 +30,9 @@ class EvaluationReport:
 
     step: int  # updates made before it
     loss: float  # mean cross entropy per trained token
-    num_samples: int
+    num_samples: int  # that count: without those left out
     num_tokens: int  # trained ones
+    left_out: dict[str, int] = field(default_factory=dict)  # samples, while indexing or for a picture, by reason
     task: str | None = None  # this and the rest where evaluation.task is named
     score: float | None = None  # mean over all questions, 0..1
     forms: dict[str, float] | None = None  # the same by question form
@@ -58,12 +60,13 @@ class HeldOut:
         config, spec, grid = job.config, job.model.media_spec, job.grid
         self.job = job
         self.batches = build_held_out_loader(config, job.tokenizer, spec, grid.sizes, grid.rank)
+        assert isinstance(self.batches.producer, StepFetcher)
+        self.samples = self.batches.producer.source
         self.questions: Questions | None = None
         if config.evaluation.task is not None:
-            assert isinstance(self.batches.producer, StepFetcher)
             assistant = Assistant.of(job.model, config.data, job.tokenizer)
             request = make_request(config, config.evaluation.task)
-            self.questions = Questions(assistant, self.batches.producer.source, request)
+            self.questions = Questions(assistant, self.samples, request)
 
     def evaluate(self, updates: int) -> EvaluationReport:
         """A collective call. The model, its mode and all random states are left as they were.
@@ -74,17 +77,19 @@ class HeldOut:
         Raises:
             DataError: a picture that cannot be read, where data.on_bad_sample is error.
         """
-        loss_sum, num_tokens, num_samples = 0.0, 0, 0
-        with unchanged_mode([*self.job.language, self.job.vision]):
+        loss_sum, num_tokens, num_samples, blanked = 0.0, 0, 0, Counter[str]()
+        with unchanged_mode([*self.job.language, self.job.vision]), whole_parameters(self.job.language):
             for batch in self.batches:
-                batch_loss, batch_tokens = self.job.step.evaluate(batch)
+                batch_loss, batch_tokens, batch_blanked = self.job.step.evaluate(batch)
                 loss_sum, num_tokens = loss_sum + batch_loss, num_tokens + batch_tokens
                 num_samples += len(batch.sample_ids)
-        report = EvaluationReport(updates, loss_sum / max(1, num_tokens), num_samples, num_tokens)
-        if self.questions is None:
+                blanked.update(batch_blanked)
+            answers = None if self.questions is None else self.questions.ask()
+        num_samples -= blanked.total()
+        left_out = dict(blanked + Counter(self.samples.index.dropped))
+        report = EvaluationReport(updates, loss_sum / max(1, num_tokens), num_samples, num_tokens, left_out)
+        if answers is None:
             return report
-        with whole_parameters(self.job.language):
-            answers = self.questions.ask()
         forms = {form.form: form.score for form in answers.forms}
         return replace(report, task=answers.task, score=answers.score, forms=forms)
 

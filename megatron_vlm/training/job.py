@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 
+from megatron_vlm.checkpoint.claim import Claim
 from megatron_vlm.checkpoint.resume import Start, find_start, start_from
 from megatron_vlm.checkpoint.store import TrainingState, load_checkpoint
 from megatron_vlm.config.megatron import ddp_config, vision_ddp_config
@@ -52,6 +53,7 @@ class Job:
     step: TrainStep
     start_step: int  # updates already made
     start: Start | None  # the checkpoint it started from
+    claim: Claim | None = None  # on the directory it saves into
     data: SampleIndex | None = None  # of the training samples, once `batches` has opened them
 
     def batches(self, num_steps: int) -> OrderedItems[StepBatch]:
@@ -108,8 +110,10 @@ def build_job(config: Config, world_size: int, resumes: bool = False) -> Job:
     tokenizer = load_tokenizer(config.model.language.tokenizer or config.model.language.path, config.data.image_token)
     check_vocabulary(tokenizer, config.data.image_token, facts.vocab_size)
     grid = build_grid(GridSizes.from_config(config.parallel, world_size), config.parallel.virtual_pipeline)
-    start = (find_start if resumes else start_from)(config.checkpoint, grid.world)
-    if start is not None:
+    owns = resumes and config.training.mode != "eval"
+    claim = Claim(Path(config.checkpoint.directory), grid.world) if owns else None
+    start = find_start(config.checkpoint, grid.world, owns) if resumes else start_from(config.checkpoint, grid.world)
+    if start is not None and config.training.mode != "eval":
         start.check_recipe(config)
     seed_everything(config.runtime.seed, grid)
     model = build_model(config, grid)
@@ -121,8 +125,11 @@ def build_job(config: Config, world_size: int, resumes: bool = False) -> Job:
     start_step = 0
     if start is not None:
         start_step = load_checkpoint(start.directory, model, optimizer, start.states, is_verified=True)
-        logger.info("%s %s", "going on from" if start.states == "all" else "weights from", start.directory)
-    return Job(config, grid, model, language, vision, optimizer, tokenizer, step, start_step, start)
+        if start.states == "all":
+            logger.info("going on from %s: %d of %d steps are made", start.directory, start_step, config.training.steps)
+        else:
+            logger.info("weights from %s", start.directory)
+    return Job(config, grid, model, language, vision, optimizer, tokenizer, step, start_step, start, claim)
 
 
 def wrap(

@@ -3,20 +3,23 @@
 Its state is one number, the updates made: the loader, the schedule and the checkpoints are pure functions of it.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
-from megatron_vlm.checkpoint.directory import step_of
+from megatron_vlm.checkpoint.directory import checkpoints, step_of
 from megatron_vlm.checkpoint.saver import CheckpointSaver
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import StepBatch
+from megatron_vlm.errors import ConfigError, NotFiniteError
+from megatron_vlm.runtime.collectives import broadcast_object
 from megatron_vlm.runtime.distributed import Launch
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.signals import StopSignals, maxima, name_of
 from megatron_vlm.training import schedule
 from megatron_vlm.training.held_out import HeldOut, build_held_out
 from megatron_vlm.training.hooks import Hook, build_hooks
+from megatron_vlm.training.hooks.jsonl import is_evaluated
 from megatron_vlm.training.job import Job, build_job
 from megatron_vlm.training.meters import Meter
 
@@ -40,9 +43,15 @@ def train(config: Config, launch: Launch, signals: StopSignals | None = None) ->
     signals = signals or StopSignals()
     job = build_job(config, launch.world_size, resumes=True)
     steps, found = config.training.steps, None if job.start is None else job.start.directory
+    if config.training.mode == "eval" and found is None and config.model.language.path is None:
+        raise ConfigError(
+            f"training.mode: found eval with random weights: there is no checkpoint in {config.checkpoint.directory}; "
+            "needs one there, or checkpoint.load or model.language.path"
+        )
     held_out = build_held_out(job)
-    trains = config.training.mode != "eval"
-    if trains and job.start_step >= steps:
+    trains = config.training.mode != "eval" and job.start_step < steps
+    owed = held_out is not None and is_owed(job)
+    if not trains and not owed:
         logger.info("nothing to do: %d of training.steps %d updates are made", job.start_step, steps)
         return found
     batches = job.batches(steps - job.start_step) if trains else ()
@@ -51,9 +60,13 @@ def train(config: Config, launch: Launch, signals: StopSignals | None = None) ->
         hooks = build_hooks(job, meter.peak)  # last: they write, and nothing may be wrong any more
         for hook in hooks:
             stack.callback(hook.close)
-        if held_out is not None and not trains:
+        if owed and held_out is not None:
             evaluate(held_out, job.start_step, hooks)
+        if not trains:
             return found
+        if not config.checkpoint.every_steps:
+            logger.info("checkpoint.every_steps is 0: nothing is saved before the last step, or SIGTERM or SIGUSR1")
+        maxima([0], job.grid.world)  # all are here: from now on they stop together
         signals.arm()
         return run_steps(job, meter, batches, hooks, signals, held_out)
 
@@ -69,7 +82,7 @@ def run_steps(
     """Trains on the batches up to the recipe's last step, or a signal; returns the directory of the last checkpoint."""
     config, steps, signals = job.config, job.config.training.steps, signals or StopSignals()
     saved: Path | None = None
-    with closing(CheckpointSaver(config.checkpoint)) as saver:
+    with closing(CheckpointSaver(config.checkpoint)) as saver, last_good_told(job, saver):
         for batch in meter.timed(batches):
             schedule.apply(job.optimizer.param_groups, batch.step, steps, config.optimizer, config.schedule)
             result = job.step(batch, exact_times=meter.compares(batch))
@@ -79,18 +92,19 @@ def run_steps(
             updates = batch.step + 1
             signal, is_writing = maxima([signals.seen, saver.is_writing], job.grid.world)
             ends = updates == steps or signal > 0
+            evaluates = held_out is not None and is_evaluation_due(config, updates)
             if ends or is_due(updates, config.checkpoint.every_steps):
                 for hook in hooks:
                     hook.before_save(updates)
                 saver.start(job.state(updates))
                 is_writing = 1
-            for saved in saver.finish() if ends else saver.poll(bool(is_writing)):
+            for saved in saver.finish() if ends or evaluates else saver.poll(bool(is_writing)):
                 for hook in hooks:
                     hook.after_save(saved, step_of(saved))
             if signal and updates < steps:
                 logger.info("stopped by %s after %d of %d steps, saved in %s", name_of(signal), updates, steps, saved)
                 break
-            if held_out is not None and (updates == steps or is_due(updates, config.evaluation.every_steps)):
+            if held_out is not None and evaluates:
                 evaluate(held_out, updates, hooks)
     assert saved is not None, "the batches end before a checkpoint is due"
     return saved
@@ -101,6 +115,34 @@ def evaluate(held_out: HeldOut, updates: int, hooks: Sequence[Hook]) -> None:
     report = held_out.evaluate(updates)
     for hook in hooks:
         hook.after_evaluation(report)
+
+
+@contextmanager
+def last_good_told(job: Job, saver: CheckpointSaver) -> Iterator[None]:
+    """Where the numbers cease to be finite, which all ranks see together, what is being saved is still good."""
+    try:
+        yield
+    except NotFiniteError as error:
+        last = [*saver.finish(), *checkpoints(Path(job.config.checkpoint.directory))[:1]]
+        last += [] if job.start is None else [job.start.directory]
+        raise NotFiniteError(f"{error}; last good checkpoint: {last[0] if last else 'none'}") from error
+
+
+def is_owed(job: Job) -> bool:
+    """Whether what the job starts from is to be evaluated: always in mode eval, else where it was due there and did not
+    come to its end. A collective call."""
+    config, updates = job.config, job.start_step
+    if config.training.mode == "eval":
+        return True
+    resumes = job.start is not None and job.start.states == "all"
+    is_done = not (resumes and is_evaluation_due(config, updates))
+    directory = Path(config.checkpoint.directory)
+    return not broadcast_object(is_done or is_evaluated(directory, updates), job.grid.world)
+
+
+def is_evaluation_due(config: Config, updates: int) -> bool:
+    """Whether held-out data is evaluated after this update."""
+    return updates == config.training.steps or is_due(updates, config.evaluation.every_steps)
 
 
 def is_due(updates: int, every: int) -> bool:

@@ -49,8 +49,10 @@ def build_optimizer(
     if _trains_anywhere([vision], grid):
         parts += _flat(_vision_optimizer(settings, vision, grid))
     for part in parts:
+        part.init_state_fn(part.optimizer, part.config)  # else a save before the first update would hold no moments
         for group in part.param_groups:
             group["component"] = COMPONENTS[int(group["lr_mult"]) - 1]
+            group.setdefault("step", 0)
     return FiniteOnlyOptimizer(parts)
 
 

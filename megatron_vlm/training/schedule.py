@@ -43,8 +43,10 @@ def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) 
 def apply(
     groups: list[dict[str, Any]], step: int, steps: int, optimizer: OptimizerConfig, schedule: ScheduleConfig
 ) -> None:
-    """Writes rate and decay into parameter groups that carry `component` and `wd_mult`."""
+    """Writes what the recipe says into parameter groups that carry `component` and `wd_mult`: a checkpoint has brought
+    its own."""
     peaks = peak_rates(optimizer)
     for group in groups:
         group["lr"] = learning_rate(step, steps, peaks[group["component"]], schedule)
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
+        group["betas"], group["eps"] = optimizer.betas, optimizer.eps

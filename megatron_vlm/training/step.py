@@ -27,6 +27,7 @@ from torch import Tensor
 
 from megatron_vlm.data.batch import MediaWindow, MicroBatch, StepBatch
 from megatron_vlm.data.media import FAULTS
+from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.models.merge import LocalFeatures
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import Grid
@@ -94,7 +95,7 @@ class TrainStep:
         self.optimizer.zero_grad()  # else the last step's gradients, aliased as `.grad`, would be added once more
         clock, sums = PhaseClock(exact_times), ReplicaSums()
         for window in batch.windows:
-            media = self._encode(window, batch.faults_tolerated, clock)
+            media = self._encode(batch, window, clock)
             with clock.phase("pipeline"), self._synchronised(last=window is batch.windows[-1]):
                 sums.add(media, self._run_pipeline(batch, window, media))
             with clock.phase("encoder_backward"):
@@ -107,24 +108,18 @@ class TrainStep:
         return StepResult(loss, float(grad_norm or 0.0), num_tokens, bool(updated), blanked, clock.seconds)
 
     @torch.no_grad()
-    def evaluate(self, batch: StepBatch) -> tuple[float, int]:
-        """(summed cross entropy, trained tokens) of one global batch, equal on every rank; nothing is learnt from it.
-
-        The chunks are left in evaluation mode."""
+    def evaluate(self, batch: StepBatch) -> tuple[float, int, dict[str, int]]:
+        """Summed cross entropy, trained tokens and `StepResult.blanked` of one global batch, equal on every rank;
+        nothing is learnt from it. All parameters are up to date; the chunks are left in evaluation mode."""
         clock, sums = PhaseClock(), ReplicaSums()
-        with contextlib.ExitStack() as stack:
-            for chunk in [*self.language, self.vision]:
-                chunk.eval()
-                if chunk.ddp_config.overlap_param_gather:  # all parameters now, instead of layer by layer
-                    chunk.disable_forward_pre_hook(param_sync=True)
-                    stack.callback(chunk.enable_forward_pre_hook)
-            for window in batch.windows:
-                media = self._encode(window, batch.faults_tolerated, clock)
-                sums.add(media, self._run_pipeline(batch, window, media, forward_only=True))
-        loss_sum, num_tokens, _ = sums.over_world(self.model.grid)
-        return loss_sum, num_tokens
+        for chunk in [*self.language, self.vision]:
+            chunk.eval()
+        for window in batch.windows:
+            media = self._encode(batch, window, clock)
+            sums.add(media, self._run_pipeline(batch, window, media, forward_only=True))
+        return sums.over_world(self.model.grid)
 
-    def _encode(self, window: MediaWindow, faults_tolerated: bool, clock: PhaseClock) -> EncodedMedia:
+    def _encode(self, batch: StepBatch, window: MediaWindow, clock: PhaseClock) -> EncodedMedia:
         """Phase 1. A rank with no picture still joins the exchange."""
         route = window.plan.route(self.model.grid.replica_rank)
         with clock.phase("encode"), torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
@@ -132,18 +127,19 @@ class TrainStep:
         with clock.phase("exchange"):
             received = self.model.exchange(encoded.detach(), route)
             features = [self.model.place(received, route, m) for m in window.micro_batches]
-            faulty = self._share_faults(window) if faults_tolerated else {}
+            faulty = self._share_faults(batch, window) if batch.faults_tolerated else {}
         return EncodedMedia(encoded, features, route, faulty)
 
-    def _share_faults(self, window: MediaWindow) -> dict[tuple[int, int], int]:
-        """What every rank of the replica found wrong with the pictures it read (DESIGN D4)."""
+    def _share_faults(self, batch: StepBatch, window: MediaWindow) -> dict[tuple[int, int], int]:
+        """What every rank of the replica found wrong with the pictures it read (DESIGN D4), in rows that train."""
         faults = torch.zeros(len(window.spans), dtype=torch.int32)
         faults[window.plan.items_of(self.model.grid.replica_rank)] = torch.tensor(window.faults, dtype=torch.int32)
         all_reduce_(shared := faults.to(current_device()), self.model.grid.replica, torch.distributed.ReduceOp.MAX)
         faulty: dict[tuple[int, int], int] = {}
         for span, fault in zip(window.spans, shared.tolist(), strict=True):
-            if fault:
-                faulty.setdefault((span.item.micro_batch, span.item.row), fault)
+            place = span.item.micro_batch, span.item.row
+            if fault and (batch.micro_batches[place[0]].labels[place[1]] != IGNORE).any():
+                faulty.setdefault(place, fault)
         return faulty
 
     @contextlib.contextmanager

@@ -220,10 +220,13 @@ def refusal(recipe: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-def test_a_disk_error_on_any_rank_leaves_what_was_published(ranks: RankPool, saved: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("async_save", [False, True], ids=["of the file", "of the snapshot"])
+def test_a_limit_met_on_any_rank_leaves_what_was_published(
+    ranks: RankPool, saved: Any, tmp_path: Path, async_save: bool
+) -> None:
     root = tmp_path / "run"
     shutil.copytree(saved[0]["checkpoint"]["directory"], root)
-    checkpoint = {"directory": str(root), "load": str(root)}
+    checkpoint = {"directory": str(root), "load": str(root), "async_save": async_save}
     recipe = merged(saved[0], {"checkpoint": checkpoint, "parallel": {"tensor": 2}})
     first, second = ranks.run(2, save_on_a_full_disk, recipe)
     assert first == second and first.endswith("[Errno 27] File too large (rank 1)"), first

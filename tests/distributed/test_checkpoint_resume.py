@@ -168,7 +168,7 @@ def test_a_run_goes_on_under_its_own_recipe_and_samples_only(ranks: RankPool, tm
     assert refused.endswith(
         "is of another recipe: optimizer.weight_decay: found 0.3, it was trained with 0.1; training.steps: found 99, "
         "it was trained with 5; needs the same values, or "
-        "checkpoint.accept_changes=[optimizer.weight_decay,training.steps] to go on with the new ones"
+        "'checkpoint.accept_changes=[optimizer.weight_decay,training.steps]' to go on with the new ones"
     )
     accepted = {"checkpoint": {"accept_changes": ["optimizer", "training.steps"]}}
     assert ranks.run(1, resume_job, merged(longer, accepted)) == ["step 1"]
@@ -178,6 +178,7 @@ def test_a_run_goes_on_under_its_own_recipe_and_samples_only(ranks: RankPool, tm
     assert ranks.run(1, resume_job, merged(recipe, {"data": {"path": str(moved)}})) == ["step 1"]
     moved.write_text(data.read_text().replace("sample-3", "sample-x"))
     (refused,) = ranks.run(1, resume_job, merged(recipe, {"data": {"path": str(moved)}}))
-    assert refused.startswith(f"data.path: found {moved} with samples of fingerprint ")
+    assert refused.startswith(f"data.path: found {moved}, whose samples are not those of ")
+    assert ": the ids differ; the contents differ; needs " in refused
     accepted = {"data": {"path": str(moved)}, "checkpoint": {"accept_changes": ["data"]}}
     assert ranks.run(1, resume_job, merged(recipe, accepted)) == ["step 1"]

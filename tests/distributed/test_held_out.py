@@ -158,8 +158,8 @@ def test_bad_samples_that_may_be_skipped_are_as_if_they_were_not_there(ranks, tm
     picture.write_bytes(picture.read_bytes()[:-200])  # its header stays: found when it is decoded
     recipe["parallel"]["tensor"] = 2
     for report in ranks.run(2, evaluate_once, recipe):
-        assert report.num_samples == NUM_HELD_OUT - 1, "one is left out by the index"
-        assert_same(replace(report, num_samples=without.num_samples), without)
+        assert report.left_out == {"malformed": 1, "damaged": 1}, "one by the index, one for its picture"
+        assert_same(replace(report, left_out={}), without)
 
 
 def test_mode_train_evaluates_nothing(ranks, tmp_path):

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from megatron_vlm.config.schema import Config
-from tests.system.test_failures import ROOT, environment
+from tests.helpers.processes import ROOT, environment
 
 MARK = "MEGATRON_VLM_LIVE_JOB"
 START_SECONDS = 120.0  # imports and the first step, on a busy machine

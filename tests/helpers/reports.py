@@ -34,7 +34,7 @@ def step_report(step: int, **changes: Any) -> StepReport:
 
 def evaluation_report(step: int, loss: float = 1.5, score: float | None = None) -> EvaluationReport:
     """One evaluation, of a task where there is a score."""
-    return EvaluationReport(step, loss, 8, 40, None if score is None else "exact_match", score)
+    return EvaluationReport(step, loss, 8, 40, {}, None if score is None else "exact_match", score)
 
 
 def comparison(phase_seconds: dict[str, list[float]], peak_memory_bytes: list[int] | None = None) -> RankComparison:

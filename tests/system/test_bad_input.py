@@ -28,7 +28,7 @@ LEAVING_SECONDS = 30  # DESIGN 5: all processes of a failed job are gone this lo
 CHECKPOINT = r"FOLDER/checkpoints/step_0000002"
 # What a run that fails may leave: the index of its data, which is whole, and the recipe and numbers of steps made.
 MAY_BE_NEW = re.compile(
-    r"(train\.json|lines\.jsonl)\.index(/.*)?|own(/(recipe\.yaml|[a-z]+\.jsonl?|tensorboard(/.*)?))?"
+    r"(train\.json|lines\.jsonl)\.index(/.*)?|own(/(\.run|recipe\.yaml|[a-z]+\.jsonl?|tensorboard(/.*)?))?"
 )
 
 
@@ -75,6 +75,7 @@ class Case:
         spoil: makes it in the job's folder.
         expected: pattern of the whole of stderr after "error: "; FOLDER stands for the job's folder.
         fast: the numbers of ranks with which the fast lane tries it.
+        slow: the same of the slow lane.
         largest_file_bytes: what the disk has room for: tensors have more than a MiB, a tokenizer more than 8 KiB.
     """
 
@@ -82,6 +83,7 @@ class Case:
     spoil: Spoil
     expected: str
     fast: tuple[int, ...] = ()
+    slow: tuple[int, ...] = (1, 2)
     largest_file_bytes: int | None = None
 
 
@@ -150,7 +152,8 @@ CASES = [
     Case(
         "code beside a config",
         spoiling.code_beside_the_config,
-        r"model\.language\.path: no usable config in 'FOLDER/model': .*",
+        r"model\.language\.path: no usable config in 'FOLDER/model': .*custom code.*",
+        slow=(1,),
     ),
 ]
 CHECKPOINT_CASES = [
@@ -178,11 +181,13 @@ CHECKPOINT_CASES = [
         "code in common.pt",
         with_step(spoiling.code_in_common),
         rf"{CHECKPOINT}/common\.pt would run posix\.mkdir when it is loaded, .*",
+        slow=(1,),
     ),
     Case(
         "code between tensors",
         with_step(spoiling.code_between_tensors),
         rf"{CHECKPOINT}/__0_0\.distcp would run posix\.mkdir when it is loaded, .*",
+        slow=(1,),
     ),
     Case(
         "full disk at the tensors",
@@ -200,12 +205,12 @@ CHECKPOINT_CASES = [
 
 
 def launches(cases: list[Case]) -> list:
-    """Cases with the numbers of ranks they run with: the fast lane's, and in the slow lane the others."""
+    """Cases with the numbers of ranks they run with: the fast lane's, and in the slow lane those left."""
     fast = [pytest.param(case, case.fast, id=case.name) for case in cases if case.fast]
-    others = [(case, tuple(number for number in (1, 2) if number not in case.fast)) for case in cases]
+    left = [(case, tuple(number for number in case.slow if number not in case.fast)) for case in cases]
     return fast + [
         pytest.param(case, ranks, id=f"{case.name} on {' and '.join(map(str, ranks))}", marks=pytest.mark.slow)
-        for case, ranks in others
+        for case, ranks in left
     ]
 
 
@@ -320,51 +325,57 @@ def test_a_disk_that_fills_up(num_ranks: int, untrained: Path, small_disk: Path,
     assert (again.code, again.stderr) == (0, "")
 
 
-COMMAND_LINES = [
-    ("train.py nowhere.yaml", r"nowhere\.yaml: cannot be read: No such file or directory", True),
-    ("train.py FOLDER/recipe.yaml --stepps 3", r"unrecognized arguments: --stepps 3 \(train\.py --help .*\)", True),
-    ("train.py", r"the following arguments are required: recipe \(train\.py --help shows what there is\)", True),
-    ("generate.py nowhere --prompt ?", r"no checkpoint at nowhere: .*", False),
-    ("generate.py DAMAGED --prompt ?", r"DAMAGED.*__0_0\.distcp .*", False),
+TRAIN_LINES = [
+    ("nowhere.yaml", r"nowhere\.yaml: cannot be read: No such file or directory"),
+    ("FOLDER/recipe.yaml --stepps 3", r"unrecognized arguments: --stepps 3 \(train\.py --help shows what there is\)"),
+    ("", r"the following arguments are required: recipe \(train\.py --help shows what there is\)"),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), TRAIN_LINES)
+def test_command_lines_of_training(line: str, expected: str, untrained: Path, tmp_path: Path) -> None:
+    ended = run_tool(tmp_path / "logs", "train.py", *line.replace("FOLDER", str(untrained)).split())
+    check_contract(ended, expected, untrained)
+
+
+QUESTIONS = "--task exact_match --data FOLDER/train.json"
+ANSWER_LINES = [  # checkpoints/ is whole, damaged/ is not, and a picture is gone
+    ("generate.py nowhere --prompt ?", r"no checkpoint at nowhere: nowhere is not a directory"),
+    ("generate.py FOLDER/damaged --prompt ?", r"FOLDER/damaged/step_0000002 is damaged: __0_0\.distcp is not what .*"),
+    ("generate.py FOLDER/checkpoints --prompt ? --media gone.png", r"prompt 1: image 'gone\.png' does not exist"),
+    (f"evaluate.py nowhere {QUESTIONS}", r"no checkpoint at nowhere: nowhere is not a directory"),
     (
-        "generate.py FOLDER/checkpoints --prompt ? --media gone.png",
-        r"prompt 1: image 'gone\.png' does not exist",
-        False,
+        f"evaluate.py FOLDER/damaged {QUESTIONS}",
+        r"FOLDER/damaged/step_0000002 is damaged: __0_0\.distcp is not what .*",
+    ),
+    (
+        f"evaluate.py FOLDER/checkpoints {QUESTIONS}",
+        r"FOLDER/train\.json element 2: .*/2-1\.png does not exist.*",
     ),
     (
         "evaluate.py FOLDER/checkpoints --task exact_mach --data FOLDER/train.json",
         r"unknown evaluation task 'exact_mach'; did you mean 'exact_match'\?",
-        False,
     ),
-    (
-        "evaluate.py nowhere --task exact_match --data FOLDER/train.json",
-        r"no checkpoint at nowhere: .*",
-        False,
-    ),
-    ("evaluate.py DAMAGED --task exact_match --data FOLDER/train.json", r"DAMAGED.*__0_0\.distcp .*", False),
     (
         "evaluate.py FOLDER/checkpoints --task exact_match --data FOLDER/gone.json",
         r"data file FOLDER/gone\.json cannot be read: No such file or directory",
-        False,
     ),
 ]
 
 
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        pytest.param(line, expected, id=line, marks=() if fast else pytest.mark.slow)
-        for line, expected, fast in COMMAND_LINES
-    ],
-)
-def test_command_lines(line: str, expected: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    folder = Path("/nowhere")
-    if "checkpoints" in line or "DAMAGED" in line or "FOLDER" in line:
-        folder = request.getfixturevalue("untrained" if line.startswith("train.py") else "trained")
-    damaged = tmp_path / "damaged"
-    if "DAMAGED" in line:
-        shutil.copytree(folder / "checkpoints", damaged)
-        spoiling.flip_byte(spoiling.tensors_file(damaged / "step_0000002"))
-    tool, *arguments = line.replace("FOLDER", str(folder)).replace("DAMAGED", str(damaged)).split()
-    ended = run_tool(tmp_path / "logs", tool, *arguments)
-    check_contract(ended, expected.replace("DAMAGED", re.escape(str(damaged))), folder)
+@pytest.mark.slow
+def test_command_lines_that_ask_a_checkpoint(trained: Path, tmp_path: Path) -> None:
+    folder = copy_job(trained, tmp_path / "job")
+    shutil.copytree(folder / "checkpoints", folder / "damaged")
+    spoiling.flip_byte(spoiling.tensors_file(folder / "damaged" / "step_0000002"))
+    spoiling.missing_picture(folder)
+    before = contents(folder)
+
+    def check(number: int) -> None:
+        line, expected = ANSWER_LINES[number]
+        ended = run_tool(tmp_path / f"logs{number}", *line.replace("FOLDER", str(folder)).split())
+        check_contract(ended, expected, folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(check, range(len(ANSWER_LINES))))
+    assert contents(folder) == before

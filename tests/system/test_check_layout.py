@@ -6,10 +6,18 @@ import pytest
 
 from examples.quickstart.make_data import make_data
 from megatron_vlm.config.loading import to_yaml
-from tests.helpers.processes import ROOT, run_tool
+from tests.helpers.live_jobs import TRAIN, LiveJob
+from tests.helpers.processes import ROOT
 from tests.helpers.tiny import tiny_recipe
 
-FAULTY_TRAIN = "../tests/helpers/faulty_train.py"
+FAULTY_TRAIN = ROOT / "tests" / "helpers" / "faulty_train.py"
+LIMIT_SECONDS = 300.0
+
+
+def run(logs: Path, *command: str | Path, num_ranks: int = 1) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of our own processes, all of which have ended."""
+    with LiveJob(logs, command, num_ranks) as job:
+        return job.end(LIMIT_SECONDS), job.read("stdout.log"), job.read("stderr.log")
 
 
 @pytest.mark.slow
@@ -23,9 +31,9 @@ def test_the_quickstart_passes(tmp_path: Path, phase: str) -> None:
     ]
     before = sorted(tmp_path.rglob("*"))
     recipe = ROOT / "examples" / "recipes" / f"quickstart_{phase}.yaml"
-    ended = run_tool(tmp_path / "logs", "train.py", recipe, *overrides, "--check-layout", num_ranks=4)
-    assert (ended.code, ended.stderr, ended.left_over) == (0, "", ())
-    assert ended.stdout.count("   equal") == 12 and "DIFFERS" not in ended.stdout
+    code, stdout, stderr = run(tmp_path / "logs", TRAIN, recipe, *overrides, "--check-layout", num_ranks=4)
+    assert (code, stderr) == (0, "")
+    assert stdout.count("   equal") == 12 and "DIFFERS" not in stdout
     after = [path for path in tmp_path.rglob("*") if "logs" not in path.parts]
     assert sorted(after) == before, "something was written beside the user's files"
 
@@ -47,16 +55,16 @@ def test_a_fault_costs_one_line(tmp_path: Path, fault: str, line: str) -> None:
     recipe = tiny_recipe(tmp_path, parallel=parallel, training=training, runtime={"timeout_seconds": 20})
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
     arguments = [fault, tmp_path / "recipe.yaml", "--check-layout"]
-    ended = run_tool(tmp_path / "logs", FAULTY_TRAIN, *arguments, num_ranks=4)
-    assert ended.code != 0 and ended.left_over == ()
-    assert ended.stderr.startswith(line) and ended.stderr.count("\n") == 1
-    assert ("   DIFFERS" in ended.stdout) == (fault == "swapped_feature_rows")
+    code, stdout, stderr = run(tmp_path / "logs", FAULTY_TRAIN, *arguments, num_ranks=4)
+    assert code != 0
+    assert stderr.startswith(line) and stderr.count("\n") == 1
+    assert ("   DIFFERS" in stdout) == (fault == "swapped_feature_rows")
 
 
 @pytest.mark.slow
 def test_a_recipe_that_is_not_valid_is_refused_first(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, parallel={"virtual_pipeline": 2})
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
-    ended = run_tool(tmp_path / "logs", "train.py", tmp_path / "recipe.yaml", "--check-layout")
-    assert ended.code == 1 and ended.left_over == ()
-    assert ended.stderr.startswith("error: parallel.virtual_pipeline: found 2") and ended.stderr.count("\n") == 1
+    code, _, stderr = run(tmp_path / "logs", TRAIN, tmp_path / "recipe.yaml", "--check-layout")
+    assert code == 1
+    assert stderr.startswith("error: parallel.virtual_pipeline: found 2") and stderr.count("\n") == 1

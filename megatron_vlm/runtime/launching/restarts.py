@@ -115,7 +115,7 @@ def describe_code(code: int) -> str:
 def _run_once(arguments: Sequence[str], environment: Mapping[str, str], rules: Rules, inbox: Inbox) -> Attempt:
     command = Command(arguments, environment)
     started = time.monotonic()
-    asked = saving = False
+    asked = saving = heard = False
     while (code := command.wait(POLL_SECONDS)) is None:
         command.note_ranks()
         for signum in inbox.take():
@@ -128,6 +128,7 @@ def _run_once(arguments: Sequence[str], environment: Mapping[str, str], rules: R
         saving = saving or left_seconds < rules.save_seconds
         if saving and (told := command.tell(SAVE)):
             logger.info("launch: time is nearly up, asked %d processes to save and stop", told)
+            heard = True
         if left_seconds < 0:
             logger.warning("launch: still running at its time limit, ending it")
             command.end()
@@ -135,7 +136,7 @@ def _run_once(arguments: Sequence[str], environment: Mapping[str, str], rules: R
             break
     command.clear_away()
     asked = asked or any(signum != SAVE for signum in inbox.take())
-    if saving and code == 0 and not asked:
+    if heard and code == 0 and not asked:
         code = TIME_IS_UP
     return Attempt(code, time.monotonic() - started, asked)
 

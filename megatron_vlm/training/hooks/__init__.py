@@ -14,7 +14,7 @@ from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.hooks.console import ConsoleHook
 from megatron_vlm.training.hooks.curves import CurvesHook
 from megatron_vlm.training.hooks.guard import FiniteGuard
-from megatron_vlm.training.hooks.jsonl import JsonLinesHook
+from megatron_vlm.training.hooks.jsonl import EvaluationsHook, JsonLinesHook
 from megatron_vlm.training.hooks.memory import MemoryHook
 from megatron_vlm.training.hooks.summary import SummaryHook
 from megatron_vlm.training.hooks.tensorboard import TensorBoardHook
@@ -46,6 +46,8 @@ def showing_hooks(config: Config, start_step: int, peak: Peak, left_out: dict[st
     directory, logging = Path(config.checkpoint.directory), config.logging
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if config.training.mode == "eval":  # the rest belongs to the run that trains, which may be going on
+            return [EvaluationsHook(directory), ConsoleHook(config.training.steps, start_step, logging)]
         (directory / "recipe.yaml").write_text(to_yaml(config), encoding="utf-8")
         hooks: list[Hook] = [JsonLinesHook(directory, start_step, logging.sample_ids)]
         if logging.tensorboard:

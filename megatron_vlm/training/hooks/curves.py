@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.hooks.files import replace_file
 from megatron_vlm.training.hooks.jsonl import EVALUATIONS, METRICS, read_lines
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 CURVES, RANKS = "curves.png", "ranks_phases.png"
 MAX_RANKS_WITH_NUMBERS, MAX_SCORES = 16, 10
 Entries = list[dict[str, Any]]
+
+logger = get_logger(__name__)
 
 
 class CurvesHook(Hook):
@@ -41,9 +44,12 @@ class CurvesHook(Hook):
         self._draw()
 
     def _draw(self) -> None:
-        draw_curves(self.directory)
-        if self.compared is not None and self.compared.ranks is not None:
-            draw_ranks(self.compared.ranks, self.compared.step, self.directory / RANKS)
+        try:
+            draw_curves(self.directory)
+            if self.compared is not None and self.compared.ranks is not None:
+                draw_ranks(self.compared.ranks, self.compared.step, self.directory / RANKS)
+        except Exception as error:  # whatever it is, a picture is not worth a run
+            logger.warning("%s could not be drawn: %s", self.directory / CURVES, error)
 
 
 def draw_curves(directory: Path) -> None:
@@ -83,11 +89,12 @@ def _draw_loss(axes: "Axes", entries: Entries, evaluations: Entries) -> None:
     if evaluations:
         points = [entry["step"] for entry in evaluations]
         axes.plot(points, values_of(evaluations, "loss"), "o-", color="C3", markersize=5, label="held out")
-        scores = [(entry["step"], entry["score"]) for entry in evaluations if entry["score"] is not None]
+        scored = [entry for entry in evaluations if entry["score"] is not None]
+        scores = [(entry["step"], entry["score"]) for entry in scored]
         for step, score in scores[:: -max(1, -(-len(scores) // MAX_SCORES))]:
             axes.annotate(f"{score:.0%}", (step, 0.98), xycoords=("data", "axes fraction"), ha="center", va="top")
         if scores:
-            axes.set_title(f"at the top: {evaluations[-1]['task']}", fontsize="medium", loc="left")
+            axes.set_title(f"at the top: {scored[-1]['task']}", fontsize="medium", loc="left")
     axes.set_ylabel("loss, nats per trained token")
     axes.legend(frameon=False)
 

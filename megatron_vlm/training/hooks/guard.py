@@ -8,11 +8,10 @@ hence a look at the weights before every save.
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from megatron_vlm.errors import TrainingError
+from megatron_vlm.errors import NotFiniteError
 from megatron_vlm.runtime.collectives import all_reduce_
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.training.hooks.base import Hook
@@ -23,15 +22,10 @@ NUM_NAMED_SAMPLES = 32
 
 
 class FiniteGuard(Hook):
-    """Raises TrainingError, on every rank, naming step, loss, norm, samples and the last good checkpoint.
-
-    Args:
-        job: whose weights; the checkpoint it started from is the last good one until another is saved.
-    """
+    """Raises NotFiniteError, on every rank, naming step, loss, norm and samples. `job`: whose weights."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.last_good = None if job.start is None else job.start.directory
         self.num_left_out = 0  # updates, in a row
         self.report: StepReport | None = None
 
@@ -53,16 +47,13 @@ class FiniteGuard(Hook):
         if not all_reduce_(all_finite, self.job.grid.world, torch.distributed.ReduceOp.MIN).item():
             raise self._error("a weight is not finite, so nothing is saved")
 
-    def after_save(self, directory: Path, updates: int) -> None:
-        self.last_good = directory
-
-    def _error(self, reason: str) -> TrainingError:
+    def _error(self, reason: str) -> NotFiniteError:
         where = "training stopped"
         if self.report is not None:
             report = self.report
             where += f" after step {report.step}: loss {report.loss:.6g}, gradient norm {report.grad_norm:.6g}"
             reason += f"; samples of the step: {_some(report.sample_ids)}"
-        return TrainingError(f"{where}: {reason}; last good checkpoint: {self.last_good or 'none'}")
+        return NotFiniteError(f"{where}: {reason}")
 
 
 def _some(sample_ids: Sequence[str]) -> str:

@@ -11,15 +11,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training.held_out import EvaluationReport
 from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.hooks.files import AppendedFile, replace_file
 from megatron_vlm.training.meters import StepReport
 
+logger = get_logger(__name__)
+
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluation.jsonl"
 
 
-class JsonLinesHook(Hook):
+class EvaluationsHook(Hook):
+    """Writes evaluation.jsonl into `directory`; a step evaluated again has the newer line."""
+
+    def __init__(self, directory: Path) -> None:
+        self.evaluations = directory / EVALUATIONS
+
+    def after_evaluation(self, report: EvaluationReport) -> None:
+        others = [line for line in read_lines(self.evaluations) if line["step"] != report.step]
+        replace_file(self.evaluations, b"".join(map(to_line, [*others, asdict(report)])))
+
+
+class JsonLinesHook(EvaluationsHook):
     """Writes both files into `directory`, keeping the lines up to `start_step`.
 
     Args:
@@ -27,8 +41,11 @@ class JsonLinesHook(Hook):
     """
 
     def __init__(self, directory: Path, start_step: int, sample_ids: bool = False) -> None:
+        super().__init__(directory)
         self.sample_ids = sample_ids
-        self.metrics, self.evaluations = (_shorten(directory / name, start_step) for name in (METRICS, EVALUATIONS))
+        _shorten(self.evaluations, start_step)
+        _shorten(directory / METRICS, start_step)
+        self.metrics = AppendedFile(directory / METRICS)
 
     def after_step(self, report: StepReport) -> None:
         values = report.as_dict()
@@ -36,12 +53,8 @@ class JsonLinesHook(Hook):
             values["sample_ids"] = report.sample_ids
         self.metrics.write(to_line(values))
 
-    def after_evaluation(self, report: EvaluationReport) -> None:
-        self.evaluations.write(to_line(asdict(report)))
-
     def close(self) -> None:
         self.metrics.close()
-        self.evaluations.close()
 
 
 def to_line(values: dict[str, Any]) -> bytes:
@@ -53,8 +66,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of such a file; a last line cut short by a kill is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    lines, whole = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            whole.append(json.loads(line))
+        except ValueError:  # a power cut leaves what was not on the disk yet as zeros
+            logger.warning("%s line %d is damaged and left out", path, number)
+    return whole
 
 
 def _strict(value: Any) -> Any:
@@ -63,7 +81,11 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _shorten(path: Path, start_step: int) -> AppendedFile:
+def is_evaluated(directory: Path, step: int) -> bool:
+    """Whether the run in `directory` was evaluated after `step` updates."""
+    return any(line["step"] == step for line in read_lines(directory / EVALUATIONS))
+
+
+def _shorten(path: Path, start_step: int) -> None:
     kept = [line for line in read_lines(path) if line["step"] <= start_step] if start_step else []
     replace_file(path, b"".join(map(to_line, kept)))
-    return AppendedFile(path)

@@ -20,7 +20,7 @@ def a_checkpoint(directory: Path) -> Manifest:
     records = records_of(directory, [directory / name for name in files])
     manifest = Manifest(
         step=3, config={"x": 1}, config_hash="0", components=["language"], vocab_size=8, layout={"tensor": 1},
-        data_fingerprint="ab", files=records,
+        data_fingerprint={"samples": 1}, files=records,
     )  # fmt: skip
     manifest.write(directory)
     return manifest

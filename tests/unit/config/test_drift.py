@@ -88,11 +88,17 @@ def test_a_models_own_configuration_is_one_value() -> None:
 
 
 def test_other_samples_are_refused_unless_accepted() -> None:
-    refuse_data_drift("aa", "aa", recipe(), "step_1")
-    refuse_data_drift(None, "aa", recipe(), "step_1")
-    with pytest.raises(ConfigError, match=r"data.path: found .* fingerprint bb, step_1 was trained on aa"):
-        refuse_data_drift("aa", "bb", recipe(), "step_1")
-    refuse_data_drift("aa", "bb", changed(checkpoint={"accept_changes": ["data"]}), "step_1")
+    saved = {"samples": 9, "tokens": 70, "ids": "aa", "contents": "bb"}
+    found = {"samples": 9, "tokens": 71, "ids": "aa", "contents": "cc"}
+    refuse_data_drift(saved, dict(saved), recipe(), "step_1")
+    refuse_data_drift(None, found, recipe(), "step_1")
+    with pytest.raises(ConfigError) as caught:
+        refuse_data_drift(saved, found, recipe(), "step_1")
+    assert str(caught.value).endswith(
+        ", whose samples are not those of step_1: 71 tokens, it was trained on 70; the contents differ; needs the same "
+        "samples, or checkpoint.accept_changes=[data] to go on with these"
+    )
+    refuse_data_drift(saved, found, changed(checkpoint={"accept_changes": ["data"]}), "step_1")
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,11 @@ import json
 import os
 import pickle
 import resource
+import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,12 +120,13 @@ def test_a_disk_without_room_for_it(tmp_path: Path) -> None:
     assert len(open_tiny(tmp_path)) == 24
 
 
-@pytest.mark.parametrize("name", ["samples.npy", "ids.bin", "contents.json"])
+@pytest.mark.parametrize("name", ["samples.npy", "ids.bin", "contents.json", "dropped.jsonl"])
 def test_a_damaged_index_is_told(tmp_path: Path, name: str) -> None:
-    damaged = open_tiny(tmp_path).folder / name
+    path, _, _ = bad_media.spoil(tmp_path)
+    damaged = skip_bad(path, tmp_path).folder / name
     os.truncate(damaged, damaged.stat().st_size // 2)
     with pytest.raises(DataError, match=f"the index {damaged.parent} is damaged .*; remove the folder"):
-        open_tiny(tmp_path)
+        skip_bad(path, tmp_path)
 
 
 def test_several_ranks_at_once(tmp_path: Path, count_builds: list[int]) -> None:
@@ -243,30 +247,72 @@ def test_nothing_left(tmp_path: Path) -> None:
     assert published(tmp_path) == [] and "\n" not in str(caught.value)
 
 
+def test_a_media_root_without_its_pictures(tmp_path: Path) -> None:
+    """Half of 18 samples with pictures may lack one; with one more it is the folder that is bad."""
+    path = tiny_dataset(tmp_path)
+    with_images = [number for number in range(24) if number % 4]
+    for number in with_images[:10]:
+        (tmp_path / f"images/{number}-0.png").rename(tmp_path / f"{number}")
+    with pytest.raises(
+        DataError, match=rf"data.media_root: found {tmp_path}, where 10 of 18 samples .* looks unmounted .*1-0.png"
+    ) as caught:
+        skip_bad(path, tmp_path)
+    assert published(tmp_path) == [] and "\n" not in str(caught.value)
+    (tmp_path / "1").rename(tmp_path / "images/1-0.png")
+    assert skip_bad(path, tmp_path).dropped == {"missing": 9}
+
+
+def test_pictures_that_are_back_are_not_left_out_silently(tmp_path: Path) -> None:
+    """Until the user has the index built again; where a sample lacks another picture still, nothing has changed."""
+    path = tiny_dataset(tmp_path)
+    for name in ("2-0", "2-2", "5-0"):
+        (tmp_path / f"images/{name}.png").rename(tmp_path / name)
+    first = skip_bad(path, tmp_path)
+    assert first.dropped == {"missing": 2}
+    (tmp_path / "2-0").rename(tmp_path / "images/2-0.png")
+    assert skip_bad(path, tmp_path).folder == first.folder
+    (tmp_path / "2-2").rename(tmp_path / "images/2-2.png")
+    with pytest.raises(DataError, match=rf"{first.folder} lacks 1 samples .*sample 'sample-2'\); remove") as caught:
+        skip_bad(path, tmp_path)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(first.folder)
+    again = skip_bad(path, tmp_path)
+    assert again.dropped == {"missing": 1} and "sample-2" in ids_of(again)
+
+
 def test_indices_of_other_rules_are_other_indices(tmp_path: Path) -> None:
     path = tiny_dataset(tmp_path)
     folders = {open_tiny(tmp_path).folder, skip_bad(path, tmp_path).folder, skip_bad(path, tmp_path, 64).folder}
     assert len(folders) == 3
 
 
-def test_fingerprint_of_contents(tmp_path: Path) -> None:
+def edited(record: dict[str, Any], answer: str) -> dict[str, Any]:
+    """The sample with another last answer."""
+    return {**record, "conversations": [*record["conversations"][:-1], {"from": "gpt", "value": answer}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "differing"),
+    [
+        (lambda rs: rs, set()),
+        (lambda rs: [{**rs[0], "id": "other"}, *rs[1:]], {"ids", "contents"}),
+        (lambda rs: [rs[4], *rs[1:4], rs[0], *rs[5:]], {"ids", "lengths", "contents"}),
+        (lambda rs: rs[:-4], {"samples", "tokens", "images", "ids", "lengths", "contents"}),
+        (lambda rs: [edited(rs[0], "no no no no no no no"), *rs[1:]], {"tokens", "lengths", "contents"}),
+        (lambda rs: [edited(rs[0], "yes"), *rs[1:]], {"contents"}),
+        (lambda rs: [*rs[:2], {**rs[2], "image": rs[2]["image"][::-1]}, *rs[3:]], {"contents"}),
+    ],
+    ids=["nothing", "id", "order", "fewer", "longer answer", "answer of equal length", "pictures reversed"],
+)
+def test_fingerprint_of_contents(tmp_path: Path, change: Callable[[list[Any]], list[Any]], differing: set[str]) -> None:
     """Of what is trained on, wherever and whenever written."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        tiny_dataset(tmp_path / name)
-    os.utime(tmp_path / "two/train.json", (1, 1))
-    first, second = open_tiny(tmp_path / "one"), open_tiny(tmp_path / "two")
-    assert first.fingerprint_of_contents == second.fingerprint_of_contents and len(first.fingerprint_of_contents) == 64
-    records = json.loads((tmp_path / "two/train.json").read_text())
-    longer = [{"from": "human", "value": "how many"}, {"from": "gpt", "value": "no no no no"}]
-    changes = (
-        lambda rs: [{**rs[0], "id": "other"}, *rs[1:]],
-        lambda rs: [rs[1], rs[0], *rs[2:]],
-        lambda rs: rs[:-1],
-        lambda rs: [{**rs[0], "conversations": longer}, *rs[1:]],
-    )
-    found = {first.fingerprint_of_contents}
-    for change in changes:
-        (tmp_path / "two/train.json").write_text(json.dumps(change(records)))
-        found.add(open_tiny(tmp_path / "two").fingerprint_of_contents)
-    assert len(found) == 1 + len(changes)
+        path = tiny_dataset(tmp_path / name)
+        records = json.loads(path.read_text())
+        path.write_text(json.dumps([edited(records[0], "no"), *records[1:]]))
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    os.utime(path, (1, 1))
+    one, two = (open_tiny(tmp_path / name).fingerprint_of_contents for name in ("one", "two"))
+    assert {name for name in one if one[name] != two[name]} == differing
+    assert (one["samples"], len(str(one["contents"])), one.keys()) == (24, 64, two.keys())

@@ -23,10 +23,13 @@ from megatron_vlm.errors import DataError
 class Squares:
     bad: int = -1
     broken: int = -1
+    killed: int = -1
 
     def produce(self, number: int) -> tuple[int, torch.Tensor, int]:
         if number == self.bad:
             raise DataError(f"item {number} is bad")
+        if number == self.killed:
+            os.kill(os.getpid(), signal.SIGKILL)
         if number == self.broken:
             raise KeyError("a bug")
         return number, torch.full((2,), number * number), os.getpid()
@@ -44,6 +47,13 @@ def test_order_and_errors(num_workers: int) -> None:
     with pytest.raises(DataError) as caught:
         next(stream)
     assert str(caught.value) == "item 13 is bad"
+
+
+def test_a_killed_worker_is_told_in_one_line() -> None:
+    """As by a machine that is out of memory."""
+    with pytest.raises(DataError, match=r"^DataLoader worker .* \(data.num_workers: 2; was the memory") as caught:
+        list(OrderedItems(Squares(killed=3), range(9), 2))
+    assert "\n" not in str(caught.value)
 
 
 def test_ending_does_not_wait() -> None:

@@ -18,7 +18,8 @@ def test_numbers() -> None:
     assert (facts.num_layers, facts.hidden_size, facts.ffn_hidden_size, facts.vocab_size) == (2, 64, 96, 101)
     assert (facts.num_attention_heads, facts.num_query_groups) == (4, 2)
     assert (facts.vision_num_layers, facts.tokens_per_image) == (4, 16)
-    assert facts.templates == TEMPLATES and facts.tasks == TASKS and "llava" in facts.families and "mlp2x_gelu" in facts.projectors
+    assert facts.templates == TEMPLATES and facts.tasks == TASKS
+    assert "llava" in facts.families and "mlp2x_gelu" in facts.projectors
     assert {"psutil", "einops"} <= facts.installed
 
 

@@ -1,6 +1,7 @@
 """Who speaks when ranks fail, and what is said. The ranks themselves: tests/system/test_failures.py."""
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_vlm.errors import ConfigError, ParallelError
@@ -32,6 +33,7 @@ def test_kinds() -> None:
     assert kind_of(RuntimeError("shape mismatch")) == "internal"
     assert kind_of(dist.DistBackendError("NCCL error")) == "echo"
     assert kind_of(GLOO_ECHO) == "echo"
+    assert kind_of(torch.OutOfMemoryError("CUDA out of memory. Tried")) == kind_of(MemoryError()) == "user"
 
 
 def test_a_users_error_is_one_line_and_a_bug_is_a_traceback() -> None:
@@ -44,6 +46,10 @@ def test_a_users_error_is_one_line_and_a_bug_is_a_traceback() -> None:
     assert told(ConfigError("a: found 1,\n  needed 2")) == "error: a: found 1, needed 2"
     assert told(ConfigError("a"), debug=True).startswith("rank 1 failed:\nTraceback")
     assert told(KeyError("a")).startswith("rank 1 failed:\nTraceback") and told(KeyError("a")).endswith("KeyError: 'a'")
+    out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\na lot. More")
+    assert told(out_of_memory).startswith(
+        "error: rank 1 is out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); needs a smaller training."
+    )
     assert told(GLOO_ECHO).startswith("error: rank 1 lost another rank") and "\n" not in told(GLOO_ECHO)
 
 
