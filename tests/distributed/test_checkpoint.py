@@ -192,7 +192,7 @@ def test_another_model_is_refused(ranks: RankPool, saved: Any, tmp_path: Path, c
     ids=["tower frozen", "a layer frozen", "states not sharded"],
 )
 def test_other_optimizer_states_are_refused(ranks: RankPool, saved: Any, sections: Any) -> None:
-    load = {"load": saved[0]["checkpoint"]["directory"], "accept_changes": ["model"]}
+    load = {"load": saved[0]["checkpoint"]["directory"], "accept_changes": ["model", "optimizer.distributed"]}
     recipe = merged(saved[0], {"checkpoint": load} | sections)
     (message,) = ranks.run(1, refusal, recipe)
     assert "checkpoint.load_states" in message, message

@@ -26,6 +26,7 @@ from tests.helpers.parts import GatedPart, gate_of
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_llama, tiny_recipe
 
+NUM_WARM_UP = 10  # steps: by then the heap has its size
 NUM_PAIRS = 9
 TIME_LIMIT = 1.15  # of a step without a save
 WRITER_BYTES = 32 * 2**20  # a small process: what it has besides one copy of what is saved
@@ -43,7 +44,7 @@ class Cost:
     publications: list[float] = field(default_factory=list)  # the same
     first_start: float = 0.0
     shard_bytes: int = 0
-    extra_bytes: int = 0  # at most, of rank and writer together
+    extra_bytes: int = 0  # at most, of rank and writer together, beyond the rank before its first save
     load: float = 0.0
 
     def __str__(self) -> str:
@@ -86,12 +87,15 @@ def measure(recipe: dict[str, Any]) -> Cost:
     config = Config.model_validate(recipe)
     job, cost = build_job(config, 1), Cost()
     batches = list(job.batches(4))  # the loader has its own cost
-    saver = CheckpointSaver(config.checkpoint)
-    for number in range(4):
+    saver, before = CheckpointSaver(config.checkpoint), 0
+    for number in range(NUM_WARM_UP):
         make_step(job, batches, number)
-    cost.first_start, _ = save_and_step(job, batches, saver, 4, Cost())
-    for pair in range(NUM_PAIRS):
-        number = 6 + 2 * pair
+        before = max(before, own_bytes(psutil.Process()))
+    cost.extra_bytes = most_bytes(job, batches, saver) - before
+    saver.close()
+    saver = CheckpointSaver(config.checkpoint)
+    cost.first_start, _ = save_and_step(job, batches, saver, 20, Cost())
+    for number in range(30, 30 + 2 * NUM_PAIRS, 2):
         clock, cpu = time.perf_counter(), time.process_time()
         make_step(job, batches, number)
         cost.quiet.append(time.perf_counter() - clock)
@@ -99,7 +103,6 @@ def measure(recipe: dict[str, Any]) -> Cost:
         start_seconds, checkpoint = save_and_step(job, batches, saver, number + 1, cost)
         cost.starts.append(start_seconds)
     cost.shard_bytes = (checkpoint / "__0_0.distcp").stat().st_size
-    cost.extra_bytes = measure_memory(job, batches, saver)
     cost.load = os.getloadavg()[0]
     saver.close()
     return cost
@@ -128,13 +131,10 @@ def save_and_step(job: Job, batches: list[Any], saver: CheckpointSaver, number: 
     return start_seconds, checkpoint
 
 
-def measure_memory(job: Job, batches: list[Any], saver: CheckpointSaver) -> int:
-    """The most that is needed beyond the rank as it was, with a writer as slow as can be, which begins when the rank
-    has changed everything twice: what the rank itself has grown, the snapshot, and what the writer has of its own."""
-    rank, before = psutil.Process(), 0
-    for number in (898, 899):
-        make_step(job, batches, number)
-        before = max(before, own_bytes(rank))
+def most_bytes(job: Job, batches: list[Any], saver: CheckpointSaver) -> int:
+    """The most that rank and writer have, with a writer as slow as can be, which begins when the rank has changed
+    everything twice."""
+    rank = psutil.Process()
     with mock.patch.object(saver_module, "Part", GatedPart):
         saver.start(job.state(900))
     save = saver._save
@@ -148,7 +148,7 @@ def measure_memory(job: Job, batches: list[Any], saver: CheckpointSaver) -> int:
     while saver.is_writing:
         most = max(most, own_bytes(rank) + own_bytes(writer))
     saver.finish()
-    return most - before
+    return most
 
 
 def own_bytes(process: psutil.Process) -> int:
