@@ -35,6 +35,7 @@ from megatron_vlm.runtime.signals import end_with_parent, kept_from_children
 
 PART_SUFFIX = ".distcp"
 ALIGNMENT_BYTES = 64
+NICENESS = 15  # of a writer: where cores are short, training goes first
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,8 @@ def start_server() -> None:
 def _write(snapshot: Snapshot, sender: Connection) -> None:
     """The life of a writer."""
     end_with_parent()
-    torch.set_num_threads(1)  # the other cores are for training
+    torch.set_num_threads(1)
+    os.nice(NICENESS)
     sender.send(snapshot.restored().write())
 
 

@@ -10,6 +10,7 @@ import torch
 
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.store import find_checkpoint
+from megatron_vlm.checkpoint.writing import start_server
 from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.training import schedule
@@ -238,6 +239,7 @@ def save_on_a_full_disk(recipe: dict[str, Any]) -> str:
     """Rank 1 may write no file above 20 kB. Returns the error's message."""
     job = build_job(Config.model_validate(recipe), torch.distributed.get_world_size())
     train_steps(job, 1)
+    start_server()  # before there is a limit, which it would pass on to the writers of other tests
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if job.grid.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))

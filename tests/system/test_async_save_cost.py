@@ -29,7 +29,7 @@ from tests.helpers.tiny import tiny_llama, tiny_recipe
 NUM_WARM_UP = 10  # steps: by then the heap has its size
 NUM_PAIRS = 9
 TIME_LIMIT = 1.15  # of a step without a save
-WRITER_BYTES = 32 * 2**20  # a small process: what it has besides one copy of what is saved
+WRITER_BYTES = 48 * 2**20  # a small process: what it has besides one copy of what is saved
 
 
 @dataclass
