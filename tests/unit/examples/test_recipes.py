@@ -10,28 +10,10 @@ from megatron_vlm.config.validation import validate
 from megatron_vlm.data.conversation import TEMPLATES
 from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.facts import gather_facts
+from tests.helpers.public_models import CLIP_L_336, QWEN2_7B
 
 RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
 RANKS = {"quickstart": 4, "llava_qwen2_7b": 8, "bench_cpu": 2, "bench_cpu_large": 2}
-QWEN2_7B = {
-    "model_type": "qwen2",
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
-}
-CLIP_L_336 = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
 PUBLIC = {"Qwen/Qwen2-7B-Instruct": QWEN2_7B, "openai/clip-vit-large-patch14-336": CLIP_L_336}
 
 

@@ -16,31 +16,15 @@ from megatron_vlm.models.facts import gather_facts
 from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.training.layout_check.shrink import pick_samples, shrink, shrink_batch
+from tests.helpers.public_models import CLIP_L_336, QWEN2_7B
 from tests.helpers.tiny import tiny_dataset, tiny_recipe, tiny_tokenizer
-
-QWEN2_7B = {
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-}
-CLIP_LARGE = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
 
 
 def large_recipe(directory: Path, **sections: Any) -> Config:
     """LLaVA on Qwen2-7B, of directories that hold configurations and a tokenizer, but no weights."""
     language, vision = tiny_tokenizer(directory), directory / "clip"
     Qwen2Config(**QWEN2_7B).save_pretrained(language)
-    CLIPConfig(vision_config=CLIP_LARGE).save_pretrained(vision)
+    CLIPConfig(vision_config=CLIP_L_336).save_pretrained(vision)
     tree = {
         "model": {"language": {"path": str(language)}, "vision": {"path": str(vision)}},
         "data": {"path": str(tiny_dataset(directory)), "image_mode": "processor", "group_by_modality_length": True},
