@@ -1,6 +1,7 @@
 """Numbers that are not finite: the run ends on every rank with the same words, and nothing of them is ever saved."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,13 @@ def saved_steps(tmp_path: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in (tmp_path / "run").glob("step_*"))
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_updates_left_out_in_a_row_end_the_run(ranks: RankPool, tmp_path: Path, num_ranks: int) -> None:
-    found = set(ranks.run(num_ranks, run, guarded(tmp_path, logging={"sample_ids": True}), poison_gradients))
+@pytest.mark.parametrize(("num_ranks", "async_save"), [(1, False), (2, False), (2, True)])
+def test_updates_left_out_in_a_row_end_the_run(
+    ranks: RankPool, tmp_path: Path, num_ranks: int, async_save: bool
+) -> None:
+    """What is still being saved when the run ends is good, and kept."""
+    recipe = guarded(tmp_path, logging={"sample_ids": True}, checkpoint={"async_save": async_save})
+    found = set(ranks.run(num_ranks, run, recipe, poison_gradients))
     (message,) = found
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["updated"] for line in lines] == [True, True, False, False], "the last step is on record too"
@@ -132,3 +137,30 @@ def poison_once(job: Job) -> None:
         finish()
 
     job.vision.finish_grad_sync = poisoned
+
+
+def poison_the_first(job: Job) -> None:
+    """The very first update is left out, before the optimizer has ever stepped."""
+    finish, calls = job.vision.finish_grad_sync, [job.start_step]
+
+    def poisoned() -> None:
+        calls[0] += 1
+        if calls[0] == 1:
+            next(job.vision.module.projector.parameters()).main_grad.fill_(float("nan"))
+        finish()
+
+    job.vision.finish_grad_sync = poisoned
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_first_update_left_out_spoils_no_checkpoint(ranks: RankPool, tmp_path: Path, distributed: bool) -> None:
+    """Every checkpoint since holds the moments: a run goes on from one with the undisturbed run's losses."""
+    recipe = guarded(tmp_path, optimizer={"distributed": distributed})
+    assert ranks.run(1, run, recipe, poison_the_first) == ["ended well"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    before = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+    for step in (5, 6):
+        shutil.rmtree(tmp_path / "run" / f"step_{step:07d}")
+    (tmp_path / "run" / "latest").write_text("step_0000004")
+    assert ranks.run(1, run, recipe, None) == ["ended well"]
+    assert [json.loads(line)["loss"] for line in metrics.read_text().splitlines()] == before

@@ -3,9 +3,9 @@
 python restartable.py LOG WAY [WAY ...]
 
 The n-th run does the n-th WAY, the last one ever after: a number: ends with this code; `kill`: is killed; `save`: ends
-with 0 when it hears SIGUSR1; `term`: ends with 7 when it hears SIGTERM; `sleep`: does nothing about them; `orphan`:
-kills its parent (torchrun) and sleeps on. Each run writes a line to LOG, and another when it hears a signal; a rank
-adds its number to the file's name, so that each has its own.
+with 0 when it hears SIGUSR1; `late`: ends with 0 after 3 s, and listens to nothing; `term`: ends with 7 when it hears
+SIGTERM; `sleep`: does nothing about them; `orphan`: kills its parent (torchrun) and sleeps on. Each run writes a line
+to LOG, and another when it hears a signal; a rank adds its number to the file's name, so that each has its own.
 """
 
 import os
@@ -40,6 +40,9 @@ def main() -> None:
     if way == "orphan":
         time.sleep(2)  # the launcher has seen this rank
         os.kill(os.getppid(), signal.SIGKILL)
+    if way == "late":
+        time.sleep(3)
+        sys.exit(0)
     if way.isdecimal():
         sys.exit(int(way))
     time.sleep(600)

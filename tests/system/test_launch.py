@@ -115,6 +115,12 @@ def test_a_command_killed_twice_is_brought_to_its_end(launcher: Launcher) -> Non
     ]
 
 
+def test_a_command_that_ends_before_its_limit_unasked_is_done(launcher: Launcher) -> None:
+    """It ends while ranks would be asked to save, but it has none that listen."""
+    ended = launcher.run("-t", "1:00", "--save-seconds", "59", "--max-restarts", "2", ways="late")
+    assert ended.code == 0 and launcher.ways() == ["late"]
+
+
 def test_when_the_restarts_are_used_up_the_code_is_the_commands(launcher: Launcher) -> None:
     assert launcher.run("--max-restarts", "1", ways="kill 5").code == 5
     assert launcher.ways() == ["kill", "5"]

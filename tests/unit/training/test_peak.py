@@ -34,3 +34,10 @@ def test_unknown_devices_are_not_taken_for_known_ones(name: str) -> None:
 def test_a_measured_peak_is_what_this_machine_does() -> None:
     """Between a thousandth and a hundred TFLOP/s: a unit wrong by 10^3 may show."""
     assert 1e9 < measure(torch.float32, torch.device("cpu"), seconds=0.05) < 1e14
+
+
+def test_measuring_draws_no_random_number() -> None:
+    """It runs after a resumed run has its random states back."""
+    before = torch.get_rng_state()
+    measure(torch.float32, torch.device("cpu"), seconds=0.01)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -66,9 +66,12 @@ def test_the_last_rate_is_the_floor_and_never_above_the_peak(name: str) -> None:
 
 def test_every_group_gets_its_component_rate_and_decay() -> None:
     groups = [
-        {"component": component, "wd_mult": decayed} for component in schedule.COMPONENTS for decayed in (0.0, 1.0)
+        {"component": component, "wd_mult": decayed, "betas": (0.5, 0.5), "eps": 1.0}  # as a checkpoint has them
+        for component in schedule.COMPONENTS
+        for decayed in (0.0, 1.0)
     ]
-    settings = OptimizerConfig(lr=1e-3, lr_vision=1e-5, weight_decay=0.1)
+    settings = OptimizerConfig(lr=1e-3, lr_vision=1e-5, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
     schedule.apply(groups, 0, 10, settings, ScheduleConfig(warmup_ratio=0.0))
     assert [group["lr"] for group in groups] == [1e-3, 1e-3, 1e-3, 1e-3, 1e-5, 1e-5]
     assert [group["weight_decay"] for group in groups] == [0.0, 0.1] * 3
+    assert all((group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6) for group in groups)
