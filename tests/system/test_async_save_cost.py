@@ -26,7 +26,7 @@ from tests.helpers.parts import GatedPart, gate_of
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_llama, tiny_recipe
 
-NUM_WARM_UP = 10  # steps: by then the heap has its size
+NUM_WARM_UP = 24  # steps: by then the heap has its size (bf16: after 18)
 NUM_PAIRS = 9
 TIME_LIMIT = 1.15  # of a step without a save
 WRITER_BYTES = 48 * 2**20  # a small process: what it has besides one copy of what is saved
@@ -61,8 +61,9 @@ class Cost:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_cost(ranks: RankPool, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "num_samples"), [("fp32", 16), ("bf16", 1)])
+def test_cost(ranks: RankPool, tmp_path: Path, precision: str, num_samples: int) -> None:
+    """In bf16 a sample a step: matrix products of a CPU without bf16 instructions take 50 times those of fp32."""
     shape = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "max_position_embeddings": 512}
     recipe = tiny_recipe(tmp_path, optimizer={"distributed": True}, precision={"params": precision})
     language = {**recipe.model_dump(mode="json")["model"]["language"], "config": tiny_llama(331) | shape}
@@ -71,7 +72,7 @@ def test_cost(ranks: RankPool, tmp_path: Path, precision: str) -> None:
         model={"language": language},
         optimizer={"distributed": True},
         precision={"params": precision},
-        training={"steps": 1000, "global_batch_size": 16, "micro_batch_size": 4},
+        training={"steps": 1000, "global_batch_size": num_samples, "micro_batch_size": min(4, num_samples)},
     )
     (cost,) = ranks.run(1, measure, recipe.model_dump(mode="json"), timeout=900)
     print(f"{precision}: {cost}")
@@ -95,12 +96,12 @@ def measure(recipe: dict[str, Any]) -> Cost:
     saver.close()
     saver = CheckpointSaver(config.checkpoint)
     cost.first_start, _ = save_and_step(job, batches, saver, 20, Cost())
-    for number in range(30, 30 + 2 * NUM_PAIRS, 2):
+    for number in range(30, 30 + NUM_PAIRS):  # both steps of a pair have the same batch
         clock, cpu = time.perf_counter(), time.process_time()
         make_step(job, batches, number)
         cost.quiet.append(time.perf_counter() - clock)
         cost.quiet_cpu.append(time.process_time() - cpu)
-        start_seconds, checkpoint = save_and_step(job, batches, saver, number + 1, cost)
+        start_seconds, checkpoint = save_and_step(job, batches, saver, number, cost)
         cost.starts.append(start_seconds)
     cost.shard_bytes = (checkpoint / "__0_0.distcp").stat().st_size
     cost.load = os.getloadavg()[0]
