@@ -92,12 +92,13 @@ def point_to(checkpoint: Path) -> None:
     sync_directory(checkpoint.parent)
 
 
-def keep_newest(root: Path, number: int) -> None:
-    """Removes all checkpoints but the newest `number`. Raises OSError."""
+def retire_all_but(root: Path, number: int) -> list[Path]:
+    """Takes all checkpoints but the newest `number` out of the run's; returns what is to be removed. Raises OSError."""
+    retired = []
     for checkpoint in checkpoints(root)[number:]:
-        removed = checkpoint.with_name(f".removed_{checkpoint.name}")  # half removed, it must not look like one
-        os.rename(checkpoint, removed)
-        shutil.rmtree(removed)
+        retired.append(checkpoint.with_name(f".removed_{checkpoint.name}"))  # half removed, it must not look like one
+        os.rename(checkpoint, retired[-1])
+    return retired
 
 
 def set_aside(checkpoint: Path) -> None:

@@ -97,7 +97,9 @@ def _resume(root: Path, world: ProcessGroup, owns: bool) -> Start | None:
             return Start(directory, manifest, "all")
         damaged[directory] = f"checkpoint {directory} is damaged: {damage}"
     if damaged:
-        raise CheckpointError(f"no good checkpoint in {root}: {_told(damaged)}")
+        raise CheckpointError(
+            f"no good checkpoint in {root}: {_told(damaged)}; restore one of them, or move them away to start anew"
+        )
     return None
 
 

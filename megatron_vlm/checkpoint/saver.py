@@ -3,7 +3,7 @@
     start    the ranks agree on who writes what, and each copies its part for a process that writes it, into a hidden
              directory
     poll     after every step: once all parts are there, rank 0 adds the manifest, renames the directory into its place,
-             replaces `latest` and removes what is older than the recipe keeps
+             replaces `latest` and has what is older than the recipe keeps removed, while training goes on
 
 So whatever is killed, and whenever, what `latest` names is whole. At most one save is in flight; the next one waits.
 A part that cannot be written (disk full, writer killed) is one CheckpointError on every rank, with the cause of the
@@ -11,6 +11,7 @@ rank that had it, and nothing published before is touched.
 """
 
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,10 @@ from torch.distributed.checkpoint import FileSystemWriter
 from megatron_vlm.checkpoint.directory import (
     checkpoint_path,
     create_partial,
-    keep_newest,
     on_rank_zero,
     partial_path,
     publish,
+    retire_all_but,
 )
 from megatron_vlm.checkpoint.integrity import records_of
 from megatron_vlm.checkpoint.planning import Planner
@@ -62,6 +63,7 @@ class CheckpointSaver:
         self._save: _Save | None = None
         self._memory: SharedMemory | None = None
         self._published: list[Path] = []
+        self._removal: threading.Thread | None = None  # of old checkpoints, on rank 0
         if config.async_save:
             start_server()
 
@@ -84,6 +86,7 @@ class CheckpointSaver:
         items, common = self._planner.items(state.sharded(), world)
 
         def prepare() -> None:
+            self._wait_for_removal()  # the disk may have no room for one more
             partial = create_partial(final)
             try:
                 with open(partial / "common.pt", "wb") as file:  # torch's own file would not say why it failed
@@ -124,6 +127,7 @@ class CheckpointSaver:
 
     def close(self) -> None:
         """Drops what is in flight; its directory is removed by the next start. Not collective, safe to call twice."""
+        self._wait_for_removal()
         if self._save is not None:
             self._save.writer.end()
             self._save = None
@@ -162,7 +166,24 @@ class CheckpointSaver:
         self._published.append(final)
         if (keep := self.config.keep) is not None:
             problem = f"checkpoint.keep: older checkpoints in {final.parent} could not be removed"
-            on_rank_zero(lambda: keep_newest(final.parent, keep), world, problem)
+            retired = on_rank_zero(lambda: retire_all_but(final.parent, keep), world, problem)
+            if retired and world.rank() == 0:
+                self._wait_for_removal()
+                self._removal = threading.Thread(target=_remove, args=[retired], name="remove old checkpoints")
+                self._removal.start()
+
+    def _wait_for_removal(self) -> None:
+        if self._removal is not None:
+            self._removal.join()
+            self._removal = None
+
+
+def _remove(retired: list[Path]) -> None:
+    for directory in retired:
+        try:
+            shutil.rmtree(directory)
+        except OSError as error:
+            logger.warning("%s could not be removed: %s; the next start tries again", directory, error)
 
 
 def _problem(final: Path) -> str:

@@ -9,7 +9,7 @@ by replica, and the answers gathered at the end.
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron.core.distributed import DistributedDataParallel
@@ -68,11 +68,12 @@ class HeldOut:
             request = make_request(config, config.evaluation.task)
             self.questions = Questions(assistant, self.samples, request)
 
-    def evaluate(self, updates: int) -> EvaluationReport:
+    def evaluate(self, updates: int, is_stopped: Callable[[], bool] = lambda: False) -> EvaluationReport | None:
         """A collective call. The model, its mode and all random states are left as they were.
 
         Args:
             updates: made so far, for the report.
+            is_stopped: asked after every batch, and equal on every rank: whether to leave off. None is returned then.
 
         Raises:
             DataError: a picture that cannot be read, where data.on_bad_sample is error.
@@ -84,6 +85,8 @@ class HeldOut:
                 loss_sum, num_tokens = loss_sum + batch_loss, num_tokens + batch_tokens
                 num_samples += len(batch.sample_ids)
                 blanked.update(batch_blanked)
+                if is_stopped():
+                    return None
             answers = None if self.questions is None else self.questions.ask()
         num_samples -= blanked.total()
         left_out = dict(blanked + Counter(self.samples.index.dropped))

@@ -15,13 +15,14 @@ from megatron_vlm.checkpoint.claim import Claim
 from megatron_vlm.checkpoint.resume import Start, find_start, start_from
 from megatron_vlm.checkpoint.store import TrainingState, load_checkpoint
 from megatron_vlm.config.megatron import ddp_config, vision_ddp_config
-from megatron_vlm.config.schema import Config
+from megatron_vlm.config.schema import Config, TrainableConfig
 from megatron_vlm.config.validation import names_its_model, validate
 from megatron_vlm.conversion.weights import load_weights
 from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.conversation import TEMPLATES
 from megatron_vlm.data.index import SampleIndex
 from megatron_vlm.data.loader import StepFetcher, build_loader
+from megatron_vlm.data.sources import SOURCES
 from megatron_vlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.evaluation.tasks import TASKS
@@ -104,6 +105,7 @@ def build_job(config: Config, world_size: int, resumes: bool = False) -> Job:
         ConfigError: everything wrong with the recipe, in one error; or it is not the one a checkpoint was saved under.
         CheckpointError, ConversionError: weights that are missing, damaged or of another model.
     """
+    SOURCES.get(config.data.source)  # a name mistyped shall not cost the building of a model
     facts = gather_facts(config, TEMPLATES.names(), TASKS.names()) if names_its_model(config.model) else None
     validate(config, facts, world_size)
     assert facts is not None, "validate refuses a recipe that does not name its model"
@@ -115,6 +117,8 @@ def build_job(config: Config, world_size: int, resumes: bool = False) -> Job:
     start = find_start(config.checkpoint, grid.world, owns) if resumes else start_from(config.checkpoint, grid.world)
     if start is not None and config.training.mode != "eval":
         start.check_recipe(config)
+    if config.training.mode == "eval":
+        config = without_training(config)
     seed_everything(config.runtime.seed, grid)
     model = build_model(config, grid)
     if start is None:
@@ -124,12 +128,20 @@ def build_job(config: Config, world_size: int, resumes: bool = False) -> Job:
     step = TrainStep(model, language, vision, optimizer)
     start_step = 0
     if start is not None:
-        start_step = load_checkpoint(start.directory, model, optimizer, start.states, is_verified=True)
+        states = "model" if config.training.mode == "eval" else start.states
+        load_checkpoint(start.directory, model, optimizer, states, is_verified=True)
         if start.states == "all":
+            start_step = start.manifest.step
             logger.info("going on from %s: %d of %d steps are made", start.directory, start_step, config.training.steps)
         else:
             logger.info("weights from %s", start.directory)
     return Job(config, grid, model, language, vision, optimizer, tokenizer, step, start_step, start, claim)
+
+
+def without_training(config: Config) -> Config:
+    """The recipe with all its parameters frozen: neither gradients nor optimizer states are kept for any."""
+    frozen = TrainableConfig(language=False, vision=False, projector=False)
+    return config.model_copy(update={"model": config.model.model_copy(update={"train": frozen})})
 
 
 def wrap(

@@ -61,7 +61,7 @@ def train(config: Config, launch: Launch, signals: StopSignals | None = None) ->
         for hook in hooks:
             stack.callback(hook.close)
         if owed and held_out is not None:
-            evaluate(held_out, job.start_step, hooks)
+            evaluate(held_out, job.start_step, hooks, StopSignals())
         if not trains:
             return found
         if not config.checkpoint.every_steps:
@@ -91,30 +91,55 @@ def run_steps(
                 hook.after_step(report)
             updates = batch.step + 1
             signal, is_writing = maxima([signals.seen, saver.is_writing], job.grid.world)
-            ends = updates == steps or signal > 0
-            evaluates = held_out is not None and is_evaluation_due(config, updates)
-            if ends or is_due(updates, config.checkpoint.every_steps):
-                for hook in hooks:
-                    hook.before_save(updates)
-                saver.start(job.state(updates))
-                is_writing = 1
-            for saved in saver.finish() if ends or evaluates else saver.poll(bool(is_writing)):
-                for hook in hooks:
-                    hook.after_save(saved, step_of(saved))
-            if signal and updates < steps:
+            evaluates = held_out is not None and not signal and is_evaluation_due(config, updates)
+            ends = signal > 0 or updates == steps
+            saves = ends or is_due(updates, config.checkpoint.every_steps)
+            if saves:
+                start_save(job, saver, updates, hooks)
+            published = saver.finish() if ends or evaluates else saver.poll(saves or bool(is_writing))
+            saved = tell_saved(published, hooks) or saved
+            if held_out is not None and evaluates:
+                signal = evaluate(held_out, updates, hooks, signals)
+                if signal and not saves:
+                    start_save(job, saver, updates, hooks)
+                    saved = tell_saved(saver.finish(), hooks)
+            if signal:
                 logger.info("stopped by %s after %d of %d steps, saved in %s", name_of(signal), updates, steps, saved)
                 break
-            if held_out is not None and evaluates:
-                evaluate(held_out, updates, hooks)
     assert saved is not None, "the batches end before a checkpoint is due"
     return saved
 
 
-def evaluate(held_out: HeldOut, updates: int, hooks: Sequence[Hook]) -> None:
-    """One evaluation, told to the hooks."""
-    report = held_out.evaluate(updates)
+def start_save(job: Job, saver: CheckpointSaver, updates: int, hooks: Sequence[Hook]) -> None:
+    """Begins to save what the job is after so many updates."""
     for hook in hooks:
-        hook.after_evaluation(report)
+        hook.before_save(updates)
+    saver.start(job.state(updates))
+
+
+def tell_saved(published: Sequence[Path], hooks: Sequence[Hook]) -> Path | None:
+    """Tells the hooks of new checkpoints; returns the newest."""
+    for directory in published:
+        for hook in hooks:
+            hook.after_save(directory, step_of(directory))
+    return published[-1] if published else None
+
+
+def evaluate(held_out: HeldOut, updates: int, hooks: Sequence[Hook], signals: StopSignals) -> int:
+    """One evaluation, told to the hooks; or the number of the signal that broke it off, then it is owed to the next
+    start."""
+    world, signal = held_out.job.grid.world, 0
+
+    def is_stopped() -> bool:
+        nonlocal signal
+        signal = maxima([signals.seen], world)[0]
+        return signal > 0
+
+    report = held_out.evaluate(updates, is_stopped)
+    if report is not None:
+        for hook in hooks:
+            hook.after_evaluation(report)
+    return signal
 
 
 @contextmanager

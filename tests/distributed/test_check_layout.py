@@ -28,7 +28,7 @@ from tests.helpers.master import record_reference, run_check
 from tests.helpers.ranks import RankFailure, RankPool
 from tests.helpers.tiny import tiny_recipe
 
-HANG_SECONDS = 8
+HANG_SECONDS = 15
 Layout = tuple[int, dict[str, dict[str, Any]]]
 Check = Callable[..., LayoutReport]
 

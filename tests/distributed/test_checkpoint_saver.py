@@ -4,6 +4,8 @@ import contextlib
 import io
 import logging
 import os
+import shutil
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -178,6 +180,35 @@ def logged(logger: logging.Logger) -> Iterator[io.StringIO]:
     logger.addHandler(handler)
     yield told
     logger.removeHandler(handler)
+
+
+def save_while_removing(recipe: dict[str, Any]) -> list[list[str]]:
+    """Names in the directory after a save that retires another, whose removal takes its time; and at the end."""
+    job, released, rmtree = new_job(recipe), threading.Event(), shutil.rmtree
+
+    def remove_slowly(path: Path) -> None:
+        released.wait(30)
+        rmtree(path)
+
+    root, found = Path(recipe["checkpoint"]["directory"]), []
+    saver = saver_for(root, keep=1)
+    with mock.patch.object(saver_module.shutil, "rmtree", remove_slowly):
+        for step in (1, 2):
+            saver.start(job.state(step))
+            saver.finish()
+        found.append(sorted(os.listdir(root)))
+        released.set()
+        saver.close()
+        found.append(sorted(os.listdir(root)))
+    return found
+
+
+def test_old_ones_are_removed_while_training_goes_on(ranks: RankPool, recipe: dict[str, Any]) -> None:
+    (found,) = ranks.run(1, save_while_removing, recipe)
+    assert found == [
+        [".removed_step_0000001", "latest", "step_0000002"],
+        ["latest", "step_0000002"],
+    ]
 
 
 def test_what_is_in_flight_is_dropped_when_a_run_ends_badly(ranks: RankPool, recipe: dict[str, Any]) -> None:

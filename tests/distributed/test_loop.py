@@ -1,8 +1,10 @@
 """The loop's modes: evaluation comes when it is due and changes nothing; eval alone trains nothing."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -41,6 +43,7 @@ def test_evaluation_in_training_and_after_it(ranks: RankPool, tmp_path: Path, ev
 
     ranks.run(2, train_in_pool, a_recipe(tmp_path, "both", "eval"))
     assert evaluations(tmp_path / "both")[-1] == found[-1]
+    assert set(ranks.run(2, count_states, a_recipe(tmp_path, "both", "eval"))) == {(0, 0)}
     assert checkpoints(tmp_path / "both") == before and read_metrics(tmp_path / "both") == both
     if due == [5]:
         (tmp_path / "both" / "evaluation.jsonl").unlink()  # as where the run was killed in its last evaluation
@@ -48,3 +51,47 @@ def test_evaluation_in_training_and_after_it(ranks: RankPool, tmp_path: Path, ev
         assert evaluations(tmp_path / "both") == found and read_metrics(tmp_path / "both") == both
         with pytest.raises(RankFailure, match=r"training\.mode: found eval with random weights"):
             ranks.run(1, train_in_pool, a_recipe(tmp_path, "nothing trained", "eval"))
+
+
+def count_states(recipe: dict[str, Any]) -> tuple[int, int]:
+    """Inside a rank: numbers of optimizers and of tensors with a gradient in a job."""
+    import torch.distributed as dist
+
+    from megatron_vlm.config.schema import Config
+    from megatron_vlm.training.job import build_job
+
+    job = build_job(Config.model_validate(recipe), dist.get_world_size(), resumes=True)
+    buffers = [buffer for chunk in [*job.language, job.vision] for buffer in chunk.buffers]
+    return len(job.optimizer.chained_optimizers), len(buffers)
+
+
+def stopped_in_evaluation(recipe: dict[str, Any]) -> None:
+    """Inside a rank: a run whose last rank is asked to end while the first evaluation is under way."""
+    import torch.distributed as dist
+
+    from megatron_vlm.runtime.signals import StopSignals
+    from megatron_vlm.training.step import TrainStep
+
+    signals, evaluate = StopSignals(), TrainStep.evaluate
+
+    def asked_to_end(step: TrainStep, batch: Any) -> Any:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            signals.seen = signal.SIGTERM
+        return evaluate(step, batch)
+
+    with mock.patch.object(TrainStep, "evaluate", asked_to_end):
+        train_in_pool(recipe, signals)
+
+
+@pytest.mark.parametrize(("every_steps", "stops_after"), [(3, 3), (2, 2), (0, 5)])
+def test_a_signal_in_an_evaluation_is_heard_and_the_evaluation_owed(
+    ranks: RankPool, tmp_path: Path, every_steps: int, stops_after: int
+) -> None:
+    """After an update that is saved in any case (2 and 5) and one that is not (3)."""
+    ranks.run(2, train_in_pool, a_recipe(tmp_path, "whole", "train_and_eval", every_steps=every_steps))
+    recipe, root = a_recipe(tmp_path, "stopped", "train_and_eval", every_steps=every_steps), tmp_path / "stopped"
+    ranks.run(2, stopped_in_evaluation, recipe)
+    assert checkpoints(root)[0].name == f"step_{stops_after:07d}" and evaluations(root) == []
+    ranks.run(2, train_in_pool, recipe)
+    assert evaluations(root) == evaluations(tmp_path / "whole")
+    assert [x["loss"] for x in read_metrics(root)] == [x["loss"] for x in read_metrics(tmp_path / "whole")]

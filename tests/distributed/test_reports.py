@@ -65,7 +65,7 @@ def test_a_slow_rank_is_named(ranks: RankPool, tmp_path: Path, parallel: dict[st
     assert last["phases"]["encode"]["max"] >= SLEEP_SECONDS > last["straggler"]["median_seconds"]
     if parallel:
         assert last["phases"]["exchange"]["max"] > 0.75 * SLEEP_SECONDS
-    (summary,) = read(tmp_path / "run" / "summary.json")
+    (summary,) = read(tmp_path / "run" / "summary.jsonl")
     assert summary["steps"] == 3 and summary["tokens"] == sum(line["tokens"] for line in lines)
     assert summary["peak_memory_bytes"] > 2**20 and (tmp_path / "run" / "tensorboard").exists()
 

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from megatron_vlm.config.schema import Config
+from megatron_vlm.runtime.signals import StopSignals
 from tests.helpers.processes import ROOT, environment
 
 MARK = "MEGATRON_VLM_LIVE_JOB"
@@ -116,15 +117,15 @@ def read_metrics(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def train_in_pool(recipe: dict[str, Any]) -> None:
-    """Inside a rank: the whole run, as tools/train.py makes it."""
+def train_in_pool(recipe: dict[str, Any], signals: StopSignals | None = None) -> None:
+    """Inside a rank: the whole run, as tools/train.py makes it; maybe with signals noted meanwhile."""
     import torch.distributed as dist
 
     from megatron_vlm.runtime.distributed import Launch
     from megatron_vlm.training.loop import train
 
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    train(Config.model_validate(recipe), Launch(rank, num_ranks, rank, num_ranks))
+    train(Config.model_validate(recipe), Launch(rank, num_ranks, rank, num_ranks), signals)
 
 
 def _ignore_sigusr1() -> None:

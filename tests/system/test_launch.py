@@ -145,7 +145,7 @@ def test_a_signal_from_outside_is_passed_on_and_ends_it(launcher: Launcher, sent
 
 
 def test_at_the_time_limit_it_saves_and_goes_on(launcher: Launcher) -> None:
-    ended = launcher.run("-t", "0:00:03", "--save-seconds", "2", "--max-restarts", "1", ways="save 0")
+    ended = launcher.run("-t", "0:00:08", "--save-seconds", "2", "--max-restarts", "1", ways="save 0")
     assert ended.code == 0, ended
     assert launcher.ways() == ["save", "SIGUSR1", "0"]
     assert "asked 1 processes to save and stop" in ended.stdout

@@ -11,7 +11,7 @@ import pytest
 from megatron_vlm.config import load_config, to_yaml
 from megatron_vlm.config.schema import Config
 from tests.helpers.jobs import train_steps
-from tests.helpers.live_jobs import TRAIN, LiveJob, read_metrics, wait_for
+from tests.helpers.live_jobs import GONE_SECONDS, TRAIN, LiveJob, read_metrics, wait_for
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_recipe
 
@@ -95,7 +95,7 @@ def test_before_the_first_step_it_ends_at_once_and_saves_nothing(tmp_path: Path,
         wait_for("the ranks", lambda: len(job.listening(signal.SIGUSR1)) == num_ranks)
         for process in job.processes():
             process.send_signal(signal.SIGUSR1)
-        assert (job.end(limit_seconds=20), job.read("stderr.log")) == (0, "")
+        assert (job.end(limit_seconds=GONE_SECONDS), job.read("stderr.log")) == (0, "")
         assert "stopped by SIGUSR1 before the first step: nothing to save" in job.stdout
     assert not root.exists()
 

@@ -25,7 +25,7 @@ from tests.helpers.tiny import tiny_recipe
 
 STEPS = 60
 LIMIT_SECONDS = 240
-JOIN_SECONDS = 8  # that a node waits for the other
+JOIN_SECONDS = 15  # that a node waits for the other
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -56,7 +56,7 @@ def showing_hooks(config: Config, start_step: int, peak: Peak, left_out: dict[st
         reason = error.strerror or error
         raise ConfigError(f"checkpoint.directory: found {directory}, needs a writable place ({reason})") from error
     logger.info("recipe %s, in full in %s", config_hash(config), directory / "recipe.yaml")
-    hooks.append(SummaryHook(directory / "summary.json", config.training.steps, peak, left_out))
+    hooks.append(SummaryHook(directory / "summary.jsonl", config.training.steps, peak, left_out))
     hooks.append(ConsoleHook(config.training.steps, start_step, logging))
     if logging.curves:
         hooks.append(CurvesHook(directory))

@@ -1,6 +1,6 @@
 """curves.png and ranks_phases.png: the run over its steps, and its last compared step over the ranks.
 
-Drawn when the run saves and when it ends.
+Drawn when the run saves and when it ends; the second where there are several ranks.
 """
 
 import io
@@ -34,7 +34,7 @@ class CurvesHook(Hook):
         self.compared: StepReport | None = None
 
     def after_step(self, report: StepReport) -> None:
-        if report.ranks is not None:
+        if report.ranks is not None and len(report.ranks.figures) > 1:
             self.compared = report
 
     def after_save(self, directory: Path, updates: int) -> None:

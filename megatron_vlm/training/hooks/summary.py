@@ -1,6 +1,6 @@
-"""The end of a run in a few numbers: on the console, and as the last line of summary.json.
+"""The end of a run in a few numbers: on the console, and as the last line of summary.jsonl.
 
-summary.json has one object per attempt, in order: a run that was resumed has as many lines as it was started times.
+summary.jsonl has one object per attempt, in order: a run that was resumed has as many lines as it was started times.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ class SummaryHook(Hook):
     """Sums up this attempt, from its first step to whatever ends it; says nothing of one without a step.
 
     Args:
-        path: of summary.json.
+        path: of summary.jsonl.
         steps: updates of the whole run.
         peak: what MFU is measured against.
         left_out: samples left out while indexing, by reason.

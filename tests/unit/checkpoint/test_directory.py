@@ -81,16 +81,16 @@ def test_killed_while_replacing(tmp_path: Path, killed_before: str, monkeypatch:
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         publish(tmp_path, step)
-    directory.keep_newest(tmp_path, 2)
-    assert names(tmp_path) == {"step_0000006", "step_0000008", "latest"}
+    retired = directory.retire_all_but(tmp_path, 2)
+    assert {path.name for path in retired} == {".removed_step_0000002", ".removed_step_0000004"}
+    assert [found.name for found in directory.checkpoints(tmp_path)] == ["step_0000008", "step_0000006"]
 
 
-def test_one_that_was_being_removed_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_was_being_removed_is_no_checkpoint(tmp_path: Path) -> None:
     publish(tmp_path, 2)
     publish(tmp_path, 4)
-    with monkeypatch.context() as patch:
-        patch.setattr(directory.shutil, "rmtree", lambda path: (path / "part").unlink())  # killed halfway
-        directory.keep_newest(tmp_path, 1)
+    (retired,) = directory.retire_all_but(tmp_path, 1)
+    (retired / "part").unlink()  # killed halfway
     assert [found.name for found in directory.checkpoints(tmp_path)] == ["step_0000004"]
     directory.tidy(tmp_path)
     assert names(tmp_path) == {"step_0000004", "latest"}
@@ -101,8 +101,8 @@ def test_a_damaged_one_is_out_of_the_way(tmp_path: Path) -> None:
         publish(tmp_path, step)
     for content in ("first", "second"):  # damaged twice
         directory.set_aside(publish(tmp_path, 6, content))
-    directory.keep_newest(tmp_path, 1)
-    assert names(tmp_path) == {"step_0000004", "damaged_step_0000006", "latest"}
+    directory.retire_all_but(tmp_path, 1)
+    assert names(tmp_path) == {".removed_step_0000002", "step_0000004", "damaged_step_0000006", "latest"}
     assert (tmp_path / "damaged_step_0000006" / "part").read_text() == "second"
 
 

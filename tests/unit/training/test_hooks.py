@@ -148,7 +148,7 @@ def test_the_moving_mean_of_a_constant_is_that_constant() -> None:
 
 
 def test_the_summary_adds_up_each_attempt(tmp_path: Path) -> None:
-    path = tmp_path / "summary.json"
+    path = tmp_path / "summary.jsonl"
     for first_step in (1, 3):
         hook = SummaryHook(path, 10, PEAK, {"too long": 5})
         for step in (first_step, first_step + 1):
@@ -167,7 +167,7 @@ def test_the_summary_adds_up_each_attempt(tmp_path: Path) -> None:
 
 def test_the_summary_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with told(caplog):
-        hook = SummaryHook(tmp_path / "summary.json", 10, PEAK, {"too long": 5, "bomb": 1})
+        hook = SummaryHook(tmp_path / "summary.jsonl", 10, PEAK, {"too long": 5, "bomb": 1})
         hook.after_step(step_report(1, blanked={"missing": 2}))
         hook.close()
     text = "\n".join(record.getMessage() for record in caplog.records)
@@ -176,8 +176,8 @@ def test_the_summary_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 
 
 def test_a_run_without_a_step_has_no_summary(tmp_path: Path) -> None:
-    SummaryHook(tmp_path / "summary.json", 10, PEAK, {}).close()
-    assert not (tmp_path / "summary.json").exists()
+    SummaryHook(tmp_path / "summary.jsonl", 10, PEAK, {}).close()
+    assert not (tmp_path / "summary.jsonl").exists()
 
 
 def test_a_straggler_is_told_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -235,4 +235,4 @@ def test_a_recipe_chooses_what_is_shown(tmp_path: Path, tensorboard: bool) -> No
     assert (tmp_path / "run" / "tensorboard").exists() is tensorboard
     assert not (tmp_path / "run" / "curves.png").exists()
     assert read_lines(tmp_path / "run" / METRICS)[0]["sample_ids"]
-    assert (tmp_path / "run" / "recipe.yaml").exists() and (tmp_path / "run" / "summary.json").exists()
+    assert (tmp_path / "run" / "recipe.yaml").exists() and (tmp_path / "run" / "summary.jsonl").exists()
