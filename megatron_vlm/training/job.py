@@ -22,7 +22,6 @@ from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.conversation import TEMPLATES
 from megatron_vlm.data.index import SampleIndex
 from megatron_vlm.data.loader import StepFetcher, build_loader
-from megatron_vlm.data.sources import SOURCES
 from megatron_vlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.evaluation.tasks import TASKS
@@ -105,7 +104,6 @@ def build_job(config: Config, world_size: int, resumes: bool = False) -> Job:
         ConfigError: everything wrong with the recipe, in one error; or it is not the one a checkpoint was saved under.
         CheckpointError, ConversionError: weights that are missing, damaged or of another model.
     """
-    SOURCES.get(config.data.source)  # a name mistyped shall not cost the building of a model
     facts = gather_facts(config, TEMPLATES.names(), TASKS.names()) if names_its_model(config.model) else None
     validate(config, facts, world_size)
     assert facts is not None, "validate refuses a recipe that does not name its model"

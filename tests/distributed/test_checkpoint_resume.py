@@ -182,3 +182,25 @@ def test_a_run_goes_on_under_its_own_recipe_and_samples_only(ranks: RankPool, tm
     assert ": the ids differ; the contents differ; needs " in refused
     accepted = {"data": {"path": str(moved)}, "checkpoint": {"accept_changes": ["data"]}}
     assert ranks.run(1, resume_job, merged(recipe, accepted)) == ["step 1"]
+
+
+def go_on(recipe: dict[str, Any], steps: int) -> list[float]:
+    """The losses of the next steps, saved after them."""
+    job = build_job(Config.model_validate(recipe), dist.get_world_size(), resumes=True)
+    found, _ = train_steps(job, steps)
+    save(job, job.start_step + steps)
+    return found
+
+
+def test_random_numbers_go_on_where_they_were(ranks: RankPool, tmp_path: Path) -> None:
+    """A tower with dropout: each rank draws its own, and a resumed run the very ones that an undisturbed run draws."""
+
+    def run(name: str, *parts: int, dropout: float = 0.5) -> list[float]:
+        tower = {"vision": {"config": {"attention_dropout": dropout}}}
+        keys = {"checkpoint": {"directory": str(tmp_path / name)}, "training": {"steps": 4}, "model": tower}
+        recipe = merged(base_recipe(tmp_path, {}), keys)
+        return [loss for part in parts for loss in ranks.run(2, go_on, recipe, part)[0]]
+
+    whole = run("whole", 4)
+    assert run("in parts", 1, 2, 1) == whole
+    assert run("without", 4, dropout=0.0) != whole
