@@ -27,7 +27,6 @@ from megatron_vlm.runtime.collectives import broadcast_object
 T = TypeVar("T")
 LATEST = "latest"
 _STEP = "step_"
-_LEFTOVERS = (".partial_*", ".removed_*")
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -111,9 +110,10 @@ def set_aside(checkpoint: Path) -> None:
 
 def tidy(root: Path) -> None:
     """Removes what a killed run was writing or removing, and finishes what it was renaming. Raises OSError."""
-    for pattern in _LEFTOVERS:
-        for leftover in root.glob(pattern):
-            shutil.rmtree(leftover)
+    for partial in root.glob(".partial_*"):
+        shutil.rmtree(partial)
+    for removed in root.glob(".removed_*"):
+        shutil.rmtree(removed, ignore_errors=True)  # what cannot be removed is in nobody's way
     for replaced in root.glob(f".replaced_{_STEP}*"):
         final = replaced.with_name(replaced.name.removeprefix(".replaced_"))
         if final.exists():

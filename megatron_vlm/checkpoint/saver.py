@@ -38,6 +38,7 @@ from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.signals import maxima
 
 logger = get_logger(__name__)
+REMOVAL_SECONDS = 10.0  # that the end of a run waits for it: the next start removes the rest
 _TORCH_DIST = CheckpointingConfig("torch_dist", 1)  # how dist_checkpointing.load reads it
 
 
@@ -127,10 +128,10 @@ class CheckpointSaver:
 
     def close(self) -> None:
         """Drops what is in flight; its directory is removed by the next start. Not collective, safe to call twice."""
-        self._wait_for_removal()
         if self._save is not None:
             self._save.writer.end()
             self._save = None
+        self._wait_for_removal(REMOVAL_SECONDS)
         if self._memory is not None:
             self._memory.close()
             self._memory = None
@@ -169,12 +170,12 @@ class CheckpointSaver:
             retired = on_rank_zero(lambda: retire_all_but(final.parent, keep), world, problem)
             if retired and world.rank() == 0:
                 self._wait_for_removal()
-                self._removal = threading.Thread(target=_remove, args=[retired], name="remove old checkpoints")
+                self._removal = threading.Thread(target=_remove, args=[retired], name="removal", daemon=True)
                 self._removal.start()
 
-    def _wait_for_removal(self) -> None:
+    def _wait_for_removal(self, seconds: float | None = None) -> None:
         if self._removal is not None:
-            self._removal.join()
+            self._removal.join(seconds)
             self._removal = None
 
 

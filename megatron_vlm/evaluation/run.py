@@ -9,7 +9,7 @@ is gathered.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,10 @@ from megatron_vlm.runtime.progress import Progress
 
 logger = get_logger(__name__)
 Faults = dict[int, str]  # number of a question -> why an image that this rank read for it cannot be used
+
+
+class EvaluationStopped(Exception):
+    """It was to leave off, on every rank."""
 
 
 @dataclass(frozen=True)
@@ -77,24 +81,39 @@ def read_questions(data: Sequence[Path], media_root: Path | None, image_token: s
     ]
 
 
-def evaluate(assistant: Assistant, asked: Sequence[Asked], request: EvaluationRequest) -> Report:
+def evaluate(
+    assistant: Assistant,
+    asked: Sequence[Asked],
+    request: EvaluationRequest,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> Report:
     """Asks and scores; every rank calls it with the same and gets the whole report.
 
+    Args:
+        is_stopped: asked before every batch, as often on one rank as on another and with one answer for all: whether
+            to leave off.
+
     Raises:
+        EvaluationStopped: it was to leave off.
         ConfigError: no such task.
         DataError: an image cannot be read; where that is tolerated, none can.
     """
     scorer = TASKS.get(request.task)
-    records = ask_all(assistant, asked, request, scorer, assistant.reader)
+    records = ask_all(assistant, asked, request, scorer, assistant.reader, is_stopped)
     blank_records: list[Record] = []
     if request.blank_images:
         blank = MediaReader(assistant.model.media_spec, assistant.image_mode, blank=True)
-        blank_records = ask_all(assistant, asked, request, scorer, blank)
+        blank_records = ask_all(assistant, asked, request, scorer, blank, is_stopped)
     return make_report(request.task, scorer, records, blank_records)
 
 
 def ask_all(
-    assistant: Assistant, asked: Sequence[Asked], request: EvaluationRequest, scorer: Scorer, reader: MediaReader
+    assistant: Assistant,
+    asked: Sequence[Asked],
+    request: EvaluationRequest,
+    scorer: Scorer,
+    reader: MediaReader,
+    is_stopped: Callable[[], bool],
 ) -> list[Record]:
     """Every sample's record in the order given, on every rank; each replica answers its share."""
     grid = assistant.model.grid
@@ -104,8 +123,13 @@ def ask_all(
     faults: Faults | None = {} if request.tolerant else None
     title = f"{request.task}, images blanked" if reader.blank else request.task
     with Progress(title, total=len(mine), enabled=request.progress) as progress:
-        for start in range(0, len(mine), request.batch_size):
+        largest_share = len(range(0, len(asked), grid.sizes.data))
+        for start in range(0, largest_share, request.batch_size):
+            if is_stopped():
+                raise EvaluationStopped
             numbers = mine[start : start + request.batch_size]
+            if not numbers:  # a smaller share: the others' last round
+                break
             questions = [_question(number, asked[number], reader, faults) for number in numbers]
             answers = assistant.answer(questions, request.max_new_tokens)
             for number, answer in zip(numbers, answers, strict=True):

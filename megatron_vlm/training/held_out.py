@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.loader import SampleSource, StepFetcher, build_held_out_loader
 from megatron_vlm.evaluation.report import Report
-from megatron_vlm.evaluation.run import Asked, EvaluationRequest, evaluate
+from megatron_vlm.evaluation.run import Asked, EvaluationRequest, EvaluationStopped, evaluate
 from megatron_vlm.generation.assistant import Assistant
 from megatron_vlm.training.job import Job
 
@@ -73,21 +73,28 @@ class HeldOut:
 
         Args:
             updates: made so far, for the report.
-            is_stopped: asked after every batch, and equal on every rank: whether to leave off. None is returned then.
+            is_stopped: asked before every batch, with one answer on every rank: whether to leave off. Then None is
+                returned.
 
         Raises:
             DataError: a picture that cannot be read, where data.on_bad_sample is error.
         """
+        try:
+            return self._evaluate(updates, is_stopped)
+        except EvaluationStopped:
+            return None
+
+    def _evaluate(self, updates: int, is_stopped: Callable[[], bool]) -> EvaluationReport:
         loss_sum, num_tokens, num_samples, blanked = 0.0, 0, 0, Counter[str]()
         with unchanged_mode([*self.job.language, self.job.vision]), whole_parameters(self.job.language):
             for batch in self.batches:
+                if is_stopped():
+                    raise EvaluationStopped
                 batch_loss, batch_tokens, batch_blanked = self.job.step.evaluate(batch)
                 loss_sum, num_tokens = loss_sum + batch_loss, num_tokens + batch_tokens
                 num_samples += len(batch.sample_ids)
                 blanked.update(batch_blanked)
-                if is_stopped():
-                    return None
-            answers = None if self.questions is None else self.questions.ask()
+            answers = None if self.questions is None else self.questions.ask(is_stopped)
         num_samples -= blanked.total()
         left_out = dict(blanked + Counter(self.samples.index.dropped))
         report = EvaluationReport(updates, loss_sum / max(1, num_tokens), num_samples, num_tokens, left_out)
@@ -105,11 +112,11 @@ class Questions:
     samples: SampleSource
     request: EvaluationRequest
 
-    def ask(self) -> Report:
-        """All of them. Raises DataError as `evaluate`."""
+    def ask(self, is_stopped: Callable[[], bool]) -> Report:
+        """All of them. Raises DataError and EvaluationStopped as `evaluate`."""
         source = self.samples
         read = [source.file.read(source.index.extent(number)) for number in range(len(source.index))]
-        return evaluate(self.assistant, [Asked(sample, source.media_root) for sample in read], self.request)
+        return evaluate(self.assistant, [Asked(sample, source.media_root) for sample in read], self.request, is_stopped)
 
 
 def make_request(config: Config, task: str) -> EvaluationRequest:

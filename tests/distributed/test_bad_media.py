@@ -20,8 +20,10 @@ import torch
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import MicroBatch, StepBatch
 from megatron_vlm.training import schedule, step
+from megatron_vlm.training.hooks.jsonl import read_lines
 from megatron_vlm.training.job import build_job
 from tests.helpers import bad_media
+from tests.helpers.live_jobs import read_metrics, train_in_pool
 from tests.helpers.ranks import RankFailure, RankPool
 from tests.helpers.tiny import tiny_recipe
 
@@ -132,6 +134,16 @@ def test_one_process(ranks: RankPool, data: Data) -> None:
 )
 def test_layouts(ranks: RankPool, data: Data, num_ranks: int, parallel: dict[str, Any]) -> None:
     compare(ranks.run(num_ranks, train, data.layout(**parallel)), data.reference)
+
+
+def test_what_a_run_leaves_out_is_on_record(ranks: RankPool, data: Data, tmp_path: Path) -> None:
+    steps = {**data.recipe["training"], "steps": STEPS}
+    logging = {"tensorboard": False, "ranks_every_steps": 0}
+    recipe = {**data.recipe, "training": steps, "logging": logging, "checkpoint": {"directory": str(tmp_path)}}
+    ranks.run(2, train_in_pool, recipe)
+    (summary,) = read_lines(tmp_path / "summary.jsonl")
+    assert summary["samples_left_out"] == bad_media.DROPPED and summary["samples_blanked"] == bad_media.BLANKED
+    assert sum((Counter(line["blanked"]) for line in read_metrics(tmp_path)), Counter()) == bad_media.BLANKED
 
 
 def test_labels_that_are_not_masked_are_found_out(ranks: RankPool, data: Data) -> None:

@@ -11,7 +11,7 @@ import pytest
 from megatron_vlm.checkpoint.directory import checkpoints
 from tests.helpers.live_jobs import read_metrics, train_in_pool
 from tests.helpers.ranks import RankFailure, RankPool
-from tests.helpers.tiny import tiny_dataset, tiny_recipe
+from tests.helpers.tiny import merge, tiny_dataset, tiny_recipe
 
 
 def a_recipe(tmp_path: Path, name: str, mode: str, **keys: Any) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def a_recipe(tmp_path: Path, name: str, mode: str, **keys: Any) -> dict[str, Any
         tmp_path,
         training={"steps": 5, "mode": mode},
         checkpoint={"directory": str(tmp_path / name), "every_steps": 2},
-        evaluation={"path": str(tiny_dataset(tmp_path, 6, "held_out.json")), **keys},
+        evaluation={"path": str(tiny_dataset(tmp_path, 5, "held_out.json")), **keys},
         logging={"tensorboard": False, "ranks_every_steps": 0},
     ).model_dump(mode="json")
 
@@ -53,6 +53,15 @@ def test_evaluation_in_training_and_after_it(ranks: RankPool, tmp_path: Path, ev
             ranks.run(1, train_in_pool, a_recipe(tmp_path, "nothing trained", "eval"))
 
 
+def test_in_bf16_with_overlap_too(ranks: RankPool, tmp_path: Path) -> None:
+    overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    keys = {"precision": {"params": "bf16"}, "parallel": overlap, "optimizer": {"distributed": True}}
+    for mode in ("train_and_eval", "eval"):
+        ranks.run(2, train_in_pool, merge(a_recipe(tmp_path, "run", mode), keys))
+    ((step, loss), (step_again, loss_again)) = evaluations(tmp_path / "run")
+    assert step == step_again == 5 and loss_again == pytest.approx(loss, rel=1e-6)
+
+
 def count_states(recipe: dict[str, Any]) -> tuple[int, int]:
     """Inside a rank: numbers of optimizers and of tensors with a gradient in a job."""
     import torch.distributed as dist
@@ -65,32 +74,40 @@ def count_states(recipe: dict[str, Any]) -> tuple[int, int]:
     return len(job.optimizer.chained_optimizers), len(buffers)
 
 
-def stopped_in_evaluation(recipe: dict[str, Any]) -> None:
-    """Inside a rank: a run whose last rank is asked to end while the first evaluation is under way."""
+def stopped_in_evaluation(recipe: dict[str, Any], part: str) -> None:
+    """Inside a rank: a run whose last rank is asked to end in the first batch of this part of its evaluation."""
     import torch.distributed as dist
 
+    from megatron_vlm.generation.assistant import Assistant
     from megatron_vlm.runtime.signals import StopSignals
+    from megatron_vlm.training import held_out
     from megatron_vlm.training.step import TrainStep
 
-    signals, evaluate = StopSignals(), TrainStep.evaluate
+    signals = StopSignals()
+    owner, name = (TrainStep, "evaluate") if part == "losses" else (Assistant, "answer")
+    run_part = getattr(owner, name)
 
-    def asked_to_end(step: TrainStep, batch: Any) -> Any:
+    def asked_to_end(*arguments: Any) -> Any:
         if dist.get_rank() == dist.get_world_size() - 1:
             signals.seen = signal.SIGTERM
-        return evaluate(step, batch)
+        return run_part(*arguments)
 
-    with mock.patch.object(TrainStep, "evaluate", asked_to_end):
+    with mock.patch.object(owner, name, asked_to_end), mock.patch.object(held_out, "QUESTIONS_AT_A_TIME", 2):
         train_in_pool(recipe, signals)
 
 
-@pytest.mark.parametrize(("every_steps", "stops_after"), [(3, 3), (2, 2), (0, 5)])
+@pytest.mark.parametrize(
+    ("every_steps", "part", "stops_after"), [(3, "losses", 3), (2, "losses", 2), (3, "answers", 3), (0, "answers", 5)]
+)
 def test_a_signal_in_an_evaluation_is_heard_and_the_evaluation_owed(
-    ranks: RankPool, tmp_path: Path, every_steps: int, stops_after: int
+    ranks: RankPool, tmp_path: Path, every_steps: int, part: str, stops_after: int
 ) -> None:
-    """After an update that is saved in any case (2 and 5) and one that is not (3)."""
-    ranks.run(2, train_in_pool, a_recipe(tmp_path, "whole", "train_and_eval", every_steps=every_steps))
-    recipe, root = a_recipe(tmp_path, "stopped", "train_and_eval", every_steps=every_steps), tmp_path / "stopped"
-    ranks.run(2, stopped_in_evaluation, recipe)
+    """After an update that is saved in any case (2 and 5) and one that is not (3). Of the five questions one replica
+    has three and the other two: they must leave off together."""
+    keys = {"every_steps": every_steps, "task": "exact_match", "max_new_tokens": 2}
+    ranks.run(2, train_in_pool, a_recipe(tmp_path, "whole", "train_and_eval", **keys))
+    recipe, root = a_recipe(tmp_path, "stopped", "train_and_eval", **keys), tmp_path / "stopped"
+    ranks.run(2, stopped_in_evaluation, recipe, part)
     assert checkpoints(root)[0].name == f"step_{stops_after:07d}" and evaluations(root) == []
     ranks.run(2, train_in_pool, recipe)
     assert evaluations(root) == evaluations(tmp_path / "whole")

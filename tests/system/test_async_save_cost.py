@@ -61,9 +61,9 @@ class Cost:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("precision", "num_samples"), [("fp32", 16), ("bf16", 1)])
+@pytest.mark.parametrize(("precision", "num_samples"), [("fp32", 16), ("bf16", 2)])
 def test_cost(ranks: RankPool, tmp_path: Path, precision: str, num_samples: int) -> None:
-    """In bf16 a sample a step: matrix products of a CPU without bf16 instructions take 50 times those of fp32."""
+    """In bf16 two samples a step: matrix products of a CPU without bf16 instructions take 50 times those of fp32."""
     shape = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "max_position_embeddings": 512}
     recipe = tiny_recipe(tmp_path, optimizer={"distributed": True}, precision={"params": precision})
     language = {**recipe.model_dump(mode="json")["model"]["language"], "config": tiny_llama(331) | shape}
@@ -79,7 +79,8 @@ def test_cost(ranks: RankPool, tmp_path: Path, precision: str, num_samples: int)
     middle = statistics.median
     assert middle(cost.saving_cpu) <= TIME_LIMIT * middle(cost.quiet_cpu)
     if cost.load < (os.cpu_count() or 1):
-        assert middle(cost.saving) <= TIME_LIMIT * middle(cost.quiet)
+        stops = middle(cost.starts) + middle(cost.publications)
+        assert middle(cost.saving) + stops <= TIME_LIMIT * middle(cost.quiet)
     assert cost.extra_bytes <= cost.shard_bytes + WRITER_BYTES
 
 
@@ -153,8 +154,8 @@ def most_bytes(job: Job, batches: list[Any], saver: CheckpointSaver) -> int:
 
 
 def own_bytes(process: psutil.Process) -> int:
-    """What no other process has; 0 where it has ended."""
+    """What it has, and its share of what it has together with others; 0 where it has ended."""
     try:
-        return int(process.memory_full_info().uss)
+        return int(process.memory_full_info().pss)
     except psutil.Error:
         return 0
