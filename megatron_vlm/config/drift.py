@@ -18,6 +18,7 @@ from megatron_vlm.registry import did_you_mean
 DATA = "data"
 
 MAY_DIFFER: dict[str, bool] = {
+    "extensions": True,  # what they bring is named by the keys below
     "runtime.device": True,
     "runtime.seed": False,
     "runtime.timeout_seconds": True,
@@ -25,6 +26,7 @@ MAY_DIFFER: dict[str, bool] = {
     "model.vision.sharding": True,
     "parallel": True,  # the master test: losses and gradients do not depend on the layout
     "data.path": True,  # a file may have moved: its samples are compared
+    "data.source": True,
     "data.media_root": True,
     "data.template": False,
     "data.image_mode": False,

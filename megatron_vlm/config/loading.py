@@ -149,7 +149,7 @@ def _near_keys(location: tuple[int | str, ...]) -> str:
     siblings = list(_section_at(location[:-1]).model_fields)
     elsewhere = [path for path in _all_keys(Config) if path.rsplit(".", 1)[-1] == name]
     allowed = f"allowed: {', '.join(siblings)}"
-    if elsewhere and not difflib.get_close_matches(name, siblings):
+    if elsewhere and not difflib.get_close_matches(name, siblings, cutoff=0.75):
         return f"did you mean {' or '.join(map(repr, elsewhere))}?"
     return did_you_mean(name, siblings, allowed)
 

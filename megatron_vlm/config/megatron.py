@@ -12,6 +12,7 @@ Hazards, both silent (found by running it):
   collective, so the vision chunk has a config object of its own with both overlaps off.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,19 +30,22 @@ ACTIVATIONS = {"silu": functional.silu, "gelu": functional.gelu, "relu": functio
 QKV_BIAS_ALWAYS = ("qwen2",)  # model types whose code has the bias without a key for it
 
 
-def transformer_config(config: Config, hf_language_config: Any) -> TransformerConfig:
+def transformer_config(
+    config: Config, hf_language_config: Any, architecture: Mapping[str, Any] | None = None
+) -> TransformerConfig:
     """The language model's TransformerConfig; a new object each time, because chunks and schedules write into it.
 
     Args:
         config: the recipe, already valid.
         hf_language_config: a `transformers` configuration of a Llama-architecture model.
+        architecture: settings in which its architecture departs from Llama's.
 
     Raises:
         ConfigError: an architecture switch that has no counterpart here.
     """
     hf = hf_language_config
     dtype = DTYPES[config.precision.params]
-    return TransformerConfig(
+    settings: dict[str, Any] = dict(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
         ffn_hidden_size=hf.intermediate_size,
@@ -71,6 +75,7 @@ def transformer_config(config: Config, hf_language_config: Any) -> TransformerCo
         **_parallelism(config),
         **_recompute(config),
     )
+    return TransformerConfig(**{**settings, **(architecture or {})})
 
 
 def ddp_config(config: Config) -> DistributedDataParallelConfig:

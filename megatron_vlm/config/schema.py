@@ -4,9 +4,10 @@ Pydantic holds the shape and refuses unknown keys; what depends on several field
 weights is in `validation.py`. No torch here: a recipe can be read and checked in milliseconds.
 """
 
+import importlib
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 
@@ -17,7 +18,19 @@ def _no_switch(value: Any) -> Any:
     return value
 
 
+def _import(module: str) -> str:
+    """Imports an extension, so that what it registers is there before anything is looked up by name."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a user's own code may fail in any way; it is told as the recipe's fault
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        message = "must be a module that Python can import, its folder on PYTHONPATH: {reason}"
+        raise PydanticCustomError("extension", message, {"reason": reason}) from error
+    return module
+
+
 Number = BeforeValidator(_no_switch)
+Extension = Annotated[str, AfterValidator(_import)]
 PositiveInt = Annotated[int, Field(gt=0), Number]
 NonNegativeInt = Annotated[int, Field(ge=0), Number]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False), Number]
@@ -98,6 +111,7 @@ class DataConfig(Section):
     """What is trained on and how it becomes tokens and pixels."""
 
     path: str
+    source: str = "llava_json"  # a registered reader of `path` and evaluation.path
     media_root: str | None = None  # default: the folder of `path`
     template: str = "auto"
     image_mode: Literal["pad", "resize", "processor"] = "pad"  # processor: as the tower's own preprocessor config says
@@ -199,7 +213,8 @@ class OpsConfig(Section):
 
 
 class Config(Section):
-    """A whole recipe."""
+    """A whole recipe. `extensions`: modules of your own that register what the recipe names (examples/extensions); they
+    are imported when the recipe is read, by every process that reads it, a checkpoint's included."""
 
     runtime: RuntimeConfig = RuntimeConfig()
     model: ModelConfig
@@ -213,3 +228,4 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     ops: OpsConfig = OpsConfig()
+    extensions: tuple[Extension, ...] = ()

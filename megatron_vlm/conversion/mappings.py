@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from megatron_vlm.models.architectures import LANGUAGE_MODELS
+
 Shape = tuple[int, ...]
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # one where they are tied
 
 # On-disk and in-memory prefixes of LLaVA checkpoints, old and new, and what they are here; the first that fits counts.
 _PREFIXES = (
@@ -42,6 +45,19 @@ def canonical_name(name: str) -> str:
         if name.startswith(prefix):
             return replacement + name.removeprefix(prefix)
     return name
+
+
+def tower_name(name: str) -> str:
+    """The canonical name of a tower's tensor, whether or not the class in memory has an inner `vision_model`."""
+    return f"vision_tower.{name.removeprefix('vision_model.')}"
+
+
+def projector_name(name: str) -> str:
+    """The canonical name of a projector's tensor: `2.bias` -> `multi_modal_projector.linear_2.bias`."""
+    index, _, rest = name.partition(".")
+    if index.isdecimal():
+        name = f"linear_{int(index) // 2 + 1}.{rest}"  # linear layers and activations alternate
+    return f"multi_modal_projector.{name}"
 
 
 @dataclass(frozen=True)
@@ -182,6 +198,8 @@ def _layer_mappings(hf_config: PretrainedConfig, layer: int) -> list[Mapping]:
     if hf_config.model_type == "qwen2":
         biases = tuple(f"{projection}.bias" for projection in projections)
         table.append(QKV(f"{attention}.linear_qkv.bias", biases, tuple((n,) for n in rows), groups))
+    for name, parameter in LANGUAGE_MODELS.get(hf_config.model_type).parameters(hf_config).items():
+        table.append(Replicated(f"{ours}.{name}", (f"{theirs}.{parameter.source}",), ((parameter.size,),)))
     return table
 
 

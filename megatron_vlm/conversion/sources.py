@@ -6,22 +6,19 @@ layout starts from the same weights, whichever of them it holds.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_vlm.conversion.files import WeightFolder
 from megatron_vlm.conversion.mappings import Mapping as Entry
 from megatron_vlm.errors import ConversionError
 
-INDEX = "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 VISION_PREFIXES = ("model.vision_tower.", "vision_tower.", "vision_model.")
 
 
@@ -50,8 +47,8 @@ class StateSource:
         return self._state[name]
 
 
-class SafetensorsSource:
-    """A directory of safetensors files, read lazily.
+class FolderSource:
+    """A directory of weight files, read lazily.
 
     Args:
         path: a directory, or a hub id, which is fetched.
@@ -59,57 +56,63 @@ class SafetensorsSource:
             of a larger model.
 
     Raises:
-        ConversionError: no such directory or hub id, no safetensors in it, or a file that is missing or damaged.
+        ConversionError: no such directory or hub id; as `WeightFolder`; or two tensors of one canonical name.
     """
 
     def __init__(self, path: str, renaming: Callable[[Collection[str]], Callable[[str], str | None]]) -> None:
         self.origin = path
-        self._folder = _resolve_folder(path)
-        self._open: dict[str, Any] = {}
-        self._places: dict[str, tuple[str, str]] = {}
-        files = self._disk_names()
-        rename = renaming(files.keys())
-        for disk_name, file in files.items():
+        self.weights = WeightFolder(resolve_folder(path))
+        self.disk_names: dict[str, str] = {}  # by canonical name
+        rename = renaming(self.weights.places.keys())
+        for disk_name in self.weights.places:
             name = rename(disk_name)
-            if name is not None:
-                self._places[name] = (file, disk_name)
+            if name is None:
+                continue
+            if name in self.disk_names:
+                raise ConversionError(f"{path}: {self.disk_names[name]} and {disk_name} are both {name}")
+            self.disk_names[name] = disk_name
 
     def names(self) -> Collection[str]:
         """All canonical names."""
-        return self._places.keys()
+        return self.disk_names.keys()
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor, on the CPU, in the file's dtype. Raises ConversionError for a damaged file."""
-        file, disk_name = self._places[name]
-        try:
-            return self._reader(file).get_tensor(disk_name)
-        except SafetensorError as error:
-            raise ConversionError(f"{self._folder / file}: {disk_name} cannot be read: {error}") from error
+        """One whole tensor, on the CPU, in the file's dtype; a view of the mapped file."""
+        disk_name = self.disk_names[name]
+        return self.weights.places[disk_name].read(disk_name)
 
-    def _disk_names(self) -> dict[str, str]:
-        """Disk name -> file name."""
-        index = self._folder / INDEX
-        if index.is_file():
-            try:
-                return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ConversionError(f"{index}: no index of weights: {error!r}") from error
-        files = sorted(path.name for path in self._folder.glob("*.safetensors"))
-        if not files:
-            others = ", ".join(sorted(path.name for path in self._folder.iterdir() if path.suffix in PICKLES)[:4])
-            raise ConversionError(
-                f"{self._folder}: found {others or 'no weights'}, needs *.safetensors"
-                f"{' (a pickle can run code and is not read: save the model again)' if others else ''}"
-            )
-        return {name: file for file in files for name in self._reader(file).keys()}
 
-    def _reader(self, file: str) -> Any:
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(self._folder / file, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise ConversionError(f"{self._folder / file}: cannot be opened: {error}") from error
-        return self._open[file]
+class JoinedSource:
+    """Several sources as one. Raises ConversionError where two have the same name."""
+
+    def __init__(self, origin: str, parts: Sequence[WeightSource]) -> None:
+        self.origin = origin
+        self._parts: dict[str, WeightSource] = {}
+        for part in parts:
+            if both := sorted(self._parts.keys() & part.names()):
+                raise ConversionError(f"{both[0]} is in {self._parts[both[0]].origin} and in {part.origin}")
+            self._parts |= dict.fromkeys(part.names(), part)
+
+    def names(self) -> Collection[str]:
+        """All canonical names."""
+        return self._parts.keys()
+
+    def read(self, name: str) -> Tensor:
+        """As the part that has it."""
+        return self._parts[name].read(name)
+
+
+class PartSource:
+    """The tensors of a source whose names `is_part` accepts."""
+
+    def __init__(self, whole: WeightSource, is_part: Callable[[str], bool]) -> None:
+        self.origin = whole.origin
+        self._names = [name for name in whole.names() if is_part(name)]
+        self.read = whole.read
+
+    def names(self) -> Collection[str]:
+        """The canonical names of the part."""
+        return self._names
 
 
 class RandomSource:
@@ -159,11 +162,12 @@ def vision_rename(names: Collection[str]) -> Callable[[str], str | None]:
     return rename
 
 
-def _resolve_folder(path: str) -> Path:
+def resolve_folder(path: str) -> Path:
+    """The directory itself, or that of a hub id's files, which are fetched. Raises ConversionError."""
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.safetensors", INDEX]))
+        return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConversionError(f"{path}: neither a directory nor a hub id that can be fetched: {reason}") from error

@@ -6,34 +6,40 @@ no known buffer is an error that names it. A silent mismatch would train from no
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.conversion.mappings import canonical_name, language_mappings
+from megatron_vlm.conversion.mappings import HEAD, canonical_name, language_mappings, projector_name, tower_name
+from megatron_vlm.conversion.mappings import Mapping as Entry
 from megatron_vlm.conversion.sources import (
+    FolderSource,
     RandomSource,
-    SafetensorsSource,
     StateSource,
     WeightSource,
     named_seed,
     vision_rename,
 )
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.models.language import LanguageModel
 from megatron_vlm.models.projectors import build_projector
-from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.models.vision.survey import TowerSurvey, build_hf_tower
-from megatron_vlm.models.vlm import VisionLanguageModel
-from megatron_vlm.parallel.groups import Grid
 
-_BUFFERS = re.compile(r"(\.rotary_emb\.inv_freq|embeddings\.position_ids)$")  # stored by old versions, computed here
+if TYPE_CHECKING:  # they bring megatron-core in, which takes seconds and which a converter does not need
+    from megatron_vlm.models.language import LanguageModel
+    from megatron_vlm.models.vision.encoder import VisionEncoder
+    from megatron_vlm.models.vlm import VisionLanguageModel
+    from megatron_vlm.parallel.groups import Grid
+
+# Stored by old versions, computed here.
+COMPUTED_BUFFERS = re.compile(r"(\.rotary_emb\.inv_freq|embeddings\.position_ids)$")
+VISION_PARTS = ("vision_tower.", "multi_modal_projector.")  # canonical prefixes of what `VisionEncoder` holds
 _NUM_SHOWN = 4  # names per error
 
 
-def load_weights(model: VisionLanguageModel, config: Config, grid: Grid) -> None:
+def load_weights(model: "VisionLanguageModel", config: Config, grid: "Grid") -> None:
     """Fills language model, tower and projector as the recipe says: from `path`, or with `config` from the seed.
 
     The projector is always new here. Random weights depend on seed and name only, not on the layout.
@@ -62,7 +68,7 @@ def weight_sources(
     return _language_source(config, language), _tower_source(config, tower), _projector_source(config, language, tower)
 
 
-def load_hf_state(model: VisionLanguageModel, state: Mapping[str, Tensor], grid: Grid) -> None:
+def load_hf_state(model: "VisionLanguageModel", state: Mapping[str, Tensor], grid: "Grid") -> None:
     """Fills the whole model from a LlavaForConditionalGeneration state dict, with disk or memory names, old or new.
 
     Raises:
@@ -71,45 +77,32 @@ def load_hf_state(model: VisionLanguageModel, state: Mapping[str, Tensor], grid:
     parts: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
     for name, tensor in state.items():
         canonical = canonical_name(name)
-        parts[canonical.startswith(("vision_tower.", "multi_modal_projector."))][canonical] = tensor
+        parts[canonical.startswith(VISION_PARTS)][canonical] = tensor
     fill_language(model.language, StateSource("state dict", parts[False], canonical_name), grid)
     fill_vision(model.vision, StateSource("state dict", parts[True], canonical_name))
-
-
-def projector_source_name(name: str) -> str:
-    """The projector's tensor in LlavaForConditionalGeneration: `2.bias` -> `multi_modal_projector.linear_2.bias`."""
-    index, _, rest = name.partition(".")
-    if index.isdecimal():
-        name = f"linear_{int(index) // 2 + 1}.{rest}"  # linear layers and activations alternate
-    return f"multi_modal_projector.{name}"
 
 
 def _language_source(config: Config, hf_config: PretrainedConfig) -> WeightSource:
     path = config.model.language.path
     if path is not None:
-        return SafetensorsSource(path, lambda names: canonical_name)
+        return FolderSource(path, lambda names: canonical_name)
     return RandomSource(language_mappings(hf_config), config.runtime.seed, hf_config.initializer_range)
 
 
 def _tower_source(config: Config, survey: TowerSurvey) -> WeightSource:
     path = config.model.vision.path
     if path is not None:
-        return SafetensorsSource(path, vision_rename)
-    return _fresh(lambda: build_hf_tower(survey.hf_config), config.runtime.seed, tower_source_name)
+        return FolderSource(path, vision_rename)
+    return fresh_source(lambda: build_hf_tower(survey.hf_config), config.runtime.seed, tower_name)
 
 
 def _projector_source(config: Config, language: PretrainedConfig, survey: TowerSurvey) -> WeightSource:
     widths = survey.hidden_size, language.hidden_size
     kind = config.model.projector.type
-    return _fresh(lambda: build_projector(kind, *widths), config.runtime.seed, projector_source_name)
+    return fresh_source(lambda: build_projector(kind, *widths), config.runtime.seed, projector_name)
 
 
-def tower_source_name(name: str) -> str:
-    """The canonical name of a tower's tensor, whether or not the class in memory has an inner `vision_model`."""
-    return f"vision_tower.{name.removeprefix('vision_model.')}"
-
-
-def _fresh(build: Callable[[], nn.Module], seed: int, rename: Callable[[str], str]) -> WeightSource:
+def fresh_source(build: Callable[[], nn.Module], seed: int, rename: Callable[[str], str]) -> WeightSource:
     """The weights a module's own initialisation gives on the CPU under the recipe's seed, so the same on every rank."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(named_seed(seed, rename("")))
@@ -117,38 +110,55 @@ def _fresh(build: Callable[[], nn.Module], seed: int, rename: Callable[[str], st
     return StateSource(f"random weights of seed {seed}", state, rename)
 
 
-def fill_language(chunks: Sequence[LanguageModel], source: WeightSource, grid: Grid) -> None:
+def fill_language(chunks: "Sequence[LanguageModel]", source: WeightSource, grid: "Grid") -> None:
     """Fills this rank's shards of its chunks. Raises ConversionError as `load_weights` does."""
     spec = chunks[0].spec
     table = {entry.name: entry for entry in language_mappings(spec.hf_config)}
-    spare = {"lm_head.weight"} if spec.tied else set()  # a tied head is often stored all the same
-    _check_names(source, {name for entry in table.values() for name in entry.sources}, spare)
+    spare = {HEAD} if spec.tied else set()  # a tied head is often stored all the same
+    check_names(source, {name for entry in table.values() for name in entry.sources}, spare)
     for chunk in chunks:
         names = chunk.global_names()
         for local, parameter in chunk.named_parameters():
             entry = table[names[local]]
-            full = [_read(source, name, shape) for name, shape in zip(entry.sources, entry.shapes, strict=True)]
+            full = [read_tensor(source, name, shape) for name, shape in zip(entry.sources, entry.shapes, strict=True)]
             _copy(entry.shard(full, grid.coordinates.tensor, grid.sizes.tensor), parameter)
 
 
-def fill_vision(encoder: VisionEncoder, source: WeightSource, prefix: str = "") -> None:
+def fill_vision(encoder: "VisionEncoder", source: WeightSource, prefix: str = "") -> None:
     """Fills the encoder's tensors whose canonical name has the prefix: parameters and stored buffers, whole."""
     targets = {_vision_source_name(encoder, local): t for local, t in encoder.state_dict(keep_vars=True).items()}
     targets = {name: tensor for name, tensor in targets.items() if name.startswith(prefix)}
-    _check_names(source, targets.keys(), set())
+    check_names(source, targets.keys(), set())
     for name, tensor in targets.items():
-        _copy(_read(source, name, tuple(tensor.shape)), tensor)
+        _copy(read_tensor(source, name, tuple(tensor.shape)), tensor)
 
 
-def _vision_source_name(encoder: VisionEncoder, local: str) -> str:
+def _vision_source_name(encoder: "VisionEncoder", local: str) -> str:
     component, _, name = encoder.global_name(local).partition(".")
-    return tower_source_name(name) if component == "vision" else projector_source_name(name)
+    return tower_name(name) if component == "vision" else projector_name(name)
 
 
-def _check_names(source: WeightSource, wanted: Collection[str], spare: Collection[str]) -> None:
+def check_fit(source: WeightSource, table: Sequence[Entry]) -> list[str]:
+    """Compares names and shapes with a whole model's table, before any tensor is read.
+
+    Returns:
+        The canonical names of tensors that no model here has, because it computes them.
+
+    Raises:
+        ConversionError: tensors missing, left over or of another shape, by name.
+    """
+    shapes = {name: shape for entry in table for name, shape in zip(entry.sources, entry.shapes, strict=True)}
+    check_names(source, shapes.keys(), set() if HEAD in shapes else {HEAD})
+    for name, shape in shapes.items():
+        read_tensor(source, name, shape)
+    return sorted(name for name in source.names() if COMPUTED_BUFFERS.search(name) and name not in shapes)
+
+
+def check_names(source: WeightSource, wanted: Collection[str], spare: Collection[str]) -> None:
+    """Raises ConversionError for names that are missing, or left over and neither `spare` nor a known buffer."""
     given = set(source.names())
     missing = sorted(set(wanted) - given)
-    left_over = sorted(name for name in given - set(wanted) - set(spare) if not _BUFFERS.search(name))
+    left_over = sorted(name for name in given - set(wanted) - set(spare) if not COMPUTED_BUFFERS.search(name))
     complaints = [
         f"{len(names)} {what}: {', '.join(names[:_NUM_SHOWN])}{', ...' if len(names) > _NUM_SHOWN else ''}"
         for what, names in (("missing", missing), ("not in the model", left_over))
@@ -158,7 +168,8 @@ def _check_names(source: WeightSource, wanted: Collection[str], spare: Collectio
         raise ConversionError(f"weights of {source.origin} do not fit the model: {'; '.join(complaints)}")
 
 
-def _read(source: WeightSource, name: str, shape: tuple[int, ...]) -> Tensor:
+def read_tensor(source: WeightSource, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor. Raises ConversionError where it has another shape."""
     tensor = source.read(name)
     if tuple(tensor.shape) != shape:
         raise ConversionError(

@@ -35,13 +35,13 @@ import numpy as np
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.media import MediaReader
 from megatron_vlm.data.sample import BadSample, Sample
-from megatron_vlm.data.sources.llava_json import Extent, LlavaFile, parse_record
+from megatron_vlm.data.sources import Extent, RecordFile
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.errors import DataError
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.progress import Progress
 
-FORMAT = 3  # of the index's files and of what is in them
+FORMAT = 4  # of the index's files and of what is in them
 SAMPLES_PER_CHUNK = 512
 SAMPLES_PER_PROCESS = 20_000  # below which another process costs more to start than it saves
 HEAD_START_SECONDS = 1.0  # of rank 0, which owns the console, before another rank may build
@@ -122,7 +122,7 @@ class Dropped(NamedTuple):
 class Measurer:
     """Reads, encodes and checks samples: the work of indexing, done in chunks by worker processes."""
 
-    file: LlavaFile
+    file: RecordFile
     encoder: ConversationEncoder
     media_root: Path
     extents: list[Extent]
@@ -134,10 +134,10 @@ class Measurer:
         return [self._measure(extent) for extent in self.extents[first : first + SAMPLES_PER_CHUNK]]
 
     def _measure(self, extent: Extent) -> Measured | Dropped:
-        sample_id, origin, raw = str(extent.number), self.file.origin(extent), self._bytes(extent)
+        sample_id, origin, raw = str(extent.number), self.file.origin(extent), self.file.read_bytes(extent)
         images: list[str] = []
         try:
-            sample = parse_record(raw, origin, sample_id, self.file.image_token)
+            sample = self.file.parse(raw, origin, sample_id)
             sample_id, images = sample.id, [str(self.media_root / image) for image in sample.images]
             digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
             return Measured(self._num_tokens(sample), len(images), digest, sample_id)
@@ -145,13 +145,6 @@ class Measurer:
             if self.skip is None:
                 raise
             return Dropped(sample_id, origin, error.reason, str(error), images)
-
-    def _bytes(self, extent: Extent) -> bytes:
-        try:
-            with open(self.file.path, "rb") as file:
-                return os.pread(file.fileno(), extent.size, extent.offset)
-        except OSError as error:
-            raise DataError(f"data file {self.file.path} cannot be read: {error.strerror}") from error
 
     def _num_tokens(self, sample: Sample) -> int:
         """Its length, after everything was checked."""
@@ -174,7 +167,7 @@ class Measurer:
 
 
 def open_index(
-    file: LlavaFile,
+    file: RecordFile,
     encoder: ConversationEncoder,
     media_root: Path,
     spare_root: Path,
@@ -253,7 +246,7 @@ def _list_counts(dropped: dict[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in dropped.items())
 
 
-def _fingerprint(file: LlavaFile, encoder: ConversationEncoder, media_root: Path, skip: SkipRule | None) -> str:
+def _fingerprint(file: RecordFile, encoder: ConversationEncoder, media_root: Path, skip: SkipRule | None) -> str:
     try:
         facts = file.path.stat()
     except OSError as error:
@@ -269,6 +262,7 @@ def _fingerprint(file: LlavaFile, encoder: ConversationEncoder, media_root: Path
         tokenizer.chat_template,
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         encoder.template,
+        f"{type(file).__module__}.{type(file).__qualname__}",  # another source may read the same file otherwise
         file.image_token,
         encoder.tokens_per_image,
         str(media_root.resolve()),
@@ -309,6 +303,8 @@ def _only_builder(lock: Path) -> Iterator[None]:
 
 def _build(measurer: Measurer, folder: Path) -> None:
     file, extents = measurer.file, measurer.extents
+    if not extents:
+        raise DataError(f"data file {file.path} holds no conversation")
     num_chunks = -(-len(extents) // SAMPLES_PER_CHUNK)
     num_processes = min(len(os.sched_getaffinity(0)), len(extents) // SAMPLES_PER_PROCESS)
     records = np.zeros(len(extents), RECORD)

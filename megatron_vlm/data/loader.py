@@ -24,7 +24,7 @@ from megatron_vlm.data.index import SampleIndex, SkipRule, open_index
 from megatron_vlm.data.media import FAULTS, MediaReader
 from megatron_vlm.data.plan import GroupedPlan, Plan
 from megatron_vlm.data.sample import IGNORE, BadSample
-from megatron_vlm.data.sources.llava_json import LlavaFile
+from megatron_vlm.data.sources import SOURCES, RecordFile
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
@@ -89,7 +89,7 @@ def _open_source(
 ) -> "SampleSource":
     data, sequence_length = config.data, config.training.sequence_length
     encoder = ConversationEncoder(tokenizer, data.template, data.image_token, media_spec.tokens_per_image)
-    file = LlavaFile(path, data.image_token)
+    file = SOURCES.get(data.source)(path, data.image_token)
     root = Path(media_root) if media_root is not None else file.path.parent
     media = MediaReader(media_spec, data.image_mode)
     skip = SkipRule(media, sequence_length) if data.on_bad_sample == "skip" else None
@@ -98,7 +98,7 @@ def _open_source(
     return SampleSource(file, index, encoder, media, root, tolerant=skip is not None)
 
 
-def check_lengths(index: SampleIndex, file: LlavaFile, sequence_length: int) -> None:
+def check_lengths(index: SampleIndex, file: RecordFile, sequence_length: int) -> None:
     """Raises DataError naming the longest sample where any is longer than the rows may be."""
     num_long = int((index.tokens > sequence_length).sum())
     if num_long:
@@ -161,7 +161,7 @@ class StepShape:
 class SampleSource:
     """Samples by number, read and encoded, and their pictures."""
 
-    file: LlavaFile
+    file: RecordFile
     index: SampleIndex
     encoder: ConversationEncoder
     media: MediaReader

@@ -1,7 +1,7 @@
 """A model that can be asked: model, conversation encoder, image reader and what ends an answer, in one object.
 
 `generate` is for people: texts and images mixed, one prompt or several. `answer` is for programs (evaluation): one
-batch of ready questions.
+batch of ready questions. A conversation of several turns is chat.py's, over `generate`.
 
 Hazard: what ends an answer. A model configuration made from a dictionary carries transformers' default end of sequence
 (2 for Llama), which in the tokenizer in use may be an ordinary letter; only ids that the tokenizer knows as special
@@ -11,7 +11,7 @@ count.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Unpack
 
 from PIL import Image
 from torch import Tensor
@@ -22,8 +22,10 @@ from megatron_vlm.data.media import MediaReader, to_rgb
 from megatron_vlm.data.sample import Sample
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.errors import ConfigError, DataError
-from megatron_vlm.generation.greedy import decode_greedily
-from megatron_vlm.generation.prompts import ImageSource, Prompt, Question, collate, read_prompt
+from megatron_vlm.generation.decoding import decode
+from megatron_vlm.generation.prompts import ImageSource, Prompt, Question, collate, list_prompts, read_prompt
+from megatron_vlm.generation.sampling import Sampler, Sampling, SamplingOptions
+from megatron_vlm.generation.stopping import Stopping
 from megatron_vlm.models.vlm import VisionLanguageModel
 
 
@@ -61,44 +63,59 @@ class Assistant:
         return cls(model, encoder, data, model.language[0].spec.hf_config.eos_token_id)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, batch_size: int = 32
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int = 64,
+        batch_size: int = 32,
+        stop: str | Sequence[str] = (),
+        **sampling: Unpack[SamplingOptions],
     ) -> str | list[str]:
-        """Greedy answers.
+        """Answers, greedy unless a temperature is given.
 
         Args:
-            prompts: one prompt: a question, or a sequence of texts and images (`[image, "question"]`; an image is a
-                path or a PIL image); or several: a sequence of such sequences.
+            prompts: one prompt: a question, a sequence of texts and images (`[image, "question"]`; an image is a path
+                or a PIL image) or a `Dialogue`; or several: a list of sequences and dialogues.
             max_new_tokens: longest answer in tokens.
             batch_size: prompts decoded together; answers do not depend on it.
+            stop: texts that end an answer and are not part of it.
+            sampling: temperature, top_k, top_p, seed, as in `Sampling`; prompts draw apart by their numbers.
 
         Returns:
             The answer, or a list of answers where several prompts were given.
 
         Raises:
+            ConfigError: a sampling setting or stop string that makes no sense.
             DataError: a prompt without text, an image that cannot be read, or another number of image tokens than of
                 images.
         """
-        if isinstance(prompts, str) or any(not isinstance(part, list | tuple) for part in prompts):
-            return self._generate_all([cast(Prompt, prompts)], max_new_tokens, batch_size)[0]
-        return self._generate_all(cast(Sequence[Prompt], prompts), max_new_tokens, batch_size)
-
-    def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
-        """Greedy answers to one batch, decoded together; a collective of the replica. Raises DataError as `collate` and
-        the images' readers do."""
-        batch = collate(questions, self.encoder, self.model.media_spec)
-        rows = decode_greedily(self.model, batch, self.stop_ids, max_new_tokens)
-        return [text.strip() for text in self.encoder.tokenizer.batch_decode(rows, skip_special_tokens=True)]
-
-    def _generate_all(self, prompts: Sequence[Prompt], max_new_tokens: int, batch_size: int) -> list[str]:
-        read = [read_prompt(prompt, self.image_token, number) for number, prompt in enumerate(prompts, start=1)]
-        answers = []
+        settings = Sampling(**sampling)
+        several, are_several = list_prompts(prompts)
+        read = [read_prompt(prompt, self.image_token, number) for number, prompt in enumerate(several, start=1)]
+        answers: list[str] = []
         for start in range(0, len(read), batch_size):
+            part = read[start : start + batch_size]
             questions = [
-                Question(sample, [partial(self._pixels, image, sample) for image in images])
-                for sample, images in read[start : start + batch_size]
+                Question(sample, [partial(self._pixels, image, sample) for image in images]) for sample, images in part
             ]
-            answers += self.answer(questions, max_new_tokens)
-        return answers
+            sampler = Sampler(settings, range(start, start + len(part)))
+            answers += self.answer(questions, max_new_tokens, stop, sampler)
+        return answers if are_several else answers[0]
+
+    def answer(
+        self,
+        questions: Sequence[Question],
+        max_new_tokens: int,
+        stop: str | Sequence[str] = (),
+        sampler: Sampler | None = None,
+    ) -> list[str]:
+        """Answers to one batch, decoded together, greedy without a sampler; a collective of the replica.
+
+        Raises DataError as `collate` and the images' readers do.
+        """
+        batch = collate(questions, self.encoder, self.model.media_spec)
+        stopping = Stopping(self.encoder.tokenizer, self.stop_ids, stop)
+        rows = decode(self.model, batch, sampler or Sampler(Sampling(), ()), stopping, max_new_tokens)
+        return [stopping.text(row) for row in rows]
 
     def _pixels(self, image: ImageSource, sample: Sample) -> Tensor:
         if isinstance(image, Image.Image):

@@ -1,7 +1,8 @@
-"""From a checkpoint directory to an `Assistant`, in one process or over the ranks of a job.
+"""From a directory or hub id to something that answers: in one process, over a job's ranks, or over child processes.
 
-A checkpoint carries all it needs (weights, resolved recipe, tokenizer, model configurations), so that it can be moved
-and asked anywhere. Any layout may have saved it, and any may load it.
+A checkpoint of ours carries all it needs (weights, resolved recipe, tokenizer, model configurations), so that it can be
+moved and asked anywhere. Any layout may have saved it, and any may load it. Directories of other systems are read as
+they are (conversion/formats): their weights go straight into the model.
 
 The imports stand inside the functions: the device must be chosen before torch and megatron-core come in, and this
 module is what a plain Python process meets first.
@@ -10,40 +11,67 @@ module is what a plain Python process meets first.
 import contextlib
 import logging
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.runtime.device import DeviceRequest, prepare
 from megatron_vlm.runtime.distributed import init_world, read_launch
 from megatron_vlm.runtime.logging import get_logger
 
 if TYPE_CHECKING:
     from megatron_vlm.config.schema import Config, ParallelConfig
+    from megatron_vlm.conversion.formats import ForeignModel
     from megatron_vlm.generation.assistant import Assistant
+    from megatron_vlm.generation.ranks import RankedAssistant
+    from megatron_vlm.models.vlm import VisionLanguageModel
 
 COLLECTIVE_TIMEOUT_SECONDS = 600
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
 def load(
-    path: str | os.PathLike[str], device: DeviceRequest = "auto", tensor: int = 1, pipeline: int = 1
-) -> "Assistant":
-    """A trained model, ready to answer. Every rank of the job calls it.
+    path: str | os.PathLike[str],
+    devices: Sequence[int | str] | None = None,
+    device: DeviceRequest = "auto",
+    tensor: int = 1,
+    pipeline: int = 1,
+) -> "Assistant | RankedAssistant":
+    """A trained model, ready to answer. Under a launcher every rank of the job calls it, without `devices`.
 
     Args:
-        path: a checkpoint directory, or a directory of checkpoints (its latest).
+        path: a checkpoint of ours, a directory of them (its latest), a Hugging Face llava-hf or LLaVA directory, or the
+            hub id of one.
+        devices: numbers of GPUs, or "cpu" once or several times: the model is cut over so many tensor ranks in child
+            processes, which end with what is returned (`close`, a `with` block, or this process). ["cpu"] is this
+            process. Default: what `device` says.
         device: auto | cpu | cuda, where this process has not chosen already.
         tensor, pipeline: ranks that share one model; the ranks of the job are so many replicas of it, and all ranks of
-            a replica ask it the same at the same time.
+            a replica ask it the same at the same time. With devices, all of them are one replica.
 
     Raises:
         CheckpointError: no checkpoint there, or a damaged or incomplete one.
+        ConversionError: a directory of another system that is not whole, or a hub id that cannot be fetched.
         ConfigError: the device asked for is not there, a recipe of another version, or a layout that does not divide
             the ranks, the model's heads or its layers.
         ParallelError: this process works in another layout already.
     """
     launch = read_launch()
+    if devices is not None:
+        from megatron_vlm.generation.ranks import RankedAssistant, read_devices
+
+        placement = read_devices(devices, tensor, pipeline)
+        if launch.world_size > 1:
+            raise ConfigError(
+                f"devices: found {list(devices)} on a rank of {launch.world_size}, needs a process of its own"
+            )
+        if placement.device != "cpu" or placement.world_size > 1:
+            return RankedAssistant(path, placement)
+        device = "cpu"
     with _quietly():
         torch_device = prepare(device, launch.local_world_size)
         import torch
@@ -69,13 +97,14 @@ def _quietly() -> Iterator[None]:
 
 
 def open_checkpoint(path: str | os.PathLike[str], tensor: int = 1, pipeline: int = 1) -> "Assistant":
-    """The assistant of a checkpoint, in a process whose device and default process group exist. Raises as `load`."""
+    """The assistant of `path`, in a process whose device and default process group exist. Raises as `load`."""
     import torch
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     from megatron_vlm.checkpoint.store import find_checkpoint, load_checkpoint
     from megatron_vlm.config.schema import ParallelConfig
     from megatron_vlm.config.validation import validate_layout
+    from megatron_vlm.conversion.formats import fill_model
     from megatron_vlm.data.conversation import TEMPLATES
     from megatron_vlm.data.tokenizer import load_tokenizer
     from megatron_vlm.generation.assistant import Assistant
@@ -83,15 +112,69 @@ def open_checkpoint(path: str | os.PathLike[str], tensor: int = 1, pipeline: int
     from megatron_vlm.models.families import build_model
     from megatron_vlm.parallel.groups import GridSizes, build_grid
 
-    directory, world_size = find_checkpoint(path), torch.distributed.get_world_size()
-    config = inference_config(directory, ParallelConfig(tensor=tensor, pipeline=pipeline))
+    world_size, parallel = torch.distributed.get_world_size(), ParallelConfig(tensor=tensor, pipeline=pipeline)
+    foreign = find_foreign(path)
+    if foreign is None:
+        directory = find_checkpoint(path)
+        config = inference_config(directory, parallel)
+    else:
+        config = _foreign_config(foreign, parallel)
     validate_layout(config, gather_facts(config, TEMPLATES.names(), tasks=()), world_size)
     _forget_grid(tensor, pipeline)
     grid = build_grid(GridSizes.from_config(config.parallel, world_size))
     model_parallel_cuda_manual_seed(config.runtime.seed)  # on GPUs first weights are drawn from its streams
     model = build_model(config, grid).train(False)
-    load_checkpoint(directory, model, optimizer=None, states="model")
+    if foreign is None:
+        load_checkpoint(directory, model, optimizer=None, states="model")
+    else:
+        fill_model(model, foreign, grid)
+    turn_head(model)
     return Assistant.of(model, config.data, load_tokenizer(config.model.language.tokenizer, config.data.image_token))
+
+
+def turn_head(model: "VisionLanguageModel") -> None:
+    """Stores the head's weight, on the CPU in fp32, so that a column stands together: the product of one token with it
+    then takes half the time or less. Not where it is also the embedding, whose rows are read; in bf16 the same would
+    take seven times as long (docs/benchmarks/decoding_cpu.md)."""
+    import torch
+
+    for chunk in model.language:
+        if chunk.post_process and not chunk.share_embeddings_and_output_weights:
+            weight = chunk.output_layer.weight
+            if weight.device.type == "cpu" and weight.dtype == torch.float32:
+                weight.data = weight.data.t().contiguous().t()  # [v, h], strides (1, v)
+
+
+def find_foreign(path: str | os.PathLike[str]) -> "ForeignModel | None":
+    """The model of another system at a directory or hub id; None where `path` is to be one of our checkpoints.
+
+    Raises ConversionError for a hub id that cannot be fetched, or a directory that is not whole.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from megatron_vlm.conversion.formats import is_foreign, open_foreign
+
+    folder = Path(path)
+    if folder.exists() or not HUB_ID.fullmatch(os.fspath(path)):
+        return open_foreign(folder) if is_foreign(folder) else None
+    try:
+        folder = Path(snapshot_download(os.fspath(path), allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConversionError(f"{path}: neither a directory nor a hub id that can be fetched: {reason}") from error
+    return open_foreign(folder)
+
+
+def _foreign_config(foreign: "ForeignModel", parallel: "ParallelConfig") -> "Config":
+    """The model as a recipe: bf16 where the weights are, else fp32, which also holds every fp16 value."""
+    import torch
+
+    from megatron_vlm.conversion.formats import config_of
+    from megatron_vlm.conversion.mappings import EMBEDDING
+
+    is_bf16 = foreign.source.read(EMBEDDING).dtype is torch.bfloat16
+    return config_of(foreign, precision={"params": "bf16" if is_bf16 else "fp32"}, parallel=parallel.model_dump())
 
 
 def _forget_grid(tensor: int, pipeline: int) -> None:

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image
@@ -28,8 +29,19 @@ from megatron_vlm.parallel.media_plan import MediaItem, media_cost
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 ImageSource = Path | Image.Image
-Prompt = str | Sequence[str | ImageSource]
+Message = str | Sequence[str | ImageSource]
 LazyPixels = Callable[[], Tensor]  # reads an image: [3, H, W]; called by the rank that encodes it, and no other
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A conversation that goes on: what was asked and answered, and what is asked now."""
+
+    rounds: tuple[tuple[Message, str], ...]
+    question: Message
+
+
+Prompt = Message | Dialogue
 
 
 @dataclass(frozen=True)
@@ -62,14 +74,22 @@ class PromptBatch:
         return (self.valid.cumsum(1) - 1).clamp(min=0)
 
 
+def list_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """One prompt, or a sequence of sequences and dialogues -> a list of prompts, and whether there were several."""
+    if isinstance(prompts, str | Dialogue) or any(not isinstance(part, list | tuple | Dialogue) for part in prompts):
+        return [cast(Prompt, prompts)], False
+    return list(cast(Sequence[Prompt], prompts)), True
+
+
 def read_prompt(prompt: Prompt, image_token: str, number: int) -> tuple[Sample, list[ImageSource]]:
     """One prompt -> its sample and its images.
 
-    Texts and images are joined by line breaks in the order given. Where no text holds the image token, each image puts
-    one at its own place, so that [image, "question"] reads as LLaVA's "<image>\\nquestion".
+    Texts and images of a message are joined by line breaks in the order given. Where no text of the message holds the
+    image token, each image puts one at its own place, so that [image, "question"] reads as LLaVA's
+    "<image>\\nquestion".
 
     Args:
-        prompt: a question, or texts and images mixed.
+        prompt: a question, texts and images mixed, or a dialogue.
         image_token: the marker of an image in a text.
         number: of this prompt among those given, for error messages.
 
@@ -77,17 +97,31 @@ def read_prompt(prompt: Prompt, image_token: str, number: int) -> tuple[Sample, 
         DataError: no text, something that is neither text nor image, or an image file that does not exist.
     """
     origin = f"prompt {number}"
-    parts = [_classify(part, origin) for part in ([prompt] if isinstance(prompt, str) else prompt)]
-    texts = [part for part in parts if isinstance(part, str)]
-    images = [part for part in parts if not isinstance(part, str)]
-    if not any(text.strip() for text in texts):
-        raise DataError(f"{origin} has no text; a question is needed")
-    if any(image_token in text for text in texts):
-        lines = texts
-    else:
-        lines = [part if isinstance(part, str) else image_token for part in parts]
+    dialogue = prompt if isinstance(prompt, Dialogue) else Dialogue((), prompt)
+    turns: list[Turn] = []
+    images: list[ImageSource] = []
+    for message, answer in (*dialogue.rounds, (dialogue.question, None)):
+        text, shown = _read_message(message, image_token, origin)
+        turns += [Turn("user", text)] if answer is None else [Turn("user", text), Turn("assistant", answer)]
+        images += shown
     names = tuple(str(image) if isinstance(image, Path) else "(image in memory)" for image in images)
-    return Sample(f"{number}", (Turn("user", "\n".join(lines)),), names, origin), images
+    return Sample(f"{number}", tuple(turns), names, origin), images
+
+
+def check_message(message: Message, origin: str) -> list[str | ImageSource]:
+    """Texts and images of a message, told apart. Raises DataError as `read_prompt`; `origin` is the message's."""
+    parts = [_classify(part, origin) for part in ([message] if isinstance(message, str) else message)]
+    if not any(isinstance(part, str) and part.strip() for part in parts):
+        raise DataError(f"{origin} has no text; a question is needed")
+    return parts
+
+
+def _read_message(message: Message, image_token: str, origin: str) -> tuple[str, list[ImageSource]]:
+    parts = check_message(message, origin)
+    texts = [part for part in parts if isinstance(part, str)]
+    marked = any(image_token in text for text in texts)
+    lines = texts if marked else [part if isinstance(part, str) else image_token for part in parts]
+    return "\n".join(lines), [part for part in parts if not isinstance(part, str)]
 
 
 def collate(questions: Sequence[Question], encoder: ConversationEncoder, spec: MediaSpec) -> PromptBatch:

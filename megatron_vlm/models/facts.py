@@ -13,6 +13,7 @@ from megatron_vlm.config.megatron import QKV_BIAS_ALWAYS
 from megatron_vlm.config.packages import installed_packages
 from megatron_vlm.config.schema import Config, VisionConfig
 from megatron_vlm.config.validation import ModelFacts, names_its_model
+from megatron_vlm.models.architectures import LANGUAGE_MODELS
 from megatron_vlm.models.families import FAMILIES
 from megatron_vlm.models.language import load_language_config
 from megatron_vlm.models.projectors import PROJECTORS, build_projector
@@ -61,6 +62,7 @@ def language_parameter_names(language: PretrainedConfig) -> tuple[str, ...]:
     if language.model_type in QKV_BIAS_ALWAYS:
         in_layer.append("self_attention.linear_qkv.bias")
     in_layer += [
+        *LANGUAGE_MODELS.get(language.model_type).parameters(language),
         "self_attention.linear_proj.weight",
         "pre_mlp_layernorm.weight",
         "mlp.linear_fc1.weight",

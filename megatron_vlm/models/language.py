@@ -20,6 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from megatron_vlm.config.megatron import transformer_config
 from megatron_vlm.config.schema import Config, LanguageConfig
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.architectures import LANGUAGE_MODELS
 from megatron_vlm.models.head import LanguageHead
 from megatron_vlm.models.hf_config import config_from_dict, config_from_path
 from megatron_vlm.models.merge import LocalFeatures, merge_features
@@ -28,7 +29,6 @@ from megatron_vlm.parallel.context_attention import AttentionContext, KVCache
 from megatron_vlm.parallel.groups import Grid
 from megatron_vlm.runtime.device import current_device
 
-MODEL_TYPES = ("llama", "qwen2")
 ROPE_TYPES = ("default", "linear", "llama3")  # those whose frequencies do not depend on the sequence's length
 TIED_HEAD, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
@@ -87,8 +87,8 @@ def check_architecture(hf_config: PretrainedConfig) -> None:
 
     Biases and activations are `config.megatron.transformer_config`'s to refuse.
     """
-    if hf_config.model_type not in MODEL_TYPES:
-        allowed = ", ".join(MODEL_TYPES)
+    if hf_config.model_type not in LANGUAGE_MODELS:
+        allowed = ", ".join(LANGUAGE_MODELS.names())
         raise ConfigError(f"model.language: model_type is {hf_config.model_type!r}, allowed: {allowed}")
     if getattr(hf_config, "use_sliding_window", False):
         raise ConfigError("model.language: use_sliding_window is true, allowed: false")
@@ -123,9 +123,10 @@ class LanguageModel(GPTModel):
     def __init__(
         self, config: TransformerConfig, spec: LanguageSpec, place: ChunkPlace, recipe: Config, grid: Grid
     ) -> None:
+        architecture = LANGUAGE_MODELS.get(spec.hf_config.model_type)
         super().__init__(
             config,
-            block_spec(config, recipe.ops.attention, place.virtual_stage),
+            block_spec(config, architecture.layer(recipe.ops.attention), place.virtual_stage),
             padded_vocabulary(spec.vocab_size, grid.sizes.tensor),
             recipe.training.sequence_length,
             pre_process=place.first,
@@ -210,7 +211,8 @@ def build_language_chunks(config: Config, hf_config: PretrainedConfig, grid: Gri
         ConfigError: an architecture this package does not build.
     """
     spec = LanguageSpec.from_config(hf_config)
-    mcore_config = transformer_config(config, hf_config)
+    settings = LANGUAGE_MODELS.get(hf_config.model_type).settings(hf_config)
+    mcore_config = transformer_config(config, hf_config, settings)
     num_chunks = config.parallel.virtual_pipeline
     first_rank, last_rank = grid.coordinates.pipeline == 0, grid.coordinates.pipeline == grid.sizes.pipeline - 1
     chunks = []

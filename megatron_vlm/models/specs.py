@@ -64,7 +64,7 @@ def layer_spec(attention_backend: str) -> ModuleSpec:
     )
 
 
-def block_spec(config: TransformerConfig, attention_backend: str, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, layer: ModuleSpec, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers of this rank's chunk `vp_stage`, and the final norm of the last one."""
     num_layers = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(attention_backend)] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -28,7 +28,7 @@ class KVCache:
     """The keys and values every layer has seen, for generation; allocated at a layer's first call.
 
     Prompts of one batch are padded on the left to one length, so that all rows continue at the same index; the padding
-    is hidden from every query.
+    is hidden from every query. A head's keys stand together, as the kernel of a one-token step reads them.
 
     Args:
         capacity: keys per row, prompt and answer together.
@@ -47,12 +47,13 @@ class KVCache:
         end = start + keys.shape[1]
         assert end <= self.capacity, f"kv cache of {self.capacity} positions, {end} needed"
         if layer_number not in self._keys_values:
-            shape = (2, keys.shape[0], self.capacity, *keys.shape[2:])
-            self._keys_values[layer_number] = torch.empty(shape, dtype=keys.dtype, device=keys.device)
-        store = self._keys_values[layer_number]
-        store[0, :, start:end], store[1, :, start:end] = keys, values
+            rows, _, kv_heads, width = keys.shape
+            store = torch.empty(2, rows, kv_heads, self.capacity, width, dtype=keys.dtype, device=keys.device)
+            self._keys_values[layer_number] = store.transpose(2, 3)
+        seen_keys, seen_values = self._keys_values[layer_number][:, :, :end].unbind()
+        seen_keys[:, start:], seen_values[:, start:] = keys, values
         self._lengths[layer_number] = end
-        return store[0, :, :end], store[1, :, :end]
+        return seen_keys, seen_values
 
     def key_valid(self, length: int) -> Tensor | None:
         """[b, length] bool: which of the first `length` keys are no padding; None where all are."""

@@ -12,16 +12,19 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_vlm.checkpoint.claim import Claim
+from megatron_vlm.checkpoint.directory import checkpoints
 from megatron_vlm.checkpoint.resume import Start, find_start, start_from
 from megatron_vlm.checkpoint.store import TrainingState, load_checkpoint
 from megatron_vlm.config.megatron import ddp_config, vision_ddp_config
 from megatron_vlm.config.schema import Config, TrainableConfig
 from megatron_vlm.config.validation import names_its_model, validate
+from megatron_vlm.conversion.origin import carry
 from megatron_vlm.conversion.weights import load_weights
 from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.conversation import TEMPLATES
 from megatron_vlm.data.index import SampleIndex
 from megatron_vlm.data.loader import StepFetcher, build_loader
+from megatron_vlm.data.sources import SOURCES
 from megatron_vlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.evaluation.tasks import TASKS
@@ -91,6 +94,9 @@ class Job:
         survey = self.model.vision.tower.survey
         survey.hf_config.save_pretrained(directory / "vision")
         write_pixel_format(directory / "vision", survey.media_spec)
+        if self.start is not None:  # which `checkpoint.keep` may have removed since: then a later one has it
+            newest = checkpoints(Path(self.config.checkpoint.directory))[:1]
+            carry([*newest, self.start.directory][0], directory)
 
 
 def build_job(config: Config, world_size: int, resumes: bool = False) -> Job:
@@ -104,6 +110,7 @@ def build_job(config: Config, world_size: int, resumes: bool = False) -> Job:
         ConfigError: everything wrong with the recipe, in one error; or it is not the one a checkpoint was saved under.
         CheckpointError, ConversionError: weights that are missing, damaged or of another model.
     """
+    SOURCES.get(config.data.source)  # a name mistyped shall not cost the building of a model
     facts = gather_facts(config, TEMPLATES.names(), TASKS.names()) if names_its_model(config.model) else None
     validate(config, facts, world_size)
     assert facts is not None, "validate refuses a recipe that does not name its model"

@@ -47,6 +47,7 @@ ALLOWED = {  # foreign package -> where it may be imported (a folder, a file or 
 PURE = (  # plans and layouts: functions of numbers, tested without a process group
     "megatron_vlm/parallel/layout.py",
     "megatron_vlm/parallel/media_plan.py",
+    "megatron_vlm/parallel/timeline.py",
 )
 KERNEL_IMPORTS = {"torch", "triton", "megatron_vlm_kernels"} | sys.stdlib_module_names
 

@@ -38,4 +38,13 @@ def test_help(tool: str) -> None:
 
 
 def test_the_tools_are_there() -> None:
-    assert {"bench.py", "evaluate.py", "generate.py", "launch.py", "train.py"} <= set(TOOLS)
+    assert {
+        "bench.py",
+        "convert.py",
+        "doctor.py",
+        "evaluate.py",
+        "generate.py",
+        "launch.py",
+        "show_layout.py",
+        "train.py",
+    } <= set(TOOLS)

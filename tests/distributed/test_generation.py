@@ -39,15 +39,20 @@ def recipe_in(directory: Any, **parallel: Any) -> dict[str, Any]:
 
 
 def decode_in_job(
-    recipe: dict[str, Any], batch_sizes: tuple[int, ...], fault: str | None = None
+    recipe: dict[str, Any],
+    batch_sizes: tuple[int, ...],
+    fault: str | None = None,
+    sampling: dict[str, Any] | None = None,
 ) -> tuple[list[list[int]], int]:
     """Token ids per prompt, by a job's model, as this rank sees them, and how many images it read; replica d decodes
     batch_sizes[d] prompts at a time, and other replicas do not wait."""
     from megatron_vlm.config.schema import Config
     from megatron_vlm.conversion.weights import load_hf_state
     from megatron_vlm.generation.assistant import Assistant
-    from megatron_vlm.generation.greedy import decode_greedily
+    from megatron_vlm.generation.decoding import decode
     from megatron_vlm.generation.prompts import Question, collate, read_prompt
+    from megatron_vlm.generation.sampling import Sampler, Sampling
+    from megatron_vlm.generation.stopping import Stopping
     from megatron_vlm.training.job import build_job
 
     config = Config.model_validate(recipe)
@@ -66,10 +71,12 @@ def decode_in_job(
     before = flags(job.model.train())
     rows: list[list[int]] = []
     size = batch_sizes[job.grid.coordinates.data]
+    stopping = Stopping(job.tokenizer, ())
     with planted(fault):
         for start in range(0, len(questions), size):
             batch = collate(questions[start : start + size], assistant.encoder, job.model.media_spec)
-            rows += decode_greedily(job.model, batch, (), NUM_NEW)
+            sampler = Sampler(Sampling(**sampling or {}), range(start, start + len(batch.ids)))
+            rows += decode(job.model, batch, sampler, stopping, NUM_NEW)
     assert flags(job.model) == before
     return rows, len(read)
 
@@ -84,24 +91,24 @@ def flags(model: Any) -> list[Any]:
 @contextlib.contextmanager
 def planted(fault: str | None) -> Iterator[None]:
     """One thing broken on the way of a token through the replica."""
-    from megatron_vlm.generation import greedy
+    from megatron_vlm.generation.replica import Replica
 
-    original = greedy.next_tokens
+    original = Replica.next_tokens
 
-    def one_behind(model: Any, ids: Any, positions: Any, features: Any, cache: Any) -> Any:
-        return original(model, ids, positions if features is not None else positions - 1, features, cache)
+    def one_behind(replica: Any, ids: Any, positions: Any, features: Any) -> Any:
+        return original(replica, ids, positions if features is not None else positions - 1, features)
 
-    def wrong_order(model: Any, *rest: Any) -> Any:
-        first, second = (chunk.decoder for chunk in model.language)
+    def wrong_order(replica: Any, *rest: Any) -> Any:
+        first, second = (chunk.decoder for chunk in replica.model.language)
         first.layers, second.layers = second.layers, first.layers
         try:
-            return original(model, *rest)
+            return original(replica, *rest)
         finally:
             first.layers, second.layers = second.layers, first.layers
 
     broken = {"answers_one_position_behind": one_behind, "chunks_in_wrong_order": wrong_order}
     if fault in broken:
-        with mock.patch.object(greedy, "next_tokens", broken[fault]):
+        with mock.patch.object(Replica, "next_tokens", broken[fault]):
             yield
     else:
         with faults.planted(fault):
@@ -128,3 +135,19 @@ def test_a_layout_answers_as_one_process(ranks, alone, tmp_path, name):
 def test_a_fault_changes_answers(ranks, alone, tmp_path, fault):
     for rows, _ in ranks.run(2, decode_in_job, recipe_in(tmp_path, **FAULTS[fault]), (4,), fault):
         assert rows != alone
+
+
+@pytest.mark.parametrize(
+    ("parallel", "batch_size"),
+    [({"tensor": 2}, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in [({"pipeline": 2}, 1), ({}, 3)])],
+)
+def test_draws_depend_on_seed_and_prompt_alone(ranks, tmp_path, parallel, batch_size):
+    """Neither on the layout nor on what else is in the batch."""
+    sampling = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "seed": 9}
+    ((alone, _),) = ranks.run(1, decode_in_job, recipe_in(tmp_path / "alone"), (4,), None, sampling)
+    num_ranks = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
+    recipe = recipe_in(tmp_path / "cut", **parallel)
+    answers = ranks.run(num_ranks, decode_in_job, recipe, (batch_size,), None, sampling)
+    assert [rows for rows, _ in answers] == [alone] * num_ranks
+    ((other, _),) = ranks.run(1, decode_in_job, recipe_in(tmp_path / "alone"), (4,), None, sampling | {"seed": 10})
+    assert all(left != right for left, right in zip(alone, other, strict=True))

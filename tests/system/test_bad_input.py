@@ -147,7 +147,7 @@ CASES = [
     Case(
         "pickled weights",
         spoiling.code_in_weights,
-        r"FOLDER/tower: found pytorch_model\.bin, needs \*\.safetensors \(a pickle can run code .*",
+        r"FOLDER/tower/pytorch_model\.bin: its pickle is not plain tensors and could run code .*",
     ),
     Case(
         "code beside a config",

@@ -9,13 +9,13 @@ character is a byte and JSON's own signs are what they are in UTF-8: positions i
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_vlm.data.sample import BadSample, Role, Sample, Turn
+from megatron_vlm.data.sources.base import SOURCES, Extent, RecordFile
 from megatron_vlm.errors import DataError
 
 ROLES: dict[str, Role] = {
@@ -33,25 +33,12 @@ BYTE_ORDER_MARK = "\xef\xbb\xbf"  # UTF-8's, as Latin-1
 UTF_16_MARKS = ("\xff\xfe", "\xfe\xff")
 
 
-class Extent(NamedTuple):
-    """Where one object stands: bytes from `offset`, and its number: line (from 1) or list element (from 0)."""
-
-    offset: int
-    size: int
-    number: int
-
-
-class LlavaFile:
-    """One file of conversations.
-
-    Args:
-        path: a JSON list or JSONL; which of them is told from its first character.
-        image_token: the marker of a picture in a text.
-    """
+@SOURCES.register("llava_json")
+class LlavaFile(RecordFile):
+    """A JSON list or JSONL; which of them is told from its first character."""
 
     def __init__(self, path: str | Path, image_token: str) -> None:
-        self.path = Path(path)
-        self.image_token = image_token
+        super().__init__(path, image_token)
         self._is_list: bool | None = None
 
     def scan(self) -> list[Extent]:
@@ -73,24 +60,10 @@ class LlavaFile:
             raise DataError(f"{self.path} holds no conversation")
         return extents
 
-    def read(self, extent: Extent) -> Sample:
-        """One conversation.
-
-        Raises:
-            DataError: the file is gone.
-            BadSample: the object is malformed, lacks a field or has one of the wrong kind; roles are unknown or out of
-                turn.
-        """
-        try:
-            with open(self.path, "rb") as file:
-                raw = os.pread(file.fileno(), extent.size, extent.offset)
-        except OSError as error:
-            raise DataError(f"data file {self.path} cannot be read: {error.strerror}") from error
-        return parse_record(raw, self.origin(extent), str(extent.number), self.image_token)
-
-    def read_all(self) -> list[Sample]:
-        """Every conversation, in file order: for evaluation files."""
-        return [self.read(extent) for extent in self.scan()]
+    def parse(self, raw: bytes, origin: str, default_id: str) -> Sample:
+        """One object. Raises BadSample: it is malformed, lacks a field or has one of the wrong kind; roles are unknown
+        or out of turn."""
+        return parse_record(raw, origin, default_id, self.image_token)
 
     def origin(self, extent: Extent) -> str:
         """How error messages name the object."""

@@ -9,7 +9,6 @@ computes what one process does. Arithmetic is fp32, and rates are high enough fo
 The samples are the shortest real ones of each kind: one picture, several, text alone.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 from megatron_vlm.config.loading import config_from_tree
 from megatron_vlm.config.schema import Config, TrainingConfig
 from megatron_vlm.data.conversation import ConversationEncoder
-from megatron_vlm.data.sources.llava_json import Extent, LlavaFile
+from megatron_vlm.data.sample import Sample
+from megatron_vlm.data.sources import SOURCES, Extent
 from megatron_vlm.data.templates import TEMPLATES
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import DataError
@@ -85,6 +85,7 @@ def shrink(config: Config, world_size: int) -> tuple[Config, list[Tree]]:
     num_tokens = survey_tower(small.model.vision).media_spec.tokens_per_image
     samples, longest = pick_samples(small, num_tokens, small.training.global_batch_size * NUM_STEPS)
     cut = (sizes.ring, sizes.ulysses, sizes.tensor if config.parallel.sequence else 1)
+    tree["data"]["source"] = "llava_json"  # as which the samples are written
     tree["training"]["sequence_length"] = padded_length(max(longest, num_tokens + 1), *cut)
     return config_from_tree(tree, "the shrunk recipe"), samples
 
@@ -176,7 +177,7 @@ def pick_samples(config: Config, tokens_per_image: int, num_samples: int) -> tup
     data = config.data
     tokenizer = load_tokenizer(config.model.language.tokenizer, data.image_token)
     encoder = ConversationEncoder(tokenizer, data.template, data.image_token, tokens_per_image)
-    file = LlavaFile(data.path, data.image_token)
+    file = SOURCES.get(data.source)(data.path, data.image_token)
     kinds: dict[int, list[tuple[int, Extent]]] = {1: [], 2: [], 0: []}
     fault: DataError | None = None
     for extent in _spread(file.scan(), NUM_CANDIDATES):
@@ -191,7 +192,7 @@ def pick_samples(config: Config, tokens_per_image: int, num_samples: int) -> tup
     picked = list(_by_turns([sorted(kind) for kind in kinds.values()]))[:num_samples]
     if not picked:
         raise fault or DataError(f"{data.path}: none of its first samples has all its pictures in {data.media_root}")
-    return [_read_object(file.path, extent) for _, extent in picked], max(length for length, _ in picked)
+    return [_record(file.read(extent)) for _, extent in picked], max(length for length, _ in picked)
 
 
 def _spread(extents: Sequence[Extent], number: int) -> Sequence[Extent]:
@@ -204,9 +205,7 @@ def _by_turns(kinds: Sequence[Sequence[tuple[int, Extent]]]) -> Iterator[tuple[i
         yield from (kind[number] for kind in kinds if number < len(kind))
 
 
-def _read_object(path: Path, extent: Extent) -> Tree:
-    """A conversation as the file has it; one without an id gets its number there, by which the report names it."""
-    with open(path, "rb") as file:
-        file.seek(extent.offset)
-        record = json.loads(file.read(extent.size))
-    return record if record.get("id") is not None else record | {"id": str(extent.number)}
+def _record(sample: Sample) -> Tree:
+    """A conversation of any source as a LLaVA file has it."""
+    turns = [{"from": turn.role, "value": turn.text} for turn in sample.turns]
+    return {"id": sample.id, "image": list(sample.images), "conversations": turns}

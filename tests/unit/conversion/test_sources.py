@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_vlm.conversion.mappings import language_mappings
-from megatron_vlm.conversion.sources import RandomSource, SafetensorsSource, vision_rename
+from megatron_vlm.conversion.files import SafetensorsFile
+from megatron_vlm.conversion.mappings import canonical_name, language_mappings
+from megatron_vlm.conversion.sources import FolderSource, RandomSource, vision_rename
 from megatron_vlm.errors import ConversionError
 from tests.unit.conversion.test_mappings import llama
 
@@ -16,37 +17,71 @@ def as_they_are(names):
     return lambda name: name
 
 
-def test_a_directory_with_an_index_is_read_tensor_by_tensor(tmp_path):
+def test_a_directory_with_an_index_is_checked_first_and_read_tensor_by_tensor(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
     index = {"weight_map": {"a": "one.safetensors", "b": "absent.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    source = SafetensorsSource(str(tmp_path), as_they_are)
+    with pytest.raises(ConversionError, match="absent.safetensors: this shard is missing"):
+        FolderSource(str(tmp_path), as_they_are)
+    save_file({"b": torch.zeros(3, 1)}, tmp_path / "absent.safetensors")
+    source = FolderSource(str(tmp_path), as_they_are)
     assert set(source.names()) == {"a", "b"}
-    assert source.read("a").tolist() == [1.0, 1.0]  # without touching the absent file
-    with pytest.raises(ConversionError, match="absent.safetensors: cannot be opened"):
-        source.read("b")
+    assert source.read("a").tolist() == [1.0, 1.0] and source.read("b").shape == (3, 1)
 
 
 def test_a_directory_without_an_index_is_all_its_files(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
     save_file({"b": torch.zeros(1)}, tmp_path / "two.safetensors")
-    assert set(SafetensorsSource(str(tmp_path), as_they_are).names()) == {"a", "b"}
+    assert set(FolderSource(str(tmp_path), as_they_are).names()) == {"a", "b"}
+    save_file({"b": torch.zeros(1)}, tmp_path / "three.safetensors")
+    with pytest.raises(ConversionError, match="b is in three.safetensors and two.safetensors"):
+        FolderSource(str(tmp_path), as_they_are)
+
+
+def test_every_dtype_and_shape_is_read_as_safetensors_reads_it(tmp_path):
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.uint8, torch.bool)
+    tensors = {f"{d}".removeprefix("torch."): torch.arange(6).reshape(2, 3).to(d) for d in dtypes}
+    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    file = SafetensorsFile(tmp_path / "model.safetensors")
+    assert set(file.names()) == tensors.keys()
+    for name, tensor in tensors.items():
+        assert file.read(name).dtype == tensor.dtype and torch.equal(file.read(name), tensor)
+
+
+def test_a_tensor_is_a_view_of_its_file_and_of_nothing_more(tmp_path):
+    save_file({"a": torch.ones(5), "b": torch.zeros(7)}, tmp_path / "model.safetensors")
+    read = SafetensorsFile(tmp_path / "model.safetensors").read("b")
+    assert read.untyped_storage().nbytes() == read.nbytes == 28
+
+
+def test_pickles_of_tensors_are_read_where_there_is_nothing_else(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    assert FolderSource(str(tmp_path), as_they_are).read("a").tolist() == [1.0, 1.0]
+    save_file({"b": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert set(FolderSource(str(tmp_path), as_they_are).names()) == {"b"}
 
 
 def test_what_is_wrong_with_a_directory_is_said(tmp_path):
-    with pytest.raises(ConversionError, match=r"found no weights, needs \*\.safetensors$"):
-        SafetensorsSource(str(tmp_path), as_they_are)
+    with pytest.raises(ConversionError, match=r"found no weights, needs \*\.safetensors or pytorch_model\*\.bin$"):
+        FolderSource(str(tmp_path), as_they_are)
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
-    with pytest.raises(ConversionError, match=r"found pytorch_model\.bin, needs \*\.safetensors \(a pickle can run"):
-        SafetensorsSource(str(tmp_path), as_they_are)
+    with pytest.raises(ConversionError, match=r"pytorch_model\.bin: "):
+        FolderSource(str(tmp_path), as_they_are)
     with pytest.raises(ConversionError, match="neither a directory nor a hub id"):
-        SafetensorsSource(str(tmp_path / "nothing" / "here"), as_they_are)
+        FolderSource(str(tmp_path / "nothing" / "here"), as_they_are)
     (tmp_path / "model.safetensors").write_bytes(b"no header")
-    with pytest.raises(ConversionError, match="model.safetensors: cannot be opened"):
-        SafetensorsSource(str(tmp_path), as_they_are)
+    with pytest.raises(ConversionError, match="model.safetensors: 9 bytes, which is no whole safetensors header"):
+        FolderSource(str(tmp_path), as_they_are)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ConversionError, match="no index of weights"):
-        SafetensorsSource(str(tmp_path), as_they_are)
+        FolderSource(str(tmp_path), as_they_are)
+
+
+def test_two_names_of_one_tensor_are_refused(tmp_path):
+    save_file({"model.x": torch.ones(1), "language_model.model.x": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"are both model\.x"):
+        FolderSource(str(tmp_path), lambda names: canonical_name)
 
 
 def test_the_vision_part_of_a_larger_model_is_found():

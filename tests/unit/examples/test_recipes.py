@@ -13,7 +13,7 @@ from megatron_vlm.models.facts import gather_facts
 from tests.helpers.public_models import CLIP_L_336, QWEN2_7B
 
 RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
-RANKS = {"quickstart": 4, "llava_qwen2_7b": 8, "bench_cpu": 2, "bench_cpu_large": 2}
+RANKS = {"quickstart": 4, "llava15_7b_8gpu": 8, "llava_qwen2_7b": 8, "bench_cpu": 2, "bench_cpu_large": 2}
 PUBLIC = {"Qwen/Qwen2-7B-Instruct": QWEN2_7B, "openai/clip-vit-large-patch14-336": CLIP_L_336}
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from megatron_vlm.errors import DataError
 from megatron_vlm.generation.prompts import read_prompt
-from tests.unit.generation.test_greedy import batch_of
+from tests.unit.generation.test_decoding import batch_of
 
 
 def picture() -> Image.Image:

@@ -1,4 +1,4 @@
-"""Greedy decoding with the cache: against a forward without one, alone and in a batch, and against transformers."""
+"""Decoding with the cache: against a forward without one, alone and in a batch, and against transformers."""
 
 from dataclasses import replace
 from functools import partial
@@ -28,13 +28,17 @@ def batch_of(pair: Pair, prompts: list[Any]) -> Any:
 
 
 def decode(pair: Pair, batch: Any, stop_ids: tuple[int, ...] = (), num_new: int = NUM_NEW) -> list[list[int]]:
-    from megatron_vlm.generation.greedy import decode_greedily
+    """Greedily."""
+    from megatron_vlm.generation import decoding
+    from megatron_vlm.generation.sampling import Sampler, Sampling
+    from megatron_vlm.generation.stopping import Stopping
 
-    return decode_greedily(pair.ours.model, batch, stop_ids, num_new)
+    stopping = Stopping(pair.ours.encoder.tokenizer, stop_ids)
+    return decoding.decode(pair.ours.model, batch, Sampler(Sampling(), ()), stopping, num_new)
 
 
 def test_equals_a_full_forward_without_cache_token_by_token(pair, prompts):
-    from megatron_vlm.generation.greedy import encode_images
+    from megatron_vlm.generation.decoding import encode_images
 
     answers = decode(pair, batch_of(pair, prompts))
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -89,12 +93,13 @@ def test_each_row_ends_at_its_own_stop_token(pair, prompts):
 
 
 def test_stops_computing_when_every_row_has_ended(pair, prompts, monkeypatch):
+    from megatron_vlm.generation.replica import Replica
+
     batch = batch_of(pair, prompts[:2])
     free = decode(pair, batch)
-    language = pair.ours.model.language[0]
     calls: list[int] = []
-    forward = language.forward
-    monkeypatch.setattr(language, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    step = Replica.next_tokens
+    monkeypatch.setattr(Replica, "next_tokens", lambda *given: calls.append(1) or step(*given))
     decode(pair, batch, stop_ids=(free[0][0], free[1][0]))
     assert len(calls) == 1
 

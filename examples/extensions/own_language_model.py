@@ -1,0 +1,42 @@
+"""An own language model: Qwen3, which is Llama with every query and key normalised before attention.
+
+An entry says where a Hugging Face model type departs from Llama: its layer in megatron-core's parts, fields of
+megatron-core's TransformerConfig, and the parameters a layer has more, with the names they have on disk. Then it trains
+in every layout, and reads its weights from `model.language.path` as any other. From nothing:
+
+    extensions: [examples.extensions.own_language_model]
+    model:
+      language:
+        config: {model_type: qwen3, vocab_size: 331, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 4,
+                 num_attention_heads: 4, num_key_value_heads: 2, head_dim: 16, tie_word_embeddings: false}
+"""
+
+from transformers import PretrainedConfig
+
+from megatron_vlm.models.architectures import LANGUAGE_MODELS, LanguageArchitecture, LayerParameter
+from megatron_vlm.models.specs import ModuleSpec, RMSNorm, layer_spec
+
+
+def qwen3_layer(attention_backend: str) -> ModuleSpec:
+    """Llama's layer, and a norm over each head's queries and keys."""
+    spec = layer_spec(attention_backend)
+    attention = spec.submodules.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec
+
+
+def qwen3_parameters(config: PretrainedConfig) -> dict[str, LayerParameter]:
+    """Ours -> theirs: one weight per channel of a head."""
+    return {
+        f"self_attention.{side}_layernorm.weight": LayerParameter(f"self_attn.{side}_norm.weight", config.head_dim)
+        for side in "qk"
+    }
+
+
+LANGUAGE_MODELS.register("qwen3")(
+    LanguageArchitecture(
+        layer=qwen3_layer,
+        settings=lambda config: {"qk_layernorm": True},  # megatron-core then sums these gradients over tensor ranks
+        parameters=qwen3_parameters,
+    )
+)

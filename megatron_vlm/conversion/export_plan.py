@@ -1,0 +1,169 @@
+"""Which tensors go into which file of an exported directory, decided before any is read; and writing such a file.
+
+A file's header fixes every byte but the tensors' own. One that came with the model is used again as it is, so that the
+file comes back byte for byte, whoever wrote it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_vlm.conversion.files import DTYPES
+from megatron_vlm.conversion.mappings import HEAD
+from megatron_vlm.conversion.origin import Origin, digest
+
+MAX_SHARD_BYTES = 5_000_000_000
+TOWER_FILE = "model-vision-tower.safetensors"  # of a tower that was only named by the origin, and has trained since
+_ALIGNMENT_BYTES = 8
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Readable(Protocol):
+    """Tensors by canonical name."""
+
+    def names(self) -> Collection[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> torch.dtype: ...
+    def read(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor: canonical name, name on the disk, and as what it is written."""
+
+    name: str
+    disk_name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """On the disk."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A safetensors file. `is_returned`: its header is that of the file the model came with."""
+
+    file: str
+    tensors: Sequence[PlannedTensor]
+    header: bytes
+    is_returned: bool = False
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its tensors."""
+        return sum(tensor.size_bytes for tensor in self.tensors)
+
+    def write(self, folder: Path, source: Readable, advance: Callable[[int], None]) -> None:
+        """Writes the file, to the disk; one tensor in memory. Raises OSError."""
+        with open(folder / self.file, "wb", buffering=0) as file:
+            _write_all(file.write, self.header)
+            for planned in self.tensors:
+                tensor = source.read(planned.name).to(planned.dtype).contiguous()
+                assert tuple(tensor.shape) == planned.shape, planned.name
+                _write_all(file.write, tensor.reshape(-1).view(torch.uint8).numpy().data)
+                advance(planned.size_bytes)
+            os.fsync(file.fileno())
+
+
+def _write_all(write: Callable[[memoryview], int | None], data: bytes | memoryview) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[write(rest) or 0 :]
+
+
+def plan_returned(
+    origin: Origin, source: Readable, disk_name: Callable[[str], str], dtype: torch.dtype | None
+) -> list[ShardPlan] | None:
+    """The files the model came with; None where its tensors have other names or shapes by now.
+
+    Args:
+        dtype: of all tensors; None: each as it came.
+    """
+    shards = []
+    rest = set(source.names())
+    for file, tensors in origin.weights.items():
+        known = {*source.names(), HEAD}  # a tied head is often stored all the same
+        if any(t.name not in known or t.shape != source.shape(t.name) for t in tensors):
+            return None
+        planned = [PlannedTensor(t.name, t.disk_name, _dtype(t.torch_dtype, dtype), t.shape) for t in tensors]
+        header = origin.header(file) if dtype is None else None
+        name = file if file.endswith(".safetensors") else _renamed(file)
+        shards.append(ShardPlan(name, planned, header or header_of(planned), header is not None))
+        rest -= {t.name for t in tensors}
+    rest -= {name for name in rest if _is_as_referenced(name, origin, source)}
+    if rest:
+        extra = [PlannedTensor(n, disk_name(n), dtype or source.dtype(n), source.shape(n)) for n in sorted(rest)]
+        shards.append(ShardPlan(TOWER_FILE, extra, header_of(extra)))
+    return shards
+
+
+def _dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return own if wanted is None or not own.is_floating_point else wanted
+
+
+def _renamed(pickle: str) -> str:
+    """`pytorch_model-00001-of-00002.bin` -> `model-00001-of-00002.safetensors`: no pickle is ever written."""
+    return f"{pickle.removeprefix('pytorch_').removesuffix('.bin')}.safetensors"
+
+
+def _is_as_referenced(name: str, origin: Origin, source: Readable) -> bool:
+    if name not in origin.referenced:
+        return False
+    dtype, sha256 = origin.referenced[name]
+    return digest(source.read(name).to(getattr(torch, dtype))) == sha256
+
+
+def plan_fresh(
+    names: Collection[str],
+    source: Readable,
+    disk_name: Callable[[str], str],
+    dtype_of: Callable[[str], torch.dtype | None],
+) -> list[ShardPlan]:
+    """Files of at most 5 GB, in transformers' names.
+
+    Args:
+        dtype_of: canonical name -> dtype to write, None for that of the checkpoint.
+    """
+    groups: list[list[PlannedTensor]] = [[]]
+    size_bytes = 0
+    for name in sorted(names):
+        tensor = PlannedTensor(name, disk_name(name), dtype_of(name) or source.dtype(name), source.shape(name))
+        if groups[-1] and size_bytes + tensor.size_bytes > MAX_SHARD_BYTES:
+            groups.append([])
+            size_bytes = 0
+        groups[-1].append(tensor)
+        size_bytes += tensor.size_bytes
+    if len(groups) == 1:
+        return [ShardPlan("model.safetensors", groups[0], header_of(groups[0]))]
+    files = [f"model-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
+    return [ShardPlan(file, group, header_of(group)) for file, group in zip(files, groups, strict=True)]
+
+
+def header_of(tensors: Sequence[PlannedTensor]) -> bytes:
+    """The header of a safetensors file that holds these, in this order."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for tensor in tensors:
+        end = start + tensor.size_bytes
+        code = _CODES[tensor.dtype]
+        entries[tensor.disk_name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT_BYTES)
+    return len(text).to_bytes(8, "little") + text
+
+
+def index_of(shards: Sequence[ShardPlan]) -> str:
+    """`model.safetensors.index.json`."""
+    places = {tensor.disk_name: shard.file for shard in shards for tensor in shard.tensors}
+    size_bytes = sum(shard.size_bytes for shard in shards)
+    return json.dumps({"metadata": {"total_size": size_bytes}, "weight_map": dict(sorted(places.items()))}, indent=2)

@@ -1,0 +1,220 @@
+"""A checkpoint of ours -> a model directory of another system, tensor by tensor.
+
+A checkpoint that came from the same format gets back the names, the files and, bit for bit, everything it was not
+trained on; any other gets names from the format's table, shards of at most 5 GB, and a configuration of its own.
+The directory is written beside its place and renamed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vlm.checkpoint.integrity import sync_directory
+from megatron_vlm.checkpoint.manifest import Manifest
+from megatron_vlm.checkpoint.store import find_checkpoint
+from megatron_vlm.config.loading import config_from_tree
+from megatron_vlm.config.schema import VisionConfig
+from megatron_vlm.conversion.export_plan import ShardPlan, index_of, plan_fresh, plan_returned
+from megatron_vlm.conversion.files import INDEXES, SAFETENSORS_INDEX
+from megatron_vlm.conversion.formats.base import FORMATS, Format, Target, read_json
+from megatron_vlm.conversion.importing import refuse_taken
+from megatron_vlm.conversion.mappings import EMBEDDING, HEAD
+from megatron_vlm.conversion.native_reading import NativeSource, check_files
+from megatron_vlm.conversion.origin import Origin
+from megatron_vlm.conversion.table import model_mappings
+from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.errors import ConversionError
+from megatron_vlm.models.hf_config import config_from_path
+from megatron_vlm.models.vision.survey import survey_tower
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROW_MULTIPLE = 64  # of embedding rows, where the image token needs one, as in transformers' own LLaVA weights
+DTYPE_KEYS = ("dtype", "torch_dtype")  # of a config.json, since and before transformers 4.56
+
+
+class ExportSource:
+    """The tensors of a checkpoint as they are written.
+
+    Args:
+        stored: the checkpoint.
+        spare: tensors that no model here has, from its origin.
+        num_rows: of embedding and head; rows beyond the checkpoint's are the mean of its own, so that none of them is
+            ever the likeliest.
+    """
+
+    def __init__(self, stored: NativeSource, spare: dict[str, Tensor], num_rows: int) -> None:
+        self._stored, self._spare, self._num_rows = stored, spare, num_rows
+
+    def names(self) -> Collection[str]:
+        """All canonical names; a tied head, which may be read too, is not among them."""
+        return {*self._stored.names(), *self._spare}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As stored."""
+        return self._spare[name].dtype if name in self._spare else self._stored.dtype(self._own(name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As written."""
+        if name in self._spare:
+            return tuple(self._spare[name].shape)
+        shape = self._stored.shape(self._own(name))
+        return (self._num_rows, *shape[1:]) if name in (EMBEDDING, HEAD) else shape
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        if name in self._spare:
+            return self._spare[name]
+        tensor = self._stored.read(self._own(name))
+        missing = self.shape(name)[0] - tensor.shape[0] if tensor.dim() else 0
+        if not missing:
+            return tensor
+        return torch.cat([tensor, tensor.float().mean(0).to(tensor.dtype).expand(missing, -1)])
+
+    def _own(self, name: str) -> str:
+        return EMBEDDING if name == HEAD and HEAD not in self._stored.names() else name
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is to be written: weight files, and everything else by `write_others` into the directory."""
+
+    format: str
+    shards: list[ShardPlan]
+    source: ExportSource
+    write_others: Callable[[Path], None]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(shard.size_bytes for shard in self.shards)
+
+    def write(self, destination: Path, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
+        """Writes the directory, which does not exist or is empty.
+
+        Args:
+            advance: told the bytes of each tensor written.
+
+        Raises:
+            ConversionError: it is taken, or the disk refuses. CheckpointError: the checkpoint is damaged.
+        """
+        refuse_taken(destination)
+        beside = destination.with_name(f".partial_{destination.name}")
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            self.write_others(beside)
+            for shard in self.shards:
+                shard.write(beside, self.source, advance)
+            sync_directory(beside)
+            if destination.exists():
+                destination.rmdir()
+            os.rename(beside, destination)
+        except OSError as error:
+            raise ConversionError(f"{destination} could not be written: {error}") from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def plan_export(path: str | Path, format: str | None = None, dtype: str | None = None) -> Export:
+    """Everything about an export but the writing.
+
+    Args:
+        path: a checkpoint of ours, or a directory of them (its latest).
+        format: a registered name; default: the one the checkpoint came from, else llava-hf.
+        dtype: of all tensors, bf16 | fp16 | fp32; default: as in the origin, else as stored.
+
+    Raises:
+        CheckpointError: no checkpoint, or a damaged one.
+        ConfigError: an unknown format.
+        ConversionError: a model the format has no place for.
+    """
+    checkpoint = find_checkpoint(path)
+    manifest = Manifest.read(checkpoint)
+    check_files(checkpoint, manifest)
+    origin = Origin.of(checkpoint)
+    target_format = _writable(format or (origin.format if origin else "llava-hf"))
+    assert target_format.disk_name is not None
+    target = _target(checkpoint, manifest)
+    table = model_mappings(target.language, target.vision, target.config.model.projector.type)
+    stored = NativeSource(checkpoint, table)
+    wanted = None if dtype is None else DTYPES[dtype]
+    num_rows = target.language.vocab_size
+    if origin is not None and origin.format == target_format.name:
+        source = ExportSource(stored, origin.spare(), num_rows)
+        returned = plan_returned(origin, source, target_format.disk_name, wanted)
+        if returned is not None:
+            return Export(origin.format, returned, source, partial(_write_returned, origin, returned, dtype))
+    if target_format.has_image_token and target.image_token_id >= num_rows:
+        num_rows = -(-(target.image_token_id + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
+    came = {t.name: t.torch_dtype for tensors in origin.weights.values() for t in tensors} if origin else {}
+    source = ExportSource(stored, {}, num_rows)
+    shards = plan_fresh(stored.names(), source, target_format.disk_name, lambda name: wanted or came.get(name))
+    written = next(t.dtype for shard in shards for t in shard.tensors if t.name == EMBEDDING)
+    settings = {"vocab_size": num_rows, "dtype": str(written).removeprefix("torch.")}
+    return Export(target_format.name, shards, source, partial(_write_fresh, target_format, target, settings, shards))
+
+
+def _writable(name: str) -> Format:
+    found = FORMATS.get(name)
+    if found.disk_name is None:
+        names = [other for other in FORMATS.names() if FORMATS.get(other).disk_name is not None]
+        raise ConversionError(f"models are not written as {name!r}; choose {' or '.join(names)}")
+    return found
+
+
+def _target(checkpoint: Path, manifest: Manifest) -> Target:
+    config = config_from_tree(manifest.config, f"{checkpoint}/manifest.json")
+    vision = VisionConfig(
+        path=str(checkpoint / "vision"),
+        select_layer=config.model.vision.select_layer,
+        select_feature=config.model.vision.select_feature,
+    )
+    survey = survey_tower(vision)
+    tokenizer = load_tokenizer(checkpoint / "tokenizer", config.data.image_token)
+    language = config_from_path("language", str(checkpoint / "language"))
+    language.name_or_path = survey.hf_config.name_or_path = ""  # no paths of this machine
+    return Target(
+        checkpoint=checkpoint,
+        config=config,
+        language=language,
+        vision=survey.hf_config,
+        media=survey.media_spec,
+        num_dropped_tokens=survey.num_dropped_tokens,
+        image_token_id=tokenizer.get_vocab()[config.data.image_token],
+    )
+
+
+def _write_returned(origin: Origin, shards: list[ShardPlan], dtype: str | None, folder: Path) -> None:
+    """What the model came with; the index anew where the files are others."""
+    had_index = any(str(file) in INDEXES for file in origin.files())
+    if all(shard.is_returned for shard in shards):
+        origin.copy_files(folder)
+        return
+    origin.copy_files(folder, leave_out=INDEXES)
+    if had_index or len(shards) > 1:
+        (folder / SAFETENSORS_INDEX).write_text(index_of(shards), encoding="utf-8")
+    config = folder / "config.json"
+    if dtype is not None and config.is_file():
+        settings = read_json(config)
+        own = [key for key in DTYPE_KEYS if key in settings] or [DTYPE_KEYS[0]]
+        settings |= dict.fromkeys(own, str(DTYPES[dtype]).removeprefix("torch."))
+        config.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def _write_fresh(
+    format: Format, target: Target, settings: dict[str, Any], shards: list[ShardPlan], folder: Path
+) -> None:
+    """Tokenizer, and what the format makes of the rest."""
+    assert format.write_extras is not None
+    shutil.copytree(target.checkpoint / "tokenizer", folder, dirs_exist_ok=True)
+    format.write_extras(folder, target, settings)
+    if len(shards) > 1:
+        (folder / SAFETENSORS_INDEX).write_text(index_of(shards), encoding="utf-8")

@@ -1,0 +1,198 @@
+"""A directory's weight files: which tensors are where, found from headers, and read one at a time.
+
+Everything about the files is checked before any tensor is read: every shard is there and whole, the index names what
+the shards hold, and nothing lies outside the directory. Tensors are views of the mapped file, so they cost no memory
+of the process until something is computed from them.
+
+Hazards: a pickle runs code, so one is read by torch's unpickler for plain data only; a tensor of a mapped file must not
+be written to.
+"""
+
+import json
+import mmap
+import pickle
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_vlm.errors import ConversionError
+
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+INDEXES = (SAFETENSORS_INDEX, PICKLE_INDEX)
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_LENGTH_BYTES = 8  # of the number that heads a safetensors file
+
+
+class WeightFile(Protocol):
+    """Tensors by their names on the disk."""
+
+    @property
+    def path(self) -> Path: ...
+    def names(self) -> Collection[str]: ...
+    def read(self, name: str) -> Tensor: ...
+
+
+class SafetensorsFile:
+    """One safetensors file, mapped. `header` is its first bytes, up to the first tensor's.
+
+    Raises:
+        ConversionError: not such a file, or not whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._map = _mapped(path)
+        length = int.from_bytes(self._map[:_LENGTH_BYTES], "little")
+        end = _LENGTH_BYTES + length
+        if len(self._map) < _LENGTH_BYTES or end > len(self._map):
+            raise ConversionError(f"{path}: {len(self._map)} bytes, which is no whole safetensors header")
+        self.header = bytes(self._map[:end])
+        try:
+            entries: dict[str, Any] = json.loads(self.header[_LENGTH_BYTES:])
+            entries.pop("__metadata__", None)
+            self._places = {name: _place(entry) for name, entry in entries.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConversionError(f"{path}: no safetensors header: {error!r}") from error
+        self._check(len(self._map) - end)
+
+    def names(self) -> Collection[str]:
+        """In the order of their bytes."""
+        return sorted(self._places, key=lambda name: self._places[name][2])
+
+    def read(self, name: str) -> Tensor:
+        """A view of the file."""
+        dtype, shape, start, _ = self._places[name]
+        count = torch.Size(shape).numel()
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=len(self.header) + start).view(shape)
+
+    def _check(self, size_bytes: int) -> None:
+        expected = 0
+        for name in self.names():
+            dtype, shape, start, end = self._places[name]
+            if start != expected or end - start != torch.Size(shape).numel() * dtype.itemsize:
+                raise ConversionError(f"{self.path}: the header gives {name} bytes {start} to {end}, which do not fit")
+            expected = end
+        if expected != size_bytes:
+            raise ConversionError(f"{self.path}: {size_bytes} bytes of tensors, the header needs {expected}")
+
+
+def _place(entry: dict[str, Any]) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    start, end = entry["data_offsets"]
+    return DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    try:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a tensor must think that it can be written
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path}: cannot be opened: {error}") from error
+
+
+class PickleFile:
+    """One file of torch.save, mapped, read as plain data.
+
+    Raises:
+        ConversionError: one that would run code, is damaged, or is no dictionary of tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ConversionError(
+                f"{path}: its pickle is not plain tensors and could run code when loaded: do not use it, or save the "
+                "model again as safetensors"
+            ) from error
+        except Exception as error:  # damaged bytes make torch and the unpickler raise almost anything
+            reason = (str(error) or repr(error)).partition("\n")[0]
+            raise ConversionError(f"{path}: cannot be read: {reason}") from error
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise ConversionError(f"{path}: holds no dictionary of tensors")
+        self._tensors: dict[str, Tensor] = tensors
+
+    def names(self) -> Collection[str]:
+        """In the file's order."""
+        return self._tensors.keys()
+
+    def read(self, name: str) -> Tensor:
+        """A view of the file."""
+        return self._tensors[name].detach()
+
+
+def open_weight_file(path: Path) -> WeightFile:
+    """By its suffix. Raises ConversionError."""
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
+
+
+class WeightFolder:
+    """The weights of a directory: its safetensors files, or where it has none its `pytorch_model*.bin`.
+
+    Raises:
+        ConversionError: no weights; a shard that is missing or damaged; an index that names a file outside the
+            directory, a tensor its file lacks, or not every tensor of the files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+        listed = None if self.index is None else _read_index(self.index)
+        names = _weight_files(folder) if listed is None else sorted(set(listed.values()))
+        self.files = [open_weight_file(_inside(folder, name, self.index)) for name in names]
+        self.places: dict[str, WeightFile] = {}
+        for file in self.files:
+            for name in file.names():
+                if name in self.places:
+                    raise ConversionError(f"{folder}: {name} is in {self.places[name].path.name} and {file.path.name}")
+                self.places[name] = file
+        if listed is not None:
+            self._check_index(listed)
+
+    def _check_index(self, listed: dict[str, str]) -> None:
+        for name, file in listed.items():
+            if name not in self.places or self.places[name].path.name != file:
+                raise ConversionError(f"{self.index}: {name} is not in {file}")
+        if unlisted := sorted(self.places.keys() - listed.keys()):
+            raise ConversionError(f"{self.index} does not list {unlisted[0]} of {self.places[unlisted[0]].path.name}")
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{index}: no index of weights: {error!r}") from error
+
+
+def _weight_files(folder: Path) -> list[str]:
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        if found := sorted(path.name for path in folder.glob(pattern)):
+            return found
+    raise ConversionError(f"{folder}: found no weights, needs *.safetensors or pytorch_model*.bin")
+
+
+def _inside(folder: Path, name: str, index: Path | None) -> Path:
+    """A link out of the directory is fine (the hub's cache has them), a name that leads out of it is not."""
+    if Path(name).name != name or name in ("", ".."):
+        raise ConversionError(f"{index}: names the file {name!r}, which lies outside of {folder}")
+    if not (folder / name).is_file():
+        raise ConversionError(f"{folder / name}: this shard is missing")
+    return folder / name

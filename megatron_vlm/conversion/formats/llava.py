@@ -1,0 +1,224 @@
+"""`llava`: a directory of the original LLaVA-1.5 code.
+
+Its config.json is the language model's with `mm_*` keys. The tower is inside the weight files, or only named by
+`mm_vision_tower`; a first training phase leaves just `mm_projector.bin` and a config that names the language model.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_vlm.conversion.files import PickleFile
+from megatron_vlm.conversion.formats.base import (
+    FORMATS,
+    ForeignModel,
+    Format,
+    Target,
+    fitting_template,
+    fitting_vocabulary,
+    is_tied,
+    read_json,
+)
+from megatron_vlm.conversion.mappings import projector_name
+from megatron_vlm.conversion.sources import (
+    FolderSource,
+    JoinedSource,
+    StateSource,
+    WeightSource,
+    resolve_folder,
+    vision_rename,
+)
+from megatron_vlm.errors import ConversionError
+from megatron_vlm.models.hf_config import OTHER_KEYS, config_from_path
+
+NAME = "llava"
+PROJECTOR_FILE = "mm_projector.bin"
+LANGUAGES = {"llama": "llama", "qwen": "qwen2"}  # in the architecture's name -> model type
+IMAGE_MODES = {"pad": "pad", "square": "processor", None: "processor"}  # image_aspect_ratio -> data.image_mode
+FEATURES = {"patch": "patch", "cls_patch": "cls_patch"}
+TOWER = "model.vision_tower.vision_tower.vision_model."
+PROJECTOR = "model.mm_projector."
+TOWER_FOLDER = "vision_tower"  # in a directory that is written
+_TOWERS = ("model.vision_tower.vision_tower.", "model.vision_tower.")  # prefixes, the inner vision_model. aside
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
+_LAYER = re.compile(r"linear_(\d+)\.(.*)")
+KNOWN_TOWERS: dict[str, dict[str, Any]] = {  # configs of the towers that LLaVA's directories name and may contain
+    "openai/clip-vit-large-patch14-336": {"model_type": "clip_vision_model", "image_size": 336},
+    "openai/clip-vit-large-patch14": {"model_type": "clip_vision_model", "image_size": 224},
+}
+_CLIP_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+
+
+def recognises(folder: Path, settings: dict[str, Any]) -> bool:
+    """Every config of LLaVA names its tower."""
+    return "mm_vision_tower" in settings
+
+
+def open_folder(folder: Path) -> ForeignModel:
+    """Raises ConversionError, ConfigError as `open_foreign`."""
+    settings = read_json(folder / "config.json")
+    image_mode, feature, projector = _checked(folder, settings)
+    alone = _is_projector_alone(folder)
+    base = _base_of(folder, settings) if alone else folder
+    own = FolderSource(str(base), lambda names: canonical_name)
+    parts: list[WeightSource] = [own]
+    if alone:
+        file = PickleFile(folder / PROJECTOR_FILE)
+        state = {name: file.read(name) for name in file.names()}
+        parts.append(StateSource(str(file.path), state, canonical_name))
+    tower_folder = _tower_folder(folder, settings["mm_vision_tower"])
+    if not any(name.startswith("vision_tower.") for name in own.names()):
+        tower_folder = tower_folder or resolve_folder(settings["mm_vision_tower"])
+        parts.append(FolderSource(str(tower_folder), vision_rename))
+    source = parts[0] if len(parts) == 1 else JoinedSource(str(folder), parts)
+    language = _language(base, settings, alone)
+    language.tie_word_embeddings = is_tied(bool(language.tie_word_embeddings), source)
+    has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    return ForeignModel(
+        format=NAME,
+        folder=folder,
+        language=fitting_vocabulary(language, source),
+        vision=_tower(folder, settings["mm_vision_tower"], tower_folder),
+        vision_path=tower_folder,
+        projector=projector,
+        select_layer=settings.get("mm_vision_select_layer", -2),
+        select_feature=feature,
+        source=source,
+        tokenizer=folder if has_tokenizer else base,
+        image_token="<image>",
+        template=fitting_template(folder if has_tokenizer else base, language),
+        image_mode=image_mode,
+        own=None if alone else own,
+    )
+
+
+def canonical_name(name: str) -> str:
+    """On the disk -> canonical. A projector's own file has anything before `mm_projector.`, as LLaVA's loader."""
+    _, found, rest = name.partition("mm_projector.")
+    if found:
+        return projector_name(rest)
+    for prefix in _TOWERS:
+        if name.startswith(prefix):
+            return f"vision_tower.{name.removeprefix(prefix).removeprefix('vision_model.')}"
+    return name
+
+
+def disk_name(name: str) -> str:
+    """Canonical -> on the disk."""
+    part, _, rest = name.partition(".")
+    if part == "vision_tower":
+        return TOWER + rest
+    if part == "multi_modal_projector":
+        layer = _LAYER.fullmatch(rest)
+        return PROJECTOR + (f"{2 * (int(layer[1]) - 1)}.{layer[2]}" if layer else rest)
+    return name
+
+
+def _checked(folder: Path, settings: dict[str, Any]) -> tuple[str, str, str]:
+    """Image mode, feature and projector. Raises ConversionError for what this package does not build."""
+
+    def refuse(key: str, needs: str) -> ConversionError:
+        return ConversionError(f"{folder}/config.json: {key} is {settings.get(key)!r}, needs {needs}")
+
+    if settings.get("image_aspect_ratio") not in IMAGE_MODES:
+        raise refuse("image_aspect_ratio", "pad or square")
+    feature = settings.get("mm_vision_select_feature", "patch")
+    if feature not in FEATURES:
+        raise refuse("mm_vision_select_feature", " or ".join(FEATURES))
+    for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
+        if settings.get(key):
+            raise refuse(key, "false")
+    if not isinstance(settings["mm_vision_tower"], str):
+        raise refuse("mm_vision_tower", "a directory or a hub id")
+    projector = settings.get("mm_projector_type", "linear")
+    return IMAGE_MODES[settings.get("image_aspect_ratio")], FEATURES[feature], projector
+
+
+def _is_projector_alone(folder: Path) -> bool:
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    return not weights and (folder / PROJECTOR_FILE).is_file()
+
+
+def _base_of(folder: Path, settings: dict[str, Any]) -> Path:
+    base = settings.get("_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ConversionError(
+            f"{folder} holds {PROJECTOR_FILE} alone and its config.json names no language model: _name_or_path is "
+            f"{base!r}, needs a directory or a hub id"
+        )
+    return resolve_folder(base)
+
+
+def _language(base: Path, settings: dict[str, Any], alone: bool) -> PretrainedConfig:
+    if alone:
+        return config_from_path(str(base), str(base))
+    architecture = str((settings.get("architectures") or [settings.get("model_type", "")])[0]).lower()
+    kind = next((kind for part, kind in LANGUAGES.items() if part in architecture), None)
+    if kind is None:
+        raise ConversionError(
+            f"{base}/config.json: architectures is {settings.get('architectures')!r}, needs one of LLaVA over "
+            f"{' or '.join(LANGUAGES)}"
+        )
+    defaults = AutoConfig.for_model(kind)
+    known = {*vars(defaults), *defaults.attribute_map, *OTHER_KEYS} - {"architectures", "model_type"}
+    return AutoConfig.for_model(kind, **{key: value for key, value in settings.items() if key in known})
+
+
+def _tower_folder(folder: Path, reference: str) -> Path | None:
+    """Where the tower lies that a config names, from the current directory or the model's."""
+    return next((path for path in (Path(reference), folder / reference) if path.is_dir()), None)
+
+
+def _tower(folder: Path, reference: str, tower_folder: Path | None) -> PretrainedConfig:
+    if tower_folder is None and reference in KNOWN_TOWERS:
+        return AutoConfig.for_model(**KNOWN_TOWERS[reference], **_CLIP_LARGE)
+    place = reference if tower_folder is None else str(tower_folder)
+    config = config_from_path(f"{folder}/config.json: mm_vision_tower", place)
+    return getattr(config, "vision_config", config)
+
+
+def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None:
+    """config.json, and the tower's configs under `vision_tower`, which it names; the tower is in the weight files.
+
+    Raises:
+        ConversionError: an image mode that the original code does not have.
+    """
+    model, data = target.config.model, target.config.data
+    modes = {ours: theirs for theirs, ours in IMAGE_MODES.items() if theirs is not None}
+    if data.image_mode not in modes:
+        raise ConversionError(f"{NAME} prepares pictures by {' or '.join(modes)}; this model has {data.image_mode}")
+    name = {kind: part.capitalize() for part, kind in LANGUAGES.items()}[target.language.model_type]
+    config = {
+        **target.language.to_dict(),
+        **settings,
+        "torch_dtype": settings["dtype"],
+        "architectures": [f"Llava{name}ForCausalLM"],
+        "model_type": f"llava_{name.lower()}",
+        "image_aspect_ratio": modes[data.image_mode],
+        "mm_hidden_size": target.vision.hidden_size,
+        "mm_projector_type": model.projector.type,
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": model.vision.select_feature,
+        "mm_vision_select_layer": model.vision.select_layer,
+        "mm_vision_tower": TOWER_FOLDER,
+        "tune_mm_mlp_adapter": False,
+        "unfreeze_mm_vision_tower": True,  # the original code looks for a tower in the weight files only then
+        "use_mm_proj": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
+    shutil.copytree(target.checkpoint / "vision", folder / TOWER_FOLDER)
+
+
+FORMATS.register(NAME)(Format(NAME, ("llava",), recognises, open_folder, disk_name, write_extras))

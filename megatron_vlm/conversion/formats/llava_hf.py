@@ -1,0 +1,148 @@
+"""`llava-hf`: a directory of transformers' LlavaForConditionalGeneration, with the names before and since 4.52."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor, PretrainedConfig
+
+from megatron_vlm.conversion.formats.base import (
+    FORMATS,
+    ForeignModel,
+    Format,
+    Target,
+    fitting_template,
+    fitting_vocabulary,
+    is_tied,
+)
+from megatron_vlm.conversion.mappings import canonical_name
+from megatron_vlm.conversion.sources import FolderSource
+from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.errors import ConversionError
+from megatron_vlm.models.hf_config import config_from_path
+from megatron_vlm.models.vision.preprocessing import load_processor
+
+NAME = "llava-hf"
+FEATURES = {"default": "patch", "full": "cls_patch"}  # vision_feature_select_strategy -> model.vision.select_feature
+PROJECTOR = "mlp2x_gelu"  # the only one the class has
+# Canonical prefix -> the one on the disk: what every version of transformers reads, and what 5.x writes.
+DISK_PREFIXES = (("model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))
+
+
+def recognises(folder: Path, settings: dict[str, Any]) -> bool:
+    """LLaVA's own early directories have the same model type, but no nested configs."""
+    return settings.get("model_type") == "llava" and isinstance(settings.get("vision_config"), dict)
+
+
+def open_folder(folder: Path) -> ForeignModel:
+    """Raises ConversionError, ConfigError as `open_foreign`."""
+    config = config_from_path(str(folder), str(folder))
+    if not isinstance(config, LlavaConfig):
+        raise ConversionError(f"{folder}/config.json: model_type is {config.model_type!r}, needs llava")
+    _check(folder, config)
+    source = FolderSource(str(folder), lambda names: canonical_name)
+    language = fitting_vocabulary(config.text_config, source)
+    declared = bool(config.tie_word_embeddings or language.tie_word_embeddings)
+    language.tie_word_embeddings = is_tied(declared, source)
+    return ForeignModel(
+        format=NAME,
+        folder=folder,
+        language=language,
+        vision=config.vision_config,
+        vision_path=folder,
+        projector=PROJECTOR,
+        select_layer=config.vision_feature_layer,
+        select_feature=FEATURES[config.vision_feature_select_strategy],
+        source=source,
+        tokenizer=folder,
+        image_token="<image>",
+        template=fitting_template(folder, language),
+        image_mode="processor",
+        own=source,
+    )
+
+
+def _check(folder: Path, config: PretrainedConfig) -> None:
+    needs = {
+        "projector_hidden_act": ("gelu",),
+        "multimodal_projector_bias": (True,),
+        "vision_feature_select_strategy": tuple(FEATURES),
+    }
+    for key, allowed in needs.items():
+        if (found := getattr(config, key)) not in allowed:
+            raise ConversionError(f"{folder}/config.json: {key} is {found!r}, allowed: {', '.join(map(str, allowed))}")
+    if not isinstance(config.vision_feature_layer, int):
+        raise ConversionError(
+            f"{folder}/config.json: vision_feature_layer is {config.vision_feature_layer!r}, needs one layer"
+        )
+
+
+def disk_name(name: str) -> str:
+    """Canonical -> on the disk."""
+    for prefix, theirs in DISK_PREFIXES:
+        if name.startswith(prefix):
+            return theirs + name.removeprefix(prefix)
+    return name
+
+
+def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None:
+    """config.json, the processor's configuration and generation_config.json.
+
+    Raises:
+        ConversionError: a projector that transformers' class does not have.
+    """
+    model = target.config.model
+    if model.projector.type != PROJECTOR:
+        raise ConversionError(f"{NAME} has the projector {PROJECTOR} only; this model has {model.projector.type}")
+    strategy = next(theirs for theirs, ours in FEATURES.items() if ours == model.vision.select_feature)
+    language = copy.deepcopy(target.language)
+    language.vocab_size = settings["vocab_size"]
+    config = LlavaConfig(
+        text_config=language,
+        vision_config=target.vision,
+        image_token_id=target.image_token_id,
+        image_seq_length=target.media.tokens_per_image,
+        projector_hidden_act="gelu",
+        vision_feature_layer=model.vision.select_layer,
+        vision_feature_select_strategy=strategy,
+        tie_word_embeddings=bool(language.tie_word_embeddings),
+        architectures=["LlavaForConditionalGeneration"],
+        dtype=settings["dtype"],
+    )
+    tokenizer = load_tokenizer(target.checkpoint / "tokenizer", target.config.data.image_token)
+    special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    GenerationConfig(**special).save_pretrained(folder)  # an answer ends where it does in our own generation
+    config.save_pretrained(folder)
+    processor = LlavaProcessor(
+        image_processor=_image_processor(target),
+        tokenizer=tokenizer,
+        patch_size=target.vision.patch_size,
+        vision_feature_select_strategy=strategy,
+        chat_template=tokenizer.chat_template,
+        image_token=target.config.data.image_token,
+        num_additional_image_tokens=_num_additional_tokens(target),
+    )
+    processor.save_pretrained(folder)
+
+
+def _num_additional_tokens(target: Target) -> int:
+    """What the tower gives beside the patches; transformers' count drops one for `default`, whether there is or not."""
+    if target.config.model.vision.select_feature == "patch":
+        return 1
+    return target.media.tokens_per_image - target.media.num_patches
+
+
+def _image_processor(target: Target) -> Any:
+    """One that prepares pictures as the checkpoint's `data.image_mode` does."""
+    own = json.loads(target.media.processor)
+    mode = target.config.data.image_mode
+    if mode == "processor":
+        return load_processor(target.media)
+    size = {"height": target.media.height, "width": target.media.width}
+    settings = {key: own[key] for key in ("image_mean", "image_std", "resample", "rescale_factor") if key in own}
+    whole = {"size": size, "crop_size": size, "do_center_crop": False, "do_resize": True}
+    return LlavaImageProcessorPil(**settings, **whole, do_pad=mode == "pad")
+
+
+FORMATS.register(NAME)(Format(NAME, ("llava",), recognises, open_folder, disk_name, write_extras, has_image_token=True))

@@ -1,0 +1,77 @@
+"""`pair`: a language model's directory and a tower's, joined by a fresh projector: where LLaVA's training begins."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.conversion.formats.base import (
+    FORMATS,
+    ForeignModel,
+    Format,
+    fitting_template,
+    fitting_vocabulary,
+    is_tied,
+)
+from megatron_vlm.conversion.mappings import EMBEDDING, canonical_name, projector_name
+from megatron_vlm.conversion.sources import FolderSource, JoinedSource, StateSource, resolve_folder, vision_rename
+from megatron_vlm.conversion.weights import fresh_source
+from megatron_vlm.errors import ConversionError
+from megatron_vlm.models.hf_config import config_from_path
+from megatron_vlm.models.projectors import build_projector
+
+NAME = "pair"
+
+
+def open_pair(
+    language: str,
+    tower: str,
+    projector: str = "mlp2x_gelu",
+    select_layer: int = -2,
+    select_feature: str = "patch",
+    seed: int = 42,
+) -> ForeignModel:
+    """A language model and a tower, each a directory or a hub id, and a projector that depends on the seed only.
+
+    Its weights are those that a recipe with these two paths and this `runtime.seed` starts from.
+
+    Raises:
+        ConversionError, ConfigError: as `open_foreign`.
+    """
+    folder, tower_folder = resolve_folder(language), resolve_folder(tower)
+    language_config = config_from_path(language, str(folder))
+    vision_config = config_from_path(tower, str(tower_folder))
+    vision_config = getattr(vision_config, "vision_config", vision_config)
+    own = FolderSource(str(folder), lambda names: canonical_name)
+    widths = vision_config.hidden_size, language_config.hidden_size
+    fresh = fresh_source(lambda: build_projector(projector, *widths), seed, projector_name)
+    if EMBEDDING not in own.names():
+        raise ConversionError(f"{language} holds no language model: {EMBEDDING} is missing")
+    dtype = own.read(EMBEDDING).dtype
+    joint = StateSource(fresh.origin, {name: fresh.read(name).to(dtype) for name in fresh.names()}, str)
+    source = JoinedSource(f"{language} and {tower}", [own, FolderSource(str(tower_folder), vision_rename), joint])
+    language_config.tie_word_embeddings = is_tied(bool(language_config.tie_word_embeddings), source)
+    return ForeignModel(
+        format=NAME,
+        folder=folder,
+        language=fitting_vocabulary(language_config, source),
+        vision=vision_config,
+        vision_path=tower_folder,
+        projector=projector,
+        select_layer=select_layer,
+        select_feature=select_feature,
+        source=source,
+        tokenizer=folder,
+        image_token="<image>",
+        template=fitting_template(folder, language_config),
+        image_mode="pad",
+    )
+
+
+def _open_folder(folder: Path) -> ForeignModel:
+    raise ConversionError(f"{folder}: a pair is two directories; name the tower's too (--tower)")
+
+
+def _recognises(folder: Path, settings: dict[str, Any]) -> bool:
+    return False
+
+
+FORMATS.register(NAME)(Format(NAME, ("llava",), _recognises, _open_folder))

@@ -1,0 +1,69 @@
+"""A foreign model as a recipe and as the weights of a built model."""
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import PretrainedConfig
+
+from megatron_vlm.config.loading import config_from_tree
+from megatron_vlm.config.schema import Config
+from megatron_vlm.conversion.formats.base import ForeignModel
+from megatron_vlm.conversion.sources import PartSource
+from megatron_vlm.conversion.weights import VISION_PARTS, fill_language, fill_vision
+
+if TYPE_CHECKING:  # they bring megatron-core in, which takes seconds and which a converter does not need
+    from megatron_vlm.models.vlm import VisionLanguageModel
+    from megatron_vlm.parallel.groups import Grid
+
+
+def config_of(foreign: ForeignModel, **sections: Any) -> Config:
+    """A recipe whose model and data sections fit the model; nothing trains.
+
+    Args:
+        sections: what differs, by section, key by key: `parallel={"tensor": 2}`.
+
+    Raises:
+        ConfigError: a section that is not valid.
+    """
+    at_path = foreign.vision_path is not None
+    model = {
+        "language": {"config": settings_of(foreign.language), "tokenizer": str(foreign.tokenizer)},
+        "vision": {
+            "path": str(foreign.vision_path) if at_path else None,
+            "config": None if at_path else settings_of(foreign.vision),
+            "select_layer": foreign.select_layer,
+            "select_feature": foreign.select_feature,
+        },
+        "projector": {"type": foreign.projector},
+        "train": {"language": False, "vision": False, "projector": False},
+    }
+    tree: dict[str, dict[str, Any]] = {
+        "model": model,
+        "data": {
+            "path": "none.json",
+            "template": foreign.template,
+            "image_mode": foreign.image_mode,
+            "image_token": foreign.image_token,
+        },
+        "training": {"steps": 1},
+        "checkpoint": {"directory": "none"},
+    }
+    for name, section in sections.items():
+        tree[name] = {**tree.get(name, {}), **section}
+    return config_from_tree(tree, f"{foreign.folder} as a recipe")
+
+
+def settings_of(config: PretrainedConfig) -> dict[str, Any]:
+    """The config as the dictionary that `model.*.config` takes."""
+    settings = {key: value for key, value in config.to_diff_dict().items() if not key.startswith("_")}
+    settings.pop("transformers_version", None)
+    return {**settings, "model_type": config.model_type}
+
+
+def fill_model(model: "VisionLanguageModel", foreign: ForeignModel, grid: "Grid") -> None:
+    """Fills a built model, this rank's shards only.
+
+    Raises:
+        ConversionError: tensors missing, left over or of another shape, by name.
+    """
+    fill_language(model.language, PartSource(foreign.source, lambda name: not name.startswith(VISION_PARTS)), grid)
+    fill_vision(model.vision, PartSource(foreign.source, lambda name: name.startswith(VISION_PARTS)))

@@ -1,0 +1,112 @@
+"""A model directory of another system -> a checkpoint of ours, which training and generation take as any other.
+
+Everything that can be wrong with the directory is found before anything is written. The checkpoint is written beside
+its place and renamed, and `latest` moves last.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from megatron_vlm.checkpoint.directory import checkpoint_path, create_partial, partial_path, publish
+from megatron_vlm.checkpoint.integrity import records_of
+from megatron_vlm.checkpoint.manifest import FileRecord, Manifest
+from megatron_vlm.config.loading import config_hash
+from megatron_vlm.config.schema import Config
+from megatron_vlm.conversion.formats.base import ForeignModel
+from megatron_vlm.conversion.formats.recipe import config_of
+from megatron_vlm.conversion.mappings import EMBEDDING
+from megatron_vlm.conversion.native_writing import write_tensors
+from megatron_vlm.conversion.origin import write_origin
+from megatron_vlm.conversion.table import model_mappings
+from megatron_vlm.conversion.weights import check_fit
+from megatron_vlm.data.tokenizer import check_vocabulary, load_tokenizer
+from megatron_vlm.errors import ConversionError
+from megatron_vlm.models.language import check_architecture
+from megatron_vlm.models.vision.preprocessing import write_pixel_format
+from megatron_vlm.models.vision.survey import survey_tower
+from megatron_vlm.parallel.sizes import GridSizes
+
+
+def import_model(
+    foreign: ForeignModel, destination: Path, advance: Callable[[int], None] = lambda num_bytes: None
+) -> Path:
+    """Writes `destination/step_0000000` and `destination/latest`, weights in the dtypes they have.
+
+    Args:
+        destination: a directory of checkpoints to be; it does not exist, or is empty.
+        advance: told the bytes of each tensor written, perhaps by several threads.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        ConversionError: the destination is taken, the weights do not fit the model their config describes, or the disk
+            refuses.
+        ConfigError: a model this package does not build, or a tokenizer that is not its.
+    """
+    refuse_taken(destination)
+    check_architecture(foreign.language)
+    table = model_mappings(foreign.language, foreign.vision, foreign.projector)
+    spare = check_fit(foreign.source, table)
+    tokenizer = load_tokenizer(foreign.tokenizer, foreign.image_token)
+    check_vocabulary(tokenizer, foreign.image_token, foreign.language.vocab_size)
+    config = _recipe(foreign, destination)
+    survey = survey_tower(config.model.vision)
+    foreign.language.name_or_path = survey.hf_config.name_or_path = ""  # no paths of this machine
+    existed = destination.exists()
+    final = checkpoint_path(destination, 0)
+    try:
+        partial = create_partial(final)
+        tokenizer.save_pretrained(partial / "tokenizer")
+        foreign.language.save_pretrained(partial / "language")
+        survey.hf_config.save_pretrained(partial / "vision")
+        write_pixel_format(partial / "vision", survey.media_spec)
+        write_origin(partial, foreign, spare)
+        files = write_tensors(partial, table, foreign.source, advance)
+        others = [path for path in partial.rglob("*") if path.is_file() and str(path.relative_to(partial)) not in files]
+        _manifest(config, foreign, files | records_of(partial, others)).write(partial)
+        publish(partial, final)
+    except BaseException as error:
+        shutil.rmtree(partial_path(final) if existed else destination, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ConversionError(f"{final} could not be written: {error}") from error
+        raise
+    return final
+
+
+def size_bytes(foreign: ForeignModel) -> int:
+    """Of all tensors."""
+    return sum(foreign.source.read(name).nbytes for name in foreign.source.names())
+
+
+def refuse_taken(destination: Path) -> None:
+    """Raises ConversionError where there is something already: nothing is overwritten."""
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ConversionError(f"{destination} exists already; name a directory that does not, or is empty")
+
+
+def _recipe(foreign: ForeignModel, destination: Path) -> Config:
+    """bf16 where the weights are; else fp32, which also holds every fp16 value."""
+    is_bf16 = foreign.source.read(EMBEDDING).dtype is torch.bfloat16
+    return config_of(
+        foreign,
+        precision={"params": "bf16" if is_bf16 else "fp32"},
+        checkpoint={"directory": str(destination)},
+    )
+
+
+def _manifest(config: Config, foreign: ForeignModel, files: dict[str, FileRecord]) -> Manifest:
+    return Manifest(
+        step=0,
+        config=config.model_dump(mode="json"),
+        config_hash=config_hash(config),
+        components=[],
+        vocab_size=foreign.language.vocab_size,
+        layout={**asdict(GridSizes()), "virtual_pipeline": 1},
+        data_fingerprint=None,
+        files=files,
+    )

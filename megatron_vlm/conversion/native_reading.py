@@ -1,0 +1,123 @@
+"""A checkpoint of ours as a source of Hugging Face tensors: one parameter at a time, whatever layout saved it.
+
+Hazard: the files of torch's checkpoint format are pickles; all of them are read as plain data first (`refuse_code`).
+"""
+
+import hashlib
+import io
+import os
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from megatron_vlm.checkpoint.manifest import FileRecord, Manifest
+from megatron_vlm.checkpoint.safe_reading import refuse_code
+from megatron_vlm.conversion.mappings import Mapping
+from megatron_vlm.errors import CheckpointError
+
+_NUM_KEPT = 2  # parameters kept in memory: a file's order puts o_proj between k_proj and q_proj
+_NUM_SHOWN = 3
+
+
+class NativeSource:
+    """The tensors of the table by canonical name.
+
+    Args:
+        directory: a checkpoint.
+        table: of its whole model.
+
+    Raises:
+        CheckpointError: unreadable, or not the table's model.
+    """
+
+    def __init__(self, directory: Path, table: Sequence[Mapping]) -> None:
+        self.origin = str(directory)
+        self._directory = directory
+        refuse_code(directory)
+        metadata = FileSystemReader(directory).read_metadata()
+        self._storage = metadata.storage_data
+        self._stored = {
+            name: entry
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        if missing := [entry.name for entry in table if entry.name not in self._stored]:
+            raise CheckpointError(f"{directory} lacks {len(missing)} parameters: {', '.join(missing[:_NUM_SHOWN])}")
+        self._entries = {name: entry for entry in table for name in entry.sources}
+        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+
+    def names(self) -> Collection[str]:
+        """All canonical names."""
+        return self._entries.keys()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As stored, without reading."""
+        return self._stored[self._entries[name].name].properties.dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the Hugging Face tensor, without reading."""
+        entry = self._entries[name]
+        return entry.shapes[entry.sources.index(name)]
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor. Raises CheckpointError for damaged files."""
+        entry = self._entries[name]
+        if entry.name not in self._kept:
+            while len(self._kept) >= _NUM_KEPT:
+                self._kept.popitem(last=False)
+            self._kept[entry.name] = dict(zip(entry.sources, entry.unshard([self._whole(entry)]), strict=True))
+        tensor = self._kept[entry.name][name]
+        if tuple(tensor.shape) != self.shape(name):
+            raise CheckpointError(
+                f"{self.origin}: {entry.name} gives {name} the shape {list(tensor.shape)}, its config needs "
+                f"{list(self.shape(name))}"
+            )
+        return tensor
+
+    def _whole(self, entry: Mapping) -> Tensor:
+        """The parameter out of its chunks."""
+        stored = self._stored[entry.name]
+        chunks = {chunk.offsets: self._chunk(entry.name, chunk.offsets) for chunk in stored.chunks}
+        if len(chunks) == 1:
+            return next(iter(chunks.values()))
+        whole = torch.empty(stored.size, dtype=stored.properties.dtype)
+        for offsets, chunk in chunks.items():
+            whole[tuple(slice(o, o + n) for o, n in zip(offsets, chunk.shape, strict=True))] = chunk
+        return whole
+
+    def _chunk(self, name: str, offsets: torch.Size) -> Tensor:
+        place = self._storage[MetadataIndex(name, offsets)]
+        try:
+            with open(self._directory / place.relative_path, "rb") as stream:
+                stream.seek(place.offset)
+                tensor: Tensor = torch.load(io.BytesIO(stream.read(place.length)), "cpu", weights_only=True)
+                return tensor
+        except Exception as error:  # damaged bytes make torch and the unpickler raise almost anything
+            reason = str(error).partition("\n")[0] or repr(error)
+            raise CheckpointError(
+                f"{self._directory / place.relative_path}: {name} cannot be read: {reason}"
+            ) from error
+
+
+def check_files(directory: Path, manifest: Manifest) -> None:
+    """Raises CheckpointError, naming the first file that is not what the manifest says."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda item: _damage(directory / item[0], item[1]), manifest.files.items())
+    for damage in found:
+        if damage is not None:
+            raise CheckpointError(f"{directory} is damaged: {damage}")
+
+
+def _damage(file: Path, expected: FileRecord) -> str | None:
+    try:
+        with open(file, "rb") as stream:
+            is_same = hashlib.file_digest(stream, "sha256").hexdigest() == expected.sha256
+    except OSError as error:
+        return f"{file.name} cannot be read: {error.strerror}"
+    return None if is_same else f"{file.name} is not what was saved: its SHA-256 differs from the manifest's"

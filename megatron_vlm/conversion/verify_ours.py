@@ -1,0 +1,144 @@
+"""A checkpoint of ours as one side of a comparison: the product's own model, in one process.
+
+The pictures' rows go straight to their places: the exchange between ranks moves rows, and no weight has a part in it.
+
+Hazard: megatron-core knows one arrangement of ranks per process; the world made here ends with the run.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_vlm.checkpoint.manifest import Manifest
+from megatron_vlm.checkpoint.safe_reading import refuse_code
+from megatron_vlm.checkpoint.store import find_checkpoint, load_checkpoint
+from megatron_vlm.config.loading import config_from_tree
+from megatron_vlm.config.schema import (
+    Config,
+    LanguageConfig,
+    OpsConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    TrainableConfig,
+)
+from megatron_vlm.conversion.verify_side import Facts, coarsest, round_weights
+from megatron_vlm.conversion.verify_trace import HEAD, Anatomy, Probe, Trace, traced
+from megatron_vlm.errors import CheckpointError, ParallelError
+from megatron_vlm.models.families import build_model
+from megatron_vlm.models.language import load_language_config
+from megatron_vlm.models.merge import LocalFeatures
+from megatron_vlm.models.vision.preprocessing import PixelFormat, pixel_format
+from megatron_vlm.models.vision.survey import load_vision_config
+from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.parallel.groups import Grid, GridSizes, build_grid
+from megatron_vlm.runtime.device import current_device
+from megatron_vlm.runtime.distributed import Launch, init_world, teardown
+from megatron_vlm.runtime.seeding import seed_everything
+
+_TIMEOUT_SECONDS = 60
+_WEIGHTS = ("language.", "vision.", "projector.")  # a checkpoint holds optimizer states beside them
+
+
+@dataclass(frozen=True)
+class OurSide:
+    """A checkpoint. The protocol is `verify_side.Side`."""
+
+    origin: str
+    directory: Path
+    config: Config  # the recipe, in fp32 on one rank, its parts from inside the checkpoint
+    facts: Facts
+    weights: torch.dtype
+    pixels: PixelFormat
+    tokenizer: Path
+
+    @classmethod
+    def open(cls, path: str) -> "OurSide":
+        """Raises CheckpointError, ConfigError."""
+        directory = find_checkpoint(path)
+        stored = config_from_tree(Manifest.read(directory).config, f"{directory}/manifest.json")
+        for part in ("tokenizer", "language", "vision"):
+            if not (directory / part).is_dir():
+                raise CheckpointError(f"{directory} is incomplete: it has no directory {part!r}; save it again")
+        config = _alone(stored, directory)
+        language, vision = load_language_config(config.model.language), load_vision_config(config.model.vision)
+        pixels = pixel_format(config.model.vision.path, vision)
+        facts = Facts.of(language, vision, config.model.vision.select_layer, pixels)
+        return cls(path, directory, config, facts, _number_format(directory), pixels, directory / "tokenizer")
+
+    def trace(self, probe: Probe, weights: torch.dtype) -> Trace:
+        """Loads and runs. Raises CheckpointError; ParallelError where this process is part of a job already."""
+        with _world() as grid:
+            seed_everything(self.config.runtime.seed, grid)
+            model = build_model(self.config, grid).train(False)
+            load_checkpoint(self.directory, model, optimizer=None, states="model")
+            for module in model.modules():
+                round_weights(module, weights)
+            return trace_model(model, probe)
+
+
+@torch.no_grad()
+def trace_model(model: VisionLanguageModel, probe: Probe) -> Trace:
+    """Runs a whole model of one rank."""
+    tower, (chunk,), device = model.vision.tower, model.language, current_device()
+    survey = tower.survey
+    anatomy = Anatomy(
+        tower=list(tower.model.get_submodule(survey.layers_path).children()),
+        num_selected=survey.selected,
+        projector=model.vision.projector,
+        decoder=list(chunk.decoder.layers),
+        attention="self_attention",
+        mlp="mlp",
+        final_norm=chunk.decoder.final_layernorm,
+    )
+    trace = Trace(model.media_spec.tokens_per_image)
+    ids = probe.ids(trace.tokens_per_image).to(device)
+    with traced(anatomy, trace):
+        rows = model.vision(probe.pixels.to(device)).flatten(0, 1)  # [n, t, h] -> [n * t, h]
+        position_ids = torch.arange(ids.shape[1], device=device)[None]
+        logits: Tensor = chunk(ids, position_ids, features=_placed(rows, ids, probe.placeholder))
+    trace.record(HEAD, logits)
+    return trace
+
+
+def _placed(rows: Tensor, ids: Tensor, placeholder: int) -> LocalFeatures:
+    position = torch.nonzero(ids[0] == placeholder).flatten()
+    return LocalFeatures(rows=rows, position=position, row=torch.zeros_like(position))
+
+
+def _alone(stored: Config, directory: Path) -> Config:
+    language = LanguageConfig(path=str(directory / "language"), tokenizer=str(directory / "tokenizer"))
+    vision = stored.model.vision.model_copy(update={"path": str(directory / "vision"), "config": None})
+    frozen = TrainableConfig(language=False, vision=False, projector=False)
+    model = stored.model.model_copy(update={"language": language, "vision": vision, "train": frozen, "freeze": ()})
+    plain = {"parallel": ParallelConfig(), "precision": PrecisionConfig(params="fp32"), "ops": OpsConfig()}
+    return stored.model_copy(update={"model": model, **plain})
+
+
+def _number_format(directory: Path) -> torch.dtype:
+    """Of the weights as they are stored, which is not always what the recipe computes in. Raises CheckpointError."""
+    refuse_code(directory)
+    stored = FileSystemReader(directory).read_metadata().state_dict_metadata
+    return coarsest(
+        {
+            entry.properties.dtype
+            for name, entry in stored.items()
+            if isinstance(entry, TensorStorageMetadata) and name.startswith(_WEIGHTS)
+        }
+    )
+
+
+@contextmanager
+def _world() -> Iterator[Grid]:
+    if torch.distributed.is_initialized():
+        raise ParallelError("this process is a rank of a job already; a checkpoint is verified in a process of its own")
+    init_world(Launch(), current_device(), _TIMEOUT_SECONDS)
+    try:
+        yield build_grid(GridSizes())
+    finally:
+        teardown()

@@ -1,0 +1,80 @@
+"""What every source of conversations offers, and the table of them.
+
+A source is a file of records. It is scanned once for the place of every record; after that one record's bytes are read
+and parsed at a time, by any worker process, so the file may be larger than memory. A source of your own derives from
+`RecordFile`, says where records are (`scan`) and what one means (`parse`), and registers itself; the recipe names it in
+`data.source` and its module in `extensions` (examples/extensions/own_source.py).
+
+Hazard: a source is pickled into worker processes, so what it opens it opens where it is used.
+"""
+
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_vlm.data.sample import Sample
+from megatron_vlm.errors import DataError
+from megatron_vlm.registry import Registry
+
+
+class Extent(NamedTuple):
+    """Where one record stands: bytes from `offset`, and its number (a line from 1, an element from 0)."""
+
+    offset: int
+    size: int
+    number: int
+
+
+class RecordFile(ABC):
+    """One file of conversations.
+
+    Args:
+        path: of the file.
+        image_token: the marker of a picture in a text.
+    """
+
+    unit = "line"  # what a record's number counts, in error messages
+
+    def __init__(self, path: str | Path, image_token: str) -> None:
+        self.path = Path(path)
+        self.image_token = image_token
+
+    @abstractmethod
+    def scan(self) -> list[Extent]:
+        """The place of every record, in file order. Raises DataError where the file is of no use."""
+
+    @abstractmethod
+    def parse(self, raw: bytes, origin: str, default_id: str) -> Sample:
+        """A record's bytes -> its sample, with as many image markers in the users' turns as pictures.
+
+        Args:
+            origin: what to call the record in errors, and the sample's own.
+            default_id: the sample's id where the record has none.
+
+        Raises:
+            BadSample: this record cannot be used, though others can.
+        """
+
+    def read(self, extent: Extent) -> Sample:
+        """One conversation. Raises DataError where the file is gone, BadSample as `parse` does."""
+        return self.parse(self.read_bytes(extent), self.origin(extent), str(extent.number))
+
+    def read_bytes(self, extent: Extent) -> bytes:
+        """One record as the file has it. Raises DataError where the file is gone."""
+        try:
+            with open(self.path, "rb") as file:
+                return os.pread(file.fileno(), extent.size, extent.offset)
+        except OSError as error:
+            raise DataError(f"data file {self.path} cannot be read: {error.strerror}") from error
+
+    def read_all(self) -> list[Sample]:
+        """Every conversation, in file order: for evaluation files."""
+        return [self.read(extent) for extent in self.scan()]
+
+    def origin(self, extent: Extent) -> str:
+        """How error messages name the record."""
+        return f"{self.path} {self.unit} {extent.number}"
+
+
+SOURCES: Registry[type[RecordFile]] = Registry("data source")

@@ -1,0 +1,73 @@
+"""The main program of a rank behind `load(path, devices=[...])`: loads its part of the model, then answers prompts.
+
+Arguments: the numbers of two inherited handles, the connection to the parent and the reading end of its lifeline.
+"""
+
+import logging
+import os
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.errors import MegatronVlmError
+from megatron_vlm.runtime.launch import read_launch
+from megatron_vlm.runtime.logging import get_logger, quiet_libraries
+
+
+def main(connection_handle: int, lifeline: int) -> None:
+    """Serves until the parent closes the connection or ends."""
+    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
+    connection = Connection(connection_handle)
+    quiet_libraries()
+    get_logger("megatron_vlm").setLevel(logging.WARNING)  # standard output is the caller's
+    assistant: Any = None
+    while True:
+        try:
+            request = connection.recv()
+        except (EOFError, OSError):
+            os._exit(0)  # no clean-up: it could wait for ranks that are gone
+        try:
+            reply: Any = None
+            if assistant is None:
+                assistant = _load(*request)
+            else:
+                prompts, arguments, options = request
+                _check_images(assistant, prompts)
+                answers = assistant.generate(prompts, *arguments, **options)
+                reply = answers if read_launch().rank == 0 else None
+        except MegatronVlmError as error:
+            reply = error
+        except Exception:
+            reply = RuntimeError(f"rank {read_launch().rank} failed:\n{traceback.format_exc()}")
+        connection.send(reply)
+
+
+def _load(path: str, device: Any, tensor: int, pipeline: int) -> Any:
+    from megatron_vlm.generation.load import load
+
+    return load(path, device=device, tensor=tensor, pipeline=pipeline)
+
+
+def _check_images(assistant: Any, prompts: list[Any]) -> None:
+    """Reads every image file, so that one that cannot be read is told by all ranks, and none waits for another that
+    found out alone while encoding. Raises DataError."""
+    from megatron_vlm.generation.prompts import read_prompt
+
+    for number, prompt in enumerate(prompts, start=1):
+        sample, images = read_prompt(prompt, assistant.image_token, number)
+        for image in images:
+            if isinstance(image, Path):
+                assistant.reader.read(image, sample.origin)
+
+
+def _end_with_parent(lifeline: int) -> None:
+    """Nobody writes to the line: reading returns when its other end is closed, by intent or by the parent's end."""
+    os.read(lifeline, 1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,232 @@
+"""How much memory each rank will need, by component, before anything runs.
+
+Parameters, gradients and optimizer states are exact: the sizes of the buffers that megatron-core will allocate, its
+padding and its cut over the data-parallel ranks included, in the terms of `memory.model_memory`, which measures them. A
+test compares the two byte for byte.
+
+Activations are estimated: what autograd keeps of a layer, times the layers, times the micro-batches that the pipeline's
+schedule has under way on that stage. With n = s*b tokens of a micro-batch, e bytes an element, and the norms' share
+n' = n/T under sequence parallelism (else n), a layer keeps
+
+    2 n' h e                  both column-parallel inputs
+    2 n' h e                  both norms' inputs; on the CPU, whose norm is no single kernel, 4 n' h times 4 bytes
+    n (3 H + 3 G) d e / T     q, k, v as projected; q and k rotated; attention's output
+    5 n f e / T               gate and up projection, the gate's SiLU, the up projection once more, their product
+    selective recompute:      of attention only the projected q, k, v, q once more, and the output
+    full recompute:           n' h e, the layer's input
+
+(after Korthikanti et al., Reducing Activation Recomputation, 2022; the counts are of megatron-core's layers). Attention
+is counted as a flash kernel keeps it; the `reference` backend holds the scores too. Left out: allocator fragmentation,
+temporaries of single operations, communication buffers, CUDA's and NCCL's own memory.
+
+Letters: T tensor ranks; s tokens of a row, b rows; h hidden, H and G query and key-value heads of width d, f
+feed-forward width; L layers.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.models.language import LanguageSpec, head_width, padded_vocabulary
+from megatron_vlm.models.vision.survey import TowerSurvey
+from megatron_vlm.parallel.sizes import GridSizes
+from megatron_vlm.parallel.timeline import peak_outstanding, stage_order
+from megatron_vlm.training.parameter_shards import HeldChunk, HeldParameter
+
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+FP32_BYTES = 4
+PARAMETER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128  # elements, megatron-core's
+MINIMUM_BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000  # elements, megatron-core's, under overlap_grad_reduce
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """Bytes of one component on one rank, by `memory.KINDS`."""
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What the pictures of the fullest window cost a rank: pictures it encodes, rows it receives."""
+
+    encoded: int
+    received_rows: int
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank."""
+
+    language: ModelState
+    vision: ModelState
+    activations: int  # of the language layers, all micro-batches under way
+    loss_head: int  # last stage: logits of a chunk of tokens, the head's inputs and its fp32 weight gradient
+    features: int  # of a media window: encoded rows, received rows and their gradients
+    vision_activations: int  # kept from phase 1 to phase 3, where tower or projector trains
+    encoding: int  # during phase 1 only: pixels and the tower's hidden states
+
+    @property
+    def model(self) -> int:
+        """What is always there."""
+        return sum(vars(self.language).values()) + sum(vars(self.vision).values())
+
+    @property
+    def peak(self) -> int:
+        """The most at one time: phase 1's passing needs and the pipeline's do not meet."""
+        held = self.model + self.features + self.vision_activations
+        return held + max(self.encoding, self.activations + self.loss_head)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """megatron-core's buffer of one chunk's trained parameters, in elements: parameters at `spans`, cut in buckets."""
+
+    numel: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
+    buckets: tuple[tuple[int, int], ...] = ()
+
+    def shard_numel(self, rank: int, num_ranks: int) -> int:
+        """Elements of parameters, without padding, in one rank's shard of every bucket."""
+        total = 0
+        for start, end in self.buckets:
+            share = (end - start) // num_ranks
+            low, high = start + rank * share, start + (rank + 1) * share
+            total += sum(max(0, min(high, stop) - max(low, begin)) for begin, stop in self.spans)
+        return total
+
+
+@dataclass
+class _Filling:
+    """A buffer while parameters are put into it."""
+
+    alignment: int  # of a bucket's end
+    position: int = 0
+    bucket_start: int = 0
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    buckets: list[tuple[int, int]] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Ends the bucket, if it holds anything."""
+        if self.position > self.bucket_start:
+            self.position = _round_up(self.position, self.alignment)
+            self.buckets.append((self.bucket_start, self.position))
+            self.bucket_start = self.position
+
+
+def lay_out(parameters: Sequence[HeldParameter], num_ranks: int, distributed: bool, bucket_numel: int | None) -> Buffer:
+    """The buffer of a chunk's trained parameters over `num_ranks` data-parallel ranks.
+
+    Args:
+        parameters: as registered.
+        distributed: the optimizer is, and so parameters and buckets are aligned.
+        bucket_numel: a bucket is full at so many elements; None: one bucket.
+    """
+    filling = _Filling(math.lcm(num_ranks, BUCKET_ALIGNMENT) if distributed else 1)
+    for parameter in reversed([one for one in parameters if one.trains]):
+        filling.position = _round_up(filling.position, PARAMETER_ALIGNMENT if distributed else 1)
+        alone = parameter.shared and distributed
+        if alone:
+            filling.close()
+        start, filling.position = filling.position, filling.position + parameter.numel
+        filling.spans.append((start, filling.position))
+        if alone or (bucket_numel is not None and filling.position - filling.bucket_start >= bucket_numel):
+            filling.close()
+    filling.close()
+    return Buffer(filling.position, tuple(filling.spans), tuple(filling.buckets))
+
+
+def language_state(config: Config, chunks: Sequence[HeldChunk], sizes: GridSizes, rank: int) -> ModelState:
+    """Of the language model on one global rank."""
+    at, num_ranks = sizes.coordinates(rank), sizes.data * sizes.context
+    bucketed = config.parallel.overlap_grad_reduce and at.pipeline == 0
+    bucket = max(MINIMUM_BUCKET, BUCKET_PER_RANK * num_ranks) if bucketed else None
+    place = at.ulysses + sizes.ulysses * at.ring + sizes.context * at.data
+    states = [
+        _state(config, chunk.parameters, (place, num_ranks), None if number else bucket)
+        for number, chunk in enumerate(chunks)
+    ]
+    return ModelState(*(sum(kinds) for kinds in zip(*(vars(state).values() for state in states), strict=True)))
+
+
+def vision_state(config: Config, parameters: Sequence[HeldParameter], sizes: GridSizes, rank: int) -> ModelState:
+    """Of tower and projector on one global rank: whole everywhere, states cut over the world."""
+    return _state(config, parameters, (rank, sizes.world), None)
+
+
+def _state(
+    config: Config, parameters: Sequence[HeldParameter], place: tuple[int, int], bucket: int | None
+) -> ModelState:
+    """`place`: rank and number of ranks of the data-parallel group."""
+    distributed, element = config.optimizer.distributed, ELEMENT_BYTES[config.precision.params]
+    buffer = lay_out(parameters, place[1], distributed, bucket)
+    own = buffer.shard_numel(*place) if distributed else sum(stop - start for start, stop in buffer.spans)
+    frozen = sum(parameter.numel for parameter in parameters if not parameter.trains)
+    main_bytes = FP32_BYTES if config.precision.params != "fp32" else 0  # fp32 parameters are their own
+    gradients = buffer.numel * ELEMENT_BYTES[config.precision.grad_reduce]
+    if config.precision.grad_reduce != "fp32":
+        gradients += own * FP32_BYTES  # widened for the update
+    return ModelState(element * (frozen + buffer.numel), gradients, own * (main_bytes + 2 * FP32_BYTES))
+
+
+def layer_activation_bytes(config: Config, spec: LanguageSpec, num_tokens: int, recompute: str) -> int:
+    """What autograd keeps of one layer for a micro-batch of `num_tokens` tokens, on one rank."""
+    hf, tensor = spec.hf_config, config.parallel.tensor
+    element = ELEMENT_BYTES[config.precision.params]
+    whole = num_tokens // tensor if config.parallel.sequence else num_tokens
+    heads, groups = hf.num_attention_heads * head_width(hf), hf.num_key_value_heads * head_width(hf)
+    if recompute == "full":
+        return element * whole * hf.hidden_size
+    attention = 3 * heads + 2 * groups if recompute == "selective" else 3 * heads + 3 * groups
+    cut = num_tokens * (attention + 5 * hf.intermediate_size) // tensor
+    norms = 4 * FP32_BYTES if config.runtime.device == "cpu" else 2 * element
+    return element * (2 * whole * hf.hidden_size + cut) + norms * whole * hf.hidden_size
+
+
+def activation_bytes(config: Config, spec: LanguageSpec, sizes: GridSizes, stage: int, num_micro_batches: int) -> int:
+    """Of the language layers on one stage: rows of training.sequence_length, a run of so many micro-batches."""
+    num_chunks, recompute = config.parallel.virtual_pipeline, config.training.recompute.language
+    layers = spec.hf_config.num_hidden_layers // (sizes.pipeline * num_chunks)
+    outstanding = peak_outstanding(stage_order(num_micro_batches, sizes.pipeline, stage, num_chunks))
+    num_tokens = config.training.sequence_length * config.training.micro_batch_size // sizes.context
+    kept = outstanding * layers * layer_activation_bytes(config, spec, num_tokens, recompute)
+    if recompute == "full":  # the layer that is computed again has all of its own
+        kept += layer_activation_bytes(config, spec, num_tokens, "none")
+    return kept
+
+
+def loss_head_bytes(config: Config, spec: LanguageSpec, sizes: GridSizes) -> int:
+    """On the last stage: the head's gathered input, of all and of trained tokens; logits and log-probabilities of a
+    chunk; the weight's gradient in fp32, where it trains."""
+    element, hidden = ELEMENT_BYTES[config.precision.params], spec.hf_config.hidden_size
+    num_tokens = config.training.sequence_length * config.training.micro_batch_size // sizes.context
+    rows = padded_vocabulary(spec.vocab_size, sizes.tensor) // sizes.tensor
+    chunk = min(config.ops.loss_chunk_tokens, num_tokens)
+    gradient = FP32_BYTES * rows * hidden if config.model.train.language else 0
+    return 2 * element * num_tokens * hidden + chunk * rows * (element + 2 * FP32_BYTES) + gradient
+
+
+def picture_bytes(config: Config, survey: TowerSurvey, hidden: int, pictures: Pictures) -> tuple[int, int, int]:
+    """(features, vision activations, encoding) of a window, as in `MemoryEstimate`."""
+    element, spec, train = ELEMENT_BYTES[config.precision.params], survey.media_spec, config.model.train
+    trains = train.vision or train.projector
+    features = element * hidden * (pictures.encoded * spec.tokens_per_image + pictures.received_rows * (1 + trains))
+    tower_tokens = spec.tokens_per_image + survey.num_dropped_tokens
+    states = element * tower_tokens * survey.hidden_size  # one hidden state
+    projected = element * spec.tokens_per_image * (survey.hidden_size + 2 * hidden) if train.projector else 0
+    kept = projected
+    if train.vision:
+        ffn = getattr(survey.hf_config, "intermediate_size", 4 * survey.hidden_size)
+        full = element * tower_tokens * (9 * survey.hidden_size + 3 * ffn)  # its norms, attention and MLP
+        kept += element * 3 * spec.height * spec.width + 2 * states  # patch embedding and what precedes the layers
+        kept += survey.num_kept_layers * (states if config.training.recompute.vision == "full" else full)
+    pixels = (FP32_BYTES + element) * 3 * spec.height * spec.width
+    encoding = pixels + (survey.num_kept_layers + 1) * states + 2 * element * tower_tokens * hidden
+    return features, pictures.encoded * kept if trains else 0, pictures.encoded * encoding
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

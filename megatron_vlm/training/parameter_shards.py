@@ -1,0 +1,139 @@
+"""Which parameters each rank holds, and how much of each, known before any rank exists.
+
+Sizes follow from the recipe and the model's Hugging Face config: tensor ranks hold equal parts of every matrix and of
+the padded vocabulary, and the norms whole; pipeline ranks hold whole layers; every rank holds the whole encoder.
+
+Hazard: the order within a chunk is the order in which megatron-core registers the modules, because it decides where its
+gradient buffers are padded and cut (`estimate.py`). A test compares names, order and sizes with a real model's.
+
+Letters: T P V tensor ranks, pipeline stages, chunks per stage.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_vlm.config.megatron import QKV_BIAS_ALWAYS
+from megatron_vlm.config.schema import Config
+from megatron_vlm.models.architectures import LANGUAGE_MODELS
+from megatron_vlm.models.freezing import trainable_names
+from megatron_vlm.models.language import LanguageSpec, head_width, padded_vocabulary
+from megatron_vlm.models.vision.encoder import VisionEncoder
+from megatron_vlm.models.vision.survey import survey_tower
+from megatron_vlm.parallel.sizes import GridSizes
+
+
+@dataclass(frozen=True)
+class HeldParameter:
+    """A parameter as one rank holds it.
+
+    Args:
+        name: the global one.
+        numel: elements on this rank.
+        trains: whether it has a gradient.
+        shared: a tied embedding that the first and the last stage both hold.
+    """
+
+    name: str
+    numel: int
+    trains: bool
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class HeldChunk:
+    """One model chunk of one stage. `layers`: numbers in the whole model."""
+
+    virtual_stage: int
+    layers: range
+    first: bool  # it has the embedding
+    last: bool  # it has the last norm and the head
+    parameters: tuple[HeldParameter, ...]  # as registered
+
+
+def language_chunks(config: Config, spec: LanguageSpec, sizes: GridSizes, stage: int) -> tuple[HeldChunk, ...]:
+    """The chunks of one pipeline stage, the same on all its tensor and data-parallel ranks."""
+    num_chunks = config.parallel.virtual_pipeline
+    num_virtual = sizes.pipeline * num_chunks
+    num_layers = spec.hf_config.num_hidden_layers // num_virtual
+    chunks = []
+    for number in range(num_chunks):
+        virtual = number * sizes.pipeline + stage
+        layers = range(virtual * num_layers, (virtual + 1) * num_layers)
+        first, last = virtual == 0, virtual == num_virtual - 1
+        numels = _chunk_numels(spec, layers, (first, last), sizes)
+        trained = trainable_names(numels, config.model)
+        tied = spec.tied and sizes.pipeline > 1
+        chunks.append(
+            HeldChunk(
+                virtual,
+                layers,
+                first,
+                last,
+                tuple(
+                    HeldParameter(name, numel, name in trained, tied and name == _TABLE)
+                    for name, numel in numels.items()
+                ),
+            )
+        )
+    return tuple(chunks)
+
+
+def meta_encoder(config: Config, language_size: int) -> VisionEncoder:
+    """Tower and projector on the meta device: sizes without weights, frozen as the recipe says."""
+    with torch.device("meta"):
+        encoder = VisionEncoder(survey_tower(config.model.vision), config, language_size, rank=0)
+    names = encoder.global_names()
+    unreached = {f"vision.{name}" for name in encoder.tower.survey.unreached}
+    trained = trainable_names(names.values(), config.model, unreached)
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(names[name] in trained)
+    return encoder
+
+
+def vision_parameters(encoder: VisionEncoder) -> tuple[HeldParameter, ...]:
+    """The encoder's, the same on every rank."""
+    names = encoder.global_names()
+    return tuple(
+        HeldParameter(names[name], parameter.numel(), parameter.requires_grad)
+        for name, parameter in encoder.named_parameters()
+    )
+
+
+_TABLE, _NORM, _OUTPUT = (
+    "language.embedding.word_embeddings.weight",
+    "language.decoder.final_layernorm.weight",
+    "language.output_layer.weight",
+)
+
+
+def _chunk_numels(spec: LanguageSpec, layers: range, ends: tuple[bool, bool], sizes: GridSizes) -> dict[str, int]:
+    """Global name -> elements on a rank; `ends`: whether the chunk is the first, and the last."""
+    hidden, (first, last) = spec.hf_config.hidden_size, ends
+    table = padded_vocabulary(spec.vocab_size, sizes.tensor) // sizes.tensor * hidden
+    numels = {_TABLE: table} if first else {}
+    in_layer = _layer_numels(spec, sizes.tensor)
+    for number in layers:
+        numels |= {f"language.decoder.layers.{number}.{name}": numel for name, numel in in_layer.items()}
+    if last:
+        numels[_NORM] = hidden
+        numels[_TABLE if spec.tied else _OUTPUT] = table  # tied within one chunk: it is there already
+    return numels
+
+
+def _layer_numels(spec: LanguageSpec, tensor: int) -> dict[str, int]:
+    """One layer's parameters, as registered: attention's output projection stands before the one of its inputs."""
+    hf = spec.hf_config
+    hidden, width, ffn = hf.hidden_size, head_width(hf), hf.intermediate_size // tensor
+    heads, groups = hf.num_attention_heads // tensor, hf.num_key_value_heads // tensor
+    rows = (heads + 2 * groups) * width
+    numels = {"input_layernorm.weight": hidden, "self_attention.linear_proj.weight": heads * width * hidden}
+    numels["self_attention.linear_qkv.weight"] = rows * hidden
+    if hf.model_type in QKV_BIAS_ALWAYS:
+        numels["self_attention.linear_qkv.bias"] = rows
+    for name, parameter in LANGUAGE_MODELS.get(hf.model_type).parameters(hf).items():
+        numels[name] = parameter.size
+    numels["pre_mlp_layernorm.weight"] = hidden
+    numels["mlp.linear_fc1.weight"] = 2 * ffn * hidden
+    numels["mlp.linear_fc2.weight"] = ffn * hidden
+    return numels

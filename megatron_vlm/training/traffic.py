@@ -1,0 +1,105 @@
+"""How many bytes each rank sends in a step, by kind, from formulas; nothing runs.
+
+A collective of N bytes over R ranks, done as a ring, has every rank send (R-1)/R N for an all-gather or a
+reduce-scatter and twice that for an all-reduce. Per step and rank, with N = s*b*h*e bytes of a micro-batch's hidden
+states:
+
+    tensor    a layer's two column- and two row-parallel products: with sequence parallelism 2 all-gathers and 2
+              reduce-scatters forward, the same backward and 2 all-gathers more for the weights' gradients; without it
+              2 all-reduces forward and 2 backward. Full recompute: forward once more. Embedding and head: 1 each way.
+    pipeline  hidden states forward, their gradients backward, over every border between stages that a rank has
+    data      gradients reduced; the distributed optimizer scatters them and gathers the parameters
+    pictures  feature rows to the owners of their tokens and gradients back, as the media plan says
+
+Left out: scalars, the loss's per-token sums, the gradient norm, checkpoints.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.parallel.media_plan import MediaPlan
+from megatron_vlm.parallel.sizes import GridSizes
+from megatron_vlm.training.estimate import ELEMENT_BYTES
+from megatron_vlm.training.parameter_shards import HeldChunk, HeldParameter
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes one rank sends to others in one step."""
+
+    features: int = 0
+    feature_gradients: int = 0
+    tensor: int = 0
+    pipeline: int = 0
+    data_language: int = 0
+    data_vision: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What goes through the language model in a step on one rank."""
+
+    length: int  # of the step's rows, in tokens
+    hidden: int
+    num_micro_batches: int
+
+
+def feature_rows(plan: MediaPlan) -> list[list[int]]:
+    """Rows that each replica rank (outer) sends to each (inner) in a window, itself included."""
+    return [plan.route(rank).send_splits for rank in range(plan.sizes.replica)]
+
+
+def ring_share(num_ranks: int) -> float:
+    """Of the bytes of an all-gather or reduce-scatter, what each rank sends."""
+    return (num_ranks - 1) / num_ranks
+
+
+def tensor_bytes(config: Config, chunks: Sequence[HeldChunk], flow: Flow) -> int:
+    """Over the tensor ranks."""
+    tensor = config.parallel.tensor
+    whole = flow.length * config.training.micro_batch_size * flow.hidden * ELEMENT_BYTES[config.precision.params]
+    again = config.training.recompute.language == "full"
+    crossings = 0  # collectives that send (T-1)/T of the hidden states
+    for chunk in chunks:
+        for_weights = 2 if config.parallel.sequence and config.model.train.language else 0
+        # forward 4 and backward 4 either way: an all-reduce counts twice
+        crossings += len(chunk.layers) * (8 + for_weights + 4 * again) + 2 * (chunk.first + chunk.last)
+    return round(crossings * ring_share(tensor) * whole) * flow.num_micro_batches
+
+
+def pipeline_bytes(config: Config, chunks: Sequence[HeldChunk], sizes: GridSizes, flow: Flow) -> int:
+    """To the stages before and after."""
+    if sizes.pipeline == 1:
+        return 0
+    rows = flow.length // sizes.context * config.training.micro_batch_size
+    cut = sizes.tensor if config.parallel.sequence else 1
+    message = rows // cut * flow.hidden * ELEMENT_BYTES[config.precision.params]
+    borders = sum((not chunk.last) + (not chunk.first) for chunk in chunks)
+    return borders * message * flow.num_micro_batches
+
+
+def reduction_bytes(config: Config, parameters: Sequence[HeldParameter], num_ranks: int) -> int:
+    """Gradients over `num_ranks` data-parallel ranks, and the parameters back where the optimizer is distributed."""
+    numel = sum(parameter.numel for parameter in parameters if parameter.trains)
+    gradients = numel * ELEMENT_BYTES[config.precision.grad_reduce]
+    if not config.optimizer.distributed:
+        return round(2 * ring_share(num_ranks) * gradients)
+    return round(ring_share(num_ranks) * (gradients + numel * ELEMENT_BYTES[config.precision.params]))
+
+
+def media_bytes(config: Config, plans: Sequence[MediaPlan], replica_rank: int, hidden: int) -> tuple[int, int]:
+    """(features, their gradients) that a rank sends to others in the windows of a step."""
+    row_bytes = hidden * ELEMENT_BYTES[config.precision.params]
+    trains = config.model.train.vision or config.model.train.projector
+    there = back = 0
+    for plan in plans:
+        route = plan.route(replica_rank)
+        there += sum(route.send_splits) - route.send_splits[replica_rank]
+        back += sum(route.grad_send_splits) - route.grad_send_splits[replica_rank]
+    return there * row_bytes, back * row_bytes if trains else 0

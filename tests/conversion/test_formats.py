@@ -1,0 +1,75 @@
+"""docs/formats.md says what the registries hold, and every cell of its matrix has been through a conversion."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vlm.conversion.exporting import plan_export
+from megatron_vlm.conversion.formats import open_foreign, open_pair
+from megatron_vlm.conversion.formats.matrix import cells, table
+from megatron_vlm.conversion.importing import import_model
+from tests.helpers.foreign_models import Kind, llava, llava_hf, projector_alone
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "formats.md"
+SOURCES = {"llava-hf": llava_hf, "llava": llava}
+
+
+def test_the_document_is_current():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    shown = text.partition("<!-- matrix -->\n")[2].partition("\n<!-- end of matrix -->")[0]
+    assert shown == table(), "write the output of megatron_vlm.conversion.formats.matrix.table() into docs/formats.md"
+
+
+def test_the_matrix_is_what_we_mean_to_offer():
+    assert {format for format, *_ in cells()} == {"llava-hf", "llava", "pair"}
+    assert len(list(cells())) == 10
+
+
+@pytest.mark.parametrize(("format", "family", "language", "direction"), list(cells()))
+def test_every_cell_is_converted(tmp_path, format, family, language, direction):
+    """An import of each, whose tensors come out again; an export of each, from a checkpoint of another origin."""
+    kind = Kind(language=language)
+    if format == "pair":
+        folder = projector_alone(tmp_path / "phase1", kind)
+        foreign = open_pair(str(tmp_path / "phase1_base"), str(tmp_path / "phase1_whole_tower"), seed=3)
+        assert folder.is_dir() and foreign.language.model_type == language
+    elif direction == "import":
+        foreign = open_foreign(SOURCES[format](tmp_path / "source", kind))
+    else:
+        other = next(name for name in SOURCES if name != format)
+        foreign = open_foreign(SOURCES[other](tmp_path / "source", kind))
+    import_model(foreign, tmp_path / "ours")
+    target = format if direction == "export" else "llava"
+    plan_export(tmp_path / "ours", target).write(tmp_path / "back")
+    back = open_foreign(tmp_path / "back")
+    assert back.format == target and back.language.model_type == language
+    for name in foreign.source.names():
+        assert torch.equal(back.source.read(name)[: foreign.source.read(name).shape[0]], foreign.source.read(name))
+
+
+def test_a_pair_starts_from_the_weights_a_recipe_starts_from(tmp_path):
+    from megatron_vlm.config.schema import Config
+    from megatron_vlm.conversion.weights import weight_sources
+    from megatron_vlm.models.vision.survey import survey_tower
+
+    projector_alone(tmp_path / "phase1", Kind(dtype="fp32"))
+    base, tower = str(tmp_path / "phase1_base"), str(tmp_path / "phase1_whole_tower")
+    foreign = open_pair(base, tower, seed=3)
+    recipe = Config.model_validate(
+        {
+            "runtime": {"seed": 3},
+            "model": {"language": {"path": base}, "vision": {"path": tower}},
+            "data": {"path": "none"},
+            "training": {"steps": 1},
+            "checkpoint": {"directory": "none"},
+        }
+    )
+    sources = weight_sources(recipe, foreign.language, survey_tower(recipe.model.vision))
+    for source in sources:
+        for name in source.names():
+            assert torch.equal(source.read(name), foreign.source.read(name))
+    assert (
+        open_pair(base, tower, seed=4).source.read("multi_modal_projector.linear_1.weight")[0, 0]
+        != (foreign.source.read("multi_modal_projector.linear_1.weight")[0, 0])
+    )

@@ -1,0 +1,202 @@
+"""A directory -> ours, loaded by a job in some layout, saved there, exported: the same tensors and files, bitwise."""
+
+import json
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_vlm.checkpoint.manifest import Manifest
+from megatron_vlm.config import config_from_tree
+from megatron_vlm.config.schema import Config
+from megatron_vlm.conversion.exporting import plan_export
+from megatron_vlm.conversion.formats import open_foreign
+from megatron_vlm.conversion.importing import import_model
+from tests.helpers.foreign_models import DTYPES, Kind, llava, llava_hf, projector_alone, state_of, tree, with_old_names
+from tests.helpers.ranks import RankPool
+from tests.helpers.tiny import tiny_dataset
+
+LAYOUTS = {
+    "tp1": (1, {}),
+    "tp2": (2, {"tensor": 2}),
+    "tp4": (4, {"tensor": 4}),
+    "pp2": (2, {"pipeline": 2}),
+    "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
+}
+WRITERS = {"llava-hf": llava_hf, "llava": llava}
+FAST = [  # every layout, dtype, head and format once
+    ("llava-hf", "bf16", False, "tp2-pp2"),
+    ("llava-hf", "fp16", True, "tp4"),
+    ("llava", "fp32", False, "pp2"),
+    ("llava", "bf16", True, "tp2"),
+]
+ALL = list(product(WRITERS, DTYPES, (False, True), LAYOUTS))
+
+
+def recipe_of(checkpoint: Path, directory: Path, parallel: dict[str, int]) -> Config:
+    """A training recipe that starts from an imported checkpoint, with nothing but its directory known."""
+    tree = Manifest.read(checkpoint).config
+    tree["model"]["train"] = {"language": True, "vision": True, "projector": True}
+    tree["data"]["path"] = str(tiny_dataset(directory))
+    tree["training"] |= {"sequence_length": 128, "global_batch_size": 4}
+    tree["optimizer"] |= {"distributed": False}
+    tree["runtime"] |= {"device": "cpu"}
+    tree["parallel"] |= parallel
+    saved = directory / "saved"
+    tree["checkpoint"] |= {
+        "directory": str(saved),
+        "load": str(checkpoint),
+        "load_states": "model",
+        "async_save": False,
+    }
+    return config_from_tree(tree, "recipe")
+
+
+def load_and_save(recipe: Config) -> str:
+    """A job of this layout loads, and saves what it loaded."""
+    from megatron_vlm.checkpoint.saver import CheckpointSaver
+    from megatron_vlm.training.job import build_job
+
+    job = build_job(recipe, torch.distributed.get_world_size())
+    assert job.start is not None
+
+    saver = CheckpointSaver(recipe.checkpoint)
+    saver.start(job.state(1))
+    return str(saver.finish()[0])
+
+
+def through_a_job(ranks: RankPool, source: Path, directory: Path, layout: str) -> Path:
+    """Imports, has a job load and save, and returns the checkpoint it saved."""
+    checkpoint = import_model(open_foreign(source), directory / "imported")
+    num_ranks, parallel = LAYOUTS[layout]
+    saved = ranks.run(num_ranks, load_and_save, recipe_of(checkpoint, directory, parallel))
+    return Path(saved[0])
+
+
+def check_round_trip(ranks: RankPool, directory: Path, format: str, dtype: str, tied: bool, layout: str) -> None:
+    source = WRITERS[format](directory / "source", Kind(dtype=dtype, tied=tied))
+    saved = through_a_job(ranks, source, directory, layout)
+    exported = directory / "exported"
+    plan_export(saved).write(exported)
+    assert tree(exported) == tree(source)
+    if format == "llava-hf":
+        loads_in_transformers(exported, source)
+
+
+def loads_in_transformers(exported: Path, source: Path) -> None:
+    """With every tensor in its place."""
+    from transformers import LlavaForConditionalGeneration
+
+    load = partial(LlavaForConditionalGeneration.from_pretrained, dtype="auto", output_loading_info=True)
+    model, info = load(exported)
+    assert not any(info.values()), info
+    expected = load(source)[0].state_dict()
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in state)
+
+
+@pytest.mark.parametrize(("format", "dtype", "tied", "layout"), FAST)
+def test_what_comes_back_is_what_went_in(ranks, tmp_path, format, dtype, tied, layout):
+    check_round_trip(ranks, tmp_path, format, dtype, tied, layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("format", "dtype", "tied", "layout"), [case for case in ALL if case not in FAST])
+def test_what_comes_back_is_what_went_in_everywhere(ranks, tmp_path, format, dtype, tied, layout):
+    check_round_trip(ranks, tmp_path, format, dtype, tied, layout)
+
+
+@pytest.mark.parametrize("kind", [Kind(language="qwen2"), Kind(tower="siglip"), Kind(language="qwen2", tower="siglip")])
+def test_other_language_models_and_towers_come_back(tmp_path, kind):
+    for format, write in WRITERS.items():
+        source = write(tmp_path / format, kind)
+        import_model(open_foreign(source), tmp_path / f"{format}_ours")
+        plan_export(tmp_path / f"{format}_ours").write(tmp_path / f"{format}_back")
+        assert tree(tmp_path / f"{format}_back") == tree(source)
+
+
+def test_shards_old_names_and_computed_buffers_come_back(tmp_path):
+    many = llava_hf(tmp_path / "many", shard_bytes=100_000)
+    assert len(list(many.glob("*.safetensors"))) > 2
+    for source in (many, with_old_names(llava_hf(tmp_path / "old"))):
+        ours, back = tmp_path / f"{source.name}_ours", tmp_path / f"{source.name}_back"
+        import_model(open_foreign(source), ours)
+        plan_export(ours).write(back)
+        assert tree(back) == tree(source)
+
+
+def test_pickles_come_back_as_safetensors_with_the_same_tensors_in_the_same_shards(tmp_path):
+    source = llava(tmp_path / "source", pickles=True)
+    import_model(open_foreign(source), tmp_path / "ours")
+    plan_export(tmp_path / "ours").write(tmp_path / "back")
+    for number in (1, 2):
+        theirs = torch.load(source / f"pytorch_model-0000{number}-of-00002.bin", weights_only=True)
+        back = state_of(tmp_path / "back")
+        assert all(torch.equal(back[name], tensor) for name, tensor in theirs.items())
+    assert len(state_of(tmp_path / "back")) == len(open_foreign(source).source.names())
+    assert open_foreign(tmp_path / "back").own.weights.index.name == "model.safetensors.index.json"
+    carried = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    assert all((tmp_path / "back" / name).read_bytes() == (source / name).read_bytes() for name in carried)
+
+
+def test_a_tower_by_reference_stays_one_until_it_is_trained(tmp_path, ranks):
+    source = llava(tmp_path / "source", tower="reference")
+    saved = through_a_job(ranks, source, tmp_path, "tp1")
+    plan_export(saved).write(tmp_path / "untouched")
+    assert tree(tmp_path / "untouched") == tree(source)
+    trained = ranks.run(1, load_spoil_and_save, recipe_of(saved, tmp_path / "again", {}))[0]
+    plan_export(trained).write(tmp_path / "trained")
+    state = state_of(tmp_path / "trained")
+    name = "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding"
+    assert (state[name] == 3).all()
+    assert open_foreign(tmp_path / "trained").source.read("vision_tower.embeddings.class_embedding")[0] == 3
+
+
+def load_spoil_and_save(recipe: Config) -> str:
+    """As `load_and_save`, with one tensor of the tower changed in between."""
+    from megatron_vlm.training import job as jobs
+
+    build = jobs.build_job
+
+    def spoilt(*arguments):
+        job = build(*arguments)
+        job.model.vision.tower.model.embeddings.class_embedding.data.fill_(3)
+        return job
+
+    jobs.build_job = spoilt
+    try:
+        return load_and_save(recipe)
+    finally:
+        jobs.build_job = build
+
+
+def test_a_first_phase_becomes_a_whole_directory(tmp_path):
+    source = projector_alone(tmp_path / "phase1")
+    foreign = open_foreign(source)
+    import_model(foreign, tmp_path / "ours")
+    plan_export(tmp_path / "ours", "llava").write(tmp_path / "back")
+    back = open_foreign(tmp_path / "back")
+    assert set(back.source.names()) == set(foreign.source.names())
+    assert all(torch.equal(back.source.read(name), foreign.source.read(name)) for name in back.source.names())
+
+
+def test_formats_change_into_each_other_without_a_bit_lost(tmp_path):
+    source = llava_hf(tmp_path / "source", Kind(dtype="fp16"))
+    import_model(open_foreign(source), tmp_path / "ours")
+    plan_export(tmp_path / "ours", "llava").write(tmp_path / "llava")
+    import_model(open_foreign(tmp_path / "llava"), tmp_path / "again")
+    plan_export(tmp_path / "again", "llava-hf").write(tmp_path / "back")
+    loads_in_transformers(tmp_path / "back", source)
+
+
+def test_another_dtype_is_rounded_once_and_named_in_the_config(tmp_path):
+    source = llava_hf(tmp_path / "source", Kind(dtype="fp32"))
+    import_model(open_foreign(source), tmp_path / "ours")
+    plan_export(tmp_path / "ours", dtype="bf16").write(tmp_path / "back")
+    expected = {name: tensor.bfloat16() for name, tensor in state_of(source).items()}
+    back = state_of(tmp_path / "back")
+    assert back.keys() == expected.keys() and all(torch.equal(back[name], expected[name]) for name in back)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"

@@ -1,0 +1,182 @@
+"""The memory estimate and the pipeline's order against real jobs: bytes exactly, the order pass by pass."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel import checkpoint
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.models.language import LanguageSpec, load_language_config
+from megatron_vlm.parallel.context_attention import AttentionContext
+from megatron_vlm.parallel.sizes import GridSizes
+from megatron_vlm.parallel.timeline import Pass, stage_order
+from megatron_vlm.training import step
+from megatron_vlm.training.estimate import language_state, layer_activation_bytes, vision_state
+from megatron_vlm.training.job import build_job
+from megatron_vlm.training.memory import model_memory
+from megatron_vlm.training.parameter_shards import language_chunks, meta_encoder, vision_parameters
+from tests.helpers.ranks import RankPool
+from tests.helpers.tiny import tiny_llama, tiny_recipe
+
+QWEN = {**tiny_llama(333), "model_type": "qwen2", "tie_word_embeddings": True}
+SECTIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {}),
+    "dp2 whole states, bf16": (2, {"precision": {"params": "bf16"}}),
+    "dp2 sharded, frozen tower": (2, {"optimizer": {"distributed": True}, "model": {"train": {"vision": False}}}),
+    "tp2 pp2 sharded, bf16 gradients": (
+        4,
+        {
+            "parallel": {"tensor": 2, "pipeline": 2, "sequence": True},
+            "optimizer": {"distributed": True},
+            "precision": {"params": "bf16", "grad_reduce": "bf16"},
+        },
+    ),
+    "pp2 dp2 tied, interleaved, overlapped": (
+        4,
+        {
+            "parallel": {"pipeline": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True},
+            "optimizer": {"distributed": True},
+            "precision": {"params": "bf16"},
+            "model": {"language": {"config": QWEN}, "freeze": ["layers.1.mlp"]},
+        },
+    ),
+}
+
+
+def compared(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Measured after one update, and estimated, on this rank; and both lists of parameters."""
+    config, world_size = Config.model_validate(recipe), torch.distributed.get_world_size()
+    job = build_job(config, world_size)
+    for batch in job.batches(1):
+        job.step(batch)
+    sizes, rank = GridSizes.from_config(config.parallel, world_size), job.grid.rank
+    spec = LanguageSpec.from_config(load_language_config(config.model.language))
+    chunks = language_chunks(config, spec, sizes, sizes.coordinates(rank).pipeline)
+    vision = vision_parameters(meta_encoder(config, spec.hf_config.hidden_size))
+    states = {
+        "language": language_state(config, chunks, sizes, rank), "vision": vision_state(config, vision, sizes, rank)
+    }  # fmt: skip
+    real = [(name, p.numel(), p.requires_grad) for name, p in job.model.named_parameters()]
+    held = [(one.name, one.numel, one.trains) for part in (vision, *(c.parameters for c in chunks)) for one in part]
+    measured = {part: tuple(kinds.values()) for part, kinds in model_memory(job).items()}
+    return {"measured": measured, "estimated": {k: tuple(vars(v).values()) for k, v in states.items()},
+            "real": real, "held": held}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_parameters_gradients_and_optimizer_states_are_exact(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    num_ranks, sections = SECTIONS[name]
+    for found in ranks.run(num_ranks, compared, tiny_recipe(tmp_path, **sections).model_dump(mode="json")):
+        assert found["held"] == found["real"]
+        assert found["estimated"] == found["measured"]
+
+
+LONG = {"training": {"sequence_length": 96, "micro_batch_size": 2, "recompute": {"language": "none"}}}
+ACTIVATIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    "fp32": (1, LONG),
+    "bf16": (1, {**LONG, "precision": {"params": "bf16"}}),
+    "selective": (1, {"training": {**LONG["training"], "recompute": {"language": "selective"}}}),
+    "full": (1, {"training": {**LONG["training"], "recompute": {"language": "full"}}}),
+    "tp2": (2, {**LONG, "parallel": {"tensor": 2}}),
+    "tp2 + sequence": (2, {**LONG, "parallel": {"tensor": 2, "sequence": True}}),
+}
+ACTIVATION_FACTOR = 1.05  # the estimate is at most so far from what is kept, either way
+
+
+def kept_and_estimated(recipe: dict[str, Any]) -> tuple[int, int]:
+    """Bytes autograd keeps of the layers for one micro-batch, parameters left out, and what is estimated."""
+    config = Config.model_validate(recipe)
+    job = build_job(config, torch.distributed.get_world_size())
+    (chunk,) = job.model.language
+    rows, length = config.training.micro_batch_size, config.training.sequence_length
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    chunk.train()
+    context = AttentionContext(
+        position_ids=torch.arange(length).expand(rows, length), inverse_frequencies=chunk.inverse_frequencies
+    )
+    assert context.rope is not None  # its tables are one for all layers, so they are not a layer's
+    cut = config.parallel.tensor if config.parallel.sequence else 1
+    dtype = next(chunk.parameters()).dtype
+    hidden = torch.randn(length // cut, rows, chunk.config.hidden_size, dtype=dtype, requires_grad=True)
+    tables = {table.untyped_storage().data_ptr() for table in context.rope}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = hidden
+        for layer in chunk.decoder.layers:
+            out, _ = _through(layer, out, context, config.training.recompute.language)
+    held = [out, hidden]  # so that no storage was freed and counted again under one address
+    assert held and job.grid.sizes.pipeline == 1
+    spec = LanguageSpec.from_config(load_language_config(config.model.language))
+    recompute = config.training.recompute.language
+    estimated = len(chunk.decoder.layers) * layer_activation_bytes(config, spec, rows * length, recompute)
+    return sum(size for place, size in kept.items() if place not in tables), estimated
+
+
+def _through(layer: Any, hidden: torch.Tensor, context: AttentionContext, recompute: str) -> Any:
+    """One layer as megatron-core's block calls it."""
+    if recompute != "full":
+        return layer(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
+    out = checkpoint(lambda x: layer(hidden_states=x, attention_mask=None, packed_seq_params=context)[0], False, hidden)
+    return out, None
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_near(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    """Printed with -s."""
+    num_ranks, sections = ACTIVATIONS[name]
+    for kept, estimated in ranks.run(num_ranks, kept_and_estimated, tiny_recipe(tmp_path, **sections).model_dump()):
+        print(f"{name}: {kept:,} bytes kept, {estimated:,} estimated: {estimated / kept:.3f}")
+        assert kept / ACTIVATION_FACTOR <= estimated <= kept * ACTIVATION_FACTOR
+
+
+def order_run(recipe: dict[str, Any]) -> tuple[list[tuple[bool, int, int]], list[tuple[bool, int, int]]]:
+    """(forward, chunk, micro-batch) of every pass that megatron-core's schedule makes on this stage, and ours."""
+    config = Config.model_validate(recipe)
+    job = build_job(config, torch.distributed.get_world_size())
+    chunks, calls, outputs = [id(chunk) for chunk in job.language], [], {}
+    forward_step, backward_step = step.forward_step, schedules.backward_step
+    counts = [0] * len(chunks)
+
+    def forward(inputs: Any, chunk: Any) -> Any:
+        number = chunks.index(id(chunk))
+        made = forward_step(inputs, chunk)
+        calls.append((True, number, counts[number]))
+        outputs[number, counts[number]] = made[0]
+        counts[number] += 1
+        return made
+
+    backward_counts = [0] * len(chunks)
+
+    def backward(input_tensor: Any, output_tensor: Any, *rest: Any) -> Any:
+        output = output_tensor[0] if isinstance(output_tensor, list) else output_tensor
+        number = next((key[0] for key, value in outputs.items() if value is output), len(chunks) - 1)
+        calls.append((False, number, backward_counts[number]))
+        backward_counts[number] += 1
+        return backward_step(input_tensor, output_tensor, *rest)
+
+    step.forward_step, schedules.backward_step = forward, backward
+    try:
+        for batch in job.batches(1):
+            job.step(batch)
+    finally:
+        step.forward_step, schedules.backward_step = forward_step, backward_step
+    at, parallel = job.grid.coordinates, config.parallel
+    ours = stage_order(counts[0], parallel.pipeline, at.pipeline, parallel.virtual_pipeline)
+    return calls, [(run.forward, run.chunk, run.micro_batch) for run in ours if isinstance(run, Pass)]
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_the_order_is_what_the_schedule_runs(ranks: RankPool, tmp_path: Path, chunks: int) -> None:
+    recipe = tiny_recipe(tmp_path, parallel={"pipeline": 2, "virtual_pipeline": chunks})
+    for calls, ours in ranks.run(2, order_run, recipe.model_dump(mode="json")):
+        assert calls == ours and len(calls) == 2 * 8 * chunks

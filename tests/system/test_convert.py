@@ -1,0 +1,71 @@
+"""tools/convert.py as a process: there and back, what it says of directories, and one line for what is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.foreign_models import llava, llava_hf, tree
+from tests.helpers.processes import ROOT, environment
+
+LIMIT_SECONDS = 300
+
+
+def convert(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "convert.py"), *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=LIMIT_SECONDS)
+
+
+def test_there_and_back(tmp_path):
+    source = llava_hf(tmp_path / "source")
+    done = convert("import", source, tmp_path / "ours")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{source} (llava-hf) -> {tmp_path}/ours/step_0000000\n" and not done.stderr
+    done = convert("export", tmp_path / "ours", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path}/ours -> {tmp_path}/back (llava-hf)\n"
+    assert tree(tmp_path / "back") == tree(source)
+
+
+def test_a_damaged_directory_costs_one_line_and_leaves_nothing(tmp_path):
+    source = llava(tmp_path / "source")
+    (source / "model-00002-of-00002.safetensors").unlink()
+    before = tree(tmp_path)
+    done = convert("import", source, tmp_path / "ours")
+    shard = source / "model-00002-of-00002.safetensors"
+    assert done.returncode != 0 and done.stderr == f"error: {shard}: this shard is missing\n" and not done.stdout
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_what_a_directory_is_is_said(tmp_path):
+    llava_hf(tmp_path / "hf")
+    llava(tmp_path / "original", tower="reference")
+    convert("import", tmp_path / "hf", tmp_path / "ours")
+    said = {name: convert("inspect", tmp_path / name).stdout for name in ("hf", "original", "ours", "original_tower")}
+    assert "format llava-hf, family llava, 263,456 parameters" in said["hf"]
+    assert f"the tower's weights are in {tmp_path}/original_tower" in said["original"]
+    assert "model-00002-of-00002.safetensors" in said["original"]
+    assert "format megatron_vlm, family llava, 263,456 parameters" in said["ours"]
+    assert "imported from llava-hf" in said["ours"] and "bfloat16" in said["ours"]
+    assert "format transformers, family clip_vision_model, 64,992 parameters" in said["original_tower"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("inspect", "EMPTY"), "found no weights"),
+        (("export", "EMPTY", "OUT"), "is not a checkpoint"),
+        (("import", "EMPTY", "OUT"), "no format recognises it"),
+        (("import", "EMPTY", "OUT", "--format", "lava"), "did you mean 'llava'?"),
+        (("import", "EMPTY"), "the following arguments are required: destination"),
+    ],
+)
+def test_bad_arguments_cost_one_line(tmp_path, arguments, line):
+    (tmp_path / "EMPTY").mkdir()
+    given = [str(tmp_path / part) if part.isupper() else part for part in arguments]
+    done = convert(*given)
+    assert done.returncode != 0 and line in done.stderr and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["EMPTY"]

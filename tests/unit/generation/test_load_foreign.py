@@ -1,0 +1,94 @@
+"""Directories of other systems, asked as they are: the tokens of transformers on the same ids and pixels."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import megatron_vlm
+from megatron_vlm.errors import ConversionError
+from tests.helpers.verify_models import Shape, draw, save_llava, save_llava_hf
+
+NUM_NEW = 6
+
+
+@pytest.fixture(autouse=True)
+def no_world_left() -> Iterator[None]:
+    yield
+    from megatron_vlm.runtime.distributed import teardown
+
+    teardown()
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Any:
+    return draw(Shape())
+
+
+@pytest.fixture(scope="module")
+def folders(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("foreign")
+    return {"llava-hf": save_llava_hf(theirs, root / "hf"), "llava": save_llava(theirs, root / "llava")}
+
+
+def picture(seed: int) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    return Image.fromarray(torch.randint(0, 256, (16, 20, 3), generator=generator, dtype=torch.uint8).numpy())
+
+
+@torch.no_grad()
+def check(assistant: Any, theirs: Any) -> None:
+    """Our tokens after two prompts are transformers'."""
+    from megatron_vlm.generation.decoding import decode
+    from megatron_vlm.generation.prompts import Question, collate, read_prompt
+    from megatron_vlm.generation.sampling import Sampler, Sampling
+    from megatron_vlm.generation.stopping import Stopping
+
+    theirs.generation_config.eos_token_id = None
+    for prompt in ([picture(1), picture(2), "which?"], ["the red circle"]):
+        sample, images = read_prompt(prompt, assistant.image_token, 1)
+        question = Question(sample, [partial(assistant.reader.prepare, image) for image in images])
+        batch = collate([question], assistant.encoder, assistant.model.media_spec)
+        stopping = Stopping(assistant.encoder.tokenizer, ())
+        ours = decode(assistant.model, batch, Sampler(Sampling(), ()), stopping, NUM_NEW)
+        ids = batch.ids.clone()
+        for span in batch.spans:
+            ids[0, span.item.start : span.item.start + span.item.num_tokens] = theirs.config.image_token_index
+        pixels = {"pixel_values": torch.stack([image() for image in batch.images])} if images else {}
+        found = theirs.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, do_sample=False, **pixels
+        )
+        assert ours == [found[0, ids.shape[1] :].tolist()]
+
+
+@pytest.mark.parametrize("format", ["llava-hf", "llava"])
+def test_a_directory_of_another_system_answers(theirs, folders, format):
+    assistant = megatron_vlm.load(folders[format])
+    check(assistant, theirs)
+    assert isinstance(assistant.generate([picture(3), "which?"], max_new_tokens=3), str)
+    with pytest.raises(AssertionError):
+        check(assistant, draw(Shape(), seed=1))  # the wrong variant: another model's tokens
+
+
+def test_a_hub_id_is_fetched(theirs, folders, monkeypatch):
+    fetched: list[str] = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **_: fetched.append(name) or folders["llava-hf"]
+    )
+    check(megatron_vlm.load("someone/llava-tiny"), theirs)
+    assert fetched == ["someone/llava-tiny"]
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_an_error():
+    with pytest.raises(ConversionError, match="no-one/nothing: neither a directory nor a hub id that can be fetched"):
+        megatron_vlm.load("no-one/nothing")
+
+
+def test_a_directory_of_nothing_known_is_an_error(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="is not a checkpoint: it has no manifest.json"):
+        megatron_vlm.load(tmp_path)

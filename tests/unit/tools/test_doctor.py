@@ -1,0 +1,72 @@
+"""The doctor's findings where something is missing, and that its table knows every optional package."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.config import to_yaml
+from megatron_vlm.runtime.environment import Finding
+from tests.helpers.tiny import tiny_recipe
+from tools import doctor
+
+
+def test_every_optional_package_is_said_to_be_for_something() -> None:
+    extras = {extra: ranges for extra, ranges in doctor.requirements().items() if extra != "required"}
+    listed = {doctor.find(one)[0] for extra, ranges in extras.items() if extra not in doctor.WORKSHOP for one in ranges}
+    assert listed == set(doctor.ENABLES) and set(doctor.WORKSHOP) <= set(extras)
+
+
+@pytest.mark.parametrize(
+    ("requirement", "fits"),
+    [("torch>=2.11,<2.14", True), ("torch>=99", False), ("transformer-none[pytorch]>=2.9", False)],
+)
+def test_versions_are_compared(requirement: str, fits: bool) -> None:
+    assert doctor.find(requirement)[2] is fits
+
+
+def run(monkeypatch: pytest.MonkeyPatch, required: list[str], *arguments: str) -> int:
+    """The exit code where these packages are required and children find nothing wrong."""
+    monkeypatch.setattr(doctor, "requirements", lambda: {"required": required, "gpu": ["flash-attn>=99"]})
+    monkeypatch.setattr(doctor, "accelerators", lambda: ([], 0))
+    monkeypatch.setattr(doctor, "meeting", lambda backend, size: Finding(backend, "ok", str(size)))
+    monkeypatch.setattr(sys, "argv", ["doctor.py", *arguments])
+    try:
+        doctor.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_only_what_is_required_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(monkeypatch, ["torch>=2"], "--json", str(tmp_path / "found.json")) == 0
+    assert "flash-attn" in (told := capsys.readouterr().out) and "pip install 'flash-attn>=99'" in told
+    states = {one["name"]: one["state"] for one in json.loads((tmp_path / "found.json").read_text())["findings"]}
+    assert states["flash-attn"] == "absent" and states["gloo"] == "ok" and "nccl" not in states
+
+    assert run(monkeypatch, ["torch>=99", "no-such-package"]) == 1
+    told = capsys.readouterr().out
+    assert "pip install 'torch>=99'" in told and told.endswith("broken: torch, no-such-package\n")
+
+
+def test_a_report_that_cannot_be_written_costs_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(monkeypatch, [], "--json", str(tmp_path / "none" / "found.json")) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_recipe_that_does_not_fit_costs_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(to_yaml(tiny_recipe(tmp_path)))
+    options = [str(recipe), "parallel.tensor=2", "--world-size"]
+    assert run(monkeypatch, [], *options, "4") == 0
+    assert f"{recipe} is valid on 4 rank(s)" in capsys.readouterr().out
+    assert run(monkeypatch, [], *options, "3") == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("error: parallel.tensor * parallel.pipeline: found 2 * 1 = 2")

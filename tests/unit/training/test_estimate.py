@@ -1,0 +1,89 @@
+"""The estimate's buffers by hand, and what the encoder keeps; whole jobs are in tests/distributed/test_estimate.py."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vlm.runtime.device import prepare
+from megatron_vlm.training.estimate import Pictures, lay_out, picture_bytes
+from megatron_vlm.training.parameter_shards import HeldParameter, meta_encoder
+from tests.helpers.solo import small_recipe
+from tests.unit.training.test_flops import ALL, build
+
+ENCODER_FACTOR = 1.1  # the estimate is at most so far from what the encoder keeps, either way
+PICTURES = 3
+
+
+def held(*numels: int, shared: int | None = None, frozen: int | None = None) -> list[HeldParameter]:
+    return [HeldParameter(str(i), numel, i != frozen, i == shared) for i, numel in enumerate(numels)]
+
+
+def test_without_a_distributed_optimizer_nothing_is_aligned() -> None:
+    """Last parameter first; what is frozen is not there."""
+    buffer = lay_out(held(10, 7, 5, frozen=1), num_ranks=4, distributed=False, bucket_numel=None)
+    assert buffer.spans == ((0, 5), (5, 15)) and buffer.numel == 15 and buffer.buckets == ((0, 15),)
+
+
+def test_parameters_start_at_64_and_buckets_end_at_a_multiple_of_128_and_of_the_ranks() -> None:
+    buffer = lay_out(held(100, 30, 70), num_ranks=3, distributed=True, bucket_numel=None)
+    assert buffer.spans == ((0, 70), (128, 158), (192, 292)) and buffer.numel == 384
+    assert [buffer.shard_numel(rank, 3) for rank in range(3)] == [70, 30 + 64, 36]
+
+
+def test_full_buckets_and_shared_embeddings_are_closed() -> None:
+    buffer = lay_out(held(100, 30, 70), num_ranks=2, distributed=True, bucket_numel=60)
+    assert buffer.buckets == ((0, 128), (128, 384)) and buffer.spans[1] == (128, 158)
+    alone = lay_out(held(100, 30, 70, shared=1), num_ranks=2, distributed=True, bucket_numel=None)
+    assert alone.buckets == ((0, 128), (128, 256), (256, 384))
+    assert sum(alone.shard_numel(rank, 2) for rank in range(2)) == 200
+
+
+def kept_bytes(train: dict[str, bool], recompute: str, params: str) -> tuple[int, int]:
+    """Bytes that autograd keeps of PICTURES pictures, and what is estimated."""
+    prepare("cpu")
+    sections: dict[str, Any] = {
+        "precision": {"params": params},
+        "training": {"steps": 1, "sequence_length": 64, "recompute": {"vision": recompute}},
+    }
+    recipe = small_recipe(sections=sections)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"train": recipe.model.train.model_copy(
+        update=train)})})  # fmt: skip
+    encoder, _, _ = build(recipe)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    spec = encoder.tower.survey.media_spec
+    pixels = torch.randn(PICTURES, 3, spec.height, spec.width)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        rows = encoder.train()(pixels)
+    assert rows.requires_grad
+    estimated = picture_bytes(recipe, encoder.tower.survey, encoder.language_size, Pictures(PICTURES, 0))[1]
+    return sum(storage.nbytes() for storage in kept.values()), estimated
+
+
+@pytest.mark.parametrize(
+    ("train", "recompute"), [(ALL, "none"), (ALL, "full"), ({"vision": False}, "none")], ids=["all", "full", "frozen"]
+)
+def test_what_the_encoder_keeps_is_near(train: dict[str, bool], recompute: str) -> None:
+    """Printed with -s."""
+    kept, estimated = kept_bytes(train, recompute, "fp32")
+    print(f"{kept:,} bytes kept, {estimated:,} estimated: {estimated / kept:.3f}")
+    assert kept / ENCODER_FACTOR <= estimated <= kept * ENCODER_FACTOR
+
+
+def test_nothing_is_kept_where_the_encoder_is_frozen() -> None:
+    recipe = small_recipe()
+    train = recipe.model.train.model_copy(update={"vision": False, "projector": False})
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"train": train})})
+    survey = meta_encoder(recipe, 32).tower.survey
+    features, kept, encoding = picture_bytes(recipe, survey, 32, Pictures(2, 10))
+    element = 4
+    assert kept == 0 and encoding > 0
+    assert features == element * 32 * (2 * survey.media_spec.tokens_per_image + 10)

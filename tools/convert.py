@@ -1,0 +1,148 @@
+"""Moves weights between formats.
+
+python tools/convert.py import SOURCE DESTINATION                      a directory of LLaVA -> a checkpoint of ours
+python tools/convert.py import LANGUAGE DESTINATION --tower TOWER      the two halves, with a new projector
+python tools/convert.py export CHECKPOINT DESTINATION [--format llava-hf] [--dtype bf16]
+python tools/convert.py verify A B [--media a.png ...] [--prompt "..."]  do they compute the same?
+python tools/convert.py inspect DIRECTORY                              what is it?
+
+The formats are described in docs/formats.md. Each command prints its own --help.
+"""
+
+import argparse
+import logging
+import sys
+import threading
+from pathlib import Path
+
+from megatron_vlm.runtime.command_line import CommandLine, whole_number
+
+
+def main() -> None:
+    parser = CommandLine(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (summary, add_arguments) in {
+        "import": ("a model directory -> a checkpoint of ours", _add_import),
+        "export": ("a checkpoint of ours -> a model directory", _add_export),
+        "verify": ("compare what two models compute", _add_verify),
+        "inspect": ("say what a directory holds: format, family, parts, dtypes, shards", _add_inspect),
+    }.items():
+        add_arguments(commands.add_parser(name, description=summary, help=summary))
+    with parser.run() as (arguments, _):
+        arguments.execute(arguments)
+
+
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a directory; with --tower, the language model's directory or hub id")
+    parser.add_argument("destination", type=Path, help="a directory of checkpoints to be")
+    parser.add_argument("--format", help="default: the one that recognises the directory")
+    pair = parser.add_argument_group("a new pair")
+    pair.add_argument("--tower", help="vision tower's directory or hub id")
+    pair.add_argument("--projector", default="mlp2x_gelu", help="registered type (default mlp2x_gelu)")
+    pair.add_argument("--select-layer", type=int, default=-2, help="hidden state of the tower (default -2)")
+    pair.add_argument("--select-feature", choices=("patch", "cls_patch"), default="patch")
+    pair.add_argument("--seed", type=whole_number(0), default=42, help="of the projector's weights (default 42)")
+    parser.set_defaults(execute=_import)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="a checkpoint directory, or a directory of checkpoints (its latest)")
+    parser.add_argument("destination", type=Path, help="a directory that does not exist, or is empty")
+    parser.add_argument("--format", help="default: the one it was imported from, else llava-hf")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: that of the origin, else as stored")
+    parser.set_defaults(execute=_export)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", help="a model directory or a checkpoint")
+    parser.add_argument("b", help="another")
+    parser.add_argument("--media", nargs="+", default=[], type=Path, metavar="FILE", help="images, in order")
+    parser.add_argument(
+        "--prompt",
+        default="",
+        help="what both are asked; <image> marks a picture (default: random tokens)",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.set_defaults(execute=_verify)
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", help="a model directory of any format, or a checkpoint")
+    parser.set_defaults(execute=_inspect)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    _prepare()
+    from megatron_vlm.conversion.formats import open_foreign, open_pair
+    from megatron_vlm.conversion.importing import import_model, size_bytes
+
+    if arguments.tower is not None:
+        foreign = open_pair(
+            arguments.source, arguments.tower, arguments.projector,
+            arguments.select_layer, arguments.select_feature, arguments.seed,
+        )  # fmt: skip
+    else:
+        foreign = open_foreign(arguments.source, arguments.format)
+    with _Bytes(f"importing {arguments.source}", size_bytes(foreign)) as written:
+        checkpoint = import_model(foreign, arguments.destination, written.advance)
+    print(f"{arguments.source} ({foreign.format}) -> {checkpoint}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    _prepare()
+    from megatron_vlm.conversion.exporting import plan_export
+
+    plan = plan_export(arguments.checkpoint, arguments.format, arguments.dtype)
+    with _Bytes(f"exporting {arguments.checkpoint}", plan.size_bytes) as written:
+        plan.write(arguments.destination, written.advance)
+    print(f"{arguments.checkpoint} -> {arguments.destination} ({plan.format})")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from megatron_vlm.conversion.verify import compare
+
+    comparison = compare(arguments.a, arguments.b, arguments.media, arguments.prompt, arguments.device)
+    print(comparison)
+    if not comparison.agrees:
+        raise SystemExit(1)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    _prepare()
+    from megatron_vlm.conversion.inspection import inspect
+
+    print(inspect(arguments.directory))
+
+
+def _prepare() -> None:
+    """Weights are moved by the CPU; what is printed is the result."""
+    from megatron_vlm.runtime.device import prepare
+    from megatron_vlm.runtime.logging import get_logger
+
+    prepare("cpu")
+    get_logger("megatron_vlm").setLevel(logging.WARNING)
+
+
+class _Bytes:
+    """A progress bar over bytes, told of by several threads, in MB; on stdout only where that is a terminal."""
+
+    def __init__(self, description: str, size_bytes: int) -> None:
+        from megatron_vlm.runtime.progress import Progress
+
+        self._bar = Progress(description, size_bytes // 10**6, enabled=sys.stdout.isatty())
+        self._lock, self._done = threading.Lock(), 0
+
+    def advance(self, num_bytes: int) -> None:
+        with self._lock:
+            self._done += num_bytes
+            self._bar.update(self._done // 10**6, "MB")
+
+    def __enter__(self) -> "_Bytes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Says what this machine can do, what is missing and what would mend it.
+
+python tools/doctor.py [--json FILE]
+python tools/doctor.py RECIPE.yaml [section.key=value ...] --world-size N        (also: is the recipe valid on N ranks?)
+
+The exit code is 1 where something that every run needs is missing or broken, or the recipe is not valid; what is
+optional and absent is told with its install line.
+"""
+
+import ast
+import json
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.runtime.command_line import CommandLine, whole_number
+from megatron_vlm.runtime.environment import Finding, accelerators, launcher_variables, machine, meeting
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_USED_YET = "not used yet"
+ENABLES = {  # what is there only with it; a test keeps this to the packages of setup.py's extras
+    "transformer-engine": "the fused Adam on GPUs",
+    "flash-attn": NOT_USED_YET,
+    "nvidia-dali-cuda130": NOT_USED_YET,
+    "triton": NOT_USED_YET,
+    "deepspeed": NOT_USED_YET,
+    "faiss-cpu": NOT_USED_YET,
+    "h5py": NOT_USED_YET,
+    "pyarrow": NOT_USED_YET,
+    "scikit-learn": "make quickstart",
+}
+WORKSHOP = {"test": "make test", "dev": "make check"}  # extras told in one line each
+MARKS = {"ok": "ok", "note": "note", "absent": "-", "broken": "BROKEN"}
+
+
+def requirements() -> dict[str, list[str]]:
+    """setup.py's ranges by extra, those of everybody under "required". It is read, not run."""
+    values = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse((ROOT / "setup.py").read_text()).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id != "ROOT"
+    }
+    return {"required": values["REQUIRED"], **values["EXTRAS"]}
+
+
+def find(requirement: str) -> tuple[str, str | None, bool]:
+    """Name, version (None: not installed) and whether the version is in the range."""
+    from packaging.specifiers import SpecifierSet
+
+    name, ranges = re.fullmatch(r"([\w.-]+)(?:\[\w+\])?(.*)", requirement).groups()  # type: ignore[union-attr]
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return name, None, False
+    return name, version, SpecifierSet(ranges).contains(version, prereleases=True)
+
+
+def packages() -> Iterator[Finding]:
+    """Python and the packages of setup.py."""
+    known = requirements()
+    right = (3, 11) <= sys.version_info[:2] <= (3, 12)
+    advice = "" if right else "Python 3.11 or 3.12 is needed"
+    yield Finding("Python", "ok" if right else "broken", platform.python_version(), advice)
+    found = {requirement: find(requirement) for requirement in known.pop("required")}
+    for requirement, (name, version, fits) in found.items():
+        if not fits:
+            yield Finding(name, "broken", version or "missing", f"pip install '{requirement}'")
+    shown = [f"{name} {found_version}" for name, found_version, fits in found.values() if fits]
+    yield Finding("required", "ok", f"{len(shown)} of {len(found)} in setup.py's ranges: {', '.join(shown)}")
+    for extra, ranges in known.items():
+        yield from optional(extra, [(requirement, *find(requirement)) for requirement in ranges])
+
+
+def optional(extra: str, found: list[tuple[str, str, str | None, bool]]) -> Iterator[Finding]:
+    """The packages of one extra."""
+    if extra in WORKSHOP:
+        missing = [name for _, name, _, fits in found if not fits]
+        value = f"for {WORKSHOP[extra]}: " + (f"without {', '.join(missing)}" if missing else "all there")
+        yield Finding(
+            f"extra {extra}", "absent" if missing else "ok", value, f"pip install -e '.[{extra}]'" * bool(missing)
+        )
+        return
+    for requirement, name, version, fits in found:
+        value = f"{version or 'not installed'} ({ENABLES[name]})"
+        advice = "" if fits else f"pip install '{requirement}'"
+        yield Finding(name, "ok" if fits else "note" if version else "absent", value, advice)
+
+
+def communication(num_gpus: int) -> Iterator[Finding]:
+    """Two local processes over gloo, and as many as there are GPUs, up to two, over NCCL."""
+    yield meeting("gloo", 2)
+    if num_gpus:
+        yield meeting("nccl", min(num_gpus, 2))
+
+
+def check_recipe(recipe: str, overrides: list[str], world_size: int) -> None:
+    """Raises ConfigError with everything that is wrong with the recipe on that many ranks."""
+    from megatron_vlm.config import load_config
+    from megatron_vlm.config.validation import names_its_model, validate
+    from megatron_vlm.data.conversation import TEMPLATES
+    from megatron_vlm.data.sources import SOURCES
+    from megatron_vlm.evaluation.tasks import TASKS
+    from megatron_vlm.models.facts import gather_facts
+
+    config = load_config(recipe, overrides)
+    SOURCES.get(config.data.source)
+    facts = gather_facts(config, TEMPLATES.names(), TASKS.names()) if names_its_model(config.model) else None
+    validate(config, facts, world_size)
+
+
+def show(found: list[Finding]) -> None:
+    """One line per finding."""
+    width = max(len(one.name) for one in found)
+    for one in found:
+        advice = f"  -> {one.advice}" if one.advice else ""
+        print(f"{MARKS[one.state]:>6}  {one.name:<{width}}  {one.value}{advice}")
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """Beside, then renamed. Raises ConfigError where that cannot be."""
+    beside = path.with_name(f"{path.name}.writing")
+    try:
+        beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise ConfigError(f"--json {path}: cannot be written: {error.strerror}") from error
+
+
+def main() -> None:
+    parser = CommandLine(__doc__)
+    parser.add_argument("recipe", nargs="?", help="a YAML recipe to check as well")
+    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
+    parser.add_argument("--world-size", type=whole_number(1), default=1, metavar="N", help="ranks (default 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there too")
+    with parser.run() as (arguments, _):
+        found = [*packages(), *machine()]
+        imported, num_gpus = accelerators()
+        found += [*imported, *communication(num_gpus)]
+        variables = launcher_variables()
+        seen = ", ".join(f"{name}={value}" for name, value in variables.items()) or "none"
+        found.append(Finding("variables", "ok", seen))
+        show(found)
+        if arguments.json:
+            write(
+                arguments.json, {"findings": [asdict(one) for one in found], "variables": variables, "gpus": num_gpus}
+            )
+        if arguments.recipe:
+            check_recipe(arguments.recipe, arguments.overrides, arguments.world_size)
+            print(f"    ok  {arguments.recipe} is valid on {arguments.world_size} rank(s)")
+        broken = [one.name for one in found if one.state == "broken"]
+        if broken:
+            print(f"broken: {', '.join(broken)}")
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""One global batch to look at: the recipe's own first step where its data are there, else a made-up one, which says so.
+
+No picture is opened: token counts are known from metadata (DESIGN D4). The data file's index is built where it is
+missing, as training would build it.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.data.collate import Row
+from megatron_vlm.data.loader import StepFetcher, StepShape, build_loader
+from megatron_vlm.data.tokenizer import check_vocabulary, load_tokenizer
+from megatron_vlm.models.vision.media_spec import MediaSpec
+from megatron_vlm.parallel.layout import SequenceLayout
+from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan, media_cost, plan_media
+from megatron_vlm.parallel.sizes import Coordinates, GridSizes
+
+PICTURES_OF_ROWS = (1, 1, 2, 0, 1, 3, 1, 1)  # drawn from for a made-up batch, as far as they fit
+SHORTEST_SHARE = 0.35  # of a made-up row's room for text
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """One row: tokens, pictures included and padding not, and the first token of each picture."""
+
+    num_tokens: int
+    image_starts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ReplicaBatch:
+    """What one data-parallel rank's replica is given in a step."""
+
+    micro_batches: tuple[tuple[SampleRow, ...], ...]
+    windows: tuple[range, ...]  # of micro-batches
+    plans: tuple[MediaPlan, ...]  # by window
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step's rows, by data-parallel rank. `source` says where they are from, in words."""
+
+    source: str
+    layout: SequenceLayout
+    tokens_per_image: int
+    replicas: tuple[ReplicaBatch, ...]
+
+
+def first_batch(config: Config, spec: MediaSpec, sizes: GridSizes, vocab_size: int) -> Batch:
+    """The batch of step 0.
+
+    Raises:
+        DataError, ConfigError: the data are there and cannot be used; what training would say.
+    """
+    if Path(config.data.path).is_file():
+        return _real_batch(config, spec, sizes, vocab_size)
+    return _made_batch(config, spec, sizes)
+
+
+def _real_batch(config: Config, spec: MediaSpec, sizes: GridSizes, vocab_size: int) -> Batch:
+    language = config.model.language
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(language.tokenizer or language.path, config.data.image_token)
+    check_vocabulary(tokenizer, config.data.image_token, vocab_size)
+    with tempfile.TemporaryDirectory() as folder:  # for an index that cannot be written beside the data
+        checkpoint = config.checkpoint.model_copy(update={"directory": folder})
+        data = config.data.model_copy(update={"num_workers": 0})
+        here = config.model_copy(update={"checkpoint": checkpoint, "data": data})
+        fetcher = build_loader(here, tokenizer, spec, sizes, 0, 0, 1).producer
+        assert isinstance(fetcher, StepFetcher)
+        numbers = fetcher.plan.rows(0)
+        rows = [fetcher.source.row(number) for number in numbers]
+        longest = int(fetcher.source.index.tokens[numbers].max())
+    return _cut(config, spec, sizes, _as_sample_rows(rows), longest, f"the recipe's first step, from {data.path}")
+
+
+def _as_sample_rows(rows: Sequence[Row]) -> list[SampleRow]:
+    return [SampleRow(len(encoded.ids), tuple(encoded.image_starts)) for _, encoded in rows]
+
+
+def _made_batch(config: Config, spec: MediaSpec, sizes: GridSizes) -> Batch:
+    """Rows of up to training.sequence_length tokens, the first of them full, with 0 to 3 pictures each."""
+    random = np.random.default_rng(config.runtime.seed)
+    length, each = config.training.sequence_length, spec.tokens_per_image
+    rows = []
+    for number in range(config.training.global_batch_size):
+        num_images = min(int(random.choice(PICTURES_OF_ROWS)), (length - 1) // each)
+        room = length - num_images * each
+        num_text = room if number == 0 else max(1, int(room * random.uniform(SHORTEST_SHARE, 1.0)))
+        before = num_text // (4 * max(1, num_images))
+        starts = tuple(before * (i + 1) + each * i for i in range(num_images))
+        rows.append(SampleRow(num_text + num_images * each, starts))
+    return _cut(config, spec, sizes, rows, length, f"a made-up batch, because {config.data.path} is not here")
+
+
+def _cut(
+    config: Config, spec: MediaSpec, sizes: GridSizes, rows: Sequence[SampleRow], longest: int, source: str
+) -> Batch:
+    """The global batch over replicas, micro-batches and windows, by the loader's own rules."""
+    replicas, layout = [], None
+    for data in range(sizes.data):
+        shape = StepShape.of(config, sizes, sizes.rank(Coordinates(data=data)))
+        layout = shape.layout(longest)
+        micro_batches = tuple(tuple(rows[row] for row in shape.rows_of(m)) for m in range(shape.num_micro_batches))
+        firsts = range(0, shape.num_micro_batches, shape.media_window)
+        windows = tuple(range(first, min(first + shape.media_window, shape.num_micro_batches)) for first in firsts)
+        plans = tuple(plan_media(_items(micro_batches, window, spec), layout, sizes) for window in windows)
+        replicas.append(ReplicaBatch(micro_batches, windows, plans))
+    assert layout is not None
+    return Batch(source, layout, spec.tokens_per_image, tuple(replicas))
+
+
+def _items(micro_batches: Sequence[Sequence[SampleRow]], window: range, spec: MediaSpec) -> list[MediaItem]:
+    cost = media_cost(spec.num_patches)
+    return [
+        MediaItem(cost, spec.tokens_per_image, m, row, start)
+        for m in window
+        for row, sample in enumerate(micro_batches[m])
+        for start in sample.image_starts
+    ]

@@ -1,0 +1,168 @@
+"""The grid, the tokens and the pictures, drawn."""
+
+from collections.abc import Iterator
+
+from .batch import SampleRow
+from .rows import Row, colour, labels, place, replicas_shown
+from .svg import LABELS, ROW, WIDTH, count, figure, line, rect, size, text
+from .view import RankView, View
+
+BOX_HEIGHT, BOX_GAP = 76, 12
+MOST_COLUMNS = 4  # boxes beside one another within a replica, and replicas beside one another
+STRIP = 22  # the row of tokens above a replica's ranks
+LEAST_LABELLED = 34  # width of a cell that a number fits into
+SENT = 380  # width of the exchange's columns
+
+
+def grid(view: View) -> str:
+    """Each rank as a box: replicas beside one another, stages below one another, tensor ranks in a line."""
+    sizes = view.sizes
+    across = min(sizes.tensor * sizes.context, MOST_COLUMNS)
+    beside = min(replicas_shown(sizes), max(1, MOST_COLUMNS // across))
+    panel = (WIDTH - 24 * (beside - 1)) / beside
+    lines = -(-sizes.tensor * sizes.context // across)  # of one stage
+    panel_height = 34 + sizes.pipeline * lines * (BOX_HEIGHT + BOX_GAP) + 4
+    shapes: list[str] = []
+    for data in range(replicas_shown(sizes)):
+        x, y = (data % beside) * (panel + 24), (data // beside) * (panel_height + 20)
+        shapes.append(rect(x, y, panel, panel_height, "panel", radius=10))
+        shapes.append(text(x + 16, y + 23, f"replica {data}", "name"))
+        shapes.append(text(x + panel - 16, y + 23, "its own rows of every batch", "quiet", "end"))
+        width = (panel - 32 - BOX_GAP * (across - 1)) / across
+        for number, rank in enumerate(view.replica(data)):
+            left = x + 16 + (number % across) * (width + BOX_GAP)
+            shapes += _box(view, rank, left, y + 36 + (number // across) * (BOX_HEIGHT + BOX_GAP), width)
+    height = -(-replicas_shown(sizes) // beside) * (panel_height + 20) - 20
+    return figure(shapes, height, "the grid of ranks")
+
+
+def _box(view: View, rank: RankView, x: float, y: float, width: float) -> Iterator[str]:
+    ends = [name for name, there in (("embedding", any(c.first for c in rank.chunks)),
+                                     ("head", any(c.last for c in rank.chunks))) if there]  # fmt: skip
+    held = f"layers {rank.layers}"
+    share = f"1/{view.sizes.tensor} of " if view.sizes.tensor > 1 else ""
+    title = (
+        f"rank {rank.rank}: {share}{' and '.join([held, *ends])}; the whole encoder; {rank.num_parameters:,} numbers"
+    )
+    yield rect(x, y, width, BOX_HEIGHT, "card", title, 6)
+    yield rect(x, y, 5, BOX_HEIGHT, colour(view.sizes, rank), radius=2)
+    yield text(x + 18, y + 22, f"rank {rank.rank}", "name")
+    yield text(x + width - 12, y + 22, _place_name(view, rank), "quiet", "end")
+    yield text(x + 18, y + 43, f"layers {rank.layers}")
+    yield text(x + 18, y + 62, " \u00b7 ".join([f"{count(rank.num_parameters)} parameters", *ends]), "quiet")
+
+
+def _place_name(view: View, rank: RankView) -> str:
+    sizes, words = view.sizes, []
+    if sizes.pipeline > 1:
+        words.append(f"stage {rank.at.pipeline}")
+    if sizes.context > 1:
+        words.append(f"context {rank.at.ulysses + sizes.ulysses * rank.at.ring}")
+    if sizes.tensor > 1:
+        words.append(f"tensor {rank.at.tensor}")
+    return " \u00b7 ".join(words)
+
+
+def tokens(view: View) -> str:
+    """Above each replica one of its rows; below, what each rank owns of every row."""
+    rows, bottom = place(view, top=20, above=STRIP + 12)
+    length = view.batch.layout.length
+    scale = (WIDTH - LABELS) / length
+    shapes = list(labels(view, rows))
+    for row in rows:
+        if row.rank.rank == view.sizes.replica_ranks(row.rank.at.data)[0]:
+            sample = _fullest(view, row.rank.at.data)
+            shapes += _sample(view, sample, row.y - STRIP - 8, scale)
+        shapes.append(rect(LABELS, row.y + 3, length * scale, ROW - 6, "track"))
+        for first, end in row.rank.tokens:
+            title = f"rank {row.rank.rank} owns tokens {first:,} to {end - 1:,} of every row of its replica"
+            css = colour(view.sizes, row.rank) + (" faint" if row.rank.at.pipeline else "")
+            shapes.append(rect(LABELS + first * scale, row.y, (end - first) * scale, ROW, css, title, 3))
+            if (end - first) * scale > 130:
+                words, ink = f"{first:,} \u2013 {end - 1:,}", "" if row.rank.at.pipeline else "inside"
+                shapes.append(text(LABELS + first * scale + 10, row.y + 16.5, words, ink))
+    for number in range(5):
+        position = round(length * number / 4)
+        anchor = "start" if number == 0 else "end" if number == 4 else "middle"
+        shapes.append(text(LABELS + position * scale, 12, f"{position:,}", "quiet", anchor))
+    return figure(shapes, bottom + 2, "who owns which tokens")
+
+
+def _fullest(view: View, data: int) -> SampleRow:
+    """Of the replica's first micro-batches, the row with the most pictures, then tokens."""
+    rows = [row for micro_batch in view.batch.replicas[data].micro_batches for row in micro_batch]
+    return max(rows, key=lambda row: (min(len(row.image_starts), 2), row.num_tokens))
+
+
+def _sample(view: View, sample: SampleRow, y: float, scale: float) -> Iterator[str]:
+    length, each = view.batch.layout.length, view.batch.tokens_per_image
+    yield text(12, y + 15, "one of its rows", "quiet")
+    yield rect(LABELS, y, length * scale, STRIP - 2, "padding", f"padding: {length - sample.num_tokens:,} tokens", 3)
+    yield rect(LABELS, y, sample.num_tokens * scale, STRIP - 2, "text", f"{sample.num_tokens:,} tokens", 3)
+    for number, start in enumerate(sample.image_starts):
+        title = f"picture {number + 1}: tokens {start:,} to {start + each - 1:,}"
+        yield rect(LABELS + start * scale, y, each * scale, STRIP - 2, "picture", title, 3)
+        if each * scale > 60:
+            yield text(LABELS + (start + each / 2) * scale, y + 14.5, "picture", "inside", "middle")
+
+
+def pictures(view: View) -> str:
+    """Left what each rank encodes in a step, right where the rows go: one column per owner of tokens."""
+    rows, bottom = place(view, top=40)
+    shapes = list(labels(view, rows))
+    most = max(row.rank.num_pictures for row in rows)
+    room = WIDTH - LABELS - SENT - 120
+    step = min(22.0, room / max(1, most))
+    shapes.append(text(LABELS, 14, "pictures it encodes", "head"))
+    left = WIDTH - SENT
+    shapes.append(text(left, 14, "feature rows it sends to each owner of tokens", "head"))
+    owners = view.sizes.tensor * view.sizes.context
+    cell = (SENT - 96) / owners
+    for owner in range(owners) if cell >= LEAST_LABELLED else ():
+        shapes.append(text(left + (owner + 0.5) * cell, 32, _owner_name(view, owner), "quiet", "middle"))
+    shapes.append(text(WIDTH, 32, "to others", "quiet", "end"))
+    for row in rows:
+        shapes += _tiles(view, row, step)
+        shapes += _cells(view, row, left, cell)
+    return figure(shapes, bottom + 2, "who encodes which picture")
+
+
+def _owner_name(view: View, owner: int) -> str:
+    tensor, context = owner % view.sizes.tensor, owner // view.sizes.tensor
+    return f"t{tensor}" if view.sizes.context == 1 else f"c{context} t{tensor}"
+
+
+def _tiles(view: View, row: Row, step: float) -> Iterator[str]:
+    x, css = float(LABELS), colour(view.sizes, row.rank)
+    replica_rank = view.sizes.replica_rank(row.rank.at)
+    yield line(LABELS, row.y + ROW, WIDTH - SENT - 24, row.y + ROW)
+    for window, plan in enumerate(view.batch.replicas[row.rank.at.data].plans):
+        for number in plan.items_of(replica_rank):
+            item = plan.items[number]
+            title = (
+                f"a picture of micro-batch {item.micro_batch}, row {item.row}: tokens {item.start:,} to "
+                f"{item.start + item.num_tokens - 1:,} (window {window})"
+            )
+            faint = " faint" if window % 2 else ""
+            yield rect(x, row.y + 3, step - min(2.0, step / 4), ROW - 6, css + faint, title)
+            x += step
+    yield text(x + 8, row.y + 16.5, str(row.rank.num_pictures), "quiet")
+
+
+def _cells(view: View, row: Row, left: float, cell: float) -> Iterator[str]:
+    replica_rank = view.sizes.replica_rank(row.rank.at)
+    sent = view.rows_sent[row.rank.at.data]
+    most = max(max(line) for line in sent) or 1
+    for owner in range(view.sizes.tensor * view.sizes.context):
+        num_rows = sent[replica_rank][owner]
+        stays = owner == replica_rank
+        where = "stay here" if stays else f"go to rank {view.replica(row.rank.at.data)[owner].rank}"
+        x = left + owner * cell
+        yield rect(x, row.y, cell - 4, ROW, "track", f"{num_rows:,} feature rows {where}", 3)
+        shade = f"heat h{1 + round(9 * num_rows / most)}" if num_rows else ""
+        if shade:
+            yield rect(x, row.y, cell - 4, ROW, shade, f"{num_rows:,} feature rows {where}", 3)
+        if cell >= LEAST_LABELLED and num_rows:
+            words = f"{num_rows:,}" + (" (own)" if stays and cell > 90 else "")
+            yield text(x + cell / 2 - 2, row.y + 16.5, words, "inside" if num_rows > 0.45 * most else "", "middle")
+    yield text(WIDTH, row.y + 16.5, size(row.rank.traffic.features), "number", "end")

@@ -1,0 +1,98 @@
+"""The tables on the terminal, and the files."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.errors import ConfigError
+
+from .page import page
+from .svg import count, si, size
+from .view import View, gather
+
+PIPED_WIDTH = 120  # columns where there is no terminal
+
+
+def show(name: str, config: Config, arguments: argparse.Namespace) -> None:
+    """Prints a recipe's layout on `arguments.world_size` ranks and writes what was asked for.
+
+    Raises:
+        ConfigError: the recipe does not work on so many ranks; a file cannot be written.
+        DataError: its data are there and cannot be used.
+    """
+    view = gather(name, config, arguments.world_size)
+    if arguments.html:
+        write(arguments.html, page(view))
+    if arguments.json:
+        write(arguments.json, json.dumps(view.as_json(), indent=1) + "\n")
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    for table in (held(view), needed(view), sent(view)):
+        console.print(table)
+    console.print(step_line(view), style="dim", highlight=False, soft_wrap=True)
+
+
+def write(path: Path, contents: str) -> None:
+    """Whole or not at all. Raises ConfigError."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        beside.write_text(contents, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written: {error.strerror}, needs a file in a folder that is there"
+        ) from error
+
+
+def held(view: View) -> Table:
+    """Rank, place, layers, tokens, pictures."""
+    table = _table(f"{view.name} on {view.sizes.world} ranks", "replica", "stage", "tensor", "layers", "parameters",
+                   "tokens", "pictures")  # fmt: skip
+    for one in view.ranks:
+        ends = ["embedding"] * any(c.first for c in one.chunks) + ["head"] * any(c.last for c in one.chunks)
+        tokens = ", ".join(f"{first:,}\u2013{end - 1:,}" for first, end in one.tokens)
+        layers = " + ".join([one.layers, *ends])
+        table.add_row(str(one.rank), str(one.at.data), str(one.at.pipeline), str(one.at.tensor), layers,
+                      count(one.num_parameters), tokens, str(one.num_pictures))  # fmt: skip
+    return table
+
+
+def needed(view: View) -> Table:
+    """Memory by component."""
+    table = _table("memory per rank", "parameters", "gradients", "optimizer", "activations", "loss head", "features",
+                   "encoder", "at its fullest")  # fmt: skip
+    for one in view.ranks:
+        memory = one.memory
+        both = zip(vars(memory.language).values(), vars(memory.vision).values(), strict=True)
+        encoder = max(memory.vision_activations, memory.encoding)
+        numbers = [*map(sum, both), memory.activations, memory.loss_head, memory.features, encoder, memory.peak]
+        table.add_row(str(one.rank), *map(size, numbers))
+    return table
+
+
+def sent(view: View) -> Table:
+    """Bytes by kind."""
+    table = _table("sent per rank and step", "features", "gradients back", "tensor", "pipeline", "language DP",
+                   "encoder DP", "together")  # fmt: skip
+    for one in view.ranks:
+        table.add_row(str(one.rank), *map(size, [*vars(one.traffic).values(), one.traffic.total]))
+    return table
+
+
+def step_line(view: View) -> str:
+    """The step in one line, and where its rows are from."""
+    phases = ", ".join(f"{name.replace('_', ' ')} {si(flops, 'FLOP')}" for name, flops in view.times[0].phases.items())
+    return f"replica 0: {phases}; pipeline bubble {view.times[0].bubble:.1%}. Rows: {view.batch.source}."
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, header_style="dim", padding=(0, 2, 0, 0)
+    )
+    for column in ("rank", *columns):
+        table.add_column(column, justify="left" if column == "layers" else "right", no_wrap=column != "layers")
+    return table

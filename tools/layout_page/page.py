@@ -1,0 +1,143 @@
+"""The page: figures with a sentence over each, in one file that needs no network, in light and in dark."""
+
+from collections.abc import Iterator
+from html import escape
+from importlib.resources import files
+
+from . import bars, figures, timeline_figure
+from .rows import left_out
+from .svg import count, legend, si, size
+from .view import View
+
+
+def page(view: View) -> str:
+    """The whole HTML document."""
+    style = (files(__package__) / "page.css").read_text(encoding="utf-8")
+    sections = "".join(
+        f"<section><h2>{escape(title)}</h2><p>{escape(words)}</p>{drawn}</section>"
+        for title, words, drawn in _sections(view)
+    )
+    tiles = "".join(f"<div><b>{escape(number)}</b>{escape(words)}</div>" for number, words in _tiles(view))
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(view.name)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{style}</style></head><body><main>'
+        f'<header><h1>{escape(view.name)}</h1><p>{escape(_product(view))}</p></header><div class="tiles">{tiles}</div>'
+        f"{sections}<footer>{escape(_footer(view))}</footer></main></body></html>\n"
+    )
+
+
+def _product(view: View) -> str:
+    """`8 ranks = tensor 2 x pipeline 2 x data 2`, and what a step is."""
+    sizes, training, parallel = view.sizes, view.config.training, view.config.parallel
+    axes = [("tensor", sizes.tensor), ("pipeline", sizes.pipeline), ("Ulysses", sizes.ulysses), ("ring", sizes.ring),
+            ("data", sizes.data)]  # fmt: skip
+    product = " \u00d7 ".join(f"{name} {number}" for name, number in axes if number > 1) or "one process"
+    more = ["sequence parallel"] if parallel.sequence else []
+    more += [f"{parallel.virtual_pipeline} chunks per stage"] if parallel.virtual_pipeline > 1 else []
+    ranks = f"{sizes.world} rank{'s' if sizes.world > 1 else ''}"
+    num_micro_batches = len(view.batch.replicas[0].micro_batches)
+    step = (
+        f"a step is {training.global_batch_size} rows of {view.batch.layout.length:,} tokens: {num_micro_batches} "
+        f"micro-batches of {training.micro_batch_size} per replica"
+    )
+    return f"{ranks} = {product}{''.join(f', {word}' for word in more)}; {step}"
+
+
+def _tiles(view: View) -> Iterator[tuple[str, str]]:
+    fullest = max(view.ranks, key=lambda one: one.memory.peak)
+    pictures = sum(one.num_pictures for one in view.ranks)
+    busiest = max(one.num_pictures for one in view.ranks)
+    yield count(view.num_parameters), "parameters"
+    yield size(fullest.memory.peak), f"needed by rank {fullest.rank}, the fullest"
+    yield f"{view.times[0].bubble:.1%}", "pipeline bubble"
+    yield f"{pictures:,}", f"pictures a step, at most {busiest:,} per rank"
+    yield size(max(one.traffic.total for one in view.ranks)), "sent per rank and step, at most"
+
+
+def _sections(view: View) -> Iterator[tuple[str, str, str]]:
+    config, sizes = view.config, view.sizes
+    yield "Who holds what", _grid_words(view) + left_out(view), figures.grid(view)
+    yield "Who owns which tokens", _token_words(view) + left_out(view), _token_legend() + figures.tokens(view)
+    picture_words = (
+        "A picture is encoded once, by the rank that has the least to do; its feature rows then travel straight to the "
+        "ranks that own their tokens. One box is one picture; a darker cell is more rows, over a whole step."
+    )
+    yield "Who encodes which picture", picture_words + left_out(view), figures.pictures(view)
+    yield (
+        "A step in time",
+        _time_words(view) + timeline_figure.note(view),
+        _time_legend(view) + timeline_figure.timeline(view),
+    )
+    recompute = config.training.recompute
+    memory_words = (
+        "What each rank holds at its fullest, with rows of "
+        f"{config.training.sequence_length:,} tokens, recompute {recompute.language} in the language model and "
+        f"{recompute.vision} in the encoder. Parameters, gradients and optimizer states are exact, the rest is an "
+        "estimate; what the GPU's libraries take comes on top."
+    )
+    yield "Memory", memory_words + left_out(view), bars.memory(view)
+    if sizes.world > 1:
+        traffic_words = "What each rank sends to others in one step, by formula, as if every collective were a ring."
+        yield "Traffic", traffic_words + left_out(view), bars.traffic(view)
+
+
+def _grid_words(view: View) -> str:
+    sizes = view.sizes
+    words = [f"{sizes.world} ranks, a box each." if sizes.world > 1 else "One rank holds everything."]
+    if sizes.data > 1:
+        words.append(f"{sizes.data} replicas train on different rows.")
+    if sizes.pipeline > 1:
+        words.append("Within a replica, stages hold different layers and hand hidden states down.")
+    if sizes.tensor > 1:
+        words.append("Ranks beside one another share every matrix of their layers.")
+    words.append("Every rank also holds the whole vision encoder.")
+    return " ".join(words)
+
+
+def _token_words(view: View) -> str:
+    if view.batch.layout.tensor * view.sizes.context == 1:
+        cut = "Every rank of a replica works on whole rows"
+        cut += "; with parallel.sequence: true its tensor ranks would share them." if view.sizes.tensor > 1 else "."
+    else:
+        cut = "The ranks of a replica share every row: each owns the tokens drawn in its colour between its products."
+    stages = " Later stages, paler, own the same places of the hidden states." if view.sizes.pipeline > 1 else ""
+    return f"{cut}{stages} Rows are from {view.batch.source}."
+
+
+def _time_words(view: View) -> str:
+    time = view.times[0]
+    scheme = "1F1B"
+    if view.config.parallel.virtual_pipeline > 1:
+        scheme = "interleaved 1F1B"
+    order = (
+        f"then the language model runs in {scheme} order; a number is a micro-batch"
+        if view.sizes.pipeline > 1
+        else "then the language model runs forward and backward, micro-batch by micro-batch"
+    )
+    backward = ", then the encoder's backward" if max(time.windows[0].encoder_backward) else ""
+    idle = f" Stages wait {time.bubble:.1%} of the pipeline's time." if view.sizes.pipeline > 1 else ""
+    return (
+        f"All ranks encode first, {order}{backward}, and at the end gradients are summed and the optimizer steps. "
+        f"Lengths are matrix products: {si(time.length, 'FLOP')} from left to right.{idle}"
+    )
+
+
+def _token_legend() -> str:
+    return legend([("picture", "picture"), ("text", "text"), ("padding", "padding")])
+
+
+def _time_legend(view: View) -> str:
+    entries = [("encode", "encode"), ("exchange", "exchange")]
+    chunks = min(view.config.parallel.virtual_pipeline, 4)
+    for kind in ("forward", "backward"):
+        entries += [(f"{kind} k{n}", f"{kind}, chunk {n}" if chunks > 1 else kind) for n in range(chunks)]
+    if max(view.times[0].windows[0].encoder_backward):
+        entries.append(("encode-back", "encoder backward"))
+    return legend([*entries, ("update", "update"), ("idle", "waits")])
+
+
+def _footer(view: View) -> str:
+    return (
+        f"Drawn by tools/show_layout.py from the recipe alone, for {view.sizes.world} ranks; nothing ran. Point at "
+        "anything for its numbers."
+    )

@@ -1,0 +1,149 @@
+"""A step in time: how long each rank encodes, runs its passes and waits, in matrix FLOPs.
+
+FLOPs stand for time because they are known without a machine: on ranks of equal speed the picture is the step's, less
+what is not a matrix product and what messages cost. Each text token is taken to train, padding counts as computed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.models.language import LanguageSpec
+from megatron_vlm.models.vision.encoder import VisionEncoder
+from megatron_vlm.parallel.sizes import GridSizes
+from megatron_vlm.parallel.timeline import Timeline, simulate
+from megatron_vlm.training.flops import Block, ModelShape, model_shape
+
+from .batch import Batch, ReplicaBatch
+
+
+@dataclass(frozen=True)
+class WindowTime:
+    """One media window of a replica. Its phases follow one another: what a rank has less to do, it waits."""
+
+    micro_batches: range
+    encode: tuple[float, ...]  # FLOPs by replica rank
+    pipeline: Timeline
+    encoder_backward: tuple[float, ...]
+
+    @property
+    def length(self) -> float:
+        """From its start to its end."""
+        return max(self.encode) + self.pipeline.length + max(self.encoder_backward)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A replica's step."""
+
+    windows: tuple[WindowTime, ...]
+
+    @property
+    def length(self) -> float:
+        """Of the whole step, the update left out."""
+        return sum(window.length for window in self.windows)
+
+    @property
+    def bubble(self) -> float:
+        """The share of the pipeline phases in which the stages wait."""
+        lines = [window.pipeline for window in self.windows]
+        total = sum(line.length for line in lines)
+        return sum(line.bubble * line.length for line in lines) / total if total else 0.0
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """FLOPs of the slowest rank by phase."""
+        return {
+            "encode": sum(max(window.encode) for window in self.windows),
+            "pipeline": sum(window.pipeline.length for window in self.windows),
+            "encoder_backward": sum(max(window.encoder_backward) for window in self.windows),
+        }
+
+
+def step_times(
+    config: Config, sizes: GridSizes, encoder: VisionEncoder, spec: LanguageSpec, batch: Batch
+) -> tuple[StepTime, ...]:
+    """By replica."""
+    shape = model_shape(encoder, spec, config.model)
+    picture = _picture(config, shape)
+    return tuple(
+        StepTime(
+            tuple(
+                _window(config, sizes, shape, batch, replica, number, picture) for number in range(len(replica.windows))
+            )
+        )
+        for replica in batch.replicas
+    )
+
+
+def _window(
+    config: Config,
+    sizes: GridSizes,
+    shape: ModelShape,
+    batch: Batch,
+    replica: ReplicaBatch,
+    number: int,
+    picture: tuple[float, float],
+) -> WindowTime:
+    window, plan = replica.windows[number], replica.plans[number]
+    pictures = [len(plan.items_of(rank)) for rank in range(sizes.replica)]
+    num_tokens = sum(row.num_tokens - len(row.image_starts) * batch.tokens_per_image
+                     for m in window for row in replica.micro_batches[m])  # fmt: skip
+    forward, backward = _stage_flops(config, sizes, shape, batch.layout.length, num_tokens / len(window))
+    return WindowTime(
+        window,
+        tuple(count * picture[0] for count in pictures),
+        simulate(len(window), sizes.pipeline, forward, backward),
+        tuple(count * picture[1] for count in pictures),
+    )
+
+
+def _picture(config: Config, shape: ModelShape) -> tuple[float, float]:
+    """FLOPs of one picture, forward and backward."""
+    chain: list[tuple[Sequence[Block], int, int]] = [
+        ((shape.embedding,), shape.patches, 0),
+        (shape.tower, shape.tower_tokens, shape.tower_tokens**2),
+        (shape.projector, shape.media_tokens, 0),
+    ]
+    again = config.training.recompute.vision == "full"
+    forward = backward = 0.0
+    trains = False
+    for blocks, tokens, pairs in chain:
+        for block in blocks:
+            ahead = _forward(block, tokens, pairs)
+            forward += ahead
+            backward += block.flops(tokens, pairs, trains) - ahead
+            trains |= block.trains
+            backward += ahead if again and trains and blocks is shape.tower else 0
+    return forward, backward
+
+
+def _stage_flops(
+    config: Config, sizes: GridSizes, shape: ModelShape, length: int, trained_tokens: float
+) -> tuple[list[float], list[float]]:
+    """Of a micro-batch, forward and backward, by virtual stage, on one of its tensor ranks."""
+    rows, recompute = config.training.micro_batch_size, config.training.recompute.language
+    num_virtual = sizes.pipeline * config.parallel.virtual_pipeline
+    tokens, pairs = rows * length, rows * length * (length + 1) // 2
+    layers = shape.language[1:-1]
+    each = len(layers) // num_virtual
+    share = sizes.tensor * sizes.context
+    forward, backward = [], []
+    for virtual in range(num_virtual):
+        ahead = back = 0.0
+        for block in layers[virtual * each : (virtual + 1) * each]:
+            once = _forward(block, tokens, pairs)
+            again = {"none": 0, "selective": 4 * pairs * block.attention_width, "full": once}[recompute]
+            ahead += once
+            back += block.flops(tokens, pairs, trains_before=True) - once + again
+        if virtual == num_virtual - 1:
+            once = _forward(shape.head, round(trained_tokens), 0)
+            ahead += once
+            back += shape.head.flops(round(trained_tokens), 0, trains_before=True) - once
+        forward.append(ahead / share)
+        backward.append(back / share)
+    return forward, backward
+
+
+def _forward(block: Block, tokens: int, pairs: int) -> int:
+    return 2 * tokens * block.weights + 4 * pairs * block.attention_width
