@@ -53,6 +53,7 @@ def test_evaluation_in_training_and_after_it(ranks: RankPool, tmp_path: Path, ev
             ranks.run(1, train_in_pool, a_recipe(tmp_path, "nothing trained", "eval"))
 
 
+@pytest.mark.slow
 def test_in_bf16_with_overlap_too(ranks: RankPool, tmp_path: Path) -> None:
     overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True}
     keys = {"precision": {"params": "bf16"}, "parallel": overlap, "optimizer": {"distributed": True}}
@@ -100,7 +101,13 @@ def stopped_in_evaluation(recipe: dict[str, Any], part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("every_steps", "part", "stops_after"), [(3, "losses", 3), (2, "losses", 2), (3, "answers", 3), (0, "answers", 5)]
+    ("every_steps", "part", "stops_after"),
+    [
+        (3, "answers", 3),
+        pytest.param(3, "losses", 3, marks=pytest.mark.slow),
+        pytest.param(2, "losses", 2, marks=pytest.mark.slow),
+        pytest.param(0, "answers", 5, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_in_an_evaluation_is_heard_and_the_evaluation_owed(
     ranks: RankPool, tmp_path: Path, every_steps: int, part: str, stops_after: int
