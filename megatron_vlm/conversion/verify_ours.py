@@ -15,21 +15,13 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_vlm.checkpoint.manifest import Manifest
+from megatron_vlm.checkpoint.recipe import inference_config
 from megatron_vlm.checkpoint.safe_reading import refuse_code
 from megatron_vlm.checkpoint.store import find_checkpoint, load_checkpoint
-from megatron_vlm.config.loading import config_from_tree
-from megatron_vlm.config.schema import (
-    Config,
-    LanguageConfig,
-    OpsConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    TrainableConfig,
-)
+from megatron_vlm.config.schema import Config, OpsConfig, ParallelConfig, PrecisionConfig
 from megatron_vlm.conversion.verify_side import Facts, coarsest, round_weights
 from megatron_vlm.conversion.verify_trace import HEAD, Anatomy, Probe, Trace, traced
-from megatron_vlm.errors import CheckpointError, ParallelError
+from megatron_vlm.errors import ParallelError
 from megatron_vlm.models.families import build_model
 from megatron_vlm.models.language import load_language_config
 from megatron_vlm.models.merge import LocalFeatures
@@ -61,11 +53,8 @@ class OurSide:
     def open(cls, path: str) -> "OurSide":
         """Raises CheckpointError, ConfigError."""
         directory = find_checkpoint(path)
-        stored = config_from_tree(Manifest.read(directory).config, f"{directory}/manifest.json")
-        for part in ("tokenizer", "language", "vision"):
-            if not (directory / part).is_dir():
-                raise CheckpointError(f"{directory} is incomplete: it has no directory {part!r}; save it again")
-        config = _alone(stored, directory)
+        plain = {"precision": PrecisionConfig(params="fp32"), "ops": OpsConfig()}
+        config = inference_config(directory, ParallelConfig()).model_copy(update=plain)
         language, vision = load_language_config(config.model.language), load_vision_config(config.model.vision)
         pixels = pixel_format(config.model.vision.path, vision)
         facts = Facts.of(language, vision, config.model.vision.select_layer, pixels)
@@ -109,15 +98,6 @@ def trace_model(model: VisionLanguageModel, probe: Probe) -> Trace:
 def _placed(rows: Tensor, ids: Tensor, placeholder: int) -> LocalFeatures:
     position = torch.nonzero(ids[0] == placeholder).flatten()
     return LocalFeatures(rows=rows, position=position, row=torch.zeros_like(position))
-
-
-def _alone(stored: Config, directory: Path) -> Config:
-    language = LanguageConfig(path=str(directory / "language"), tokenizer=str(directory / "tokenizer"))
-    vision = stored.model.vision.model_copy(update={"path": str(directory / "vision"), "config": None})
-    frozen = TrainableConfig(language=False, vision=False, projector=False)
-    model = stored.model.model_copy(update={"language": language, "vision": vision, "train": frozen, "freeze": ()})
-    plain = {"parallel": ParallelConfig(), "precision": PrecisionConfig(params="fp32"), "ops": OpsConfig()}
-    return stored.model_copy(update={"model": model, **plain})
 
 
 def _number_format(directory: Path) -> torch.dtype:

@@ -101,6 +101,7 @@ def open_checkpoint(path: str | os.PathLike[str], tensor: int = 1, pipeline: int
     import torch
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    from megatron_vlm.checkpoint.recipe import inference_config
     from megatron_vlm.checkpoint.store import find_checkpoint, load_checkpoint
     from megatron_vlm.config.schema import ParallelConfig
     from megatron_vlm.config.validation import validate_layout
@@ -198,25 +199,3 @@ def _forget_grid(tensor: int, pipeline: int) -> None:
             f"generation at tensor {tensor} x pipeline {pipeline} in a process of its own"
         )
     parallel_state.destroy_model_parallel()
-
-
-def inference_config(directory: Path, parallel: "ParallelConfig") -> "Config":
-    """The recipe a checkpoint was trained by, made self-contained: models and tokenizer from inside the checkpoint,
-    nothing trains, and the layout is the given one.
-
-    Raises CheckpointError where a part is missing, ConfigError where the recipe is not one this version reads.
-    """
-    from megatron_vlm.checkpoint.manifest import Manifest
-    from megatron_vlm.config import config_from_tree
-    from megatron_vlm.config.schema import LanguageConfig, TrainableConfig
-    from megatron_vlm.errors import CheckpointError
-
-    for part in ("tokenizer", "language", "vision"):
-        if not (directory / part).is_dir():
-            raise CheckpointError(f"{directory} is incomplete: it has no directory {part!r}; save it again")
-    config = config_from_tree(Manifest.read(directory).config, f"{directory}/manifest.json")
-    language = LanguageConfig(path=str(directory / "language"), tokenizer=str(directory / "tokenizer"))
-    vision = config.model.vision.model_copy(update={"path": str(directory / "vision"), "config": None})
-    frozen = TrainableConfig(language=False, vision=False, projector=False)
-    model = config.model.model_copy(update={"language": language, "vision": vision, "train": frozen})
-    return config.model_copy(update={"model": model, "parallel": parallel})

@@ -13,10 +13,11 @@ from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_vlm.checkpoint.claim import Claim
 from megatron_vlm.checkpoint.directory import checkpoints
+from megatron_vlm.checkpoint.recipe import without_training
 from megatron_vlm.checkpoint.resume import Start, find_start, start_from
 from megatron_vlm.checkpoint.store import TrainingState, load_checkpoint
 from megatron_vlm.config.megatron import ddp_config, vision_ddp_config
-from megatron_vlm.config.schema import Config, TrainableConfig
+from megatron_vlm.config.schema import Config
 from megatron_vlm.config.validation import names_its_model, validate
 from megatron_vlm.conversion.origin import carry
 from megatron_vlm.conversion.weights import load_weights
@@ -141,12 +142,6 @@ def build_job(config: Config, world_size: int, resumes: bool = False) -> Job:
         else:
             logger.info("weights from %s", start.directory)
     return Job(config, grid, model, language, vision, optimizer, tokenizer, step, start_step, start, claim)
-
-
-def without_training(config: Config) -> Config:
-    """The recipe with all its parameters frozen: neither gradients nor optimizer states are kept for any."""
-    frozen = TrainableConfig(language=False, vision=False, projector=False)
-    return config.model_copy(update={"model": config.model.model_copy(update={"train": frozen})})
 
 
 def wrap(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.ranks import RankPool
+from tests.helpers.verify_models import scale_weights
 
 NUM_CASES = 24
 TOLERANCE = 1e-4  # largest difference of any logit, over the logits' standard deviation
@@ -166,19 +167,6 @@ def reference(case: Case) -> tuple[dict[str, Tensor], Batch, Tensor]:
     with torch.no_grad():
         logits = model(input_ids=batch.ids, pixel_values=pixels).logits
     return dict(model.state_dict()), batch, logits
-
-
-def scale_weights(model: torch.nn.Module, generator: torch.Generator) -> None:
-    """Random weights under which every layer matters; logits come out with a deviation of about 2."""
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() == 1:
-            parameter.data = 0.2 * noise + float("norm" in name and name.endswith("weight"))
-        elif "embed_tokens" in name or "lm_head" in name:
-            parameter.data = noise * 2 / parameter.shape[1] ** 0.5
-        else:
-            gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.2
-            parameter.data = noise * gain / parameter[0].numel() ** 0.5
 
 
 def draw_batch(case: Case, generator: torch.Generator) -> Batch:

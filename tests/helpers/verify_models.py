@@ -62,6 +62,12 @@ def draw(shape: Shape, seed: int = 0) -> Any:
     )
     model = LlavaForConditionalGeneration(config).eval()
     generator = torch.Generator().manual_seed(seed)
+    scale_weights(model, generator)
+    return model.to(shape.dtype)
+
+
+def scale_weights(model: torch.nn.Module, generator: torch.Generator) -> None:
+    """Random weights under which every layer matters; logits come out with a deviation of about 2."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1:
@@ -71,7 +77,6 @@ def draw(shape: Shape, seed: int = 0) -> Any:
         else:
             gain = 2.0 if "q_proj" in name or "k_proj" in name else 1.2
             parameter.data = noise * gain / parameter[0].numel() ** 0.5
-    return model.to(shape.dtype)
 
 
 def save_llava_hf(model: Any, folder: Path) -> Path:
