@@ -116,10 +116,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _prepare() -> None:
     """Weights are moved by the CPU; what is printed is the result."""
-    from megatron_vlm.runtime.device import prepare
+    from megatron_vlm.runtime.device import hide_cuda
     from megatron_vlm.runtime.logging import get_logger
 
-    prepare("cpu")
+    hide_cuda()
     get_logger("megatron_vlm").setLevel(logging.WARNING)
 
 

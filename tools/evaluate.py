@@ -44,7 +44,7 @@ def main() -> None:
         TASKS.get(arguments.task)  # a name mistyped shall not cost the loading of a model
         layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
         assistant = load(arguments.checkpoint, device=arguments.device, **layout)
-        from megatron_vlm.checkpoint.store import find_checkpoint
+        from megatron_vlm.checkpoint.directory import find_checkpoint
         from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, read_questions
 
         asked = read_questions(arguments.data, arguments.media_root, assistant.image_token)

@@ -21,6 +21,7 @@ from typing import TypeVar, cast
 from torch.distributed import ProcessGroup
 
 from megatron_vlm.checkpoint.integrity import sync_directory
+from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.runtime.collectives import broadcast_object
 
@@ -53,6 +54,20 @@ def partial_path(final: Path) -> Path:
 def replaced_path(final: Path) -> Path:
     """Where a checkpoint of the same step stands until its successor is in place."""
     return final.with_name(f".replaced_{final.name}")
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> Path:
+    """A checkpoint directory: `path` itself, or the one `path/latest` names. Raises CheckpointError."""
+    directory = Path(path)
+    pointer = directory / LATEST
+    if pointer.is_file():
+        directory = directory / pointer.read_text(encoding="utf-8").strip()
+        if not directory.exists() and replaced_path(directory).exists():
+            directory = replaced_path(directory)  # killed while it was being replaced
+    if not directory.is_dir():
+        raise CheckpointError(f"no checkpoint at {path}: {directory} is not a directory")
+    Manifest.read(directory)
+    return directory
 
 
 def create_partial(final: Path) -> Path:

@@ -13,10 +13,9 @@ from typing import Literal, TypeVar
 
 from torch.distributed import ProcessGroup
 
-from megatron_vlm.checkpoint.directory import checkpoints, on_rank_zero, point_to, set_aside, tidy
+from megatron_vlm.checkpoint.directory import checkpoints, find_checkpoint, on_rank_zero, point_to, set_aside, tidy
 from megatron_vlm.checkpoint.integrity import find_damage
 from megatron_vlm.checkpoint.manifest import Manifest, OtherFormatError
-from megatron_vlm.checkpoint.store import find_checkpoint
 from megatron_vlm.config import config_from_tree
 from megatron_vlm.config.drift import refuse_data_drift, refuse_drift
 from megatron_vlm.config.schema import CheckpointConfig, Config

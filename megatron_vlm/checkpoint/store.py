@@ -10,7 +10,6 @@ silence; here a tensor too many is an error, as one too few. torch's CheckpointE
 caught by name, or a failed load would end a rank without a word.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_vlm.checkpoint.directory import LATEST, replaced_path
 from megatron_vlm.checkpoint.integrity import find_damage
 from megatron_vlm.checkpoint.manifest import FileRecord, Manifest
 from megatron_vlm.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
@@ -58,20 +56,6 @@ _READ_ERRORS = (
 )
 
 logger = get_logger(__name__)
-
-
-def find_checkpoint(path: str | os.PathLike[str]) -> Path:
-    """A checkpoint directory: `path` itself, or the one `path/latest` names. Raises CheckpointError."""
-    directory = Path(path)
-    pointer = directory / LATEST
-    if pointer.is_file():
-        directory = directory / pointer.read_text(encoding="utf-8").strip()
-        if not directory.exists() and replaced_path(directory).exists():
-            directory = replaced_path(directory)  # killed while it was being replaced
-    if not directory.is_dir():
-        raise CheckpointError(f"no checkpoint at {path}: {directory} is not a directory")
-    Manifest.read(directory)
-    return directory
 
 
 @dataclass(frozen=True)

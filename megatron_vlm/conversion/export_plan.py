@@ -1,12 +1,14 @@
-"""Which tensors go into which file of an exported directory, decided before any is read; and writing such a file.
+"""Which tensors go into which file of an exported directory, decided before any is read; and writing these files.
 
-A file's header fixes every byte but the tensors' own. One that came with the model is used again as it is, so that the
-file comes back byte for byte, whoever wrote it.
+A file's header fixes every byte but the tensors' own, and where each stands, so several threads can write one file.
+A header that came with the model is used again as it is: the file comes back byte for byte, whoever wrote it.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +22,9 @@ from megatron_vlm.conversion.origin import Origin, digest
 
 MAX_SHARD_BYTES = 5_000_000_000
 TOWER_FILE = "model-vision-tower.safetensors"  # of a tower that was only named by the origin, and has trained since
+MAX_THREADS = 4  # further ones would wait for the disk
 _ALIGNMENT_BYTES = 8
+_RUN_BYTES = 2**26  # that a thread writes at a time, of neighbours: what ours is made of is read once
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -62,22 +66,54 @@ class ShardPlan:
         """Of its tensors."""
         return sum(tensor.size_bytes for tensor in self.tensors)
 
-    def write(self, folder: Path, source: Readable, advance: Callable[[int], None]) -> None:
-        """Writes the file, to the disk; one tensor in memory. Raises OSError."""
-        with open(folder / self.file, "wb", buffering=0) as file:
-            _write_all(file.write, self.header)
-            for planned in self.tensors:
-                tensor = source.read(planned.name).to(planned.dtype).contiguous()
-                assert tuple(tensor.shape) == planned.shape, planned.name
-                _write_all(file.write, tensor.reshape(-1).view(torch.uint8).numpy().data)
-                advance(planned.size_bytes)
-            os.fsync(file.fileno())
+    def runs(self) -> Iterator[tuple[int, list[PlannedTensor]]]:
+        """Its tensors in order, in groups to be written at once, each with its first byte's place in the file."""
+        start, run, size_bytes = len(self.header), list[PlannedTensor](), 0
+        for tensor in self.tensors:
+            run.append(tensor)
+            size_bytes += tensor.size_bytes
+            if size_bytes >= _RUN_BYTES:
+                yield start, run
+                start, run, size_bytes = start + size_bytes, [], 0
+        if run:
+            yield start, run
 
 
-def _write_all(write: Callable[[memoryview], int | None], data: bytes | memoryview) -> None:
+def write_shards(folder: Path, shards: Sequence[ShardPlan], source: Readable, advance: Callable[[int], None]) -> None:
+    """Writes the files, to the disk, with one tensor in memory per thread.
+
+    Args:
+        advance: told the bytes of each tensor written; called by several threads.
+
+    Raises:
+        OSError: the disk. Nothing is being written any more when it is raised.
+    """
+
+    def write_run(job: tuple[int, int, list[PlannedTensor]]) -> None:
+        handle, place, run = job
+        for planned in run:
+            tensor = source.read(planned.name).to(planned.dtype).contiguous()
+            assert tuple(tensor.shape) == planned.shape, planned.name
+            _write_at(handle, place, tensor.reshape(-1).view(torch.uint8).numpy().data)
+            place += planned.size_bytes
+            advance(planned.size_bytes)
+
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(folder / shard.file, "wb", buffering=0)) for shard in shards]
+        jobs = []
+        for file, shard in zip(files, shards, strict=True):
+            _write_at(file.fileno(), 0, shard.header)
+            jobs += [(file.fileno(), *run) for run in shard.runs()]
+        pool = stack.enter_context(ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)))
+        list(pool.map(write_run, jobs))
+        list(pool.map(lambda file: os.fsync(file.fileno()), files))
+
+
+def _write_at(handle: int, place: int, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:
-        rest = rest[write(rest) or 0 :]
+        written = os.pwrite(handle, rest, place)
+        rest, place = rest[written:], place + written
 
 
 def plan_returned(

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vlm.checkpoint.directory import find_checkpoint
 from megatron_vlm.checkpoint.integrity import sync_directory
 from megatron_vlm.checkpoint.manifest import Manifest
-from megatron_vlm.checkpoint.store import find_checkpoint
 from megatron_vlm.config.loading import config_from_tree
 from megatron_vlm.config.schema import VisionConfig
-from megatron_vlm.conversion.export_plan import ShardPlan, index_of, plan_fresh, plan_returned
+from megatron_vlm.conversion.export_plan import ShardPlan, index_of, plan_fresh, plan_returned, write_shards
 from megatron_vlm.conversion.files import INDEXES, SAFETENSORS_INDEX
 from megatron_vlm.conversion.formats.base import FORMATS, Format, Target, read_json
 from megatron_vlm.conversion.importing import refuse_taken
@@ -100,7 +100,7 @@ class Export:
         """Writes the directory, which does not exist or is empty.
 
         Args:
-            advance: told the bytes of each tensor written.
+            advance: told the bytes of each tensor written; called by several threads.
 
         Raises:
             ConversionError: it is taken, or the disk refuses. CheckpointError: the checkpoint is damaged.
@@ -111,8 +111,7 @@ class Export:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             self.write_others(beside)
-            for shard in self.shards:
-                shard.write(beside, self.source, advance)
+            write_shards(beside, self.shards, self.source, advance)
             sync_directory(beside)
             if destination.exists():
                 destination.rmdir()

@@ -25,7 +25,7 @@ from megatron_vlm.conversion.table import model_mappings
 from megatron_vlm.conversion.weights import check_fit
 from megatron_vlm.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.models.language import check_architecture
+from megatron_vlm.models.architectures import check_architecture
 from megatron_vlm.models.vision.preprocessing import write_pixel_format
 from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.parallel.sizes import GridSizes

@@ -6,6 +6,7 @@ Hazard: the files of torch's checkpoint format are pickles; all of them are read
 import hashlib
 import io
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,12 @@ from megatron_vlm.checkpoint.safe_reading import refuse_code
 from megatron_vlm.conversion.mappings import Mapping
 from megatron_vlm.errors import CheckpointError
 
-_NUM_KEPT = 2  # parameters kept in memory: a file's order puts o_proj between k_proj and q_proj
+_NUM_KEPT = 2  # parameters kept in memory per thread: a file's order puts o_proj between k_proj and q_proj
 _NUM_SHOWN = 3
 
 
 class NativeSource:
-    """The tensors of the table by canonical name.
+    """The tensors of the table by canonical name; any number of threads may read.
 
     Args:
         directory: a checkpoint.
@@ -50,7 +51,7 @@ class NativeSource:
         if missing := [entry.name for entry in table if entry.name not in self._stored]:
             raise CheckpointError(f"{directory} lacks {len(missing)} parameters: {', '.join(missing[:_NUM_SHOWN])}")
         self._entries = {name: entry for entry in table for name in entry.sources}
-        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._threads = threading.local()
 
     def names(self) -> Collection[str]:
         """All canonical names."""
@@ -68,11 +69,12 @@ class NativeSource:
     def read(self, name: str) -> Tensor:
         """One whole tensor. Raises CheckpointError for damaged files."""
         entry = self._entries[name]
-        if entry.name not in self._kept:
-            while len(self._kept) >= _NUM_KEPT:
-                self._kept.popitem(last=False)
-            self._kept[entry.name] = dict(zip(entry.sources, entry.unshard([self._whole(entry)]), strict=True))
-        tensor = self._kept[entry.name][name]
+        kept: OrderedDict[str, dict[str, Tensor]] = self._threads.__dict__.setdefault("kept", OrderedDict())
+        if entry.name not in kept:
+            while len(kept) >= _NUM_KEPT:
+                kept.popitem(last=False)
+            kept[entry.name] = dict(zip(entry.sources, entry.unshard([self._whole(entry)]), strict=True))
+        tensor = kept[entry.name][name]
         if tuple(tensor.shape) != self.shape(name):
             raise CheckpointError(
                 f"{self.origin}: {entry.name} gives {name} the shape {list(tensor.shape)}, its config needs "

@@ -15,15 +15,16 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_vlm.checkpoint.directory import find_checkpoint
 from megatron_vlm.checkpoint.recipe import inference_config
 from megatron_vlm.checkpoint.safe_reading import refuse_code
-from megatron_vlm.checkpoint.store import find_checkpoint, load_checkpoint
+from megatron_vlm.checkpoint.store import load_checkpoint
 from megatron_vlm.config.schema import Config, OpsConfig, ParallelConfig, PrecisionConfig
 from megatron_vlm.conversion.verify_side import Facts, coarsest, round_weights
 from megatron_vlm.conversion.verify_trace import HEAD, Anatomy, Probe, Trace, traced
 from megatron_vlm.errors import ParallelError
+from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.models.families import build_model
-from megatron_vlm.models.language import load_language_config
 from megatron_vlm.models.merge import LocalFeatures
 from megatron_vlm.models.vision.preprocessing import PixelFormat, pixel_format
 from megatron_vlm.models.vision.survey import load_vision_config

@@ -101,8 +101,9 @@ def open_checkpoint(path: str | os.PathLike[str], tensor: int = 1, pipeline: int
     import torch
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    from megatron_vlm.checkpoint.directory import find_checkpoint
     from megatron_vlm.checkpoint.recipe import inference_config
-    from megatron_vlm.checkpoint.store import find_checkpoint, load_checkpoint
+    from megatron_vlm.checkpoint.store import load_checkpoint
     from megatron_vlm.config.schema import ParallelConfig
     from megatron_vlm.config.validation import validate_layout
     from megatron_vlm.conversion.formats import fill_model

@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
+from megatron_vlm.config.schema import LanguageConfig
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.hf_config import config_from_dict, config_from_path
 from megatron_vlm.registry import Registry
 
 if TYPE_CHECKING:
@@ -61,3 +64,35 @@ class LanguageArchitecture:
 LANGUAGE_MODELS: Registry[LanguageArchitecture] = Registry("language model")
 LANGUAGE_MODELS.register("llama")(LanguageArchitecture())
 LANGUAGE_MODELS.register("qwen2")(LanguageArchitecture())
+
+ROPE_TYPES = ("default", "linear", "llama3")  # those whose frequencies do not depend on the sequence's length
+
+
+def load_language_config(language: LanguageConfig) -> PretrainedConfig:
+    """The Hugging Face config of `model.language`, from its path or from the recipe.
+
+    Raises:
+        ConfigError: unreadable, an unknown model type or key values, or an architecture this package does not build.
+    """
+    if language.config is not None:
+        hf_config = config_from_dict("model.language.config", language.config)
+    else:
+        assert language.path is not None, "validated with the recipe"
+        hf_config = config_from_path("model.language.path", language.path)
+    check_architecture(hf_config)
+    return hf_config
+
+
+def check_architecture(hf_config: PretrainedConfig) -> None:
+    """Raises ConfigError, naming key and value, for a model or position encoding that the layers here do not compute.
+
+    Biases and activations are `config.megatron.transformer_config`'s to refuse.
+    """
+    if hf_config.model_type not in LANGUAGE_MODELS:
+        allowed = ", ".join(LANGUAGE_MODELS.names())
+        raise ConfigError(f"model.language: model_type is {hf_config.model_type!r}, allowed: {allowed}")
+    if getattr(hf_config, "use_sliding_window", False):
+        raise ConfigError("model.language: use_sliding_window is true, allowed: false")
+    rope_type = hf_config.rope_parameters["rope_type"]
+    if rope_type not in ROPE_TYPES:
+        raise ConfigError(f"model.language: rope_type is {rope_type!r}, allowed: {', '.join(ROPE_TYPES)}")

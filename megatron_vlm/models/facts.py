@@ -13,9 +13,8 @@ from megatron_vlm.config.megatron import QKV_BIAS_ALWAYS
 from megatron_vlm.config.packages import installed_packages
 from megatron_vlm.config.schema import Config, VisionConfig
 from megatron_vlm.config.validation import ModelFacts, names_its_model
-from megatron_vlm.models.architectures import LANGUAGE_MODELS
+from megatron_vlm.models.architectures import LANGUAGE_MODELS, load_language_config
 from megatron_vlm.models.families import FAMILIES
-from megatron_vlm.models.language import load_language_config
 from megatron_vlm.models.projectors import PROJECTORS, build_projector
 from megatron_vlm.models.vision.survey import TowerSurvey, load_vision_config, survey_tower
 

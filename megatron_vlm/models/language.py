@@ -18,18 +18,15 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_vlm.config.megatron import transformer_config
-from megatron_vlm.config.schema import Config, LanguageConfig
-from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.architectures import LANGUAGE_MODELS
+from megatron_vlm.config.schema import Config
+from megatron_vlm.models.architectures import LANGUAGE_MODELS, check_architecture
 from megatron_vlm.models.head import LanguageHead
-from megatron_vlm.models.hf_config import config_from_dict, config_from_path
 from megatron_vlm.models.merge import LocalFeatures, merge_features
 from megatron_vlm.models.specs import block_spec
 from megatron_vlm.parallel.context_attention import AttentionContext, KVCache
 from megatron_vlm.parallel.groups import Grid
 from megatron_vlm.runtime.device import current_device
 
-ROPE_TYPES = ("default", "linear", "llama3")  # those whose frequencies do not depend on the sequence's length
 TIED_HEAD, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
 
@@ -65,36 +62,6 @@ class ChunkPlace:
     first: bool
     last: bool
     virtual_stage: int | None = None
-
-
-def load_language_config(language: LanguageConfig) -> PretrainedConfig:
-    """The Hugging Face config of `model.language`, from its path or from the recipe.
-
-    Raises:
-        ConfigError: unreadable, an unknown model type or key values, or an architecture this package does not build.
-    """
-    if language.config is not None:
-        hf_config = config_from_dict("model.language.config", language.config)
-    else:
-        assert language.path is not None, "validated with the recipe"
-        hf_config = config_from_path("model.language.path", language.path)
-    check_architecture(hf_config)
-    return hf_config
-
-
-def check_architecture(hf_config: PretrainedConfig) -> None:
-    """Raises ConfigError, naming key and value, for a model or position encoding that the layers here do not compute.
-
-    Biases and activations are `config.megatron.transformer_config`'s to refuse.
-    """
-    if hf_config.model_type not in LANGUAGE_MODELS:
-        allowed = ", ".join(LANGUAGE_MODELS.names())
-        raise ConfigError(f"model.language: model_type is {hf_config.model_type!r}, allowed: {allowed}")
-    if getattr(hf_config, "use_sliding_window", False):
-        raise ConfigError("model.language: use_sliding_window is true, allowed: false")
-    rope_type = hf_config.rope_parameters["rope_type"]
-    if rope_type not in ROPE_TYPES:
-        raise ConfigError(f"model.language: rope_type is {rope_type!r}, allowed: {', '.join(ROPE_TYPES)}")
 
 
 def head_width(hf_config: PretrainedConfig) -> int:

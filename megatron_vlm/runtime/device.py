@@ -79,7 +79,7 @@ def prepare(requested: DeviceRequest, local_world_size: int = 1) -> "torch.devic
             )
         return _prepared
     if requested == "cpu":
-        _hide_cuda()
+        hide_cuda()
     import torch
 
     num_gpus = 0 if requested == "cpu" else torch.cuda.device_count()
@@ -92,7 +92,7 @@ def prepare(requested: DeviceRequest, local_world_size: int = 1) -> "torch.devic
         return _prepared
     if num_gpus:
         logger.warning("runtime.device auto: %d ranks but %d GPUs: using the CPU", local_world_size, num_gpus)
-    _hide_cuda()
+    hide_cuda()
     _redirect_megatron(torch)
     _redirect_torch(torch)
     _prepared = torch.device("cpu")
@@ -130,7 +130,7 @@ def use_adam(adam: type) -> None:
     distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_TE_OPTIMIZER = True
 
 
-def _hide_cuda() -> None:
+def hide_cuda() -> None:
     """Takes the GPUs out of sight of torch, which reads the variable when it first looks for them."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -29,9 +29,9 @@ from megatron_vlm.data.sources import SOURCES
 from megatron_vlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.evaluation.tasks import TASKS
+from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.models.facts import gather_facts
 from megatron_vlm.models.families import build_model
-from megatron_vlm.models.language import load_language_config
 from megatron_vlm.models.vision.preprocessing import write_pixel_format
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import Grid, GridSizes, build_grid, vision_process_groups

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_vlm.checkpoint.directory import find_checkpoint
 from megatron_vlm.checkpoint.manifest import Manifest
-from megatron_vlm.checkpoint.store import find_checkpoint
 from megatron_vlm.checkpoint.writing import start_server
 from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import CheckpointError

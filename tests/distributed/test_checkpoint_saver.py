@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from megatron_vlm.checkpoint import saver as saver_module
+from megatron_vlm.checkpoint.directory import find_checkpoint
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.saver import CheckpointSaver
-from megatron_vlm.checkpoint.store import find_checkpoint
 from megatron_vlm.checkpoint.writing import Part
 from megatron_vlm.config.schema import CheckpointConfig, Config
 from megatron_vlm.errors import CheckpointError

@@ -9,7 +9,8 @@ from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import checkpoint
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.models.language import LanguageSpec, load_language_config
+from megatron_vlm.models.architectures import load_language_config
+from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.parallel.context_attention import AttentionContext
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.parallel.timeline import Pass, stage_order

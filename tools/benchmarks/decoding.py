@@ -225,7 +225,7 @@ def _ours(config: Config) -> Generate:
 def _theirs(config: Config) -> Generate:
     import torch
 
-    from megatron_vlm.models.language import load_language_config
+    from megatron_vlm.models.architectures import load_language_config
     from megatron_vlm.models.vision.survey import survey_tower
     from megatron_vlm.runtime.device import current_device, prepare
 

@@ -25,7 +25,7 @@ from megatron_vlm.data.loader import build_loader
 from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.language import load_language_config
+from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.models.vision.survey import TowerSurvey, survey_tower
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.runtime.device import current_device

@@ -158,7 +158,7 @@ def _with_data(request: SideRequest, scratch: Path) -> Config:
     """The recipe on its own data, or on a data set made for it where its data file is not there."""
     from torch.distributed import barrier
 
-    from megatron_vlm.models.language import load_language_config
+    from megatron_vlm.models.architectures import load_language_config
     from megatron_vlm.models.vision.survey import survey_tower
 
     from . import synthetic

@@ -8,8 +8,9 @@ from megatron_vlm.config.schema import Config, ParallelConfig
 from megatron_vlm.config.validation import names_its_model, validate
 from megatron_vlm.data.conversation import TEMPLATES
 from megatron_vlm.evaluation.tasks import TASKS
+from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.models.facts import gather_facts
-from megatron_vlm.models.language import LanguageSpec, load_language_config
+from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 from megatron_vlm.training import estimate, traffic

@@ -4,9 +4,10 @@ Source: Liu et al., Visual Instruction Tuning (2023); Improved Baselines with Vi
 """
 
 from megatron_vlm.config.schema import Config
+from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.models.families.base import FAMILIES
 from megatron_vlm.models.freezing import apply_freezing
-from megatron_vlm.models.language import build_language_chunks, load_language_config
+from megatron_vlm.models.language import build_language_chunks
 from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.models.vlm import VisionLanguageModel

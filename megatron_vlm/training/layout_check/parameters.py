@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.mappings import Mapping, Replicated, language_mappings
+from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.models.facts import language_parameter_names
-from megatron_vlm.models.language import load_language_config
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.training.layout_check.difference import (
     ROUNDING,

@@ -23,8 +23,9 @@ from megatron_vlm.data.templates import TEMPLATES
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.tasks import TASKS
+from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.models.facts import gather_facts
-from megatron_vlm.models.language import head_width, load_language_config
+from megatron_vlm.models.language import head_width
 from megatron_vlm.models.vision.survey import load_vision_config, survey_tower
 from megatron_vlm.parallel.layout import padded_length
 from megatron_vlm.parallel.sizes import GridSizes

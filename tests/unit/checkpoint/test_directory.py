@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_vlm.checkpoint import directory
-from megatron_vlm.checkpoint.store import find_checkpoint
+from megatron_vlm.checkpoint.directory import find_checkpoint
 from megatron_vlm.errors import CheckpointError, ConfigError
 from tests.helpers.solo import one_rank
 

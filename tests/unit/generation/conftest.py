@@ -36,8 +36,8 @@ def make_pair(config: Any, grid: Any) -> Pair:
     from megatron_vlm.data.conversation import ConversationEncoder
     from megatron_vlm.data.tokenizer import load_tokenizer
     from megatron_vlm.generation.assistant import Assistant
+    from megatron_vlm.models.architectures import load_language_config
     from megatron_vlm.models.families import build_model
-    from megatron_vlm.models.language import load_language_config
 
     theirs = hf_llava(config)
     model = build_model(config, grid)

@@ -184,7 +184,7 @@ def test_a_frozen_model_without_pictures_still_has_a_graph(grid):
 
 
 def test_an_own_path_or_dictionary_gives_the_config(tmp_path):
-    from megatron_vlm.models.language import load_language_config
+    from megatron_vlm.models.architectures import load_language_config
 
     AutoConfig.for_model(**LLAMA).save_pretrained(tmp_path)
     assert load_language_config(LanguageConfig(path=str(tmp_path))).hidden_size == 32
@@ -203,14 +203,14 @@ def test_an_own_path_or_dictionary_gives_the_config(tmp_path):
     ],
 )
 def test_an_architecture_we_do_not_build_is_refused(changes, message):
-    from megatron_vlm.models.language import load_language_config
+    from megatron_vlm.models.architectures import load_language_config
 
     with pytest.raises(ConfigError, match=message):
         load_language_config(LanguageConfig(config={**LLAMA, **changes}))
 
 
 def test_a_path_without_a_config_is_refused(tmp_path):
-    from megatron_vlm.models.language import load_language_config
+    from megatron_vlm.models.architectures import load_language_config
 
     with pytest.raises(ConfigError, match="no usable config in"):
         load_language_config(LanguageConfig(path=str(tmp_path)))
