@@ -4,6 +4,7 @@ python tools/bench.py throughput RECIPE [section.key=value ...] [--against trans
 torchrun --nproc-per-node N tools/bench.py throughput RECIPE [section.key=value ...]
 python tools/bench.py conversion --folder SCRATCH [--size GB]
 python tools/bench.py decoding RECIPE [section.key=value ...]
+python tools/bench.py media [--seeds N]
 
 Each benchmark prints its own --help.
 """
@@ -16,7 +17,8 @@ from megatron_vlm.runtime.command_line import CommandLine
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))  # the package `benchmarks`, however this file is run
-    from benchmarks import conversion, decoding, throughput
+    sys.path.insert(1, str(Path(__file__).parent.parent))  # tests.helpers.draws, what `media` is measured on
+    from benchmarks import conversion, decoding, media, throughput
 
     parser = CommandLine(__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
@@ -30,6 +32,11 @@ def main() -> None:
     )
     conversion.add_arguments(
         benchmarks.add_parser("conversion", description=conversion.__doc__, help="import and export of weights")
+    )
+    media.add_arguments(
+        benchmarks.add_parser(
+            "media", description=media.__doc__, help="balance of the vision encoder's work over ranks"
+        )
     )
     with parser.run() as (arguments, launch):
         arguments.measure(arguments, launch)

@@ -24,6 +24,7 @@ MAY_DIFFER: dict[str, bool] = {
     "runtime.timeout_seconds": True,
     "model": False,
     "model.vision.sharding": True,
+    "model.vision.cost": True,
     "parallel": True,  # the master test: losses and gradients do not depend on the layout
     "data.path": True,  # a file may have moved: its samples are compared
     "data.source": True,
@@ -32,6 +33,8 @@ MAY_DIFFER: dict[str, bool] = {
     "data.image_mode": False,
     "data.image_token": False,
     "data.group_by_modality_length": False,
+    "data.packing": False,
+    "data.on_long_sample": True,  # samples that it changes are seen in the fingerprint
     "data.on_bad_sample": True,  # samples that it drops are seen in the fingerprint
     "data.num_workers": True,
     "data.shuffle": False,

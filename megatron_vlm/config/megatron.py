@@ -122,6 +122,7 @@ def _parallelism(config: Config) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": parallel.tensor,
         "sequence_parallel": parallel.sequence,
+        "context_parallel_size": parallel.ulysses * parallel.ring,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
         "overlap_p2p_comm": interleaved,

@@ -5,6 +5,7 @@ weights is in `validation.py`. No torch here: a recipe can be read and checked i
 """
 
 import importlib
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -61,6 +62,13 @@ class LanguageConfig(Section):
     tokenizer: str | None = None  # directory or hub id; default: `path`
 
 
+class VisionCostConfig(Section):
+    """What encoding a picture costs: linear * patches + quadratic * patches^2, in any unit."""
+
+    linear: PositiveFloat
+    quadratic: NonNegativeFloat = 0.0
+
+
 class VisionConfig(Section):
     """The vision tower: exactly one of `path` and `config`; `select_layer` counts hidden states, embeddings first."""
 
@@ -69,6 +77,7 @@ class VisionConfig(Section):
     select_layer: Annotated[int, Number] = -2
     select_feature: Literal["patch", "cls_patch"] = "patch"
     sharding: Literal["replicate"] = "replicate"
+    cost: VisionCostConfig | None = None  # by which pictures are shared out over ranks; default: measured at start
 
 
 class ProjectorConfig(Section):
@@ -103,8 +112,27 @@ class ParallelConfig(Section):
     pipeline: PositiveInt = 1
     virtual_pipeline: PositiveInt = 1  # model chunks per pipeline rank
     sequence: bool = False  # Megatron sequence parallelism, over the tensor ranks
+    ulysses: PositiveInt = 1  # ranks that share a sequence and exchange it for heads in attention
+    ring: PositiveInt = 1  # ranks that share a sequence and pass keys and values on in attention
+    ring_mode: Literal["p2p", "all_gather"] = "p2p"  # all_gather: keys and values all at once, for short rings
+    media_group: Literal["replica", "world"] = "replica"  # ranks that share the encoding of their pictures
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+
+    @property
+    def replica(self) -> int:
+        """Ranks of one replica of the model."""
+        return self.tensor * self.pipeline * self.ulysses * self.ring
+
+    @property
+    def length_multiple(self) -> int:
+        """What the ranks that share a sequence can cut: a sequence's length is a multiple of it."""
+        return length_multiple(self.ring, self.ulysses, self.tensor if self.sequence else 1)
+
+
+def length_multiple(ring: int = 1, ulysses: int = 1, tensor: int = 1) -> int:
+    """Ring ranks have two chunks each, of one length, and are cut into ulysses * tensor pieces (DESIGN D5)."""
+    return ring * math.lcm(2, ulysses * tensor) if ring > 1 else ulysses * tensor
 
 
 class DataConfig(Section):
@@ -117,6 +145,8 @@ class DataConfig(Section):
     image_mode: Literal["pad", "resize", "processor"] = "pad"  # processor: as the tower's own preprocessor config says
     image_token: str = "<image>"
     group_by_modality_length: bool = False  # batches of one modality and of similar lengths, as LLaVA samples
+    packing: bool = False  # rows of training.sequence_length tokens, each of several samples
+    on_long_sample: Literal["error", "truncate"] = "error"  # longer than training.sequence_length; pictures stay whole
     on_bad_sample: Literal["error", "skip"] = "error"
     num_workers: NonNegativeInt = 2
     shuffle: bool = True

@@ -106,14 +106,15 @@ def _tokenizer(config: Config) -> Iterator[str]:
 
 def _sequence(config: Config) -> Iterator[str]:
     parallel, length = config.parallel, config.training.sequence_length
-    if not parallel.sequence:
-        return
-    if parallel.tensor == 1:
+    if parallel.sequence and parallel.tensor == 1:
         yield "parallel.sequence: found true with parallel.tensor 1, needs parallel.tensor > 1 or false"
-    elif length % parallel.tensor:
+        return
+    if length % parallel.length_multiple:
+        cutters = {"sequence": parallel.sequence, "ulysses": parallel.ulysses > 1, "ring": parallel.ring > 1}
+        names = [f"parallel.{name}" for name, cuts in cutters.items() if cuts]
         yield (
-            f"training.sequence_length: found {length}, needs a multiple of {parallel.tensor}, "
-            "because parallel.sequence cuts it over the tensor ranks"
+            f"training.sequence_length: found {length}, needs a multiple of {parallel.length_multiple}, because "
+            f"{' and '.join(names)} {'cuts' if len(names) == 1 else 'cut'} it over the ranks"
         )
 
 
@@ -137,6 +138,11 @@ def _grad_reduce(config: Config) -> Iterator[str]:
 def _grouping(config: Config) -> Iterator[str]:
     if config.data.group_by_modality_length and not config.data.shuffle:
         yield "data.group_by_modality_length: found true with data.shuffle false, which keeps file order, needs it true"
+    if config.data.group_by_modality_length and config.data.packing:
+        yield (
+            "data.group_by_modality_length: found true with data.packing true, which leaves no padding to save, "
+            "needs one of them false"
+        )
 
 
 def _load_states(config: Config) -> Iterator[str]:
@@ -165,19 +171,20 @@ def _evaluation(config: Config) -> Iterator[str]:
 
 def _world(config: Config, world_size: int) -> Iterator[str]:
     parallel = config.parallel
-    size = parallel.tensor * parallel.pipeline
-    if world_size % size:
+    sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
+    sizes |= {name: ranks for name in ("ulysses", "ring") if (ranks := getattr(parallel, name)) > 1}
+    if world_size % parallel.replica:
         yield (
-            f"parallel.tensor * parallel.pipeline: found {parallel.tensor} * {parallel.pipeline} = {size}, "
-            f"the world size {world_size} allows {_divisors(world_size)}, or start a multiple of {size} ranks "
-            "(torchrun --nproc-per-node)"
+            f"{' * '.join(f'parallel.{name}' for name in sizes)}: found {' * '.join(map(str, sizes.values()))} = "
+            f"{parallel.replica}, the world size {world_size} allows {_divisors(world_size)}, or start a multiple of "
+            f"{parallel.replica} ranks (torchrun --nproc-per-node)"
         )
 
 
 def _batch(config: Config, world_size: int) -> Iterator[str]:
     """Speaks only where the number of data-parallel ranks is known, that is where `_world` is silent."""
     parallel, training = config.parallel, config.training
-    data, rest = divmod(world_size, parallel.tensor * parallel.pipeline)
+    data, rest = divmod(world_size, parallel.replica)
     if rest:
         return
     rows = data * training.micro_batch_size

@@ -6,29 +6,35 @@ but the step.
 b rows of a micro-batch; s tokens of every row of the step; n pictures this rank encodes; H W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_vlm.data.sample import IGNORE
+from megatron_vlm.parallel.layout import Documents
 from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Whole rows, before any cut over ranks. All int64."""
+    """Whole rows, before any cut over ranks. All int64.
+
+    A row is one sample, or several where rows are packed (`data.packing`): then each is one of the row's `documents`,
+    and padding another. A row that is not packed is one document, padding included.
+    """
 
     ids: Tensor  # [b, s]; placeholders and padding carry a valid id
     labels: Tensor  # [b, s]; already shifted: the token after this one, -100 where that is not trained
-    position_ids: Tensor  # [b, s]
-    sample_ids: tuple[str, ...]
+    position_ids: Tensor  # [b, s]; from 0 in every document
+    documents: tuple[Documents, ...]  # by row
+    sample_ids: tuple[str, ...]  # in row order, in a row in document order
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same rows on a device."""
         ids, labels, position_ids = (x.to(device) for x in (self.ids, self.labels, self.position_ids))
-        return MicroBatch(ids, labels, position_ids, self.sample_ids)
+        return MicroBatch(ids, labels, position_ids, self.documents, self.sample_ids)
 
     def without(self, rows: Sequence[int]) -> "MicroBatch":
         """The same rows with nothing trained in the given ones."""
@@ -36,6 +42,28 @@ class MicroBatch:
             return self
         labels = self.labels.clone()
         labels[list(rows)] = IGNORE
+        return replace(self, labels=labels)
+
+    def at(self, positions: Tensor) -> "MicroBatch":
+        """What a rank holds of the rows: the tokens at global positions [n]. `documents` stay those of whole rows."""
+        cut = {name: getattr(self, name)[:, positions] for name in ("ids", "labels", "position_ids")}
+        return replace(self, **cut)
+
+    def document_start(self, row: int, position: int) -> int:
+        """First token of the document that a token stands in: with its row, the document's name."""
+        documents = self.documents[row]
+        return documents.starts[documents.number(position)]
+
+    def without_documents(self, places: Iterable[tuple[int, int]]) -> "MicroBatch":
+        """The same rows with nothing trained in some documents.
+
+        Args:
+            places: row and position of any token of each.
+        """
+        labels = self.labels.clone()
+        for row, position in places:
+            document = self.documents[row].interval(self.documents[row].number(position))
+            labels[row, document.start : document.stop] = IGNORE
         return replace(self, labels=labels)
 
 
@@ -80,8 +108,9 @@ class StepBatch:
     length: int  # s
     micro_batches: tuple[MicroBatch, ...]
     windows: tuple[MediaWindow, ...]
-    sample_ids: tuple[str, ...]  # in row order
-    row_tokens: tuple[int, ...]  # in row order; padding left out, pictures included
+    sample_ids: tuple[str, ...]  # in row order, in a row in document order
+    sample_tokens: tuple[int, ...]  # of each of them, pictures included
+    row_tokens: tuple[int, ...]  # by row: the sum of its samples', so padding left out
     num_media: int
     num_trained_tokens_local: int  # of this data-parallel rank
     faults_tolerated: bool = False  # equal on all ranks: whether any window may have faults
@@ -90,3 +119,8 @@ class StepBatch:
     def num_tokens(self) -> int:
         """Of the global batch, padding left out, pictures included."""
         return sum(self.row_tokens)
+
+    @property
+    def num_padding_tokens(self) -> int:
+        """Of the global batch."""
+        return len(self.row_tokens) * self.length - self.num_tokens

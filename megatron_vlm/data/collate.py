@@ -1,45 +1,68 @@
 """From encoded samples to the rows of a micro-batch and the pictures of a window.
 
-Labels are shifted here, over whole rows, before any rank cuts them: shifted afterwards, the token at each cut would
-lose its label. Padding stands at the end of a row, where a causal model cannot see it from any token that counts.
+Labels are shifted here, over whole documents, before any rank cuts them: shifted afterwards, the token at each cut
+would lose its label. The last token of a document predicts nothing. Padding stands at the end of a row, where a causal
+model cannot see it from any token that counts.
 
 b rows; s tokens of every row.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
 from megatron_vlm.data.batch import MediaSpan, MicroBatch
 from megatron_vlm.data.conversation import PLACEHOLDER_ID, EncodedSample
 from megatron_vlm.data.sample import IGNORE, Sample
+from megatron_vlm.parallel.layout import Documents
 from megatron_vlm.parallel.media_plan import MediaItem
 
-Row = tuple[Sample, EncodedSample]
+Document = tuple[Sample, EncodedSample]
 
 
-def collate_rows(rows: Sequence[Row], length: int) -> MicroBatch:
-    """b samples -> a micro-batch of [b, length]."""
+def collate_rows(rows: Sequence[Sequence[Document]], length: int, packed: bool = False) -> MicroBatch:
+    """b rows -> a micro-batch of [b, length].
+
+    Args:
+        rows: the samples of each, at least one, in order.
+        packed: isolates the samples, and the padding behind them, from each other; else a row is one sample, and one
+            document with its padding.
+    """
     ids = torch.full((len(rows), length), PLACEHOLDER_ID)
     labels = torch.full((len(rows), length), IGNORE)
-    for number, (_, encoded) in enumerate(rows):
-        num_tokens = len(encoded.ids)
-        assert num_tokens <= length, f"{num_tokens} tokens in a row of {length}"
-        ids[number, :num_tokens] = torch.tensor(encoded.ids)
-        labels[number, : num_tokens - 1] = torch.tensor(encoded.labels[1:])  # token i answers for token i + 1
-    position_ids = torch.arange(length).expand(len(rows), length).contiguous()
-    return MicroBatch(ids, labels, position_ids, tuple(sample.id for sample, _ in rows))
+    position_ids = torch.arange(length).repeat(len(rows), 1)
+    documents = []
+    for number, row in enumerate(rows):
+        assert packed or len(row) == 1, f"{len(row)} samples in a row that is not packed"
+        lengths = [len(encoded.ids) for _, encoded in row]
+        assert sum(lengths) <= length, f"{sum(lengths)} tokens in a row of {length}"
+        documents.append(Documents.packed(lengths, length) if packed else Documents.whole(length))
+        for start in documents[-1].starts:
+            position_ids[number, start:] = torch.arange(length - start)
+        for start, (_, encoded) in zip(accumulate(lengths, initial=0), row, strict=False):
+            stop = start + len(encoded.ids)
+            ids[number, start:stop] = torch.tensor(encoded.ids)
+            labels[number, start : stop - 1] = torch.tensor(encoded.labels[1:])  # token i answers for token i + 1
+    sample_ids = tuple(sample.id for row in rows for sample, _ in row)
+    return MicroBatch(ids, labels, position_ids, tuple(documents), sample_ids)
 
 
-def list_spans(rows: Sequence[Row], micro_batch: int, tokens_per_image: int, cost: float) -> list[MediaSpan]:
-    """The pictures of one micro-batch, in row and text order.
+def list_spans(
+    rows: Sequence[Sequence[Document]], micro_batch: int, tokens_per_image: int, cost: float
+) -> list[MediaSpan]:
+    """The pictures of one micro-batch, in row, document and text order.
 
     Args:
         micro_batch: its index in the step.
         cost: of encoding one picture.
     """
-    return [
-        MediaSpan(sample.id, path, MediaItem(cost, tokens_per_image, micro_batch, row, start))
-        for row, (sample, encoded) in enumerate(rows)
-        for path, start in zip(sample.images, encoded.image_starts, strict=True)
-    ]
+    spans = []
+    for number, row in enumerate(rows):
+        first = 0  # token of the document
+        for sample, encoded in row:
+            for path, start in zip(sample.images[: len(encoded.image_starts)], encoded.image_starts, strict=True):
+                item = MediaItem(cost, tokens_per_image, micro_batch, number, first + start)
+                spans.append(MediaSpan(sample.id, path, item))
+            first += len(encoded.ids)
+    return spans

@@ -37,12 +37,14 @@ class EncodedSample:
     Args:
         ids: one per token; a placeholder has PLACEHOLDER_ID.
         labels: the id where the token is trained, else IGNORE; not shifted.
-        image_starts: index of each picture's first placeholder.
+        image_starts: index of each picture's first placeholder; of the sample's first ones, where it is truncated.
+        num_cut: tokens that were cut off its end.
     """
 
     ids: list[int]
     labels: list[int]
     image_starts: list[int]
+    num_cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class ConversationEncoder:
         template: a registered name; `auto` is the tokenizer's chat template.
         image_token: the marker of a picture in a text.
         tokens_per_image: placeholders a marker becomes.
+        max_tokens: what is trained is truncated to at most so many, without cutting a picture in two; default: never.
 
     Raises:
         ConfigError: `auto` and the tokenizer has no chat template, or one that cannot be rendered; a template with
@@ -69,7 +72,12 @@ class ConversationEncoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str, image_token: str, tokens_per_image: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        image_token: str,
+        tokens_per_image: int,
+        max_tokens: int | None = None,
     ) -> None:
         self.form = TEMPLATES.get(template)
         if template == "auto" and not tokenizer.chat_template:
@@ -81,6 +89,7 @@ class ConversationEncoder:
         self.template = template
         self.image_token = image_token
         self.tokens_per_image = tokens_per_image
+        self.max_tokens = max_tokens
         self.marker_id = tokenizer.convert_tokens_to_ids(image_token)
         self.special_ids = frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
         known = tokenizer.convert_ids_to_tokens(list(self.special_ids))
@@ -98,8 +107,8 @@ class ConversationEncoder:
         """A whole conversation, for training.
 
         Raises:
-            BadSample: the template refuses the turns or does not repeat the answers as they are, or the number of
-                markers is not that of the pictures.
+            BadSample: the template refuses the turns or does not repeat the answers as they are, the number of
+                markers is not that of the pictures, or nothing that is trained is left of a truncated one.
         """
         turns = self._turns_of(sample)
         text = self._render(sample, turns)
@@ -107,7 +116,7 @@ class ConversationEncoder:
         tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = self.beginning + tokens["input_ids"]
         offsets = [(0, 0)] * len(self.beginning) + tokens["offset_mapping"]
-        return self._expand(ids, self._label(ids, offsets, spans), sample)
+        return self._truncate(self._expand(ids, self._label(ids, offsets, spans), sample), sample)
 
     def encode_prompt(self, sample: Sample) -> EncodedSample:
         """The conversation up to where the model must speak, for generation; nothing is trained.
@@ -243,3 +252,19 @@ class ConversationEncoder:
                 encoded.ids.append(id_)
                 encoded.labels.append(label)
         return encoded
+
+    def _truncate(self, encoded: EncodedSample, sample: Sample) -> EncodedSample:
+        """Cuts between two tokens of text, or before the first picture that does not fit as a whole."""
+        num_tokens = len(encoded.ids)
+        if self.max_tokens is None or num_tokens <= self.max_tokens:
+            return encoded
+        whole = [start for start in encoded.image_starts if start + self.tokens_per_image <= self.max_tokens]
+        end = min([self.max_tokens, *encoded.image_starts[len(whole) :]])
+        if all(label == IGNORE for label in encoded.labels[1:end]):
+            raise BadSample(
+                f"{sample.origin}: sample {sample.id!r} has {num_tokens} tokens, pictures included; the {end} to "
+                f"which it is truncated hold no answer (training.sequence_length {self.max_tokens}, "
+                "data.on_long_sample truncate)",
+                "truncated",
+            )
+        return EncodedSample(encoded.ids[:end], encoded.labels[:end], whole, num_tokens - end)

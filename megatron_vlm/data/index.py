@@ -8,7 +8,7 @@ folder is written under another name and renamed, so one that is there is whole;
 machine wait for the one that builds.
 
     samples.npy     RECORD per sample            ids.bin         their ids, one after the other
-    contents.json   fingerprint, dropped counts  dropped.jsonl   what was left out: id, place, reason, message, images
+    contents.json   fingerprint, counts          dropped.jsonl   what was left out: id, place, reason, message, images
 
 Hazard: pictures come and go without a trace in the fingerprint. What was left out for want of one that is there by now
 is refused, not indexed anew: ranks that open the index meanwhile would train on other samples than the rest.
@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_vlm.data.conversation import ConversationEncoder
+from megatron_vlm.data.conversation import ConversationEncoder, EncodedSample
 from megatron_vlm.data.media import MediaReader
 from megatron_vlm.data.sample import BadSample, Sample
 from megatron_vlm.data.sources import Extent, RecordFile
@@ -41,7 +41,7 @@ from megatron_vlm.errors import DataError
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.progress import Progress
 
-FORMAT = 4  # of the index's files and of what is in them
+FORMAT = 5  # of the index's files and of what is in them
 SAMPLES_PER_CHUNK = 512
 SAMPLES_PER_PROCESS = 20_000  # below which another process costs more to start than it saves
 HEAD_START_SECONDS = 1.0  # of rank 0, which owns the console, before another rank may build
@@ -55,8 +55,9 @@ class SampleIndex:
     """A published index, mapped from disk; pickled as its folder.
 
     `tokens` [n] int32: length of each sample, pictures included; `images` [n] int32: its pictures. `dropped`: how many
-    samples were left out, by reason. `fingerprint_of_contents`: numbers of samples, tokens and images, hex digests of
-    ids, lengths and contents; the same wherever the file lies and whenever it was written.
+    samples were left out, by reason; `num_truncated`: how many are cut to the most tokens allowed.
+    `fingerprint_of_contents`: numbers of samples, tokens and images, hex digests of ids, lengths and contents; the same
+    wherever the file lies and whenever it was written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,6 +71,7 @@ class SampleIndex:
         self.images: np.ndarray = self._records["images"]
         contents = json.loads((folder / "contents.json").read_text(encoding="utf-8"))
         self.dropped: dict[str, int] = contents["dropped"]
+        self.num_truncated: int = contents["truncated"]
         self.fingerprint_of_contents: dict[str, int | str] = contents["fingerprint"]
 
     def __reduce__(self) -> tuple[type["SampleIndex"], tuple[Path]]:
@@ -105,6 +107,7 @@ class Measured(NamedTuple):
     images: int
     digest: int
     id: str
+    is_truncated: bool
 
 
 class Dropped(NamedTuple):
@@ -140,14 +143,15 @@ class Measurer:
             sample = self.file.parse(raw, origin, sample_id)
             sample_id, images = sample.id, [str(self.media_root / image) for image in sample.images]
             digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
-            return Measured(self._num_tokens(sample), len(images), digest, sample_id)
+            encoded = self._encode(sample)
+            return Measured(len(encoded.ids), len(encoded.image_starts), digest, sample_id, encoded.num_cut > 0)
         except BadSample as error:
             if self.skip is None:
                 raise
             return Dropped(sample_id, origin, error.reason, str(error), images)
 
-    def _num_tokens(self, sample: Sample) -> int:
-        """Its length, after everything was checked."""
+    def _encode(self, sample: Sample) -> EncodedSample:
+        """Its tokens, after everything was checked."""
         owner = f"{sample.origin}: sample {sample.id!r}"
         for image in sample.images:
             path = self.media_root / image
@@ -156,14 +160,15 @@ class Measurer:
                 raise BadSample(message, "missing")
             if self.skip is not None:
                 self.skip.media.check_header(path, owner)
-        num_tokens = len(self.encoder.encode(sample).ids)
+        encoded = self.encoder.encode(sample)
+        num_tokens = len(encoded.ids)
         if self.skip is not None and num_tokens > self.skip.max_tokens:
             raise BadSample(
                 f"{owner} has {num_tokens} tokens, pictures included; training.sequence_length is "
                 f"{self.skip.max_tokens}",
                 "too long",
             )
-        return num_tokens
+        return encoded
 
 
 def open_index(
@@ -203,6 +208,11 @@ def open_index(
         get_logger(__name__).warning(
             "%d of %d samples of %s are left out (%s); they are listed in %s",
             num_dropped, num_dropped + len(index), file.path, counts, folder / "dropped.jsonl",
+        )  # fmt: skip
+    if index.num_truncated and rank == 0:
+        get_logger(__name__).warning(
+            "%d of %d samples of %s are truncated to %s tokens",
+            index.num_truncated, len(index), file.path, encoder.max_tokens,
         )  # fmt: skip
     return index
 
@@ -265,6 +275,7 @@ def _fingerprint(file: RecordFile, encoder: ConversationEncoder, media_root: Pat
         f"{type(file).__module__}.{type(file).__qualname__}",  # another source may read the same file otherwise
         file.image_token,
         encoder.tokens_per_image,
+        encoder.max_tokens,
         str(media_root.resolve()),
         None if skip is None else [skip.max_tokens, skip.media.image_mode, repr(skip.media.spec)],
     ]
@@ -310,7 +321,7 @@ def _build(measurer: Measurer, folder: Path) -> None:
     records = np.zeros(len(extents), RECORD)
     ids: list[bytes] = []
     dropped: list[Dropped] = []
-    id_end = 0
+    id_end = num_truncated = 0
     with Progress(f"indexing {file.path.name}", total=len(extents)) as progress:
         for chunk in OrderedItems(measurer, range(num_chunks), num_processes if num_processes > 1 else 0):
             for found in chunk:
@@ -319,6 +330,7 @@ def _build(measurer: Measurer, folder: Path) -> None:
                     continue
                 extent = extents[len(ids) + len(dropped)]
                 id_end += len(found.id.encode())
+                num_truncated += found.is_truncated
                 records[len(ids)] = (*extent, found.tokens, found.images, id_end, found.digest)
                 ids.append(found.id.encode())
             progress.advance(len(chunk))
@@ -330,13 +342,13 @@ def _build(measurer: Measurer, folder: Path) -> None:
             f"data file {file.path}: all of its samples are bad ({counts}), so data.on_bad_sample: skip leaves none; "
             f"the first: {dropped[0].message}"
         )
-    _publish(records, b"".join(ids), dropped, folder)
+    _publish(records, b"".join(ids), dropped, num_truncated, folder)
 
 
-def _publish(records: np.ndarray, ids: bytes, dropped: Sequence[Dropped], folder: Path) -> None:
+def _publish(records: np.ndarray, ids: bytes, dropped: Sequence[Dropped], num_truncated: int, folder: Path) -> None:
     """Writes beside and renames; where another process was first, its index stands."""
     counts = dict(sorted(Counter(sample.reason for sample in dropped).items()))
-    contents = {"fingerprint": _fingerprint_of_contents(records, ids), "dropped": counts}
+    contents = {"fingerprint": _fingerprint_of_contents(records, ids), "dropped": counts, "truncated": num_truncated}
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         samples = io.BytesIO()  # into a file numpy would write past Python, and not notice a full disk

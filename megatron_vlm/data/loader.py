@@ -4,33 +4,35 @@ One item of the stream is one step's whole input on this rank, made by a worker 
 step's number, so a resumed run, on any layout, goes on with exactly the batches it would have had; every rank of a
 replica reads the replica's texts, and only the pictures it encodes itself.
 
-All rows of one step have one length, on all ranks: the longest row of the global batch, known from the index, rounded
-up to what the layout can cut.
+All rows of one step have one length, on all ranks: training.sequence_length where they are packed, else the longest row
+of the global batch, known from the index; rounded up to what the layout can cut.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import MediaSpan, MediaWindow, StepBatch
-from megatron_vlm.data.collate import Row, collate_rows, list_spans
+from megatron_vlm.data.collate import Document, collate_rows, list_spans
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.index import SampleIndex, SkipRule, open_index
 from megatron_vlm.data.media import FAULTS, MediaReader
-from megatron_vlm.data.plan import GroupedPlan, Plan
+from megatron_vlm.data.media_windows import SamplePlace, WorldSharing
+from megatron_vlm.data.plan import GroupedPlan, PackedPlan, Plan, RowPlan
 from megatron_vlm.data.sample import IGNORE, BadSample
 from megatron_vlm.data.sources import SOURCES, RecordFile
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.layout import SequenceLayout, padded_length
-from megatron_vlm.parallel.media_plan import media_cost, plan_media
-from megatron_vlm.parallel.sizes import GridSizes
+from megatron_vlm.parallel.media_plan import plan_media
+from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 from megatron_vlm.runtime.logging import get_logger
 
 
@@ -54,22 +56,36 @@ def build_loader(
         DataError: at once, where a sample cannot be used or is longer than training.sequence_length; from iterating,
             where a picture cannot be read. Under data.on_bad_sample: skip only where all of them are bad, or the file.
     """
-    data, seed, batch_size = config.data, config.runtime.seed, config.training.global_batch_size
+    data = config.data
     source = _open_source(config, data.path, data.media_root, tokenizer, media_spec, rank)
-    plan = (
-        GroupedPlan(source.index, seed, batch_size)
-        if data.group_by_modality_length
-        else Plan(len(source.index), seed, batch_size, data.shuffle)
-    )
-    fetcher = StepFetcher(plan, source, StepShape.of(config, sizes, rank))
+    fetcher = StepFetcher(make_plan(config, source.index), source, StepShape.of(config, sizes, rank))
     return OrderedItems(fetcher, range(start_step, start_step + num_steps), data.num_workers)
+
+
+def make_plan(config: Config, samples: SampleIndex) -> RowPlan:
+    """The order in which a recipe trains its samples."""
+    data, seed, training = config.data, config.runtime.seed, config.training
+    if data.packing:
+        plan = PackedPlan(
+            samples.tokens,
+            seed,
+            training.global_batch_size,
+            training.sequence_length,
+            training.micro_batch_size,
+            data.shuffle,
+        )
+        get_logger(__name__).info("%s", plan)
+        return plan
+    if data.group_by_modality_length:
+        return GroupedPlan(samples, seed, training.global_batch_size)
+    return Plan(len(samples), seed, training.global_batch_size, data.shuffle)
 
 
 def build_held_out_loader(
     config: Config, tokenizer: PreTrainedTokenizerBase, media_spec: MediaSpec, sizes: GridSizes, rank: int
 ) -> OrderedItems[StepBatch]:
     """Every sample of evaluation.path once, in file order, in steps of the training's shape. The rows that fill up the
-    last step are copies in which nothing is trained. Arguments and errors as `build_loader`."""
+    last step are copies in which nothing is trained; rows are never packed. Arguments and errors as `build_loader`."""
     evaluation, batch_size = config.evaluation, config.training.global_batch_size
     assert evaluation.path is not None, "validated with the recipe"
     source = _open_source(config, evaluation.path, evaluation.media_root, tokenizer, media_spec, rank)
@@ -88,7 +104,8 @@ def _open_source(
     rank: int,
 ) -> "SampleSource":
     data, sequence_length = config.data, config.training.sequence_length
-    encoder = ConversationEncoder(tokenizer, data.template, data.image_token, media_spec.tokens_per_image)
+    limit = sequence_length if data.on_long_sample == "truncate" else None
+    encoder = ConversationEncoder(tokenizer, data.template, data.image_token, media_spec.tokens_per_image, limit)
     file = SOURCES.get(data.source)(path, data.image_token)
     root = Path(media_root) if media_root is not None else file.path.parent
     media = MediaReader(media_spec, data.image_mode)
@@ -118,13 +135,13 @@ class StepShape:
     """
 
     sizes: GridSizes
-    data_rank: int
-    replica_rank: int
+    at: Coordinates  # of this rank
     micro_batch_size: int  # b
     num_micro_batches: int
     media_window: int  # micro-batches
     sequence_length: int  # longest row allowed
     sequence_parallel: bool
+    media_over_world: bool
 
     @classmethod
     def of(cls, config: Config, sizes: GridSizes, rank: int) -> "StepShape":
@@ -135,13 +152,13 @@ class StepShape:
         num_micro_batches = training.global_batch_size // rows_per_round
         return cls(
             sizes=sizes,
-            data_rank=place.data,
-            replica_rank=sizes.replica_rank(place),
+            at=place,
             micro_batch_size=training.micro_batch_size,
             num_micro_batches=num_micro_batches,
             media_window=training.media_window or num_micro_batches,
             sequence_length=training.sequence_length,
             sequence_parallel=config.parallel.sequence,
+            media_over_world=config.parallel.media_group == "world",
         )
 
     def layout(self, longest: int) -> SequenceLayout:
@@ -151,9 +168,10 @@ class StepShape:
         assert length <= self.sequence_length, "training.sequence_length is validated to fit the layout"
         return SequenceLayout(length, *cut)
 
-    def rows_of(self, micro_batch: int) -> range:
-        """The global batch's rows that are this rank's in one micro-batch."""
-        first = (micro_batch * self.sizes.data + self.data_rank) * self.micro_batch_size
+    def rows_of(self, micro_batch: int, data_rank: int | None = None) -> range:
+        """The global batch's rows that are in one micro-batch of a data-parallel rank, by default this one's."""
+        data_rank = self.at.data if data_rank is None else data_rank
+        first = (micro_batch * self.sizes.data + data_rank) * self.micro_batch_size
         return range(first, first + self.micro_batch_size)
 
 
@@ -168,7 +186,7 @@ class SampleSource:
     media_root: Path
     tolerant: bool  # a picture that cannot be read is blanked
 
-    def row(self, number: int) -> Row:
+    def document(self, number: int) -> Document:
         """One sample. Raises DataError where it is no longer what was indexed."""
         sample = self.file.read(self.index.extent(number))
         encoded = self.encoder.encode(sample)
@@ -203,45 +221,76 @@ class StepFetcher:
     """Makes a step's input from its number. `num_rows`: of all steps together; those after them are copies, in which
     nothing is trained. None: the rows never end."""
 
-    plan: Plan
+    plan: RowPlan
     source: SampleSource
     shape: StepShape
     num_rows: int | None = None
 
     def produce(self, number: int) -> StepBatch:
         """The input of step `number`. Raises DataError."""
-        index, shape = self.source.index, self.shape
-        numbers = self.plan.rows(number)
-        layout = shape.layout(int(index.tokens[numbers].max()))
+        index, shape, packed_length = self.source.index, self.shape, self.plan.packed_length
+        numbers = self.plan.samples_by_row(number)
+        row_tokens = [int(index.tokens[list(samples)].sum()) for samples in numbers]
+        layout = shape.layout(packed_length or max(row_tokens))
         num_real = len(numbers) if self.num_rows is None else min(len(numbers), self.num_rows - number * len(numbers))
         rows, micro_batches = [], []
         for m in range(shape.num_micro_batches):
             local = shape.rows_of(m)
-            rows.append([self.source.row(numbers[row]) for row in local])
+            rows.append([[self.source.document(sample) for sample in numbers[row]] for row in local])
             copies = [i for i, row in enumerate(local) if row >= num_real]
-            micro_batches.append(collate_rows(rows[-1], layout.length).without(copies))
+            micro_batches.append(collate_rows(rows[-1], layout.length, packed_length is not None).without(copies))
         firsts = range(0, shape.num_micro_batches, shape.media_window)
-        real = numbers[:num_real]
+        real = [sample for samples in numbers[:num_real] for sample in samples]
         return StepBatch(
             step=number,
             length=layout.length,
             micro_batches=tuple(micro_batches),
-            windows=tuple(self._window(first, rows[first : first + shape.media_window], layout) for first in firsts),
+            windows=tuple(
+                self._window(first, rows[first : first + shape.media_window], numbers, layout) for first in firsts
+            ),
             sample_ids=tuple(index.sample_id(sample) for sample in real),
-            row_tokens=tuple(index.tokens[real].tolist()),
+            sample_tokens=tuple(index.tokens[real].tolist()),
+            row_tokens=tuple(row_tokens[:num_real]),
             num_media=int(index.images[real].sum()),
             num_trained_tokens_local=sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches),
             faults_tolerated=self.source.tolerant,
         )
 
-    def _window(self, first: int, rows: Sequence[Sequence[Row]], layout: SequenceLayout) -> MediaWindow:
-        spec = self.source.media.spec
-        cost = media_cost(spec.num_patches)
+    def _window(
+        self,
+        first: int,
+        rows: Sequence[Sequence[Sequence[Document]]],
+        numbers: Sequence[tuple[int, ...]],
+        layout: SequenceLayout,
+    ) -> MediaWindow:
+        """The window of this rank's micro-batches `rows`, `first` and following, of a step of the samples `numbers`."""
+        shape, spec = self.shape, self.source.media.spec
+        cost = spec.cost.of(spec.num_patches)
         spans = [
             span
             for m, of_one in enumerate(rows, start=first)
             for span in list_spans(of_one, m, spec.tokens_per_image, cost)
         ]
-        plan = plan_media([span.item for span in spans], layout, self.shape.sizes)
-        own = tuple(spans[item] for item in plan.items_of(self.shape.replica_rank))
+        if shape.media_over_world:
+            sharing = WorldSharing(shape.sizes, shape.at, spec.tokens_per_image, cost, self.source.document)
+            plan, own = sharing.share(spans, self._places(range(first, first + len(rows)), numbers), layout)
+        else:
+            plan = plan_media([span.item for span in spans], layout, shape.sizes)
+            own = tuple(spans[item] for item in plan.items_of(plan.media_rank(shape.at)))
         return MediaWindow(first, len(rows), tuple(spans), own, plan, *self.source.pictures(own))
+
+    def _places(self, micro_batches: range, numbers: Sequence[tuple[int, ...]]) -> list[SamplePlace]:
+        """Where the samples of some micro-batches of all replicas stand."""
+        index, shape = self.source.index, self.shape
+        return [
+            SamplePlace(sample, int(index.images[sample]), data, m, number, start)
+            for data in range(shape.sizes.data)
+            for m in micro_batches
+            for number, row in enumerate(shape.rows_of(m, data))
+            for sample, start in zip(numbers[row], _starts(index.tokens[list(numbers[row])]), strict=True)
+        ]
+
+
+def _starts(lengths: np.ndarray) -> list[int]:
+    """The first token of each of several documents, one after the other: [n] -> n."""
+    return (np.cumsum(lengths, dtype=np.int64) - lengths).tolist()

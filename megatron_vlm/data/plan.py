@@ -4,6 +4,12 @@ Samples follow one another in epochs, each its own permutation; step t takes the
 endless sequence, across the end of an epoch where it falls there. So nothing is dropped, every sample comes once per
 epoch, and the loader's whole state is one number, on any layout.
 
+`PackedPlan` does the same with rows that hold several samples each. The rows are made once, for all epochs, from the
+samples' lengths and the seed (`packing.pack_rows`), so an epoch has the same number of rows each time and the rows of a
+step need no history: packed anew in each epoch, step t would stand wherever the row counts of all earlier epochs put
+it. A step is then `global_batch_size` rows and as many samples as these hold; an epoch is over when all rows were
+trained once, and with them all samples. Samples that share a row share it in every epoch, which they do not notice.
+
 `GroupedPlan` orders each epoch as LLaVA's sampler does (`group_by_modality_length`): a batch has either pictures in all
 of its samples or in none, and samples of similar length, so that little of a step is padding.
 
@@ -16,7 +22,20 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_vlm.data.packing import deal_work, pack_rows, row_work
+
 POOL_BATCHES = 50  # samples are sorted by length among so many batches' worth; all of them: every epoch would be alike
+
+
+class RowPlan(Protocol):
+    """What the loader must know of a plan."""
+
+    @property
+    def packed_length(self) -> int | None:
+        """Tokens of every row, where rows are packed."""
+
+    def samples_by_row(self, step: int) -> list[tuple[int, ...]]:
+        """The sample numbers of each row of a step's global batch."""
 
 
 class Lengths(Protocol):
@@ -36,6 +55,8 @@ class Plan:
         shuffle: False keeps file order in every epoch.
     """
 
+    packed_length = None
+
     def __init__(self, num_samples: int, seed: int, global_batch_size: int, shuffle: bool = True) -> None:
         assert num_samples > 0 and global_batch_size > 0
         self.num_samples = num_samples
@@ -53,6 +74,10 @@ class Plan:
             rows += self._take(epoch, start, start + taken)
             position += taken
         return rows
+
+    def samples_by_row(self, step: int) -> list[tuple[int, ...]]:
+        """The same, as `RowPlan` has it."""
+        return [(sample,) for sample in self.rows(step)]
 
     def _take(self, epoch: int, start: int, end: int) -> list[int]:
         """A part of an epoch's sequence."""
@@ -87,6 +112,63 @@ class GroupedPlan(Plan):
             order = group_epoch(self.samples, (self.seed, epoch), head, self.global_batch_size)
             self._orders = {epoch: order, **{e: o for e, o in self._orders.items() if e == epoch - 1}}
         return self._orders[epoch][start:end].tolist()
+
+
+class PackedPlan:
+    """Rows of several samples, in an order that gives micro-batches and data-parallel ranks even work.
+
+    Args:
+        tokens: [n] length of every sample.
+        seed, global_batch_size, shuffle: as `Plan`; without `shuffle` samples keep the file's order as far as packing
+            allows (`packing.WINDOW_ROWS`).
+        row_length: tokens of every row, `packed_length`; no sample is longer.
+        micro_batch_size: rows of a micro-batch; what a step trains does not depend on it.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        seed: int,
+        global_batch_size: int,
+        row_length: int,
+        micro_batch_size: int,
+        shuffle: bool = True,
+    ) -> None:
+        order = np.argsort(_raw((seed, 0, 2), len(tokens)), kind="stable") if shuffle else np.arange(len(tokens))
+        rows = pack_rows(tokens, order, row_length)
+        self.packed_length, self.micro_batch_size = row_length, micro_batch_size
+        self._rows = Plan(len(rows), seed, global_batch_size, shuffle)
+        self._work = np.array([row_work(tokens[list(row)].tolist()) for row in rows])
+        self._samples = np.concatenate(rows)
+        self._ends = np.cumsum([len(row) for row in rows])
+        self.num_tokens = int(tokens.sum(dtype=np.int64))
+
+    @property
+    def num_rows(self) -> int:
+        """Of an epoch."""
+        return len(self._ends)
+
+    @property
+    def padding(self) -> float:
+        """Share of the rows' tokens that are none."""
+        return 1 - self.num_tokens / (self.num_rows * self.packed_length)
+
+    def __str__(self) -> str:
+        steps = self.num_rows / self._rows.global_batch_size
+        return (
+            f"{len(self._samples):,} samples in {self.num_rows:,} rows of {self.packed_length:,} tokens, "
+            f"{self.padding:.2%} of them padding; an epoch is {steps:,.1f} steps"
+        )
+
+    def samples_by_row(self, step: int) -> list[tuple[int, ...]]:
+        """The sample numbers of each row of a step's global batch."""
+        rows = self._rows.rows(step)
+        dealt = deal_work(self._work[rows].tolist(), self.micro_batch_size)
+        return [self._members(rows[number]) for number in dealt]
+
+    def _members(self, row: int) -> tuple[int, ...]:
+        start = self._ends[row - 1] if row else 0
+        return tuple(self._samples[start : self._ends[row]].tolist())
 
 
 def group_epoch(samples: Lengths, seed_and_epoch: tuple[int, int], head: int, batch_size: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from megatron_vlm.data.conversation import PLACEHOLDER_ID, ConversationEncoder
 from megatron_vlm.data.sample import Sample, Turn
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
-from megatron_vlm.parallel.media_plan import MediaItem, media_cost
+from megatron_vlm.parallel.media_plan import MediaItem
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 ImageSource = Path | Image.Image
@@ -131,7 +131,7 @@ def collate(questions: Sequence[Question], encoder: ConversationEncoder, spec: M
     ids = torch.full((len(encoded), length), PLACEHOLDER_ID)
     valid = torch.zeros(len(encoded), length, dtype=torch.bool)
     spans: list[MediaSpan] = []
-    cost = media_cost(spec.num_patches)
+    cost = spec.cost.of(spec.num_patches)
     for row, (question, prompt) in enumerate(zip(questions, encoded, strict=True)):
         padding = length - len(prompt.ids)
         ids[row, padding:] = torch.tensor(prompt.ids)

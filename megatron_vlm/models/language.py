@@ -23,8 +23,11 @@ from megatron_vlm.models.architectures import LANGUAGE_MODELS, check_architectur
 from megatron_vlm.models.head import LanguageHead
 from megatron_vlm.models.merge import LocalFeatures, merge_features
 from megatron_vlm.models.specs import block_spec
-from megatron_vlm.parallel.context_attention import AttentionContext, KVCache
+from megatron_vlm.parallel.context_attention import AttentionContext, KVCache, SharedSequence
 from megatron_vlm.parallel.groups import Grid
+from megatron_vlm.parallel.layout import Documents, SequenceLayout
+from megatron_vlm.parallel.ring import Ring
+from megatron_vlm.parallel.ring_plan import RingPlan
 from megatron_vlm.runtime.device import current_device
 
 TIED_HEAD, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
@@ -102,7 +105,7 @@ class LanguageModel(GPTModel):
             position_embedding_type="none",
             vp_stage=place.virtual_stage,
         )
-        self.spec = spec
+        self.spec, self.grid, self.ring_mode = spec, grid, recipe.parallel.ring_mode
         self.inverse_frequencies = spec.inverse_frequencies.to(current_device())
         if place.last:
             self.output_layer = LanguageHead(self.output_layer, spec.vocab_size, recipe.ops.loss_chunk_tokens)
@@ -114,8 +117,11 @@ class LanguageModel(GPTModel):
         labels: Tensor | None = None,
         features: LocalFeatures | None = None,
         cache: KVCache | None = None,
+        documents: tuple[Documents, ...] | None = None,
     ) -> Tensor:
         """One micro-batch through this chunk; a chunk that is not first takes mcore's `input_tensor` as its input.
+
+        Letters: s tokens of each row that this rank holds, in the order the layout gives them.
 
         Args:
             ids: [b, s], placeholders carrying any valid id; read by the first chunk only.
@@ -123,6 +129,7 @@ class LanguageModel(GPTModel):
             labels: [b, s], shifted, -100 where not trained; read by the last chunk only.
             features: visual rows of this rank's slice of the sequence; merged by the first chunk only.
             cache: generation's kv cache, of all tokens before these; not with sequence parallelism.
+            documents: of each whole row; default: each row is one.
 
         Returns:
             Last chunk: per-token loss [b, s] fp32 with labels, else logits [b, s, V]; with a cache the last token's
@@ -135,6 +142,7 @@ class LanguageModel(GPTModel):
             inverse_frequencies=self.inverse_frequencies,
             rope_scaling=self.spec.rope_scaling,
             cache=cache,
+            shared=self._shared_sequence(position_ids, documents),
         )
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
         if not self.post_process:
@@ -143,6 +151,17 @@ class LanguageModel(GPTModel):
             hidden = hidden[-1:]  # [s, b, h] -> [1, b, h]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden, labels, weight)
+
+    def _shared_sequence(self, position_ids: Tensor, documents: tuple[Documents, ...] | None) -> SharedSequence | None:
+        sizes = self.grid.sizes
+        is_packed = documents is not None and any(len(row.starts) > 1 for row in documents)
+        if sizes.context == 1 and not is_packed:
+            return None
+        num_rows, num_tokens = position_ids.shape
+        layout = SequenceLayout(num_tokens * sizes.context, sizes.ring, sizes.ulysses)
+        whole = (Documents.whole(layout.length),) * num_rows
+        plan = RingPlan(layout, documents or whole)
+        return SharedSequence(self.grid.ulysses, Ring(plan, self.grid.ring, self.ring_mode))
 
     def _embed(self, ids: Tensor, position_ids: Tensor, features: LocalFeatures | None) -> Tensor:
         """ids [b, s] -> [s/tp, b, h] with the visual rows in place."""

@@ -26,7 +26,7 @@ from megatron_vlm.models.merge import LocalFeatures
 from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.groups import Grid
-from megatron_vlm.parallel.media_exchange import send_features
+from megatron_vlm.parallel.media_exchange import media_group, send_features
 from megatron_vlm.parallel.media_plan import MediaItem, Route
 
 
@@ -99,8 +99,9 @@ class VisionLanguageModel:
         return self.vision(pixels).flatten(0, 1)  # [n, tokens, h] -> [n * tokens, h]
 
     def exchange(self, encoded: Tensor, route: Route) -> Tensor:
-        """encoded rows [n_enc, h] -> the rows whose tokens this rank owns [n_recv, h]. A collective of the replica."""
-        return send_features(encoded, route, self.grid.replica)
+        """encoded rows [n_enc, h] -> the rows whose tokens this rank owns [n_recv, h]. A collective of the route's
+        media group."""
+        return send_features(encoded, route, media_group(self.grid, route.over_world))
 
     def place(self, received: Tensor, route: Route, micro_batch: int) -> LocalFeatures:
         """received [n_recv, h] -> one micro-batch's features, as a leaf that takes a gradient where vision trains."""

@@ -1,81 +1,168 @@
 """Softmax attention over one block of queries and keys -> (output, log-sum-exp): the only door to attention kernels.
 
-The log-sum-exp lets ring attention merge blocks later; it carries no gradient, as in the kernels. Backends:
+The log-sum-exp lets ring attention merge blocks; it carries no gradient, as in the kernels. `attention_backward` gives
+a block's gradients from the output and log-sum-exp over all blocks. Backends:
 
-* cpu        torch's flash kernel for the CPU. Its own causal mask is aligned top-left, so anything but a square causal
-             block gets an explicit additive mask.
+* cpu        torch's flash kernel for the CPU. It has one causal mask, aligned top-left (offset 0); other masks are
+             explicit and additive, [sq, sk]. It has no soft-cap.
 * reference  the plain twin; runs everywhere, holds the whole score matrix.
+
+Hazards of the CPU kernel: without heads, queries or keys it ends the process (SIGFPE); for a query that sees no key it
+writes the log-sum-exp 0, and its backward turns -inf into NaN; its backward in bf16 is ten times slower than in fp32.
 """
 
 from collections.abc import Callable
+from typing import Unpack
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from megatron_vlm.ops import reference
 from megatron_vlm.ops.dispatch import AUTO, Operation
+from megatron_vlm.ops.reference import AttentionRules
 
 ATTENTION: Operation[Callable[..., tuple[Tensor, Tensor]]] = Operation("ops.attention")
+ATTENTION_BACKWARD: Operation[Callable[..., tuple[Tensor, Tensor, Tensor]]] = Operation("ops.attention")
 
 _CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool,
-    softmax_scale: float,
-    key_valid: Tensor | None = None,
-    backend: str = AUTO,
+    q: Tensor, k: Tensor, v: Tensor, *, backend: str = AUTO, **rules: Unpack[AttentionRules]
 ) -> tuple[Tensor, Tensor]:
     """Attention with grouped queries: query head i reads kv head i // (heads / kv_heads).
 
     Args:
         q: [b, sq, heads, d].
-        k, v: [b, sk, kv_heads, d]; kv_heads divides heads.
-        causal: query i sees the keys up to i + sk - sq (the last query sees all: queries follow cached keys).
-        softmax_scale: factor of the scores.
-        key_valid: [b, sk] bool; False hides a key from every query of its row (left padding). Default: all valid.
+        k, v: [b, sk, kv_heads, d]; kv_heads divides heads; v may have a head width of its own, dv. Nothing is empty.
         backend: auto | cpu | reference.
+        rules: who sees whom, and how scores are made: the keywords of `AttentionRules`.
 
     Returns:
-        out [b, sq, heads, d] in q's dtype, and lse [b, heads, sq] fp32 (fp64 for fp64), without gradient. A query that
+        out [b, sq, heads, dv] in q's dtype, and lse [b, heads, sq] fp32 (fp64 for fp64), without gradient. A query that
         sees no key gives zeros and -inf.
 
     Raises:
         ConfigError: the backend asked for cannot run here, with the reason.
     """
-    assert q.shape[2] % k.shape[2] == 0, f"{k.shape[2]} kv heads do not divide {q.shape[2]} query heads"
-    assert not causal or k.shape[1] >= q.shape[1], f"causal attention of {q.shape[1]} queries on {k.shape[1]} keys"
-    function = ATTENTION.select(backend, q)
-    return function(q, k, v, causal=causal, softmax_scale=softmax_scale, key_valid=key_valid)
+    _check(q, k)
+    return ATTENTION.select(backend, q, rules.get("softcap"))(q, k, v, **rules)
 
 
-def _cpu_obstacle(q: Tensor) -> str | None:
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    backend: str = AUTO,
+    **rules: Unpack[AttentionRules],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one block of attention, from the output and log-sum-exp over all keys, in this block and elsewhere.
+
+    With p = exp(score - lse) and delta = rowsum(dout * out), blocks need nothing else of each other (FlashAttention,
+    Dao et al. 2022): over disjoint blocks of keys dq sums to the whole, over blocks of queries dk and dv do.
+
+    Args:
+        dout, out: [b, sq, heads, dv], the gradient of the final output, and that output; any floating dtype.
+        lse: [b, heads, sq], final; -inf for a query that sees no key at all, which gets and gives no gradient.
+        q, k, v, backend, rules: as given to `attention` for this block.
+
+    Returns:
+        dq [b, sq, heads, d], dk [b, sk, kv_heads, d], dv [b, sk, kv_heads, dv], all fp32 (fp64 for fp64 q), to be
+        summed over blocks before they are rounded.
+
+    Raises:
+        ConfigError: as `attention`.
+    """
+    _check(q, k)
+    function = ATTENTION_BACKWARD.select(backend, q, rules.get("softcap"))
+    return function(dout, q, k, v, out, lse, **rules)
+
+
+def _check(q: Tensor, k: Tensor) -> None:
+    queries, keys = q.shape, k.shape
+    assert 0 not in queries and 0 not in keys, f"attention of nothing: queries {queries}, keys {keys}"
+    assert queries[2] % keys[2] == 0, f"{keys[2]} kv heads do not divide {queries[2]} query heads"
+
+
+def _cpu_obstacle(q: Tensor, softcap: float | None) -> str | None:
     if q.device.type != "cpu":
         return f"it needs tensors on the CPU, found {q.device}"
     if q.dtype not in _CPU_DTYPES:
         return f"it needs one of {', '.join(map(str, _CPU_DTYPES))}, found {q.dtype}"
+    if softcap is not None:
+        return f"it has no soft-cap of the scores, found {softcap}"
     return None
 
 
+def _kernel_mask(q: Tensor, k: Tensor, rules: AttentionRules) -> tuple[bool, Tensor | None]:
+    """(whether the kernel's own causal mask does, visible keys [b or 1, 1, sq, sk] where it must be told)."""
+    causal, window = rules["causal"], rules.get("window")
+    explicit = rules.get("key_valid") is not None
+    if causal or window is not None:
+        offset = reference.offset_of(q, k, rules)
+        causal = causal and offset < k.shape[1] - 1  # else the first query sees the last key already
+        windowed = window is not None and offset + q.shape[1] > window  # else the last query sees the first key still
+        explicit = explicit or windowed or (causal and offset != 0)
+    return (False, reference.visible_keys(q, k, **rules)) if explicit else (causal, None)
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where visible, -inf elsewhere: the mask as the kernel takes it."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+
+
+def _one_width(*tensors: Tensor) -> list[Tensor]:
+    """Zeros behind every head: [..., d or dv] -> [..., max(d, dv)]. They change no score; results are cut back."""
+    width = max(x.shape[-1] for x in tensors)
+    return [functional.pad(x, (0, width - x.shape[-1])) for x in tensors]
+
+
 @ATTENTION.backend("cpu", _cpu_obstacle)
-def _attention_cpu(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, softmax_scale: float, key_valid: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    square_causal = causal and q.shape[1] == k.shape[1]
-    one_query = q.shape[1] == 1  # it follows all keys, so causal hides nothing
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]  # [b, s, heads, d] -> [b, heads, s, d]
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    if key_valid is None and (square_causal or one_query or not causal):
-        out, lse = kernel(*heads_first, 0.0, square_causal, attn_mask=None, scale=softmax_scale)
-        return out.transpose(1, 2), lse
-    visible = reference.visible_keys(q, k, causal, key_valid)
-    hidden_keys = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
-    out, lse = kernel(*heads_first, 0.0, False, attn_mask=hidden_keys, scale=softmax_scale)
-    return out.transpose(1, 2), lse.masked_fill(~visible.any(-1), -torch.inf)
+def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, **rules: Unpack[AttentionRules]) -> tuple[Tensor, Tensor]:
+    if q.shape[3] != v.shape[3]:
+        out, lse = _attention_cpu(*_one_width(q, k, v), **rules)
+        return out[..., : v.shape[3]], lse
+    causal, visible = _kernel_mask(q, k, rules)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.transpose(1, 2),  # [b, s, heads, d] -> [b, heads, s, d]
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        0.0,
+        causal,
+        attn_mask=None if visible is None else _additive(visible, q.dtype),
+        scale=rules["softmax_scale"],
+    )
+    if visible is not None:
+        lse = lse.masked_fill(~visible.any(-1), -torch.inf)
+    return out.transpose(1, 2), lse
+
+
+@ATTENTION_BACKWARD.backend("cpu", _cpu_obstacle)
+def _attention_backward_cpu(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **rules: Unpack[AttentionRules]
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.shape[3] != v.shape[3]:
+        dout, wide_q, wide_k, wide_v, out = _one_width(dout, q, k, v, out)
+        dq, dk, dv = _attention_backward_cpu(dout, wide_q, wide_k, wide_v, out, lse, **rules)
+        return dq[..., : q.shape[3]], dk[..., : q.shape[3]], dv[..., : v.shape[3]]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    causal, visible = _kernel_mask(q, k, rules)
+    gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(x.to(wide).transpose(1, 2) for x in (dout, q, k, v, out)),  # [b, s, heads, d] -> [b, heads, s, d]
+        lse.masked_fill(lse == -torch.inf, torch.inf),  # exp(score - inf) = 0
+        0.0,
+        causal,
+        attn_mask=None if visible is None else _additive(visible, wide),
+        scale=rules["softmax_scale"],
+    )
+    dq, dk, dv = (x.transpose(1, 2) for x in gradients)
+    return dq, dk, dv
 
 
 ATTENTION.backend("reference")(reference.attention)
+ATTENTION_BACKWARD.backend("reference")(reference.attention_backward)

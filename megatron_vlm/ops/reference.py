@@ -5,6 +5,8 @@ of ranks, chunks or kernels. Letters: b rows, s positions (q: of queries, k: of 
 v vocabulary.
 """
 
+from typing import Required, TypedDict, Unpack
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -31,34 +33,86 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
 
 
-def visible_keys(q: Tensor, k: Tensor, causal: bool, key_valid: Tensor | None) -> Tensor:
-    """Which keys each query may see, [b or 1, 1, sq, sk] bool.
+class AttentionRules(TypedDict, total=False):
+    """The keywords of attention and its backward. Query i stands at key index i + offset; the default None is "off".
 
-    Causal is aligned at the end: the last query sees all keys, as where queries follow cached keys.
+    Args:
+        causal: query i sees key j only where j <= i + offset.
+        softmax_scale: factor of the scores.
+        offset: any integer; default sk - sq: the last query stands at the last key (queries follow cached keys).
+        window: query i sees key j only where i + offset - j < window.
+        softcap: the scaled scores become softcap * tanh(scores / softcap).
+        key_valid: [b, sk] bool; False hides a key from every query of its row (left padding).
     """
-    num_queries, num_keys = q.shape[1], k.shape[1]
-    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
-    if causal:
-        visible = visible.tril(num_keys - num_queries)
+
+    causal: Required[bool]
+    softmax_scale: Required[float]
+    offset: int | None
+    window: int | None
+    softcap: float | None
+    key_valid: Tensor | None
+
+
+def offset_of(q: Tensor, k: Tensor, rules: AttentionRules) -> int:
+    """The key index at which query 0 stands."""
+    offset = rules.get("offset")
+    return k.shape[1] - q.shape[1] if offset is None else offset
+
+
+def visible_keys(q: Tensor, k: Tensor, **rules: Unpack[AttentionRules]) -> Tensor:
+    """Which keys each query may see, [b or 1, 1, sq, sk] bool."""
+    visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
+    window, key_valid = rules.get("window"), rules.get("key_valid")
+    if rules["causal"]:
+        visible = visible.tril(offset_of(q, k, rules))
+    if window is not None:
+        visible = visible.triu(offset_of(q, k, rules) - window + 1)
     visible = visible[None, None]
     return visible if key_valid is None else visible & key_valid[:, None, None, :]
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, softmax_scale: float, key_valid: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def _scores(q: Tensor, keys: Tensor, rules: AttentionRules) -> Tensor:
+    """Scaled and soft-capped, before anything is hidden: [b, heads, sq, sk]."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, keys) * rules["softmax_scale"]
+    softcap = rules.get("softcap")
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, **rules: Unpack[AttentionRules]) -> tuple[Tensor, Tensor]:
     """Softmax attention with grouped queries; see `ops.attention.attention` for shapes and meaning."""
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[2] // k.shape[2]
     keys, values = (x.to(wide).repeat_interleave(group, dim=2) for x in (k, v))  # kv heads -> heads
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), keys) * softmax_scale
-    visible = visible_keys(q, k, causal, key_valid)
+    scores = _scores(q.to(wide), keys, rules)
+    visible = visible_keys(q, k, **rules)
     blind = ~visible.any(-1, keepdim=True)  # a query without any key: zero output, and no NaN on the way
     scores = scores.masked_fill(~visible & ~blind, -torch.inf)
     lse = scores.logsumexp(-1).masked_fill(blind.squeeze(-1), -torch.inf)
     probabilities = scores.softmax(-1).masked_fill(blind, 0.0)
     out = torch.einsum("bhqk,bkhd->bqhd", probabilities, values)
     return out.to(q.dtype), lse.detach()
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **rules: Unpack[AttentionRules]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one block from the final out and lse; see `ops.attention.attention_backward`."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    kv_heads = k.shape[2]
+    dout, q, k, v, out = (x.to(wide) for x in (dout, q, k, v, out))
+    keys, values = (x.repeat_interleave(q.shape[2] // kv_heads, dim=2) for x in (k, v))  # kv heads -> heads
+    scores = _scores(q, keys, rules)
+    probabilities = (scores - lse[..., None]).exp().masked_fill(~visible_keys(q, k, **rules), 0.0)
+    delta = (dout * out).sum(-1).transpose(1, 2)[..., None]  # [b, sq, heads] -> [b, heads, sq, 1]
+    dscores = probabilities * (torch.einsum("bqhd,bkhd->bhqk", dout, values) - delta) * rules["softmax_scale"]
+    softcap = rules.get("softcap")
+    if softcap is not None:
+        dscores = dscores * (1 - (scores / softcap).square())  # the slope of tanh
+    dq = torch.einsum("bhqk,bkhd->bqhd", dscores, keys)
+    dk = torch.einsum("bhqk,bqhd->bkhd", dscores, q)
+    dv = torch.einsum("bhqk,bqhd->bkhd", probabilities, dout)
+    dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))  # heads -> kv heads
+    return dq, dk, dv
 
 
 def linear_cross_entropy(

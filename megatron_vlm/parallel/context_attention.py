@@ -1,11 +1,13 @@
 """Our core attention in every layer and layout (DESIGN D6), and what it is told about the tokens.
 
-mcore hands a layer's queries, keys and values over; positions and the kv cache travel in `AttentionContext`, which
-rides in mcore's `packed_seq_params` argument. Its `qkv_format` is 'sbhd' so that mcore neither squeezes nor slices
-anything, and mcore's own position embedding is 'none', so RoPE happens here, from explicit positions.
+mcore hands a layer's queries, keys and values over; positions, layout, documents and the kv cache travel in
+`AttentionContext`, which rides in mcore's `packed_seq_params` argument. Its `qkv_format` is 'sbhd' so that mcore
+neither squeezes nor slices anything, and mcore's own position embedding is 'none', so RoPE happens here, from explicit
+positions. Then heads are exchanged for sequence over the Ulysses ranks, keys and values go round the ring, and the
+output comes back the way the queries went.
 
-Letters: s sequence (gathered: under sequence parallelism mcore's qkv projection has already gathered it), b rows, heads
-and kv_heads of this tensor-parallel rank, d head width.
+Letters: s tokens of this context rank (gathered: under sequence parallelism mcore's qkv projection has already gathered
+them), b rows, heads and kv_heads of this tensor-parallel rank, d head width.
 """
 
 from dataclasses import dataclass
@@ -18,10 +20,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_vlm.ops.attention import attention
 from megatron_vlm.ops.dispatch import AUTO
 from megatron_vlm.ops.rope import apply_rope, rope_tables
+from megatron_vlm.parallel.ring import Ring, ring_attention
+from megatron_vlm.parallel.ulysses import HeadSplit, to_heads, to_sequence
 
 
 class KVCache:
@@ -63,6 +68,20 @@ class KVCache:
         return torch.nn.functional.pad(self.prompt_valid, (0, num_answer_tokens), value=True)
 
 
+@dataclass(frozen=True)
+class SharedSequence:
+    """Rows of which several ranks hold a part each, or which hold several documents each.
+
+    Args:
+        ulysses: group of the ranks that exchange sequence for heads.
+        ring: layout, documents and group of the ranks that have the result of that exchange; the layout's `tensor` is
+            1, since attention's input is gathered over the tensor ranks.
+    """
+
+    ulysses: ProcessGroup
+    ring: Ring
+
+
 @dataclass
 class AttentionContext(PackedSeqParams):
     """What attention must know of the tokens of one forward; one object serves all layers of a stage.
@@ -71,6 +90,7 @@ class AttentionContext(PackedSeqParams):
         position_ids: [b, s] of this forward's tokens.
         inverse_frequencies: [d/2] of RoPE; `rope_scaling` multiplies cosines and sines.
         cache: the kv cache this forward reads and extends, or None.
+        shared: where the rows are more than this rank's own tokens of one document each.
     """
 
     qkv_format: str = "sbhd"
@@ -78,6 +98,7 @@ class AttentionContext(PackedSeqParams):
     inverse_frequencies: Tensor | None = None
     rope_scaling: float = 1.0
     cache: KVCache | None = None
+    shared: SharedSequence | None = None
 
     @cached_property
     def rope(self) -> tuple[Tensor, Tensor]:
@@ -126,6 +147,9 @@ class ContextAttention(MegatronModule):
         assert attention_mask is None and attention_bias is None, "masks come from the AttentionContext"
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [s, b, ...] -> [b, s, ...]
         q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
+        if context.shared is not None:
+            assert context.cache is None, "generation runs on whole rows"
+            return self._attend_shared(q, k, v, context.shared).transpose(0, 1).flatten(2)
         key_valid = None
         if context.cache is not None:
             k, v = context.cache.extend(self.layer_number, k, v)
@@ -134,3 +158,13 @@ class ContextAttention(MegatronModule):
             q, k, v, causal=True, softmax_scale=self.softmax_scale, key_valid=key_valid, backend=self.backend
         )
         return out.transpose(0, 1).flatten(2)  # [b, s, heads, d] -> [s, b, heads * d]
+
+    def _attend_shared(self, q: Tensor, k: Tensor, v: Tensor, shared: SharedSequence) -> Tensor:
+        """q [b, s, heads, d], k and v [b, s, kv_heads, d] -> [b, s, heads, d]."""
+        split = HeadSplit(q.shape[2], k.shape[2], shared.ulysses.size())
+        kv_index = split.kv_index(shared.ulysses.rank())
+        q, k, v = to_heads(q, k, v, split, shared.ulysses)
+        out = ring_attention(
+            q, k, v, shared.ring, kv_index=kv_index, softmax_scale=self.softmax_scale, backend=self.backend
+        )
+        return to_sequence(out, split, shared.ulysses)

@@ -6,6 +6,7 @@ collective: every rank calls `build_grid` once, with the same sizes.
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -13,6 +14,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_vlm.errors import ParallelError
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
+from megatron_vlm.runtime.collectives import all_reduce_
+from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.distributed import init_grid
 
 __all__ = ["Coordinates", "Grid", "GridSizes", "build_grid", "vision_process_groups"]
@@ -26,7 +29,9 @@ class Grid:
     rank: int
     coordinates: Coordinates
     tensor: ProcessGroup
-    context: ProcessGroup
+    context: ProcessGroup  # ulysses x ring
+    ulysses: ProcessGroup
+    ring: ProcessGroup
     data: ProcessGroup
     data_context: ProcessGroup  # data x context: gradients of the language model are reduced over it
     pipeline: ProcessGroup
@@ -53,6 +58,11 @@ def build_grid(sizes: GridSizes, virtual_pipeline: int = 1) -> Grid:
         raise ParallelError(f"number of ranks: found {world_size}, needed {sizes.world} for {sizes}")
     init_grid(sizes.tensor, sizes.pipeline, virtual_pipeline, sizes.ulysses, sizes.ring)
     coordinates = sizes.coordinates(rank)
+    solo = dist.new_group([rank], use_local_synchronization=True)
+    ulysses, ring = (solo, solo)
+    if sizes.context > 1:  # megatron-core keeps the last grid's where this one has none
+        ulysses, ring = parallel_state.get_hierarchical_context_parallel_groups()
+        all_reduce_(torch.zeros(1, device=current_device()), ring)  # NCCL connects a group in its first collective
     replicas = [dist.new_group(sizes.replica_ranks(data)) for data in range(sizes.data)]
     return Grid(
         sizes=sizes,
@@ -60,12 +70,14 @@ def build_grid(sizes: GridSizes, virtual_pipeline: int = 1) -> Grid:
         coordinates=coordinates,
         tensor=parallel_state.get_tensor_model_parallel_group(),
         context=parallel_state.get_context_parallel_group(),
+        ulysses=ulysses,
+        ring=ring,
         data=parallel_state.get_data_parallel_group(),
         data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         replica=replicas[coordinates.data],
         world=world,
-        solo=dist.new_group([rank], use_local_synchronization=True),
+        solo=solo,
     )
 
 

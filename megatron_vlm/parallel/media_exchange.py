@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_vlm.parallel.groups import Grid
 from megatron_vlm.parallel.media_plan import Route
 from megatron_vlm.runtime.collectives import all_to_all_rows
+
+
+def media_group(grid: Grid, over_world: bool) -> ProcessGroup:
+    """The ranks that a plan or route shares the encoding out to; a rank's number in it is `MediaPlan.media_rank`."""
+    return grid.world if over_world else grid.replica
 
 
 @torch.no_grad()
@@ -20,7 +26,7 @@ def send_features(encoded: Tensor, route: Route, group: ProcessGroup) -> Tensor:
     Args:
         encoded: [n_encoded, h], this rank's items in ascending item order; [0, h] of the same dtype without any.
         route: this rank's.
-        group: the replica.
+        group: the media group (`media_group`).
 
     Returns:
         [n_recv, h], placed by the route's `micro_batch`, `row` and `position`.
@@ -37,7 +43,7 @@ def return_gradients(grads: Tensor, route: Route, num_encoded_rows: int, group: 
         grads: [n_recv, h], in the order of `send_features`' result.
         route: the one the features took.
         num_encoded_rows: rows this rank encoded.
-        group: the replica.
+        group: the media group.
 
     Returns:
         [n_encoded, h], every row set exactly once.

@@ -41,13 +41,18 @@ class GridSizes:
         Raises:
             ParallelError: the world is not a multiple of a replica.
         """
-        replica = parallel.tensor * parallel.pipeline
-        if world_size % replica:
+        if world_size % parallel.replica:
             raise ParallelError(
-                f"number of ranks: found {world_size}, "
-                f"needed a multiple of parallel.tensor * parallel.pipeline = {replica}"
+                f"number of ranks: found {world_size}, needed a multiple of parallel.tensor * parallel.pipeline * "
+                f"parallel.ulysses * parallel.ring = {parallel.replica}"
             )
-        return cls(tensor=parallel.tensor, pipeline=parallel.pipeline, data=world_size // replica)
+        return cls(
+            tensor=parallel.tensor,
+            ulysses=parallel.ulysses,
+            ring=parallel.ring,
+            pipeline=parallel.pipeline,
+            data=world_size // parallel.replica,
+        )
 
     @property
     def context(self) -> int:

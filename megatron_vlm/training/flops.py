@@ -75,16 +75,16 @@ class ModelShape:
     head: Block
 
 
-def step_flops(shape: ModelShape, row_tokens: Sequence[int], num_trained_tokens: int, num_media: int) -> int:
+def step_flops(shape: ModelShape, sample_tokens: Sequence[int], num_trained_tokens: int, num_media: int) -> int:
     """FLOPs of one step over all ranks.
 
     Args:
         shape: from `model_shape`.
-        row_tokens: tokens of each row of the global batch, pictures included, padding left out.
+        sample_tokens: tokens of each sample of the global batch, pictures included.
         num_trained_tokens: of the global batch.
         num_media: its pictures.
     """
-    num_tokens, causal_pairs = sum(row_tokens), sum(tokens * (tokens + 1) // 2 for tokens in row_tokens)
+    num_tokens, causal_pairs = sum(sample_tokens), sum(tokens * (tokens + 1) // 2 for tokens in sample_tokens)
     chain = [
         ((shape.embedding,), num_media * shape.patches, 0),
         (shape.tower, num_media * shape.tower_tokens, num_media * shape.tower_tokens**2),

@@ -37,6 +37,7 @@ from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import Grid, GridSizes, build_grid, vision_process_groups
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.seeding import seed_everything
+from megatron_vlm.training.media_cost import set_measured_cost
 from megatron_vlm.training.optimizer import build_optimizer
 from megatron_vlm.training.step import TrainStep
 
@@ -129,6 +130,8 @@ def build_job(config: Config, world_size: int, resumes: bool = False) -> Job:
     model = build_model(config, grid)
     if start is None:
         load_weights(model, config, grid)
+    if config.model.vision.cost is None and grid.sizes.world > 1:
+        set_measured_cost(model.vision, grid.world)
     language, vision = wrap(model, config, grid)
     optimizer = build_optimizer(config, language, vision, grid)
     step = TrainStep(model, language, vision, optimizer)

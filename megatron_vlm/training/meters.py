@@ -29,8 +29,9 @@ class StepReport:
     learning_rates: dict[str, float]  # per component
     trained_tokens: int
     tokens: int  # all but padding, pictures' included
+    padding_tokens: int  # which fill up the rows
     media: int  # pictures
-    samples: int  # rows
+    samples: int
     blanked: dict[str, int]  # samples left untrained because of a picture, by reason
     seconds: float  # loading included
     updated: bool
@@ -80,7 +81,7 @@ class Meter:
         figures = RankFigures({DATA: self._data_seconds, **result.phase_seconds}, memory.peak_bytes)
         world = self.job.grid.world
         ranks = RankComparison(all_gather_objects(figures, world)) if self.compares(batch) else None
-        flops = step_flops(self.shape, batch.row_tokens, result.num_trained_tokens, batch.num_media)
+        flops = step_flops(self.shape, batch.sample_tokens, result.num_trained_tokens, batch.num_media)
         return StepReport(
             step=batch.step + 1,
             loss=result.loss,
@@ -88,6 +89,7 @@ class Meter:
             learning_rates={group["component"]: group["lr"] for group in self.job.optimizer.param_groups},
             trained_tokens=result.num_trained_tokens,
             tokens=batch.num_tokens,
+            padding_tokens=batch.num_padding_tokens,
             media=batch.num_media,
             samples=len(batch.sample_ids),
             blanked=result.blanked,

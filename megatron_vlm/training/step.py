@@ -1,7 +1,7 @@
 """One global batch in three phases (DESIGN D2).
 
-1. *encode*: every rank of a replica encodes its share of the window's pictures; the rows travel to the stage-0 ranks
-   that own their tokens.
+1. *encode*: every rank of a replica (of the world, with `parallel.media_group: world`) encodes its share of the
+   window's pictures; the rows travel to the stage-0 ranks that own their tokens.
 2. *pipeline*: megatron-core's schedule runs the language model; the visual rows are leaves merged on stage 0.
 3. *encoder backward*: the rows' gradients travel back, and the encoder's and projector's backward runs where they were
    encoded.
@@ -31,7 +31,8 @@ from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.models.merge import LocalFeatures
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import Grid
-from megatron_vlm.parallel.media_exchange import return_gradients
+from megatron_vlm.parallel.layout import SequenceLayout
+from megatron_vlm.parallel.media_exchange import media_group, return_gradients
 from megatron_vlm.parallel.media_plan import Route
 from megatron_vlm.runtime.collectives import all_reduce_
 from megatron_vlm.runtime.device import current_device
@@ -55,13 +56,14 @@ class EncodedMedia:
     """A window's pictures between phase 1 and phase 3.
 
     encoded [n_enc, h]: rows this rank encoded, with their graph; features: per micro-batch, the received rows, leaves;
-    faulty: (micro-batch, row) of each sample with a picture that could not be read, and the first one's FAULTS index.
+    faulty: (micro-batch, row, first token) of each document with a picture that could not be read, and the first such
+    picture's FAULTS index.
     """
 
     encoded: Tensor
     features: list[LocalFeatures]
     route: Route
-    faulty: dict[tuple[int, int], int]
+    faulty: dict[tuple[int, int, int], int]
 
 
 class TrainStep:
@@ -121,7 +123,7 @@ class TrainStep:
 
     def _encode(self, batch: StepBatch, window: MediaWindow, clock: PhaseClock) -> EncodedMedia:
         """Phase 1. A rank with no picture still joins the exchange."""
-        route = window.plan.route(self.model.grid.replica_rank)
+        route = window.plan.route(window.plan.media_rank(self.model.grid.coordinates))
         with clock.phase("encode"), torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
             encoded = self.model.encode(window.pixels.to(current_device()), window.own_spans)
         with clock.phase("exchange"):
@@ -130,16 +132,23 @@ class TrainStep:
             faulty = self._share_faults(batch, window) if batch.faults_tolerated else {}
         return EncodedMedia(encoded, features, route, faulty)
 
-    def _share_faults(self, batch: StepBatch, window: MediaWindow) -> dict[tuple[int, int], int]:
-        """What every rank of the replica found wrong with the pictures it read (DESIGN D4), in rows that train."""
-        faults = torch.zeros(len(window.spans), dtype=torch.int32)
-        faults[window.plan.items_of(self.model.grid.replica_rank)] = torch.tensor(window.faults, dtype=torch.int32)
-        all_reduce_(shared := faults.to(current_device()), self.model.grid.replica, torch.distributed.ReduceOp.MAX)
-        faulty: dict[tuple[int, int], int] = {}
-        for span, fault in zip(window.spans, shared.tolist(), strict=True):
-            place = span.item.micro_batch, span.item.row
-            if fault and (batch.micro_batches[place[0]].labels[place[1]] != IGNORE).any():
-                faulty.setdefault(place, fault)
+    def _share_faults(self, batch: StepBatch, window: MediaWindow) -> dict[tuple[int, int, int], int]:
+        """What the media group found wrong with this replica's pictures (DESIGN D4), in documents that train."""
+        plan, grid = window.plan, self.model.grid
+        faults = torch.zeros(len(plan.items), dtype=torch.int32)
+        faults[plan.items_of(plan.media_rank(grid.coordinates))] = torch.tensor(window.faults, dtype=torch.int32)
+        shared = all_reduce_(
+            faults.to(current_device()), media_group(grid, plan.over_world), torch.distributed.ReduceOp.MAX
+        )
+        faulty: dict[tuple[int, int, int], int] = {}
+        for item, fault in zip(plan.items, shared.tolist(), strict=True):
+            if not fault or (plan.over_world and item.data != grid.coordinates.data):
+                continue
+            rows = batch.micro_batches[item.micro_batch]
+            documents = rows.documents[item.row]
+            document = documents.interval(documents.number(item.start))
+            if (rows.labels[item.row, document.start : document.stop] != IGNORE).any():
+                faulty.setdefault((item.micro_batch, item.row, document.start), fault)
         return faulty
 
     @contextlib.contextmanager
@@ -165,8 +174,11 @@ class TrainStep:
     ) -> Tensor:
         """Phase 2. Returns [2]: summed loss and trained tokens of the micro-batches; 0 but on the last stage."""
         inputs = []
+        sizes, place = self.model.grid.sizes, self.model.grid.coordinates
+        positions = SequenceLayout(batch.length, sizes.ring, sizes.ulysses).positions(place.ring, place.ulysses)
         for m, local in zip(window.micro_batches, media.features, strict=True):
-            rows = batch.micro_batches[m].without([row for number, row in media.faulty if number == m])
+            faulty = [(row, start) for number, row, start in media.faulty if number == m]
+            rows = batch.micro_batches[m].without_documents(faulty).at(positions)
             inputs.append((rows.to(current_device()), local))
         sums = get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -185,7 +197,8 @@ class TrainStep:
         if not self.vision_trains:
             return
         grads = self.model.collect_gradients(media.route, media.features)
-        own = return_gradients(grads, media.route, media.encoded.shape[0], self.model.grid.replica)
+        group = media_group(self.model.grid, media.route.over_world)
+        own = return_gradients(grads, media.route, media.encoded.shape[0], group)
         if media.encoded.shape[0]:
             media.encoded.backward(own)
 
@@ -231,7 +244,13 @@ def forward_step(
 ) -> tuple[Tensor, partial]:
     """One micro-batch through one chunk, in the form megatron-core's schedules call."""
     micro_batch, features = next(inputs)
-    output = chunk(micro_batch.ids, micro_batch.position_ids, labels=micro_batch.labels, features=features)
+    output = chunk(
+        micro_batch.ids,
+        micro_batch.position_ids,
+        labels=micro_batch.labels,
+        features=features,
+        documents=micro_batch.documents,
+    )
     return output, partial(sum_loss, micro_batch.labels)
 
 

@@ -51,8 +51,8 @@ class Flow:
 
 
 def feature_rows(plan: MediaPlan) -> list[list[int]]:
-    """Rows that each replica rank (outer) sends to each (inner) in a window, itself included."""
-    return [plan.route(rank).send_splits for rank in range(plan.sizes.replica)]
+    """Rows that each media rank (outer) sends to each (inner) in a window, itself included."""
+    return [plan.route(rank).send_splits for rank in range(plan.num_ranks)]
 
 
 def ring_share(num_ranks: int) -> float:
@@ -93,13 +93,13 @@ def reduction_bytes(config: Config, parameters: Sequence[HeldParameter], num_ran
     return round(ring_share(num_ranks) * (gradients + numel * ELEMENT_BYTES[config.precision.params]))
 
 
-def media_bytes(config: Config, plans: Sequence[MediaPlan], replica_rank: int, hidden: int) -> tuple[int, int]:
+def media_bytes(config: Config, plans: Sequence[MediaPlan], media_rank: int, hidden: int) -> tuple[int, int]:
     """(features, their gradients) that a rank sends to others in the windows of a step."""
     row_bytes = hidden * ELEMENT_BYTES[config.precision.params]
     trains = config.model.train.vision or config.model.train.projector
     there = back = 0
     for plan in plans:
-        route = plan.route(replica_rank)
-        there += sum(route.send_splits) - route.send_splits[replica_rank]
-        back += sum(route.grad_send_splits) - route.grad_send_splits[replica_rank]
+        route = plan.route(media_rank)
+        there += sum(route.send_splits) - route.send_splits[media_rank]
+        back += sum(route.grad_send_splits) - route.grad_send_splits[media_rank]
     return there * row_bytes, back * row_bytes if trains else 0

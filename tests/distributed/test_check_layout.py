@@ -35,7 +35,12 @@ Check = Callable[..., LayoutReport]
 TP2, PP2, DP2 = parallel(2, tensor=2), parallel(2, pipeline=2), parallel(2)
 TP2_SP, TP2_DP2 = parallel(2, tensor=2, sequence=True), parallel(4, tensor=2)
 TP2_SP_PP2 = parallel(4, tensor=2, pipeline=2, sequence=True)
-RIGHT = {"tp2-sp-pp2": TP2_SP_PP2, "pp2-virtual2": parallel(2, pipeline=2, virtual_pipeline=2)}
+RING2 = parallel(2, ring=2)
+RIGHT = {
+    "tp2-sp-pp2": TP2_SP_PP2,
+    "pp2-virtual2": parallel(2, pipeline=2, virtual_pipeline=2),
+    "ulysses2-ring2": parallel(4, ulysses=2, ring=2),
+}
 RIGHT_SLOW = {
     "one-rank": parallel(1),
     "dp2-overlap": parallel(2, **OVERLAP),
@@ -54,6 +59,10 @@ HEAD = ("language backward", "gradient of language.output_layer.weight")
 NORM = ("language backward", "gradient of language.decoder.final_layernorm.weight")
 MERGED = ("exchange", "value of language.embedding")
 LAYER = ("language forward", "value of language.decoder.layers.0")
+LAST_QKV = (
+    "language backward",
+    "gradient of language.decoder.layers.1.self_attention.linear_qkv.weight (model.layers.1.self_attn.v_proj.weight)",
+)
 TOWER_UPDATE = ("optimizer", "update of vision.embeddings.class_embedding")
 FAULTS_FOUND = [  # fault, layout; phase, what is found first, ranks
     ("vision_gradient_not_over_model_ranks", TP2, *PROJECTOR, (0, 1)),
@@ -63,6 +72,9 @@ FAULTS_FOUND = [  # fault, layout; phase, what is found first, ranks
     ("norm_gradients_not_reduced", TP2_SP, *NORM, (0, 1)),
     ("partial_sums_not_reduced", TP2, *LAYER, (0, 1)),
     ("one_rate_for_all", DP2, *TOWER_UPDATE, (0, 1)),
+    ("local_positions", RING2, *LAYER, (0, 1)),
+    ("labels_shifted_after_the_cut", RING2, *TOWER_UPDATE, (0, 1)),
+    ("ring_block_gradient_dropped", RING2, *LAST_QKV, (0, 1)),
 ]
 FAULTS_FOUND_SLOW = [
     ("vision_gradient_not_over_model_ranks", PP2, *PROJECTOR, (0, 1)),

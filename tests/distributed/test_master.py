@@ -44,6 +44,7 @@ FAST = {
     "dp2-overlap": parallel(2, **OVERLAP),
     "pp2-virtual2": parallel(2, pipeline=2, virtual_pipeline=2),
     "dp2-not-distributed": layout(2, parallel={}, optimizer={"distributed": False}),
+    "ulysses2-ring2": parallel(4, ulysses=2, ring=2),
     "projector-only-tp2-pp2": layout(4, parallel={"tensor": 2, "pipeline": 2}, model=PROJECTOR_ONLY),
 }
 SLOW = {
@@ -55,6 +56,13 @@ SLOW = {
     "four-windows-tp2-pp2": layout(4, parallel={"tensor": 2, "pipeline": 2}, training={"media_window": 2}),
     "two-windows-pp2-overlap": layout(2, parallel={"pipeline": 2, **OVERLAP}, training={"media_window": 4}),
     "tp2-dp2": parallel(4, tensor=2),
+    "ulysses2": parallel(2, ulysses=2),
+    "ring2": parallel(2, ring=2),
+    "ring2-all-gather": parallel(2, ring=2, ring_mode="all_gather"),
+    "tp2-sp-ulysses2-ring2": parallel(8, tensor=2, sequence=True, ulysses=2, ring=2),
+    "tp2-ring2": parallel(4, tensor=2, ring=2),
+    "pp2-ulysses2-ring2": parallel(8, pipeline=2, ulysses=2, ring=2),
+    "dp2-ring2": parallel(4, ring=2, **OVERLAP),
     "tp2-pp2-dp2": parallel(8, tensor=2, pipeline=2),
     "tied-tp2": layout(2, parallel={"tensor": 2}, model=TIED),
     "tied-pp2": layout(2, parallel={"pipeline": 2}, model=TIED),
@@ -77,6 +85,9 @@ FAULTS = {
     "local_token_count": ("local_token_count", parallel(2)),
     "swapped_feature_rows": ("swapped_feature_rows", parallel(2, tensor=2)),
     "norm_gradients_not_reduced": ("norm_gradients_not_reduced", parallel(2, tensor=2, sequence=True)),
+    "local_positions": ("local_positions", parallel(2, ring=2)),
+    "labels_shifted_after_the_cut": ("labels_shifted_after_the_cut", parallel(2, ulysses=2)),
+    "ring_block_gradient_dropped": ("ring_block_gradient_dropped", parallel(2, ring=2)),
     HANGING_FAULT: (  # windows with fewer pictures than ranks
         HANGING_FAULT,
         layout(4, parallel={"tensor": 2, "pipeline": 2}, training={"media_window": 2}),

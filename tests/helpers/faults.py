@@ -1,7 +1,8 @@
 """Faults to plant in a rank: each breaks one thing that the master test and the layout check exist to catch."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -119,6 +120,45 @@ def one_rate_for_all() -> list[Any]:
     return [mock.patch.object(schedule, "apply", apply)]
 
 
+def cut_rows(spoil: Callable[[Any, torch.Tensor, Any], Any]) -> list[Any]:
+    """What a context rank holds of the rows is wrong: `spoil` is given the whole rows, positions and the right cut."""
+    from megatron_vlm.data.batch import MicroBatch
+
+    original = MicroBatch.at
+    return [mock.patch.object(MicroBatch, "at", lambda rows, at: spoil(rows, at, original(rows, at)))]
+
+
+def local_positions() -> list[Any]:
+    """Position ids count the tokens that a rank holds, instead of being those of the whole row."""
+
+    def count(rows: Any, at: torch.Tensor, cut: Any) -> Any:
+        return replace(cut, position_ids=torch.arange(len(at)).expand_as(cut.ids).contiguous())
+
+    return cut_rows(count)
+
+
+def labels_shifted_after_the_cut() -> list[Any]:
+    """Each token's label is that of the next one the rank holds, and the last one's is lost."""
+
+    def shift(rows: Any, at: torch.Tensor, cut: Any) -> Any:
+        own = rows.labels.roll(1, dims=1)[:, at].roll(-1, dims=1)  # of each token itself, then shifted among those held
+        own[:, -1] = -100
+        return replace(cut, labels=own)
+
+    return cut_rows(shift)
+
+
+def ring_block_gradient_dropped() -> list[Any]:
+    """Gradients of keys that another rank of the ring read arrive, and are not added."""
+    from megatron_vlm.parallel.ring import _TravellingGradients
+
+    def wait(gradients: Any, under_way: Any) -> None:
+        if under_way is not None:
+            under_way[1].wait()
+
+    return [mock.patch.object(_TravellingGradients, "_take_in", wait)]
+
+
 FAULTS = {
     "vision_gradient_not_over_model_ranks": lambda: vision_gradient_over("data"),
     "vision_gradient_not_over_data": lambda: vision_gradient_over("replica"),
@@ -128,4 +168,7 @@ FAULTS = {
     "idle_rank_skips_exchange": idle_rank_skips_exchange,
     "partial_sums_not_reduced": partial_sums_not_reduced,
     "one_rate_for_all": one_rate_for_all,
+    "local_positions": local_positions,
+    "labels_shifted_after_the_cut": labels_shifted_after_the_cut,
+    "ring_block_gradient_dropped": ring_block_gradient_dropped,
 }

@@ -14,6 +14,7 @@ STEP = StepReport(
     learning_rates={"language": 1e-3, "projector": 1e-2},
     trained_tokens=10,
     tokens=20,
+    padding_tokens=12,
     media=3,
     samples=4,
     blanked={},

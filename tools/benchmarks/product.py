@@ -37,4 +37,4 @@ class ProductSide:
 
     def flops(self, batch: StepBatch, trained_tokens: int) -> int | None:
         """By `training.flops`."""
-        return step_flops(self.shape, batch.row_tokens, trained_tokens, batch.num_media)
+        return step_flops(self.shape, batch.sample_tokens, trained_tokens, batch.num_media)

@@ -224,7 +224,7 @@ def _facts(side: Side, config: Config) -> Facts:
         num_threads=torch.get_num_threads(),
         samples=len(batches[0].sample_ids),
         tokens=mean([batch.num_tokens for batch in batches]),
-        row_tokens=mean([batch.length * len(batch.sample_ids) for batch in batches]),
+        row_tokens=mean([batch.length * len(batch.row_tokens) for batch in batches]),
         trained_tokens=mean(trained),
         media=mean([batch.num_media for batch in batches]),
         data_seconds=max(_gather(side.data_seconds)),

@@ -13,12 +13,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data.collate import Row
+from megatron_vlm.data.collate import Document
 from megatron_vlm.data.loader import StepFetcher, StepShape, build_loader
 from megatron_vlm.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.layout import SequenceLayout
-from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan, media_cost, plan_media
+from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan, plan_media
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 
 PICTURES_OF_ROWS = (1, 1, 2, 0, 1, 3, 1, 1)  # drawn from for a made-up batch, as far as they fit
@@ -73,14 +73,21 @@ def _real_batch(config: Config, spec: MediaSpec, sizes: GridSizes, vocab_size: i
         here = config.model_copy(update={"checkpoint": checkpoint, "data": data})
         fetcher = build_loader(here, tokenizer, spec, sizes, 0, 0, 1).producer
         assert isinstance(fetcher, StepFetcher)
-        numbers = fetcher.plan.rows(0)
-        rows = [fetcher.source.row(number) for number in numbers]
-        longest = int(fetcher.source.index.tokens[numbers].max())
-    return _cut(config, spec, sizes, _as_sample_rows(rows), longest, f"the recipe's first step, from {data.path}")
+        rows = [[fetcher.source.document(number) for number in row] for row in fetcher.plan.samples_by_row(0)]
+        sample_rows = _as_sample_rows(rows)
+        longest = fetcher.plan.packed_length or max(row.num_tokens for row in sample_rows)
+    return _cut(config, spec, sizes, sample_rows, longest, f"the recipe's first step, from {data.path}")
 
 
-def _as_sample_rows(rows: Sequence[Row]) -> list[SampleRow]:
-    return [SampleRow(len(encoded.ids), tuple(encoded.image_starts)) for _, encoded in rows]
+def _as_sample_rows(rows: Sequence[Sequence[Document]]) -> list[SampleRow]:
+    sample_rows = []
+    for row in rows:
+        num_tokens, image_starts = 0, []
+        for _, encoded in row:
+            image_starts += [num_tokens + start for start in encoded.image_starts]
+            num_tokens += len(encoded.ids)
+        sample_rows.append(SampleRow(num_tokens, tuple(image_starts)))
+    return sample_rows
 
 
 def _made_batch(config: Config, spec: MediaSpec, sizes: GridSizes) -> Batch:
@@ -116,7 +123,7 @@ def _cut(
 
 
 def _items(micro_batches: Sequence[Sequence[SampleRow]], window: range, spec: MediaSpec) -> list[MediaItem]:
-    cost = media_cost(spec.num_patches)
+    cost = spec.cost.of(spec.num_patches)
     return [
         MediaItem(cost, spec.tokens_per_image, m, row, start)
         for m in window

@@ -5,6 +5,8 @@ Kept apart from the tower so that data workers can carry it without holding a mo
 
 from dataclasses import dataclass
 
+from megatron_vlm.parallel.media_plan import MediaCost
+
 
 @dataclass(frozen=True)
 class MediaSpec:
@@ -17,6 +19,7 @@ class MediaSpec:
         mean, std: per RGB channel, of values in 0..1.
         processor: the tower's own preprocessor config as JSON, naming its `image_processor_type`; what image mode
             `processor` follows, and what a checkpoint keeps.
+        cost: of encoding a picture by its patches, by which pictures are shared out over ranks.
     """
 
     tokens_per_image: int
@@ -26,3 +29,4 @@ class MediaSpec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     processor: str = ""
+    cost: MediaCost = MediaCost()

@@ -23,6 +23,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.hf_config import config_from_dict, config_from_path
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.preprocessing import pixel_format
+from megatron_vlm.parallel.media_plan import MediaCost
 
 LAYER_LIST_NAMES = ("layers", "layer", "blocks")
 
@@ -99,7 +100,7 @@ def survey_tower(vision: VisionConfig) -> TowerSurvey:
     cut(model, layers_path, kept)
     hidden = _try_on_meta(model, selected, pixels.height, pixels.width)
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    num_patches = _num_patches(hf_config, pixels.height, pixels.width)
+    num_patches = count_patches(hf_config, pixels.height, pixels.width)
     num_leading = hidden.shape[1] - num_patches
     if hidden.dim() != 3 or num_leading < 0:
         raise ConfigError(
@@ -110,6 +111,7 @@ def survey_tower(vision: VisionConfig) -> TowerSurvey:
     spec = MediaSpec(
         hidden.shape[1] - num_dropped, num_patches, pixels.height, pixels.width,
         mean=pixels.mean, std=pixels.std, processor=pixels.processor,
+        cost=MediaCost() if vision.cost is None else MediaCost(vision.cost.linear, vision.cost.quadratic),
     )  # fmt: skip
     return TowerSurvey(
         hf_config, layers_path, num_layers, selected, num_dropped, hidden.shape[2], spec, names,
@@ -183,7 +185,8 @@ def _resolve_layer(select_layer: int, num_layers: int) -> int:
     return select_layer % (num_layers + 1)
 
 
-def _num_patches(hf_config: PretrainedConfig, height: int, width: int) -> int:
+def count_patches(hf_config: PretrainedConfig, height: int, width: int) -> int:
+    """Of a picture of that many pixels. Raises ConfigError where the config has no patch size."""
     patch = getattr(hf_config, "patch_size", None)
     if isinstance(patch, int):
         patch = (patch, patch)

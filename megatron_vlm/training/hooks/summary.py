@@ -39,7 +39,7 @@ class SummaryHook(Hook):
 
     def after_step(self, report: StepReport) -> None:
         self.blanked.update(report.blanked)
-        for name in ("tokens", "trained_tokens", "samples", "media", "seconds"):
+        for name in ("tokens", "padding_tokens", "trained_tokens", "samples", "media", "seconds"):
             self.totals[name] += getattr(report, name)
         self.totals["steps"] += 1
         self.totals["updates_left_out"] += not report.updated
@@ -72,6 +72,7 @@ class SummaryHook(Hook):
             "step": last.step,
             "of_steps": self.steps,
             **self.totals,
+            "padding": self.totals["padding_tokens"] / (self.totals["tokens"] + self.totals["padding_tokens"]),
             "loss": last.loss,
             "tokens_per_second": self.totals["tokens"] / seconds,
             "tflops_per_rank": self.tflops_seconds / seconds,
@@ -87,12 +88,13 @@ class SummaryHook(Hook):
 
 def _log(summary: dict[str, Any]) -> None:
     logger.info(
-        "%d steps to step %d of %d in %.1f s: %s tokens, %s samples, %s pictures; loss %.4f",
+        "%d steps to step %d of %d in %.1f s: %s tokens, %s samples, %s pictures; %.1f%% padding; loss %.4f",
         summary["steps"],
         summary["step"],
         summary["of_steps"],
         summary["seconds"],
         *(f"{summary[name]:,}" for name in ("tokens", "samples", "media")),
+        100 * summary["padding"],
         summary["loss"],
     )
     logger.info(

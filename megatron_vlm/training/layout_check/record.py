@@ -147,8 +147,8 @@ def first_forward(job: Job, batch: StepBatch, record: Record) -> Iterator[None]:
     record.positions[TOKEN_LOSS] = whole.positions(place.ring, place.ulysses)
     record.row_tokens = list(batch.row_tokens)
 
-    def global_row(micro_batch: int, row: int) -> int:
-        return (micro_batch * sizes.data + place.data) * num_rows + row
+    def global_row(micro_batch: int, row: int, data: int = place.data) -> int:
+        return (micro_batch * sizes.data + data) * num_rows + row
 
     def keep_rows(what: str, micro_batch: int, rows: Tensor) -> None:
         for row, value in enumerate(rows.detach().cpu()):
@@ -157,9 +157,11 @@ def first_forward(job: Job, batch: StepBatch, record: Record) -> Iterator[None]:
     windows = iter(batch.windows)
 
     def keep_features(_encoder: nn.Module, _inputs: Any, features: Tensor) -> None:
-        for span, value in zip(next(windows).own_spans, features.detach().cpu(), strict=True):
+        window = next(windows)
+        for span, value in zip(window.own_spans, features.detach().cpu(), strict=True):
             item = span.item
-            record.values[FEATURES, global_row(item.micro_batch, item.row), item.start] = value.clone()
+            data = item.data if window.plan.over_world else place.data
+            record.values[FEATURES, global_row(item.micro_batch, item.row, data), item.start] = value.clone()
 
     with contextlib.ExitStack() as stack:
         stack.callback(job.model.vision.register_forward_hook(keep_features).remove)

@@ -21,6 +21,21 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
         ["training.sequence_length: found 130, needs a multiple of 4"],
     ),
     (
+        "sequence that the ring cannot cut",
+        {"parallel__ring": 2, "parallel__ulysses": 3, "training__sequence_length": 130},
+        6,
+        ["training.sequence_length: found 130, needs a multiple of 12, because parallel.ulysses and parallel.ring cut"],
+    ),
+    (
+        "world with context ranks",
+        {"parallel__ring": 2, "parallel__ulysses": 2, "training__sequence_length": 128},
+        6,
+        [
+            "parallel.tensor * parallel.pipeline * parallel.ulysses * parallel.ring: found 1 * 1 * 2 * 2 = 4, "
+            "the world size 6 allows 1, 2, 3, 6, or start a multiple of 4 ranks"
+        ],
+    ),
+    (
         "gather alone",
         {"parallel__overlap_param_gather": True, "optimizer__distributed": False},
         1,
@@ -40,6 +55,12 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
         {"data__group_by_modality_length": True, "data__shuffle": False},
         1,
         ["data.group_by_modality_length: found true with data.shuffle false"],
+    ),
+    (
+        "packed and grouped",
+        {"data__group_by_modality_length": True, "data__packing": True},
+        1,
+        ["data.group_by_modality_length: found true with data.packing true"],
     ),
     (
         "nothing to evaluate",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from megatron_vlm.data.conversation import PLACEHOLDER_ID, ConversationEncoder, EncodedSample
-from megatron_vlm.data.sample import IGNORE, Sample, Turn
+from megatron_vlm.data.sample import IGNORE, BadSample, Sample, Turn
 from megatron_vlm.errors import ConfigError, DataError
 from tests.unit.data import tokenizers
 
@@ -211,3 +211,27 @@ def test_config_errors(tmp_path: Path) -> None:
 def test_a_broken_template_is_a_config_error(tmp_path: Path, template: str) -> None:
     with pytest.raises(ConfigError, match="data.template is 'auto', but the template of .* cannot be rendered"):
         encoder_of(tokenizers.byte_level(tmp_path, template))
+
+
+@pytest.mark.parametrize("with_images", [False, True])
+def test_truncation_keeps_a_prefix_and_no_half_picture(chatml: PreTrainedTokenizerBase, with_images: bool) -> None:
+    """At every length: as long as allowed, but for the placeholders of a picture that does not fit."""
+    marker = "<image>" if with_images else ""
+    sample = conversation(f"one {marker}?", "yes", f"{marker}two {marker}?", "no", images=3 * with_images)
+    whole = encoder_of(chatml).encode(sample)
+    first_answer = next(at for at, label in enumerate(whole.labels) if label != IGNORE)
+    inside = {at for start in whole.image_starts for at in range(start + 1, start + TOKENS_PER_IMAGE)}
+    for limit in range(1, len(whole.ids) + 2):
+        encoder = ConversationEncoder(chatml, "auto", "<image>", TOKENS_PER_IMAGE, limit)
+        if limit <= first_answer:
+            with pytest.raises(
+                BadSample, match=rf"test.json element 0: sample 's' has {len(whole.ids)} tokens.* hold no"
+            ):
+                encoder.encode(sample)
+            continue
+        cut = encoder.encode(sample)
+        end = max(at for at in range(min(limit, len(whole.ids)) + 1) if at not in inside)
+        assert (cut.ids, cut.labels) == (whole.ids[:end], whole.labels[:end])
+        assert cut.num_cut == len(whole.ids) - end
+        assert cut.image_starts == [start for start in whole.image_starts if start < end]
+        assert encoder.encode_prompt(sample) == encoder_of(chatml).encode_prompt(sample), "prompts are not truncated"

@@ -16,6 +16,7 @@ from megatron_vlm.data import index as index_module
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.index import SampleIndex, SkipRule, open_index
 from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.sample import IGNORE, BadSample
 from megatron_vlm.data.sources.llava_json import LlavaFile
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import DataError
@@ -316,3 +317,26 @@ def test_fingerprint_of_contents(tmp_path: Path, change: Callable[[list[Any]], l
     one, two = (open_tiny(tmp_path / name).fingerprint_of_contents for name in ("one", "two"))
     assert {name for name in one if one[name] != two[name]} == differing
     assert (one["samples"], len(str(one["contents"])), one.keys()) == (24, 64, two.keys())
+
+
+def test_truncated_samples_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An index of its own, with the tokens and pictures that are left; one without an answer is a bad sample."""
+    whole, file = open_tiny(tmp_path), LlavaFile(tiny_dataset(tmp_path), "<image>")
+    labels = [encoder_in(tmp_path).encode(sample).labels for sample in file.read_all()]
+    first_answers = [next(at for at, label in enumerate(row) if label != IGNORE) for row in labels]
+    limit = sorted(first_answers)[12] + 1  # about half of the samples have an answer before it
+    tokenizer = load_tokenizer(tiny_tokenizer(tmp_path), "<image>")
+    encoder = ConversationEncoder(tokenizer, "auto", "<image>", 5, limit)
+    with pytest.raises(BadSample, match=f"hold no answer .training.sequence_length {limit}"):
+        open_index(file, encoder, tmp_path, tmp_path / "spare")
+    media = MediaReader(MediaSpec(16, 16, 28, 28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), "pad")
+    cut = open_index(file, encoder, tmp_path, tmp_path / "spare", 0, SkipRule(media, limit))
+    is_long = {whole.sample_id(number) for number in range(24) if whole.tokens[number] > limit}
+    assert cut.num_truncated + cut.dropped["truncated"] == len(is_long) and whole.num_truncated == 0
+    assert cut.dropped["truncated"] == sum(first >= limit for first in first_answers) and cut.num_truncated > 1
+    assert f"{cut.num_truncated} of {len(cut)} samples" in caplog.text and f"truncated to {limit} tokens" in caplog.text
+    samples = {sample.id: sample for sample in file.read_all()}
+    for number in range(len(cut)):
+        encoded = encoder.encode(samples[cut.sample_id(number)])
+        assert (cut.tokens[number], cut.images[number]) == (len(encoded.ids), len(encoded.image_starts))
+    assert int(cut.tokens.max()) <= limit

@@ -14,10 +14,12 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.loader import build_held_out_loader, build_loader
 from megatron_vlm.data.media import FAULTS, MediaReader
+from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.survey import survey_tower
+from megatron_vlm.parallel.layout import Documents
 from megatron_vlm.parallel.sizes import GridSizes
 from tests.helpers import bad_media
 from tests.helpers.tiny import tiny_dataset, tiny_recipe
@@ -296,3 +298,110 @@ def test_pixels_of_the_towers_own_processor(folder: Path) -> None:
     for span, pixels in zip(window.own_spans, window.pixels, strict=True):
         theirs = np.asarray(processor(Image.open(folder / span.path))["pixel_values"][0])
         assert torch.equal(pixels, torch.from_numpy(theirs))
+
+
+def packing(folder: Path, **sections: Any) -> Config:
+    """Rows of several of the 24 samples each; an epoch is two steps and a half."""
+    training = {"sequence_length": 128, "global_batch_size": 4, **sections.pop("training", {})}
+    return tiny_recipe(folder, data={"packing": True, **sections.pop("data", {})}, training=training, **sections)
+
+
+def documents_of(batch: StepBatch) -> dict[str, list[list[int]]]:
+    """Sample -> its ids, labels and positions, cut out of its row by the row's documents."""
+    found: dict[str, list[list[int]]] = {}
+    for micro_batch in batch.micro_batches:
+        names = iter(micro_batch.sample_ids)
+        for row, documents in enumerate(micro_batch.documents):
+            held = torch.stack([t[row] for t in (micro_batch.ids, micro_batch.labels, micro_batch.position_ids)])
+            for number, start in enumerate(documents.starts):
+                interval = documents.interval(number)
+                cut = held[:, start : interval.stop]
+                if interval.stop == documents.length and not held[0, start:].any() and (cut[1] == IGNORE).all():
+                    continue  # padding
+                assert found.setdefault(name := next(names), cut.tolist()) == cut.tolist(), f"{name} is there twice"
+        assert next(names, None) is None
+    return found
+
+
+def test_packed_documents_are_the_unpacked_samples(folder: Path) -> None:
+    """Ids, labels and positions of every sample, wherever it stands; rows of one length; pictures in their places."""
+    alone: dict[str, list[list[int]]] = {}
+    for batch in steps_of(tiny_recipe(folder), count=3):
+        for micro_batch, tokens in zip(batch.micro_batches, batch.row_tokens, strict=True):
+            rows = torch.cat([micro_batch.ids, micro_batch.labels, micro_batch.position_ids])
+            alone[micro_batch.sample_ids[0]] = rows[:, :tokens].tolist()
+    assert len(alone) == 24
+    seen: set[str] = set()
+    for batch in steps_of(packing(folder, training={"micro_batch_size": 2}), count=3):
+        assert batch.length == 128 and len(batch.row_tokens) == 4 < len(batch.sample_ids)
+        found = documents_of(batch)
+        assert tuple(found) == batch.sample_ids and all(found[name] == alone[name] for name in found)
+        assert batch.sample_tokens == tuple(len(found[name][0]) for name in batch.sample_ids)
+        assert batch.num_tokens == sum(batch.sample_tokens) == 4 * 128 - batch.num_padding_tokens
+        assert 0 < batch.num_padding_tokens < 0.4 * 4 * 128, "little, for so few and short samples"
+        trained = sum(label != IGNORE for _, labels, _ in found.values() for label in labels)
+        assert batch.num_trained_tokens_local == trained
+        seen.update(found)
+        (window,) = batch.windows
+        assert len(window.spans) == batch.num_media
+        for span in window.spans:
+            item, micro_batch = span.item, batch.micro_batches[span.item.micro_batch]
+            at = item.start - micro_batch.document_start(item.row, item.start)
+            assert all(id_ == 0 for id_ in found[span.sample_id][0][at : at + item.num_tokens])
+            picture = Path(span.path).stem.partition("-")
+            assert span.sample_id == f"sample-{picture[0]}"
+    assert seen == set(alone)
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS[1:])
+def test_packed_steps_are_the_same_on_every_layout_and_after_a_resume(folder: Path, sizes: GridSizes) -> None:
+    """Every sample once per epoch, whatever the ranks; step 3 begins in the second epoch."""
+    config = packing(folder, parallel={"sequence": sizes.tensor > 1})
+    whole = [documents_of(batch) for batch in steps_of(config, count=5)]
+    resumed: list[dict[str, list[list[int]]]] = [{} for _ in range(3)]
+    for data in range(sizes.data):
+        batches = steps_of(config, sizes, sizes.replica_ranks(data)[0], start=2, count=3)
+        for step, batch in zip(resumed, batches, strict=True):
+            assert not step.keys() & documents_of(batch).keys()
+            step |= documents_of(batch)
+    assert resumed == whole[2:]
+    other_micro_batches = steps_of(packing(folder, training={"micro_batch_size": 2}), count=5)
+    assert [documents_of(batch) for batch in other_micro_batches] == whole
+
+
+def test_held_out_rows_are_not_packed(tmp_path: Path) -> None:
+    config = packing(tmp_path, evaluation={"path": str(tiny_dataset(tmp_path, 6, "held_out.json"))})
+    batches = held_out_of(config)
+    assert [len(batch.sample_ids) for batch in batches] == [4, 2]
+    assert all(max(batch.row_tokens) <= batch.length < 128 for batch in batches)
+    assert {d for b in batches for m in b.micro_batches for d in m.documents} == {
+        Documents.whole(batch.length) for batch in batches
+    }
+
+
+def test_long_samples_are_truncated_where_that_is_asked(tmp_path: Path) -> None:
+    """A picture that is cut off is neither counted nor read."""
+    config = tiny_recipe(tmp_path, data={"on_long_sample": "truncate"}, training={"sequence_length": 60})
+    with pytest.raises(DataError, match="hold no answer"):
+        steps_of(config)
+    records = [r for r in json.loads(Path(config.data.path).read_text()) if not isinstance(r.get("image"), list)]
+    for record in records:
+        if len(record["conversations"]) > 3:  # system turn, and two questions with their answers
+            record["conversations"][3]["value"] = "<image>\n" + "how many " * 9
+            record["image"] = [record["image"], "images/2-0.png"]
+    Path(config.data.path).write_text(json.dumps(records))
+    cut, whole = (
+        {
+            name: (tokens, sum(span.sample_id == name for window in batch.windows for span in window.own_spans))
+            for batch in steps_of(recipe, count=3)
+            for name, tokens in zip(batch.sample_ids, batch.sample_tokens, strict=True)
+        }
+        for recipe in (config, tiny_recipe(tmp_path, training={"sequence_length": 256}))
+    )
+    for batch in steps_of(config, count=3):
+        assert batch.num_media == sum(len(window.spans) for window in batch.windows)
+    changed = {name for name, (tokens, _) in whole.items() if tokens > 60}
+    assert changed and all(cut[name] == whole[name] for name in whole.keys() - changed)
+    for name in changed:
+        assert cut[name][0] <= 60 and whole[name][1] == 2 and cut[name][1] in (1, 2)
+    assert {cut[name][1] for name in changed} & {1}, "some lost a picture"

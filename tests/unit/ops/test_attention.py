@@ -24,18 +24,26 @@ def inputs(sq, sk, kv_heads, dtype=torch.float32, left_padding=(0, 3)):
     return q, k, v, valid
 
 
-def by_loops(q, k, v, causal, scale, valid):
+def by_loops(q, k, v, valid, causal, softmax_scale=0.4, offset=None, window=math.inf, softcap=None):
     """Every query and key by hand, float64."""
-    (b, sq, heads, d), sk = q.shape, k.shape[1]
-    out, lse = torch.zeros(b, sq, heads, d, dtype=torch.float64), torch.full((b, heads, sq), -math.inf)
+    (b, sq, heads, _), sk = q.shape, k.shape[1]
+    offset = sk - sq if offset is None else offset
+    out = torch.zeros(b, sq, heads, v.shape[3], dtype=torch.float64)
+    lse = torch.full((b, heads, sq), -math.inf, dtype=torch.float64)
     for row in range(b):
         for head in range(heads):
             kv = head // (heads // k.shape[2])
             for i in range(sq):
-                seen = [j for j in range(sk) if valid[row, j] and (not causal or j <= i + sk - sq)]
+                seen = [
+                    j
+                    for j in range(sk)
+                    if valid[row, j] and (not causal or j <= i + offset) and i + offset - j < window
+                ]
                 if not seen:
                     continue
-                scores = torch.stack([(q[row, i, head].double() @ k[row, j, kv].double()) * scale for j in seen])
+                scores = k[row, seen, kv].double() @ q[row, i, head].double() * softmax_scale
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
                 lse[row, head, i] = scores.logsumexp(0)
                 out[row, i, head] = scores.softmax(0) @ v[row, seen, kv].double()
     return out, lse
@@ -46,9 +54,9 @@ def by_loops(q, k, v, causal, scale, valid):
 def test_reference_equals_a_loop_over_pairs(shape, causal):
     q, k, v, valid = inputs(*shape)
     out, lse = reference.attention(q, k, v, causal=causal, softmax_scale=0.4, key_valid=valid)
-    expected_out, expected_lse = by_loops(q.detach(), k.detach(), v.detach(), causal, 0.4, valid)
+    expected_out, expected_lse = by_loops(q.detach(), k.detach(), v.detach(), valid, causal)
     torch.testing.assert_close(out.double(), expected_out, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-6)
 
 
 def results(backend, tensors, causal, valid, scale=0.4):

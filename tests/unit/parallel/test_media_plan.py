@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_vlm.parallel.layout import SequenceLayout, length_multiple
-from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan, Route, assign, media_cost, plan_media
+from megatron_vlm.parallel.media_plan import UNKNOWN, MediaCost, MediaItem, MediaPlan, Route, assign, plan_media
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 
 degree = st.integers(1, 3)
@@ -18,8 +18,9 @@ degree = st.integers(1, 3)
 
 @st.composite
 def plans(draw: st.DrawFn) -> MediaPlan:
-    """A window of up to six pictures in a layout with or without sequence parallelism."""
-    sizes = GridSizes(draw(degree), draw(degree), draw(degree), 1, draw(st.integers(1, 2)))
+    """A window of up to six pictures in a layout with or without sequence parallelism, of one replica or of all."""
+    over_world = draw(st.booleans())
+    sizes = GridSizes(draw(degree), draw(degree), draw(degree), draw(degree), draw(st.integers(1, 2)))
     sp = sizes.tensor if draw(st.booleans()) else 1
     length = length_multiple(sizes.ring, sizes.ulysses, sp) * draw(st.integers(1, 4))
     items = []
@@ -27,12 +28,29 @@ def plans(draw: st.DrawFn) -> MediaPlan:
         start = draw(st.integers(0, length - 1))
         num_tokens = draw(st.integers(1, length - start))
         cost = draw(st.floats(0, 10))
-        items.append(MediaItem(cost, num_tokens, draw(st.integers(0, 2)), draw(st.integers(0, 1)), start))
-    return plan_media(items, SequenceLayout(length, sizes.ring, sizes.ulysses, sp), sizes)
+        data = draw(st.integers(0, sizes.data - 1)) if over_world else 0
+        items.append(MediaItem(cost, num_tokens, draw(st.integers(0, 2)), draw(st.integers(0, 1)), start, data))
+    return plan_media(items, SequenceLayout(length, sizes.ring, sizes.ulysses, sp), sizes, over_world)
+
+
+def place(plan: MediaPlan, media_rank: int) -> Coordinates:
+    """Of a media rank; of a replica's, in replica 0."""
+    return plan.sizes.coordinates(media_rank if plan.over_world else plan.sizes.replica_ranks(0)[media_rank])
+
+
+def seen_by(plan: MediaPlan, media_rank: int) -> MediaPlan:
+    """The plan that a rank makes itself: over the world it does not know where items stand that do not concern it."""
+    concerned = {*plan.items_of(media_rank)}
+    concerned |= {number for number, item in enumerate(plan.items) if item.data == place(plan, media_rank).data}
+    items = [
+        item if not plan.over_world or number in concerned else dataclasses.replace(item, start=UNKNOWN)
+        for number, item in enumerate(plan.items)
+    ]
+    return plan_media(items, plan.layout, plan.sizes, plan.over_world)
 
 
 def routes_of(plan: MediaPlan) -> list[Route]:
-    return [plan.route(rank) for rank in range(plan.sizes.replica)]
+    return [seen_by(plan, rank).route(rank) for rank in range(plan.num_ranks)]
 
 
 def exchange(outgoing: list[list], send_splits: list[list[int]], recv_splits: list[list[int]]) -> list[list]:
@@ -64,15 +82,18 @@ TEXT_ONLY = plan_media([], SequenceLayout(8, tensor=2), GridSizes(tensor=2))
 @given(plans())
 @example(TEXT_ONLY)
 def test_every_row_arrives_where_its_token_lives(plan: MediaPlan) -> None:
-    sizes, layout = plan.sizes, plan.layout
+    layout = plan.layout
     received = send(plan, routes_of(plan))
-    for rank in range(sizes.replica):
-        at = Coordinates(*_unravel(rank, sizes))
+    for rank in range(plan.num_ranks):
+        at = place(plan, rank)
+        assert plan.media_rank(at) == rank
         route = plan.route(rank)
         wanted = set()
         if at.pipeline == 0:
             local = layout.positions(at.ring, at.ulysses, at.tensor if layout.tensor > 1 else 0).tolist()
             for number, item in enumerate(plan.items):
+                if item.data != at.data:
+                    continue
                 span = range(item.start, item.start + item.num_tokens)
                 wanted |= {
                     (number, position - item.start, item.micro_batch, item.row, index)
@@ -84,10 +105,21 @@ def test_every_row_arrives_where_its_token_lives(plan: MediaPlan) -> None:
         assert len(found) == len(set(found)) and set(found) == wanted
 
 
-def _unravel(rank: int, sizes: GridSizes) -> tuple[int, int, int, int, int]:
-    tensor, rest = rank % sizes.tensor, rank // sizes.tensor
-    context, pipeline = rest % sizes.context, rest // sizes.context
-    return tensor, context % sizes.ulysses, context // sizes.ulysses, 0, pipeline
+@given(plans())
+def test_a_rank_routes_the_same_without_the_places_that_do_not_concern_it(plan: MediaPlan) -> None:
+    for rank in range(plan.num_ranks):
+        theirs = seen_by(plan, rank)
+        assert theirs.encoder_of == plan.encoder_of
+        assert_same_route(theirs.route(rank), plan.route(rank))
+
+
+def test_a_place_that_is_needed_is_not_left_out_in_silence() -> None:
+    items = [MediaItem(3, 2, 0, 0, 0, data=0), MediaItem(2, 2, 0, 0, UNKNOWN, data=1)]
+    plan = plan_media(items, SequenceLayout(4), GridSizes(data=2), over_world=True)
+    assert plan.encoder_of == (0, 1)
+    assert plan.route(0).send_splits == [2, 0]
+    with pytest.raises(AssertionError, match="rank 1 needs the place of"):
+        plan.route(1)
 
 
 @given(plans())
@@ -120,17 +152,20 @@ def test_tensor_ranks_share_the_way_back(plan: MediaPlan) -> None:
 def test_a_plan_survives_the_way_from_a_worker(plan: MediaPlan) -> None:
     again = pickle.loads(pickle.dumps(plan))
     assert again == plan
-    for rank in range(plan.sizes.replica):
-        ours, theirs = plan.route(rank), again.route(rank)
-        for field in dataclasses.fields(Route):
-            mine, other = getattr(ours, field.name), getattr(theirs, field.name)
-            assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other
+    for rank in range(plan.num_ranks):
+        assert_same_route(plan.route(rank), again.route(rank))
+
+
+def assert_same_route(ours: Route, theirs: Route) -> None:
+    for field in dataclasses.fields(Route):
+        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        assert torch.equal(mine, other) if isinstance(mine, torch.Tensor) else mine == other
 
 
 @given(plans())
 def test_everything_is_encoded_once(plan: MediaPlan) -> None:
-    assert sorted(i for rank in range(plan.sizes.replica) for i in plan.items_of(rank)) == list(range(len(plan.items)))
-    for rank in range(plan.sizes.replica):
+    assert sorted(i for rank in range(plan.num_ranks) for i in plan.items_of(rank)) == list(range(len(plan.items)))
+    for rank in range(plan.num_ranks):
         assert plan.num_rows(rank) == len(encoded_rows(plan, rank)) == len(plan.route(rank).grad_rows)
 
 
@@ -150,8 +185,8 @@ def test_assignment_examples() -> None:
 
 
 def test_cost() -> None:
-    assert media_cost(10) == 10
-    assert media_cost(10, linear=2, quadratic=0.5) == 70
+    assert MediaCost().of(10) == 10
+    assert MediaCost(linear=2, quadratic=0.5).of(10) == 70
 
 
 def test_an_item_outside_its_row_is_a_bug_of_ours() -> None:

@@ -37,7 +37,11 @@ def test_replicas_cut_the_world_by_data_rank(sizes: GridSizes) -> None:
 
 def test_data_parallelism_is_what_is_left() -> None:
     assert GridSizes.from_config(ParallelConfig(tensor=2, pipeline=2), 8) == GridSizes(tensor=2, data=2, pipeline=2)
-    with pytest.raises(ParallelError, match=r"found 6, needed a multiple of parallel.tensor \* parallel.pipeline = 4"):
+    shared = ParallelConfig(tensor=2, ulysses=2, ring=2)
+    assert GridSizes.from_config(shared, 16) == GridSizes(tensor=2, ulysses=2, ring=2, data=2)
+    with pytest.raises(
+        ParallelError, match=r"found 6, needed a multiple of parallel\.tensor \* .* \* parallel\.ring = 4"
+    ):
         GridSizes.from_config(ParallelConfig(tensor=2, pipeline=2), 6)
 
 

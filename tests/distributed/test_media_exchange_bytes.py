@@ -1,0 +1,232 @@
+"""What the exchange of features costs: bytes by rank, counted by wrapping torch.distributed while real steps run.
+
+In phase 1 a rank receives the rows of the visual tokens it owns, its own encoding included, and nothing else; in phase
+3 it sends back as many with sequence parallelism, and a T-th of them without. Over context-parallel ranks no tensor has
+more rows than a rank has tokens.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.data.batch import StepBatch
+from megatron_vlm.models import vlm
+from megatron_vlm.models.merge import merge_features
+from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.parallel.layout import SequenceLayout
+from megatron_vlm.parallel.media_exchange import media_group, return_gradients
+from megatron_vlm.parallel.media_plan import MediaItem, plan_media
+from megatron_vlm.parallel.sizes import GridSizes
+from megatron_vlm.training.job import build_job
+from megatron_vlm.training.phases import PhaseClock
+from tests.helpers.ranks import RankFailure, RankPool
+from tests.helpers.tiny import tiny_recipe
+
+COLLECTIVES = (
+    "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single",
+    "batch_isend_irecv", "broadcast", "broadcast_object_list", "gather", "gather_object", "irecv", "isend", "recv",
+    "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter", "send",
+)  # fmt: skip
+MEDIA_PHASES = ("encode", "exchange", "encoder_backward")
+HIDDEN, ELEMENT_BYTES = 64, 4  # of the tiny language model in fp32
+
+Call = tuple[str, int, int]  # collective, bytes received, bytes sent
+
+
+def num_bytes(tensor: Any) -> int:
+    return tensor.numel() * tensor.element_size() if isinstance(tensor, Tensor) else -1
+
+
+@contextlib.contextmanager
+def counting(calls: list[Call]) -> Iterator[None]:
+    """Every collective inside is noted."""
+
+    def count(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            received, sent = (num_bytes(arguments[i]) if len(arguments) > i else -1 for i in (0, 1))
+            calls.append((name, received, sent))
+            return original(*arguments, **named)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name in COLLECTIVES:
+            stack.enter_context(mock.patch.object(dist, name, count(name, getattr(dist, name))))
+        yield
+
+
+@contextlib.contextmanager
+def counted_by_phase() -> Iterator[dict[str, list[Call]]]:
+    """Every collective of the steps inside, in the phases that are about pictures: phase -> what was called."""
+    calls: dict[str, list[Call]] = {name: [] for name in MEDIA_PHASES}
+
+    @contextlib.contextmanager
+    def phase(_clock: PhaseClock, name: str) -> Iterator[None]:
+        with counting(calls[name]) if name in calls else contextlib.nullcontext():
+            yield
+
+    with mock.patch.object(PhaseClock, "phase", phase):
+        yield calls
+
+
+def gather_all_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A wasteful exchange: every rank gets every rank's rows too, as a plain all-gather would have it."""
+
+    def send(encoded: Tensor, route: Any, group: Any) -> Tensor:
+        most = torch.tensor(encoded.shape[0])
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+        padded = encoded.new_zeros(int(most), encoded.shape[1])
+        dist.all_gather([torch.empty_like(padded) for _ in range(group.size())], padded, group=group)
+        return original(encoded, route, group)
+
+    return send
+
+
+def owned_tokens(batch: StepBatch, grid: Any) -> list[int]:
+    """Visual tokens that this rank owns, by window, counted one by one."""
+    at, layout = grid.coordinates, batch.windows[0].plan.layout
+    if at.pipeline > 0:
+        return [0] * len(batch.windows)
+    own = set(layout.positions(at.ring, at.ulysses, at.tensor if layout.tensor > 1 else 0).tolist())
+    return [
+        sum(
+            position in own
+            for span in window.spans
+            for position in range(span.item.start, span.item.start + span.item.num_tokens)
+        )
+        for window in batch.windows
+    ]
+
+
+def count_steps(recipe: dict[str, Any], wasteful: bool = False) -> tuple[int, int, int]:
+    """Two steps; checks this rank's bytes. Returns (tokens owned, bytes received, bytes of gradients sent): bytes -1
+    where the media group is one rank, and so nothing may be sent at all."""
+    job = build_job(Config.model_validate(recipe), dist.get_world_size())
+    total = [0, 0, 0]
+    for batch in job.batches(2):
+        send = gather_all_rows(vlm.send_features) if wasteful else vlm.send_features
+        with counted_by_phase() as calls, mock.patch.object(vlm, "send_features", send):
+            job.step(batch)
+        tokens = owned_tokens(batch, job.grid)
+        if batch.windows[0].plan.num_ranks == 1:
+            assert not any(calls.values())
+            total = [total[0] + sum(tokens), -1, -1]
+            continue
+        wanted = [("all_to_all_single", number * HIDDEN * ELEMENT_BYTES) for number in tokens]
+        assert calls["encode"] == []
+        assert [call[:2] for call in calls["exchange"]] == wanted
+        assert [call[0] for call in calls["encoder_backward"]] == ["all_to_all_single"] * len(batch.windows)
+        back = sum(call[2] for call in calls["encoder_backward"])
+        total = [
+            a + b for a, b in zip(total, (sum(tokens), sum(call[1] for call in calls["exchange"]), back), strict=True)
+        ]
+    return total[0], total[1], total[2]
+
+
+LAYOUTS = {
+    "tp2": (2, {"tensor": 2}),
+    "tp2-sp": (2, {"tensor": 2, "sequence": True}),
+    "pp2": (2, {"pipeline": 2}),
+    "dp2": (2, {}),
+    "tp2-pp2-sp": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+    "dp2-world": (2, {"media_group": "world"}),
+    "tp2-dp2-world": (4, {"tensor": 2, "media_group": "world"}),
+}
+
+
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_bytes_of_a_step(ranks: RankPool, tmp_path: Path, name: str, window: int | None) -> None:
+    num_ranks, parallel = LAYOUTS[name]
+    recipe = tiny_recipe(tmp_path, parallel=parallel, training={"media_window": window}).model_dump(mode="json")
+    found = ranks.run(num_ranks, count_steps, recipe)
+    copies = 1 if parallel.get("sequence") else parallel.get("tensor", 1)
+    for tokens, there, back in found:
+        if name == "dp2":
+            assert (there, back) == (-1, -1)
+            continue
+        assert there == tokens * HIDDEN * ELEMENT_BYTES
+        assert back * copies == there
+    assert sum(tokens for tokens, _, _ in found) > 0
+
+
+def test_bytes_that_nobody_needs_are_noticed(ranks: RankPool, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, parallel={"tensor": 2}).model_dump(mode="json")
+    with pytest.raises(RankFailure, match="all_gather"):
+        ranks.run(2, count_steps, recipe, True)
+
+
+class LongestTensor(TorchDispatchMode):
+    """The most rows (first dimension) of any tensor made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        made = function(*arguments, **(named or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor) and tensor.dim():
+                self.rows = max(self.rows, tensor.shape[0])
+        return made
+
+
+def longest_tensor(sizes: GridSizes, sequence_parallel: bool, wasteful: bool) -> tuple[int, int]:
+    """A row full of frames through exchange, merge and back; returns the most rows of any tensor, and s/cp."""
+    from megatron_vlm.parallel.groups import build_grid
+
+    length, hidden, num_frames, tokens = 96, 4, 12, 8
+    grid = build_grid(sizes)
+    layout = SequenceLayout(length, sizes.ring, sizes.ulysses, sizes.tensor if sequence_parallel else 1)
+    plan = plan_media([MediaItem(1, tokens, 0, 0, tokens * frame) for frame in range(num_frames)], layout, sizes)
+    route, encoded = plan.route(grid.replica_rank), torch.randn(plan.num_rows(grid.replica_rank), hidden)
+    model = VisionLanguageModel(torch.nn.Linear(1, 1), [], grid)  # type: ignore[arg-type]
+    group = media_group(grid, route.over_world)
+    calls: list[Call] = []
+    with LongestTensor() as seen, counting(calls):
+        features = model.place(model.exchange(encoded, route), route, 0)
+        if wasteful:
+            torch.zeros(length, 1, hidden)  # the whole sequence, as others' re-shard has it
+        if grid.coordinates.pipeline == 0:
+            merged = merge_features(torch.zeros(layout.local_length, 1, hidden), features)
+            merged.square().sum().backward()
+        grads = return_gradients(model.collect_gradients(route, [features]), route, len(encoded), group)
+    assert torch.equal(grads, 2 * encoded)
+    owned = layout.local_length if grid.coordinates.pipeline == 0 else 0  # every token is a visual one
+    copies = sizes.tensor if not sequence_parallel else 1
+    there, back = calls
+    assert there[:2] == ("all_to_all_single", owned * hidden * ELEMENT_BYTES)
+    assert (back[0], back[2] * copies) == there[:2]
+    return seen.rows, length // sizes.context
+
+
+CONTEXT_LAYOUTS = {
+    "ring2": (GridSizes(ring=2), False),
+    "ulysses2": (GridSizes(ulysses=2), False),
+    "ring2-ulysses2": (GridSizes(ring=2, ulysses=2), False),
+    "ring2-tp2": (GridSizes(ring=2, tensor=2), False),
+    "ring2-tp2-sp": (GridSizes(ring=2, tensor=2), True),
+    "ulysses2-pp2": (GridSizes(ulysses=2, pipeline=2), False),
+    "ring4-tp2-sp": (GridSizes(ring=4, tensor=2), True),
+}
+
+
+@pytest.mark.parametrize("name", CONTEXT_LAYOUTS)
+def test_no_tensor_is_longer_than_a_ranks_share_of_the_sequence(ranks: RankPool, name: str) -> None:
+    sizes, sequence_parallel = CONTEXT_LAYOUTS[name]
+    for most, share in ranks.run(sizes.world, longest_tensor, sizes, sequence_parallel, False):
+        assert 0 < most <= share
+
+
+def test_a_tensor_of_the_whole_sequence_is_noticed(ranks: RankPool) -> None:
+    found = ranks.run(2, longest_tensor, GridSizes(ring=2), False, True)
+    assert all(most == 2 * share for most, share in found)
