@@ -5,12 +5,15 @@ import subprocess
 import venv
 from pathlib import Path
 
+import pytest
+
 from megatron_vlm.config import to_yaml
 from tests.helpers.processes import ROOT
 from tests.helpers.tiny import tiny_recipe
 from tests.system.test_tools import tool
 
 
+@pytest.mark.slow
 def test_this_machine_and_a_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(tiny_recipe(tmp_path)))

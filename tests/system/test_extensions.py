@@ -64,6 +64,7 @@ def losses(folder: Path, done: Done) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
+@pytest.mark.slow
 def test_all_three_train_in_one_process_and_answer(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, *NAMES)
     found = losses(tmp_path, tool("train.py", recipe))
