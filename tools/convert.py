@@ -2,6 +2,7 @@
 
 python tools/convert.py import SOURCE DESTINATION                      a directory of LLaVA -> a checkpoint of ours
 python tools/convert.py import LANGUAGE DESTINATION --tower TOWER      the two halves, with a new projector
+python tools/convert.py import SOURCE DESTINATION --tower TOWER --base LANGUAGE   parts that a directory of LLaVA names
 python tools/convert.py export CHECKPOINT DESTINATION [--format llava-hf] [--dtype bf16]
 python tools/convert.py verify A B [--media a.png ...] [--prompt "..."]  do they compute the same?
 python tools/convert.py inspect DIRECTORY                              what is it?
@@ -14,8 +15,14 @@ import logging
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
+
+if TYPE_CHECKING:  # what a command needs is imported when it runs
+    from megatron_vlm.conversion.formats import ForeignModel
+
+PAIR_OPTIONS = ("projector", "select_layer", "select_feature", "seed")
 
 
 def main() -> None:
@@ -33,15 +40,20 @@ def main() -> None:
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="a directory; with --tower, the language model's directory or hub id")
+    parser.add_argument("source", help="a directory or hub id; of a new pair, the language model's")
     parser.add_argument("destination", type=Path, help="a directory of checkpoints to be")
     parser.add_argument("--format", help="default: the one that recognises the directory")
+    parser.add_argument(
+        "--tower",
+        help="vision tower's directory or hub id: where the one lies that a directory of LLaVA names, or, where SOURCE "
+        "is a language model, the other half of a new pair",
+    )
+    parser.add_argument("--base", help="language model's directory or hub id, for an mm_projector.bin alone")
     pair = parser.add_argument_group("a new pair")
-    pair.add_argument("--tower", help="vision tower's directory or hub id")
-    pair.add_argument("--projector", default="mlp2x_gelu", help="registered type (default mlp2x_gelu)")
-    pair.add_argument("--select-layer", type=int, default=-2, help="hidden state of the tower (default -2)")
-    pair.add_argument("--select-feature", choices=("patch", "cls_patch"), default="patch")
-    pair.add_argument("--seed", type=whole_number(0), default=42, help="of the projector's weights (default 42)")
+    pair.add_argument("--projector", help="registered type (default mlp2x_gelu)")
+    pair.add_argument("--select-layer", type=int, help="hidden state of the tower (default -2)")
+    pair.add_argument("--select-feature", choices=("patch", "cls_patch"), help="default patch")
+    pair.add_argument("--seed", type=whole_number(0), help="of the projector's weights (default 42)")
     parser.set_defaults(execute=_import)
 
 
@@ -73,19 +85,35 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     _prepare()
-    from megatron_vlm.conversion.formats import open_foreign, open_pair
     from megatron_vlm.conversion.importing import import_model, size_bytes
 
-    if arguments.tower is not None:
-        foreign = open_pair(
-            arguments.source, arguments.tower, arguments.projector,
-            arguments.select_layer, arguments.select_feature, arguments.seed,
-        )  # fmt: skip
-    else:
-        foreign = open_foreign(arguments.source, arguments.format)
+    foreign = _open(arguments)
     with _Bytes(f"importing {arguments.source}", size_bytes(foreign)) as written:
         checkpoint = import_model(foreign, arguments.destination, written.advance)
     print(f"{arguments.source} ({foreign.format}) -> {checkpoint}")
+
+
+def _open(arguments: argparse.Namespace) -> "ForeignModel":
+    """The model to import. Raises ConfigError for options that it would pass over."""
+    from megatron_vlm.conversion.formats import Places, is_foreign, open_foreign, open_pair
+    from megatron_vlm.conversion.sources import resolve_folder
+    from megatron_vlm.errors import ConfigError
+
+    given = {name: value for name in PAIR_OPTIONS if (value := getattr(arguments, name)) is not None}
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    if arguments.tower is None:
+        if given:
+            raise ConfigError(f"found {options} without --tower, needs the tower of the new pair")
+        return open_foreign(arguments.source, arguments.format, Places(base=arguments.base))
+    if arguments.format is not None:
+        raise ConfigError(f"found --format {arguments.format} with --tower, needs one of them: --tower says the format")
+    if not is_foreign(resolve_folder(arguments.source)):
+        if arguments.base is not None:
+            raise ConfigError("found --base for a new pair, whose language model is SOURCE; needs none")
+        return open_pair(arguments.source, arguments.tower, **given)
+    if given:
+        raise ConfigError(f"found {options}, which {arguments.source} says itself; needs a language model as SOURCE")
+    return open_foreign(arguments.source, places=Places(arguments.tower, arguments.base))
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,8 @@ python tools/doctor.py [--json FILE]
 python tools/doctor.py RECIPE.yaml [section.key=value ...] --world-size N        (also: is the recipe valid on N ranks?)
 
 The exit code is 1 where something that every run needs is missing or broken, or the recipe is not valid; what is
-optional and absent is told with its install line.
+optional and absent is told with its install line. It is for machines on which nothing is installed yet too: the
+package is taken from this checkout, and what it needs is told, not imported.
 """
 
 import ast
@@ -14,15 +15,17 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.errors import ConfigError
-from megatron_vlm.runtime.command_line import CommandLine, whole_number
-from megatron_vlm.runtime.environment import Finding, accelerators, launcher_variables, machine, meeting
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from megatron_vlm.errors import ConfigError  # noqa: E402 (after the checkout is on the path)
+from megatron_vlm.runtime.command_line import CommandLine, whole_number  # noqa: E402
+from megatron_vlm.runtime.environment import Finding, State, accelerators, launcher_variables, machine, meeting  # noqa: E402
+
 NOT_USED_YET = "not used yet"
 ENABLES = {  # what is there only with it; a test keeps this to the packages of setup.py's extras
     "transformer-engine": "the fused Adam on GPUs",
@@ -50,14 +53,16 @@ def requirements() -> dict[str, list[str]]:
 
 
 def find(requirement: str) -> tuple[str, str | None, bool]:
-    """Name, version (None: not installed) and whether the version is in the range."""
-    from packaging.specifiers import SpecifierSet
-
+    """Name, version (None: not installed) and whether the version is in the range, as far as it can be compared."""
     name, ranges = re.fullmatch(r"([\w.-]+)(?:\[\w+\])?(.*)", requirement).groups()  # type: ignore[union-attr]
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
         return name, None, False
+    if util.find_spec("packaging") is None:
+        return name, version, True
+    from packaging.specifiers import SpecifierSet
+
     return name, version, SpecifierSet(ranges).contains(version, prereleases=True)
 
 
@@ -67,12 +72,15 @@ def packages() -> Iterator[Finding]:
     right = (3, 11) <= sys.version_info[:2] <= (3, 12)
     advice = "" if right else "Python 3.11 or 3.12 is needed"
     yield Finding("Python", "ok" if right else "broken", platform.python_version(), advice)
+    if util.find_spec("packaging") is None:
+        yield Finding("packaging", "broken", "missing, so no version is compared", "pip install packaging")
     found = {requirement: find(requirement) for requirement in known.pop("required")}
     for requirement, (name, version, fits) in found.items():
         if not fits:
             yield Finding(name, "broken", version or "missing", f"pip install '{requirement}'")
     shown = [f"{name} {found_version}" for name, found_version, fits in found.values() if fits]
-    yield Finding("required", "ok", f"{len(shown)} of {len(found)} in setup.py's ranges: {', '.join(shown)}")
+    state: State = "ok" if len(shown) == len(found) else "note"
+    yield Finding("required", state, f"{len(shown)} of {len(found)} in setup.py's ranges: {', '.join(shown) or 'none'}")
     for extra, ranges in known.items():
         yield from optional(extra, [(requirement, *find(requirement)) for requirement in ranges])
 
@@ -100,13 +108,17 @@ def communication(num_gpus: int) -> Iterator[Finding]:
 
 
 def check_recipe(recipe: str, overrides: list[str], world_size: int) -> None:
-    """Raises ConfigError with everything that is wrong with the recipe on that many ranks."""
-    from megatron_vlm.config import load_config
-    from megatron_vlm.config.validation import names_its_model, validate
-    from megatron_vlm.data.conversation import TEMPLATES
-    from megatron_vlm.data.sources import SOURCES
-    from megatron_vlm.evaluation.tasks import TASKS
-    from megatron_vlm.models.facts import gather_facts
+    """Raises ConfigError with everything that is wrong with the recipe on that many ranks, or where it cannot be
+    checked."""
+    try:
+        from megatron_vlm.config import load_config
+        from megatron_vlm.config.validation import names_its_model, validate
+        from megatron_vlm.data.conversation import TEMPLATES
+        from megatron_vlm.data.sources import SOURCES
+        from megatron_vlm.evaluation.tasks import TASKS
+        from megatron_vlm.models.facts import gather_facts
+    except ImportError as error:
+        raise ConfigError(f"{recipe}: cannot be checked here: {error}; see what is broken above") from error
 
     config = load_config(recipe, overrides)
     SOURCES.get(config.data.source)

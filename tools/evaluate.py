@@ -8,10 +8,13 @@ records' field "form"). Every N ranks hold the model together (--tensor T, --pip
 answer their share of the questions.
 """
 
+import argparse
 import logging
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vlm.errors import DataError
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
 
 if TYPE_CHECKING:
@@ -20,12 +23,19 @@ if TYPE_CHECKING:
 
 def command_line() -> CommandLine:
     parser = CommandLine(__doc__)
-    parser.add_argument("checkpoint", help="a checkpoint directory, or a directory of checkpoints (its latest)")
+    parser.add_argument(
+        "checkpoint", help="a checkpoint, a directory of them (its latest), a model directory or hub id"
+    )
     parser.add_argument("--task", required=True, help="a registered task, such as exact_match")
     parser.add_argument("--data", required=True, nargs="+", type=Path, metavar="FILE", help="the questions")
     parser.add_argument("--media-root", type=Path, metavar="DIR", help="folder of the images (default: each FILE's)")
     parser.add_argument("--blank-images", action="store_true", help="ask everything again with every image blanked")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="for results (default: CHECKPOINT/../evaluation)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="for results (default: evaluation beside the checkpoint; of other models: ./evaluation)",
+    )
     positive = whole_number(1)
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="questions at a time (default 64)")
     parser.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="longest answer (default 32)")
@@ -37,14 +47,16 @@ def main() -> None:
     with command_line().run() as (arguments, launch):
         from megatron_vlm import load
         from megatron_vlm.evaluation.tasks import TASKS
+        from megatron_vlm.runtime.device import prepare
         from megatron_vlm.runtime.distributed import teardown
         from megatron_vlm.runtime.logging import get_logger
 
         get_logger("megatron_vlm").setLevel(logging.WARNING)  # what is printed is the result
         TASKS.get(arguments.task)  # a name mistyped shall not cost the loading of a model
-        layout = {"tensor": arguments.tensor, "pipeline": arguments.pipeline}
-        assistant = load(arguments.checkpoint, device=arguments.device, **layout)
-        from megatron_vlm.checkpoint.directory import find_checkpoint
+        prepare(arguments.device, launch.local_world_size)
+        output = make_output(arguments) if launch.rank == 0 else None
+        names = ("device", "tensor", "pipeline", "template", "dtype")
+        assistant = load(arguments.checkpoint, **{name: getattr(arguments, name) for name in names})
         from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, read_questions
 
         asked = read_questions(arguments.data, arguments.media_root, assistant.image_token)
@@ -55,11 +67,32 @@ def main() -> None:
             max_new_tokens=arguments.max_new_tokens,
         )
         report = evaluate(assistant, asked, request)
-        if launch.rank == 0:
-            output = arguments.output or find_checkpoint(arguments.checkpoint).parent / "evaluation"
+        if output is not None:
             report.write(output)
             show(report, output)
         teardown()
+
+
+def make_output(arguments: argparse.Namespace) -> Path:
+    """The folder for the results, made and tried before the time of an evaluation is spent.
+
+    Raises:
+        CheckpointError, ConversionError: no model there.
+        DataError: the folder cannot be written.
+    """
+    from megatron_vlm.checkpoint.directory import find_checkpoint
+    from megatron_vlm.generation.load import find_foreign
+
+    output: Path | None = arguments.output
+    if output is None:
+        is_ours = find_foreign(arguments.checkpoint) is None
+        output = (find_checkpoint(arguments.checkpoint).parent if is_ours else Path()) / "evaluation"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            return output
+    except OSError as error:
+        raise DataError(f"evaluation results cannot be written to {output}: {error.strerror}") from error
 
 
 def show(report: "Report", output: Path) -> None:

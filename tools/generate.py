@@ -43,8 +43,9 @@ def main() -> None:
         from megatron_vlm.runtime.logging import get_logger
 
         get_logger("megatron_vlm").setLevel(logging.WARNING)  # what is printed is the result
-        layout = {name: getattr(arguments, name) for name in ("devices", "device", "tensor", "pipeline")}
-        answer(load(arguments.checkpoint, **layout), arguments, launch)
+        names = ("devices", "device", "tensor", "pipeline", "template", "dtype")
+        options = {name: getattr(arguments, name) for name in names}
+        answer(load(arguments.checkpoint, **options), arguments, launch)
         if arguments.devices is None:  # ranks behind the call end with this process
             teardown()
 

@@ -6,6 +6,8 @@ weights is in `validation.py`. No torch here: a recipe can be read and checked i
 
 import importlib
 import math
+import os
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -20,12 +22,15 @@ def _no_switch(value: Any) -> Any:
 
 
 def _import(module: str) -> str:
-    """Imports an extension, so that what it registers is there before anything is looked up by name."""
+    """Imports an extension, so that what it registers is there before anything is looked up by name. It may lie in the
+    working directory, where a script does not look by itself."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
     try:
         importlib.import_module(module)
     except Exception as error:  # a user's own code may fail in any way; it is told as the recipe's fault
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        message = "must be a module that Python can import, its folder on PYTHONPATH: {reason}"
+        message = "must be a module that Python can import, from here or from PYTHONPATH: {reason}"
         raise PydanticCustomError("extension", message, {"reason": reason}) from error
     return module
 

@@ -16,16 +16,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_vlm.conversion.files import DTYPES
+from megatron_vlm.conversion.files import SAFETENSORS_DTYPES
 from megatron_vlm.conversion.mappings import HEAD
-from megatron_vlm.conversion.origin import Origin, digest
+from megatron_vlm.conversion.origin import Origin, is_as_referenced
+from megatron_vlm.conversion.weights import COMPUTED_BUFFERS
+from megatron_vlm.errors import ConversionError
 
 MAX_SHARD_BYTES = 5_000_000_000
 TOWER_FILE = "model-vision-tower.safetensors"  # of a tower that was only named by the origin, and has trained since
 MAX_THREADS = 4  # further ones would wait for the disk
 _ALIGNMENT_BYTES = 8
 _RUN_BYTES = 2**26  # that a thread writes at a time, of neighbours: what ours is made of is read once
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
 
 class Readable(Protocol):
@@ -80,19 +82,21 @@ class ShardPlan:
 
 
 def write_shards(folder: Path, shards: Sequence[ShardPlan], source: Readable, advance: Callable[[int], None]) -> None:
-    """Writes the files, to the disk, with one tensor in memory per thread.
+    """Writes the files, to the disk. In memory are, per thread, the tensor being written and what `source` keeps for
+    it: `NativeSource` two parameters, and the bytes it reads the next one from.
 
     Args:
         advance: told the bytes of each tensor written; called by several threads.
 
     Raises:
-        OSError: the disk. Nothing is being written any more when it is raised.
+        OSError: the disk. ConversionError: a value that the dtype to be written cannot hold. Nothing is being written
+            any more when one is raised.
     """
 
     def write_run(job: tuple[int, int, list[PlannedTensor]]) -> None:
         handle, place, run = job
         for planned in run:
-            tensor = source.read(planned.name).to(planned.dtype).contiguous()
+            tensor = _rounded(source.read(planned.name), planned).contiguous()
             assert tuple(tensor.shape) == planned.shape, planned.name
             _write_at(handle, place, tensor.reshape(-1).view(torch.uint8).numpy().data)
             place += planned.size_bytes
@@ -109,6 +113,18 @@ def write_shards(folder: Path, shards: Sequence[ShardPlan], source: Readable, ad
         list(pool.map(lambda file: os.fsync(file.fileno()), files))
 
 
+def _rounded(tensor: Tensor, planned: PlannedTensor) -> Tensor:
+    """In the dtype to be written. Raises ConversionError where a finite value is beyond it."""
+    rounded = tensor.to(planned.dtype)
+    if rounded.dtype != tensor.dtype and not torch.equal(rounded.isfinite(), tensor.isfinite()):
+        kind, most = str(planned.dtype).removeprefix("torch."), torch.finfo(planned.dtype).max
+        raise ConversionError(
+            f"{planned.disk_name}: found {tensor[tensor.isfinite()].abs().max().item():g}, needs values up to {most:g} "
+            f"for {kind}; choose another --dtype"
+        )
+    return rounded
+
+
 def _write_at(handle: int, place: int, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:
@@ -117,25 +133,30 @@ def _write_at(handle: int, place: int, data: bytes | memoryview) -> None:
 
 
 def plan_returned(
-    origin: Origin, source: Readable, disk_name: Callable[[str], str], dtype: torch.dtype | None
+    origin: Origin, source: Readable, disk_name: Callable[[str], str], dtype: torch.dtype | None, is_same: bool
 ) -> list[ShardPlan] | None:
     """The files the model came with; None where its tensors have other names or shapes by now.
 
     Args:
         dtype: of all tensors; None: each as it came.
+        is_same: whether the origin's config still fits. Where it does not, tensors that are computed from a config are
+            left out, and a tower that was only named is written, whether or not it has trained.
     """
     shards = []
-    rest = set(source.names())
-    for file, tensors in origin.weights.items():
+    rest = {name for name in source.names() if is_same or not COMPUTED_BUFFERS.search(name)}
+    for file, came in origin.weights.items():
+        tensors = [t for t in came if is_same or not COMPUTED_BUFFERS.search(t.name)]
         known = {*source.names(), HEAD}  # a tied head is often stored all the same
         if any(t.name not in known or t.shape != source.shape(t.name) for t in tensors):
             return None
         planned = [PlannedTensor(t.name, t.disk_name, _dtype(t.torch_dtype, dtype), t.shape) for t in tensors]
-        header = origin.header(file) if dtype is None else None
+        header = origin.header(file) if dtype is None and len(tensors) == len(came) else None
         name = file if file.endswith(".safetensors") else _renamed(file)
         shards.append(ShardPlan(name, planned, header or header_of(planned), header is not None))
         rest -= {t.name for t in tensors}
-    rest -= {name for name in rest if _is_as_referenced(name, origin, source)}
+    if is_same:
+        named = [name for name in rest if name in origin.referenced]
+        rest -= {name for name in named if is_as_referenced(source.read(name), origin.referenced[name])}
     if rest:
         extra = [PlannedTensor(n, disk_name(n), dtype or source.dtype(n), source.shape(n)) for n in sorted(rest)]
         shards.append(ShardPlan(TOWER_FILE, extra, header_of(extra)))
@@ -149,13 +170,6 @@ def _dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
 def _renamed(pickle: str) -> str:
     """`pytorch_model-00001-of-00002.bin` -> `model-00001-of-00002.safetensors`: no pickle is ever written."""
     return f"{pickle.removeprefix('pytorch_').removesuffix('.bin')}.safetensors"
-
-
-def _is_as_referenced(name: str, origin: Origin, source: Readable) -> bool:
-    if name not in origin.referenced:
-        return False
-    dtype, sha256 = origin.referenced[name]
-    return digest(source.read(name).to(getattr(torch, dtype))) == sha256
 
 
 def plan_fresh(

@@ -1,7 +1,8 @@
 """A checkpoint of ours -> a model directory of another system, tensor by tensor.
 
 A checkpoint that came from the same format gets back the names, the files and, bit for bit, everything it was not
-trained on; any other gets names from the format's table, shards of at most 5 GB, and a configuration of its own.
+trained on; any other gets names from the format's table, shards of at most 5 GB, and a configuration of its own. So
+does the configuration of one whose recipe is another by now: the names and shards stay.
 The directory is written beside its place and renamed.
 """
 
@@ -22,13 +23,21 @@ from megatron_vlm.checkpoint.integrity import sync_directory
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config.loading import config_from_tree
 from megatron_vlm.config.schema import VisionConfig
-from megatron_vlm.conversion.export_plan import ShardPlan, index_of, plan_fresh, plan_returned, write_shards
+from megatron_vlm.conversion.export_plan import (
+    TOWER_FILE,
+    ShardPlan,
+    index_of,
+    plan_fresh,
+    plan_returned,
+    write_shards,
+)
 from megatron_vlm.conversion.files import INDEXES, SAFETENSORS_INDEX
 from megatron_vlm.conversion.formats.base import FORMATS, Format, Target, read_json
+from megatron_vlm.conversion.formats.llava import TOWER_INSIDE
 from megatron_vlm.conversion.importing import refuse_taken
 from megatron_vlm.conversion.mappings import EMBEDDING, HEAD
 from megatron_vlm.conversion.native_reading import NativeSource, check_files
-from megatron_vlm.conversion.origin import Origin
+from megatron_vlm.conversion.origin import SENTENCEPIECE_FILE, Origin, reading_of
 from megatron_vlm.conversion.table import model_mappings
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConversionError
@@ -139,29 +148,37 @@ def plan_export(path: str | Path, format: str | None = None, dtype: str | None =
     manifest = Manifest.read(checkpoint)
     check_files(checkpoint, manifest)
     origin = Origin.of(checkpoint)
-    target_format = _writable(format or (origin.format if origin else "llava-hf"))
+    target_format = _format_of(format, origin)
     assert target_format.disk_name is not None
     target = _target(checkpoint, manifest)
     table = model_mappings(target.language, target.vision, target.config.model.projector.type)
     stored = NativeSource(checkpoint, table)
     wanted = None if dtype is None else DTYPES[dtype]
     num_rows = target.language.vocab_size
-    if origin is not None and origin.format == target_format.name:
-        source = ExportSource(stored, origin.spare(), num_rows)
-        returned = plan_returned(origin, source, target_format.disk_name, wanted)
-        if returned is not None:
-            return Export(origin.format, returned, source, partial(_write_returned, origin, returned, dtype))
     if target_format.has_image_token and target.image_token_id >= num_rows:
         num_rows = -(-(target.image_token_id + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
-    came = {t.name: t.torch_dtype for tensors in origin.weights.values() for t in tensors} if origin else {}
-    source = ExportSource(stored, {}, num_rows)
-    shards = plan_fresh(stored.names(), source, target_format.disk_name, lambda name: wanted or came.get(name))
+    shards = None
+    if origin is not None and origin.weights and origin.format == target_format.name:
+        is_same = origin.reading == reading_of(checkpoint, target.config)
+        source = ExportSource(stored, origin.spare(), target.language.vocab_size if is_same else num_rows)
+        shards = plan_returned(origin, source, target_format.disk_name, wanted, is_same)
+        if shards is not None and is_same:
+            return Export(origin.format, shards, source, partial(_write_returned, origin, shards, dtype))
+    if shards is None:
+        came = {t.name: t.torch_dtype for tensors in origin.weights.values() for t in tensors} if origin else {}
+        source = ExportSource(stored, {}, num_rows)
+        shards = plan_fresh(stored.names(), source, target_format.disk_name, lambda name: wanted or came.get(name))
     written = next(t.dtype for shard in shards for t in shard.tensors if t.name == EMBEDDING)
     settings = {"vocab_size": num_rows, "dtype": str(written).removeprefix("torch.")}
-    return Export(target_format.name, shards, source, partial(_write_fresh, target_format, target, settings, shards))
+    others = partial(_write_fresh, target_format, target, settings, shards, origin)
+    return Export(target_format.name, shards, source, others)
 
 
-def _writable(name: str) -> Format:
+def _format_of(name: str | None, origin: Origin | None) -> Format:
+    """By name, else the origin's, else llava-hf. Raises ConversionError, ConfigError."""
+    if name is None:
+        is_written = origin is not None and FORMATS.get(origin.format).disk_name is not None
+        name = origin.format if origin is not None and is_written else "llava-hf"
     found = FORMATS.get(name)
     if found.disk_name is None:
         names = [other for other in FORMATS.names() if FORMATS.get(other).disk_name is not None]
@@ -200,20 +217,40 @@ def _write_returned(origin: Origin, shards: list[ShardPlan], dtype: str | None, 
     origin.copy_files(folder, leave_out=INDEXES)
     if had_index or len(shards) > 1:
         (folder / SAFETENSORS_INDEX).write_text(index_of(shards), encoding="utf-8")
-    config = folder / "config.json"
-    if dtype is not None and config.is_file():
-        settings = read_json(config)
+    settings = read_json(folder / "config.json")
+    if dtype is not None:
         own = [key for key in DTYPE_KEYS if key in settings] or [DTYPE_KEYS[0]]
         settings |= dict.fromkeys(own, str(DTYPES[dtype]).removeprefix("torch."))
-        config.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    if any(shard.file == TOWER_FILE for shard in shards):
+        settings |= TOWER_INSIDE
+    if settings != read_json(folder / "config.json"):
+        (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def _write_fresh(
-    format: Format, target: Target, settings: dict[str, Any], shards: list[ShardPlan], folder: Path
+    format: Format,
+    target: Target,
+    settings: dict[str, Any],
+    shards: list[ShardPlan],
+    origin: Origin | None,
+    folder: Path,
 ) -> None:
     """Tokenizer, and what the format makes of the rest."""
     assert format.write_extras is not None
     shutil.copytree(target.checkpoint / "tokenizer", folder, dirs_exist_ok=True)
     format.write_extras(folder, target, settings)
-    if len(shards) > 1:
+    _let_transformers_4_read(folder / "tokenizer_config.json")
+    if origin is not None:
+        origin.copy_files(folder, only=(SENTENCEPIECE_FILE,))
+    if len(shards) > 1 or shards[0].file != "model.safetensors":
         (folder / SAFETENSORS_INDEX).write_text(index_of(shards), encoding="utf-8")
+
+
+def _let_transformers_4_read(path: Path) -> None:
+    """A tokenizer's config with the names that transformers 5 gave up writing and still reads."""
+    settings = read_json(path)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")

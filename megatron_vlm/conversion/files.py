@@ -23,7 +23,7 @@ from megatron_vlm.errors import ConversionError
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 INDEXES = (SAFETENSORS_INDEX, PICKLE_INDEX)
-DTYPES = {
+SAFETENSORS_DTYPES = {  # by their names in a header
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -35,6 +35,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_ZIP = b"PK\x03\x04"  # what torch.save writes since 1.6, and alone can be mapped
 _LENGTH_BYTES = 8  # of the number that heads a safetensors file
 
 
@@ -65,7 +66,9 @@ class SafetensorsFile:
         try:
             entries: dict[str, Any] = json.loads(self.header[_LENGTH_BYTES:])
             entries.pop("__metadata__", None)
-            self._places = {name: _place(entry) for name, entry in entries.items()}
+            self._places = {name: self._place(name, entry) for name, entry in entries.items()}
+        except ConversionError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConversionError(f"{path}: no safetensors header: {error!r}") from error
         self._check(len(self._map) - end)
@@ -82,6 +85,13 @@ class SafetensorsFile:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=len(self.header) + start).view(shape)
 
+    def _place(self, name: str, entry: dict[str, Any]) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+        start, end = entry["data_offsets"]
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            known = ", ".join(SAFETENSORS_DTYPES)
+            raise ConversionError(f"{self.path}: {name} is of dtype {entry['dtype']}, needs one of {known}")
+        return SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end
+
     def _check(self, size_bytes: int) -> None:
         expected = 0
         for name in self.names():
@@ -93,11 +103,6 @@ class SafetensorsFile:
             raise ConversionError(f"{self.path}: {size_bytes} bytes of tensors, the header needs {expected}")
 
 
-def _place(entry: dict[str, Any]) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-    start, end = entry["data_offsets"]
-    return DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end
-
-
 def _mapped(path: Path) -> mmap.mmap:
     try:
         with open(path, "rb") as file:
@@ -107,7 +112,7 @@ def _mapped(path: Path) -> mmap.mmap:
 
 
 class PickleFile:
-    """One file of torch.save, mapped, read as plain data.
+    """One file of torch.save, read as plain data: mapped, or whole where a torch before 1.6 wrote it.
 
     Raises:
         ConversionError: one that would run code, is damaged, or is no dictionary of tensors.
@@ -116,7 +121,9 @@ class PickleFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            with open(path, "rb") as file:
+                is_zip = file.read(len(_ZIP)) == _ZIP
+            tensors = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
         except pickle.UnpicklingError as error:
             raise ConversionError(
                 f"{path}: its pickle is not plain tensors and could run code when loaded: do not use it, or save the "
@@ -144,7 +151,7 @@ def open_weight_file(path: Path) -> WeightFile:
 
 
 class WeightFolder:
-    """The weights of a directory: its safetensors files, or where it has none its `pytorch_model*.bin`.
+    """The weights of a directory: its safetensors files, or where it has none its `pytorch_model*.bin`; an index first.
 
     Raises:
         ConversionError: no weights; a shard that is missing or damaged; an index that names a file outside the
@@ -153,9 +160,7 @@ class WeightFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
-        listed = None if self.index is None else _read_index(self.index)
-        names = _weight_files(folder) if listed is None else sorted(set(listed.values()))
+        self.index, names, listed = _listing(folder)
         self.files = [open_weight_file(_inside(folder, name, self.index)) for name in names]
         self.places: dict[str, WeightFile] = {}
         for file in self.files:
@@ -182,10 +187,14 @@ def _read_index(index: Path) -> dict[str, str]:
         raise ConversionError(f"{index}: no index of weights: {error!r}") from error
 
 
-def _weight_files(folder: Path) -> list[str]:
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+def _listing(folder: Path) -> tuple[Path | None, list[str], dict[str, str] | None]:
+    """The index that counts, the weight files, and tensor -> file where there is an index."""
+    for name, pattern in ((SAFETENSORS_INDEX, "*.safetensors"), (PICKLE_INDEX, "pytorch_model*.bin")):
+        if (folder / name).is_file():
+            listed = _read_index(folder / name)
+            return folder / name, sorted(set(listed.values())), listed
         if found := sorted(path.name for path in folder.glob(pattern)):
-            return found
+            return None, found, None
     raise ConversionError(f"{folder}: found no weights, needs *.safetensors or pytorch_model*.bin")
 
 

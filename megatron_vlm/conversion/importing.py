@@ -9,16 +9,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from megatron_vlm.checkpoint.directory import checkpoint_path, create_partial, partial_path, publish
 from megatron_vlm.checkpoint.integrity import records_of
 from megatron_vlm.checkpoint.manifest import FileRecord, Manifest
 from megatron_vlm.config.loading import config_hash
 from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.formats.base import ForeignModel
-from megatron_vlm.conversion.formats.recipe import config_of
-from megatron_vlm.conversion.mappings import EMBEDDING
+from megatron_vlm.conversion.formats.recipe import config_of, parameter_format
 from megatron_vlm.conversion.native_writing import write_tensors
 from megatron_vlm.conversion.origin import write_origin
 from megatron_vlm.conversion.table import model_mappings
@@ -37,7 +34,7 @@ def import_model(
     """Writes `destination/step_0000000` and `destination/latest`, weights in the dtypes they have.
 
     Args:
-        destination: a directory of checkpoints to be; it does not exist, or is empty.
+        destination: a directory of checkpoints to be; it does not exist, or is empty but for what a killed import left.
         advance: told the bytes of each tensor written, perhaps by several threads.
 
     Returns:
@@ -48,7 +45,8 @@ def import_model(
             refuses.
         ConfigError: a model this package does not build, or a tokenizer that is not its.
     """
-    refuse_taken(destination)
+    final = checkpoint_path(destination, 0)
+    refuse_taken(destination, but=partial_path(final))
     check_architecture(foreign.language)
     table = model_mappings(foreign.language, foreign.vision, foreign.projector)
     spare = check_fit(foreign.source, table)
@@ -58,14 +56,13 @@ def import_model(
     survey = survey_tower(config.model.vision)
     foreign.language.name_or_path = survey.hf_config.name_or_path = ""  # no paths of this machine
     existed = destination.exists()
-    final = checkpoint_path(destination, 0)
     try:
         partial = create_partial(final)
         tokenizer.save_pretrained(partial / "tokenizer")
         foreign.language.save_pretrained(partial / "language")
         survey.hf_config.save_pretrained(partial / "vision")
         write_pixel_format(partial / "vision", survey.media_spec)
-        write_origin(partial, foreign, spare)
+        write_origin(partial, foreign, spare, config)
         files = write_tensors(partial, table, foreign.source, advance)
         others = [path for path in partial.rglob("*") if path.is_file() and str(path.relative_to(partial)) not in files]
         _manifest(config, foreign, files | records_of(partial, others)).write(partial)
@@ -83,20 +80,15 @@ def size_bytes(foreign: ForeignModel) -> int:
     return sum(foreign.source.read(name).nbytes for name in foreign.source.names())
 
 
-def refuse_taken(destination: Path) -> None:
-    """Raises ConversionError where there is something already: nothing is overwritten."""
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+def refuse_taken(destination: Path, but: Path | None = None) -> None:
+    """Raises ConversionError where there is something already, `but` aside: nothing is overwritten."""
+    if destination.exists() and (not destination.is_dir() or any(path != but for path in destination.iterdir())):
         raise ConversionError(f"{destination} exists already; name a directory that does not, or is empty")
 
 
 def _recipe(foreign: ForeignModel, destination: Path) -> Config:
-    """bf16 where the weights are; else fp32, which also holds every fp16 value."""
-    is_bf16 = foreign.source.read(EMBEDDING).dtype is torch.bfloat16
-    return config_of(
-        foreign,
-        precision={"params": "bf16" if is_bf16 else "fp32"},
-        checkpoint={"directory": str(destination)},
-    )
+    precision = {"params": parameter_format(foreign)}
+    return config_of(foreign, precision=precision, checkpoint={"directory": str(destination)})
 
 
 def _manifest(config: Config, foreign: ForeignModel, files: dict[str, FileRecord]) -> Manifest:

@@ -14,9 +14,10 @@ from megatron_vlm.checkpoint.manifest import FILE_NAME as MANIFEST
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.safe_reading import refuse_code
 from megatron_vlm.conversion.files import WeightFolder
-from megatron_vlm.conversion.formats.base import FORMATS, is_foreign, open_foreign, read_json
+from megatron_vlm.conversion.formats import llava
+from megatron_vlm.conversion.formats.base import FORMATS, is_foreign, open_foreign, read_json, recognised
 from megatron_vlm.conversion.origin import Origin
-from megatron_vlm.conversion.sources import vision_rename
+from megatron_vlm.conversion.sources import FolderSource, vision_rename
 from megatron_vlm.errors import ConversionError
 
 OURS = "megatron_vlm"
@@ -92,6 +93,8 @@ def _ours(folder: Path) -> Inspection:
 
 
 def _foreign(folder: Path) -> Inspection:
+    if recognised(folder) == llava.NAME and (tower := llava.tower_elsewhere(folder)) is not None:
+        return _without_tower(folder, tower)
     foreign = open_foreign(folder)
     reads = ((name, foreign.source.read(name)) for name in foreign.source.names())
     tensors = ((_PARTS.get(name.partition(".")[0], "language"), t.numel(), t.dtype) for name, t in reads)
@@ -101,6 +104,16 @@ def _foreign(folder: Path) -> Inspection:
     files = {} if foreign.own is None else _sizes(foreign.own.weights)
     family = FORMATS.get(foreign.format).families[0]
     return Inspection(folder, foreign.format, family, _parts(tensors), files, tuple(notes))
+
+
+def _without_tower(folder: Path, tower: str) -> Inspection:
+    """A directory of LLaVA that names a hub id as its tower: nothing is fetched to look at it."""
+    own = FolderSource(str(folder), lambda names: llava.canonical_name)
+    reads = ((name, own.read(name)) for name in own.names())
+    tensors = ((_PARTS.get(name.partition(".")[0], "language"), t.numel(), t.dtype) for name, t in reads)
+    notes = (f"the tower is not here: mm_vision_tower is {tower}",)
+    family = FORMATS.get(llava.NAME).families[0]
+    return Inspection(folder, llava.NAME, family, _parts(tensors), _sizes(own.weights), notes)
 
 
 def _other(folder: Path) -> Inspection:

@@ -22,6 +22,7 @@ from megatron_vlm.checkpoint.safe_reading import refuse_code
 from megatron_vlm.conversion.mappings import Mapping
 from megatron_vlm.errors import CheckpointError
 
+MODEL_PARTS = ("language.", "vision.", "projector.")  # a checkpoint holds optimizer states beside them
 _NUM_KEPT = 2  # parameters kept in memory per thread: a file's order puts o_proj between k_proj and q_proj
 _NUM_SHOWN = 3
 
@@ -50,6 +51,12 @@ class NativeSource:
         }
         if missing := [entry.name for entry in table if entry.name not in self._stored]:
             raise CheckpointError(f"{directory} lacks {len(missing)} parameters: {', '.join(missing[:_NUM_SHOWN])}")
+        known = {entry.name for entry in table}
+        if more := sorted(name for name in self._stored.keys() - known if name.startswith(MODEL_PARTS)):
+            raise CheckpointError(
+                f"{directory} holds {len(more)} parameters that its configs have no place for: "
+                f"{', '.join(more[:_NUM_SHOWN])}"
+            )
         self._entries = {name: entry for entry in table for name in entry.sources}
         self._threads = threading.local()
 

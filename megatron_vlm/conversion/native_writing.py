@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import IO, cast
 
@@ -155,8 +156,13 @@ def _write_share(
 
 
 def _chunks(entry: Mapping, source: WeightSource) -> Iterable[tuple[int, Tensor]]:
-    """Our parameter in pieces along dimension 0, each a tensor of its own memory or mapping, with its first row."""
+    """Our parameter in pieces along dimension 0, each a tensor of its own memory or mapping, with its first row.
+
+    All are of one dtype: where the sources' differ, one that holds the values of each.
+    """
     full = [source.read(name) for name in entry.sources]
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in full))
+    full = [tensor.to(dtype) for tensor in full]
     if not isinstance(entry, GatedMLP):
         yield 0, _alone(entry.shard(full, 0, 1))
         return

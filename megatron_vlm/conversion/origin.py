@@ -1,8 +1,10 @@
 """What a checkpoint keeps of the directory it was imported from, so that an export gives back the same files.
 
-    origin/origin.json      format, and per weight file its tensors: name, dtype, shape; the SHA-256 of those left out
+    origin/origin.json      format, what the directory was read as, and per weight file its tensors: name, dtype, shape;
+                            the SHA-256 of those left out
     origin/headers/FILE     the header of a safetensors file, byte for byte, which fixes where in it everything is
-    origin/files/...        all files that are no weights: config, tokenizer, processor, index
+    origin/files/...        all files that are no weights: config, tokenizer, processor, index; and a tower's directory
+                            inside the model's, weights too
     origin/spare.safetensors    tensors no model here has, because it computes them: rotary frequencies, position ids
 
 A checkpoint trained from an imported one keeps it too (`carry`).
@@ -11,7 +13,7 @@ A checkpoint trained from an imported one keeps it too (`carry`).
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.files import SafetensorsFile
 from megatron_vlm.conversion.formats.base import ForeignModel, read_json
+from megatron_vlm.conversion.formats.recipe import settings_of
+from megatron_vlm.conversion.sources import FolderSource
+from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.models.hf_config import config_from_path
 from megatron_vlm.runtime.logging import get_logger
 
 FOLDER = "origin"
 MAX_CARRIED_BYTES = 64 * 2**20  # of one file
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+SENTENCEPIECE_FILE = "tokenizer.model"  # which transformers 5 does not write, and the original LLaVA reads
 _RECORD, _HEADERS, _FILES, _SPARE = "origin.json", "headers", "files", "spare.safetensors"
+_BESIDE_THE_MODEL = ("architectures", "dtype", "_name_or_path")  # of a config: what made it, and how it is stored
+_OF_A_CALL = ("padding", "truncation")  # what a tokenizer keeps of its last use
 
 logger = get_logger(__name__)
 
@@ -56,14 +66,18 @@ class Origin:
     Args:
         folder: `origin/` of a checkpoint.
         format: registered name.
-        weights: by file name, its tensors in the file's order.
-        referenced: tensors that came from elsewhere (a tower that is only named): canonical name -> dtype and SHA-256.
+        weights: by file name, its tensors in the file's order; none of a model that was put together from several
+            directories.
+        referenced: tensors that came from elsewhere (a tower that is only named): canonical name -> dtype, SHA-256, and
+            SHA-256 when rounded to bf16.
+        reading: what the directory was read as (`reading_of`).
     """
 
     folder: Path
     format: str
     weights: dict[str, list[OriginTensor]]
-    referenced: dict[str, tuple[str, str]]
+    referenced: dict[str, tuple[str, str, str]]
+    reading: dict[str, Any]
 
     @classmethod
     def of(cls, checkpoint: Path) -> "Origin | None":
@@ -77,7 +91,8 @@ class Origin:
                 file: [OriginTensor(name, own, dtype, tuple(shape)) for name, own, dtype, shape in tensors]
                 for file, tensors in record["weights"].items()
             }
-            return cls(folder, record["format"], weights, {k: (a, b) for k, (a, b) in record["referenced"].items()})
+            referenced = {name: (dtype, own, bf16) for name, (dtype, own, bf16) in record["referenced"].items()}
+            return cls(folder, record["format"], weights, referenced, record["reading"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{folder / _RECORD} is damaged: {error!r}") from error
 
@@ -99,46 +114,90 @@ class Origin:
         root = self.folder / _FILES
         return [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
 
-    def copy_files(self, into: Path, leave_out: Iterable[str] = ()) -> None:
+    def copy_files(self, into: Path, only: Collection[str] | None = None, leave_out: Collection[str] = ()) -> None:
         """Writes the carried files. Raises OSError."""
         for file in self.files():
-            if str(file) not in leave_out:
+            if (only is None or str(file) in only) and str(file) not in leave_out:
                 (into / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.folder / _FILES / file, into / file)
 
 
-def write_origin(checkpoint: Path, foreign: ForeignModel, spare: Iterable[str]) -> None:
+def reading_of(checkpoint: Path, config: Config) -> dict[str, Any]:
+    """What a model is beside its weights: while a checkpoint says the same as its origin, the origin's files fit it.
+
+    Args:
+        checkpoint: which holds tokenizer/, language/ and vision/.
+        config: its recipe.
+
+    Raises:
+        ConfigError: one of these cannot be read.
+    """
+    parts = {part: settings_of(config_from_path(part, str(checkpoint / part))) for part in ("language", "vision")}
+    for settings in parts.values():
+        for key in _BESIDE_THE_MODEL:
+            settings.pop(key, None)
+    reading = {
+        **parts,
+        "pixels": read_json(checkpoint / "vision" / "preprocessor_config.json"),
+        "select_layer": config.model.vision.select_layer,
+        "select_feature": config.model.vision.select_feature,
+        "projector": config.model.projector.type,
+        "image_mode": config.data.image_mode,
+        "image_token": config.data.image_token,
+        "tokenizer": _tokenizer_digest(checkpoint / "tokenizer", config.data.image_token),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(reading, default=str))
+    return plain
+
+
+def _tokenizer_digest(folder: Path, image_token: str) -> str:
+    """SHA-256 of what a tokenizer does, however its files are laid out."""
+    tokenizer = load_tokenizer(folder, image_token)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for key in _OF_A_CALL:
+        backend.pop(key, None)
+    whole = [backend, {key: str(token) for key, token in tokenizer.special_tokens_map.items()}, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def write_origin(checkpoint: Path, foreign: ForeignModel, spare: Iterable[str], config: Config) -> None:
     """Keeps what an export needs to give the directory back.
 
     Args:
+        checkpoint: which is being written; it has tokenizer/, language/ and vision/ already.
         spare: canonical names of tensors that no model here has.
+        config: the checkpoint's recipe.
 
     Raises:
         OSError: the disk.
     """
-    own = foreign.own
-    if own is None:
-        return
-    folder = checkpoint / FOLDER
+    own, folder = foreign.own, checkpoint / FOLDER
     (folder / _HEADERS).mkdir(parents=True)
+    record: dict[str, Any] = {"format": foreign.format, "weights": {}, "referenced": {}}
+    record["reading"] = reading_of(checkpoint, config)
+    if own is None:
+        _copy_tokenizer(foreign.tokenizer, folder / _FILES)
+    else:
+        record["weights"] = _weights_of(own, folder / _HEADERS)
+        elsewhere = sorted(set(foreign.source.names()) - set(own.names()))
+        record["referenced"] = {name: reference_to(foreign.source.read(name)) for name in elsewhere}
+        kept = {name: foreign.source.read(name).clone() for name in spare if name in own.names()}
+        if kept:
+            save_file(kept, folder / _SPARE)
+        _copy_files(foreign, {file.path for file in own.weights.files}, folder / _FILES)
+    (folder / _RECORD).write_text(json.dumps(record), encoding="utf-8")
+
+
+def _weights_of(own: FolderSource, headers: Path) -> dict[str, list[list[Any]]]:
+    """Per weight file its tensors; writes the headers. Raises OSError."""
     canonical = {disk_name: name for name, disk_name in own.disk_names.items()}
     weights: dict[str, list[list[Any]]] = {}
     for file in own.weights.files:
         if isinstance(file, SafetensorsFile):
-            (folder / _HEADERS / file.path.name).write_bytes(file.header)
+            (headers / file.path.name).write_bytes(file.header)
         tensors = [(name, file.read(name)) for name in file.names()]
         weights[file.path.name] = [[name, canonical[name], _name(t.dtype), [*t.shape]] for name, t in tensors]
-    referenced = {
-        name: (_name(tensor.dtype), digest(tensor))
-        for name in sorted(set(foreign.source.names()) - set(own.names()))
-        for tensor in [foreign.source.read(name)]
-    }
-    record = {"format": foreign.format, "weights": weights, "referenced": referenced}
-    (folder / _RECORD).write_text(json.dumps(record), encoding="utf-8")
-    kept = {name: foreign.source.read(name).clone() for name in spare if name in own.names()}
-    if kept:
-        save_file(kept, folder / _SPARE)
-    _copy_files(foreign.folder, folder / _FILES)
+    return weights
 
 
 def carry(start: Path, checkpoint: Path) -> None:
@@ -147,21 +206,51 @@ def carry(start: Path, checkpoint: Path) -> None:
         shutil.copytree(start / FOLDER, checkpoint / FOLDER)
 
 
-def digest(tensor: Tensor) -> str:
+def reference_to(tensor: Tensor) -> tuple[str, str, str]:
+    """By which `is_as_referenced` knows a tensor again."""
+    return _name(tensor.dtype), _digest(tensor), _digest(tensor.bfloat16())
+
+
+def is_as_referenced(tensor: Tensor, reference: tuple[str, str, str]) -> bool:
+    """Whether it is what was imported, in the dtype it is stored in: bf16, or one that loses nothing."""
+    dtype, sha256, sha256_bf16 = reference
+    if tensor.dtype is torch.bfloat16:
+        return _digest(tensor) == sha256_bf16
+    own = tensor.to(getattr(torch, dtype))
+    return _digest(own) == sha256 and torch.equal(own.to(tensor.dtype), tensor)
+
+
+def _digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes."""
     return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def _copy_files(folder: Path, into: Path) -> None:
+def _copy_files(foreign: ForeignModel, weights: Collection[Path], into: Path) -> None:
+    """`weights`: the files whose tensors are in the checkpoint. Raises OSError."""
+    folder = foreign.folder
+    tower = None if foreign.vision_path is None else foreign.vision_path.resolve()
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") for part in inside.parts) or path.suffix in WEIGHT_SUFFIXES:
+        if not path.is_file() or any(part.startswith(".") for part in inside.parts) or path in weights:
             continue
-        if path.stat().st_size > MAX_CARRIED_BYTES:
+        parents = [(folder / parent).resolve() for parent in inside.parents]  # up to the model's own directory
+        is_weights = path.suffix in WEIGHT_SUFFIXES
+        is_towers = is_weights and tower in parents[:-1]
+        if is_weights and not is_towers:
+            logger.warning("%s is left out: weights that are no part of the model as it was read", path)
+            continue
+        if path.stat().st_size > MAX_CARRIED_BYTES and not is_towers:
             logger.warning("%s is left out: %d bytes, more than %d", path, path.stat().st_size, MAX_CARRIED_BYTES)
             continue
         (into / inside).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, into / inside)
+
+
+def _copy_tokenizer(folder: Path, into: Path) -> None:
+    """Of a model that is put together from several directories: the one file that a tokenizer does not write again."""
+    if (folder / SENTENCEPIECE_FILE).is_file():
+        into.mkdir(parents=True)
+        shutil.copyfile(folder / SENTENCEPIECE_FILE, into / SENTENCEPIECE_FILE)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -28,8 +28,8 @@ from transformers import (
 
 from megatron_vlm.conversion.files import WeightFolder, open_weight_file
 from megatron_vlm.conversion.formats import open_foreign
-from megatron_vlm.conversion.formats.base import read_json
-from megatron_vlm.conversion.verify_side import Facts, coarsest, round_weights, tokenizer_in
+from megatron_vlm.conversion.formats.base import has_tokenizer, read_json
+from megatron_vlm.conversion.verify_side import Facts, coarsest, round_weights
 from megatron_vlm.conversion.verify_trace import HEAD, Anatomy, Probe, Trace, traced
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.vision.preprocessing import PixelFormat, pixel_format
@@ -86,7 +86,7 @@ def open_foreign_side(path: str) -> ForeignSide:
         facts=Facts.of(foreign.language, foreign.vision, foreign.select_layer, pixels),
         weights=coarsest({foreign.source.read(name).dtype for name in foreign.source.names()}),
         pixels=pixels,
-        tokenizer=tokenizer_in(foreign.tokenizer),
+        tokenizer=foreign.tokenizer if has_tokenizer(foreign.tokenizer) else None,
         vision=foreign.vision,
         vision_folder=vision_folder,
     )

@@ -20,6 +20,7 @@ from megatron_vlm.checkpoint.recipe import inference_config
 from megatron_vlm.checkpoint.safe_reading import refuse_code
 from megatron_vlm.checkpoint.store import load_checkpoint
 from megatron_vlm.config.schema import Config, OpsConfig, ParallelConfig, PrecisionConfig
+from megatron_vlm.conversion.native_reading import MODEL_PARTS
 from megatron_vlm.conversion.verify_side import Facts, coarsest, round_weights
 from megatron_vlm.conversion.verify_trace import HEAD, Anatomy, Probe, Trace, traced
 from megatron_vlm.errors import ParallelError
@@ -35,7 +36,6 @@ from megatron_vlm.runtime.distributed import Launch, init_world, teardown
 from megatron_vlm.runtime.seeding import seed_everything
 
 _TIMEOUT_SECONDS = 60
-_WEIGHTS = ("language.", "vision.", "projector.")  # a checkpoint holds optimizer states beside them
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _number_format(directory: Path) -> torch.dtype:
         {
             entry.properties.dtype
             for name, entry in stored.items()
-            if isinstance(entry, TensorStorageMetadata) and name.startswith(_WEIGHTS)
+            if isinstance(entry, TensorStorageMetadata) and name.startswith(MODEL_PARTS)
         }
     )
 

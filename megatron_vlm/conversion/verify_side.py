@@ -13,7 +13,6 @@ from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.vision.preprocessing import PixelFormat
 
 MAX_PADDING_ROWS = 128  # llava-hf has room for its image token, and is padded to a multiple of 64
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,6 @@ def check_fit(a: Side, b: Side) -> None:
         differing = [words for words in differing if not words.startswith("vocabulary")]
     if differing:
         raise ConversionError(f"{a.origin} and {b.origin} are not of one architecture: {', '.join(differing)}")
-
-
-def tokenizer_in(folder: Path) -> Path | None:
-    """The folder, where it holds a tokenizer."""
-    return folder if any((folder / name).is_file() for name in _TOKENIZER_FILES) else None
 
 
 def coarsest(dtypes: set[torch.dtype]) -> torch.dtype:

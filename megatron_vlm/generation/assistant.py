@@ -23,10 +23,19 @@ from megatron_vlm.data.sample import Sample
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.generation.decoding import decode
-from megatron_vlm.generation.prompts import ImageSource, Prompt, Question, collate, list_prompts, read_prompt
-from megatron_vlm.generation.sampling import Sampler, Sampling, SamplingOptions
+from megatron_vlm.generation.prompts import (
+    ImageSource,
+    Prompt,
+    PromptBatch,
+    Question,
+    collate,
+    list_prompts,
+    read_prompt,
+)
+from megatron_vlm.generation.sampling import Sampler, Sampling, SamplingOptions, check_integer
 from megatron_vlm.generation.stopping import Stopping
 from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.runtime.logging import get_logger, quietly
 
 
 class Assistant:
@@ -55,6 +64,9 @@ class Assistant:
         self.image_token, self.image_mode = data.image_token, data.image_mode
         self.reader = MediaReader(model.media_spec, data.image_mode)
         self.stop_ids = find_stop_ids(encoder, configured_stops)
+        hf_config = model.language[0].spec.hf_config
+        self.context_tokens: int | None = getattr(hf_config, "max_position_embeddings", None)
+        self._context_told = False  # once is enough
 
     @classmethod
     def of(cls, model: VisionLanguageModel, data: DataConfig, tokenizer: Tokenizer) -> "Assistant":
@@ -84,11 +96,13 @@ class Assistant:
             The answer, or a list of answers where several prompts were given.
 
         Raises:
-            ConfigError: a sampling setting or stop string that makes no sense.
-            DataError: a prompt without text, an image that cannot be read, or another number of image tokens than of
-                images.
+            ConfigError: a number, sampling setting or stop string that makes no sense.
+            DataError: a prompt that is none, has no text, two texts without an image between or another number of image
+                tokens than of images, or is longer than the model's context; an image that cannot be read.
         """
         settings = Sampling(**sampling)
+        check_integer("max_new_tokens", max_new_tokens, 1)
+        check_integer("batch_size", batch_size, 1)
         several, are_several = list_prompts(prompts)
         read = [read_prompt(prompt, self.image_token, number) for number, prompt in enumerate(several, start=1)]
         answers: list[str] = []
@@ -98,7 +112,8 @@ class Assistant:
                 Question(sample, [partial(self._pixels, image, sample) for image in images]) for sample, images in part
             ]
             sampler = Sampler(settings, range(start, start + len(part)))
-            answers += self.answer(questions, max_new_tokens, stop, sampler)
+            with quietly():
+                answers += self.answer(questions, max_new_tokens, stop, sampler)
         return answers if are_several else answers[0]
 
     def answer(
@@ -110,12 +125,31 @@ class Assistant:
     ) -> list[str]:
         """Answers to one batch, decoded together, greedy without a sampler; a collective of the replica.
 
-        Raises DataError as `collate` and the images' readers do.
+        Raises DataError as `collate` and the images' readers do, and for a prompt longer than the model's context.
         """
         batch = collate(questions, self.encoder, self.model.media_spec)
+        self._check_context(questions, batch, max_new_tokens)
         stopping = Stopping(self.encoder.tokenizer, self.stop_ids, stop)
         rows = decode(self.model, batch, sampler or Sampler(Sampling(), ()), stopping, max_new_tokens)
         return [stopping.text(row) for row in rows]
+
+    def _check_context(self, questions: Sequence[Question], batch: PromptBatch, max_new_tokens: int) -> None:
+        """Beyond the positions it was trained on a model says nothing sensible: DataError for a prompt that reaches
+        there, a warning where answers may."""
+        lengths = batch.valid.sum(1).tolist()
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        if self.context_tokens is None or lengths[longest] + max_new_tokens <= self.context_tokens:
+            return
+        found = f"{questions[longest].sample.origin} has {lengths[longest]} tokens, images included"
+        needed = f"the model's context (max_position_embeddings) is {self.context_tokens}"
+        if lengths[longest] > self.context_tokens:
+            raise DataError(f"{found}; {needed}")
+        if not self._context_told and self.model.grid.replica_rank == 0:
+            get_logger(__name__).warning(
+                "%s, to which an answer of up to %d may come; %s: what lies beyond is unreliable",
+                found, max_new_tokens, needed,
+            )  # fmt: skip
+        self._context_told = True
 
     def _pixels(self, image: ImageSource, sample: Sample) -> Tensor:
         if isinstance(image, Image.Image):

@@ -4,6 +4,7 @@ All turns and images so far go into every prompt; the kv cache is built anew for
 what was said before it.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ class Chat:
 
     Args:
         assistant: that answers.
-        options: of its `generate`; the seed of a turn is `seed` plus the number of turns before it.
+        options: of its `generate`; every turn draws by a seed of its own, made from `seed` and the turn's number.
     """
 
     def __init__(self, assistant: Answers, **options: Any) -> None:
@@ -34,11 +35,18 @@ class Chat:
         """The answer to a text, or to texts and images mixed. A message that raises is not remembered; raises as
         `Assistant.generate`."""
         kept = [part.copy() if isinstance(part, Image.Image) else part for part in _parts(message)]
-        options = {**self.options, "seed": self.options.get("seed", 0) + len(self.rounds)}
+        options = {**self.options, "seed": turn_seed(self.options.get("seed", 0), len(self.rounds))}
         answer = self.assistant.generate(Dialogue(self.rounds, kept), **options)
         assert isinstance(answer, str)
         self.rounds += ((kept, answer),)
         return answer
+
+
+def turn_seed(seed: int, turn: int) -> int:
+    """Of a turn, counted from 0: the conversation's own seed for the first, and no neighbour's for the others."""
+    if turn == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"turn:{seed}:{turn}".encode()).digest()[:8], "little")
 
 
 def _parts(message: Message) -> list[Any]:

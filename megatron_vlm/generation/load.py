@@ -8,26 +8,26 @@ The imports stand inside the functions: the device must be chosen before torch a
 module is what a plain Python process meets first.
 """
 
-import contextlib
-import logging
 import os
 import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 from megatron_vlm.errors import ConfigError, ConversionError
-from megatron_vlm.runtime.device import DeviceRequest, prepare
+from megatron_vlm.runtime.device import DeviceRequest, current_device, prepare
 from megatron_vlm.runtime.distributed import init_world, read_launch
-from megatron_vlm.runtime.logging import get_logger
+from megatron_vlm.runtime.logging import get_logger, quietly
 
 if TYPE_CHECKING:
     from megatron_vlm.config.schema import Config, ParallelConfig
     from megatron_vlm.conversion.formats import ForeignModel
+    from megatron_vlm.data.tokenizer import Tokenizer
     from megatron_vlm.generation.assistant import Assistant
     from megatron_vlm.generation.ranks import RankedAssistant
     from megatron_vlm.models.vlm import VisionLanguageModel
+
+Dtype = Literal["fp32", "bf16"]
 
 COLLECTIVE_TIMEOUT_SECONDS = 600
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -40,6 +40,8 @@ def load(
     device: DeviceRequest = "auto",
     tensor: int = 1,
     pipeline: int = 1,
+    template: str | None = None,
+    dtype: Dtype | None = None,
 ) -> "Assistant | RankedAssistant":
     """A trained model, ready to answer. Under a launcher every rank of the job calls it, without `devices`.
 
@@ -52,12 +54,15 @@ def load(
         device: auto | cpu | cuda, where this process has not chosen already.
         tensor, pipeline: ranks that share one model; the ranks of the job are so many replicas of it, and all ranks of
             a replica ask it the same at the same time. With devices, all of them are one replica.
+        template: the conversation template; default: the one it was trained with, or what its directory says.
+        dtype: of the weights, fp32 or bf16. Default: the recipe's; of another system's model as stored, and fp16, which
+            is not computed in, as bf16 on GPUs and as fp32, which holds every value of it, on the CPU.
 
     Raises:
         CheckpointError: no checkpoint there, or a damaged or incomplete one.
         ConversionError: a directory of another system that is not whole, or a hub id that cannot be fetched.
-        ConfigError: the device asked for is not there, a recipe of another version, or a layout that does not divide
-            the ranks, the model's heads or its layers.
+        ConfigError: the device asked for is not there, a recipe of another version, a template or dtype that is not
+            known or does not fit, or a layout that does not divide the ranks, the model's heads or its layers.
         ParallelError: this process works in another layout already.
     """
     launch = read_launch()
@@ -70,33 +75,24 @@ def load(
                 f"devices: found {list(devices)} on a rank of {launch.world_size}, needs a process of its own"
             )
         if placement.device != "cpu" or placement.world_size > 1:
-            return RankedAssistant(path, placement)
+            return RankedAssistant(path, placement, template=template, dtype=dtype)
         device = "cpu"
-    with _quietly():
+    with quietly():
         torch_device = prepare(device, launch.local_world_size)
         import torch
 
         if not torch.distributed.is_initialized():
             init_world(launch, torch_device, COLLECTIVE_TIMEOUT_SECONDS)
-        return open_checkpoint(path, tensor, pipeline)
+        return open_checkpoint(path, tensor, pipeline, template, dtype)
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """A script that loads a model has stdout and stderr to itself: libraries warn here of fused kernels that generation
-    does not need, and the package tells what would train. Warnings of our own are still logged."""
-    logger = get_logger("megatron_vlm")
-    level = logger.level
-    logger.setLevel(max(level, logging.WARNING))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def open_checkpoint(path: str | os.PathLike[str], tensor: int = 1, pipeline: int = 1) -> "Assistant":
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    tensor: int = 1,
+    pipeline: int = 1,
+    template: str | None = None,
+    dtype: Dtype | None = None,
+) -> "Assistant":
     """The assistant of `path`, in a process whose device and default process group exist. Raises as `load`."""
     import torch
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -108,19 +104,21 @@ def open_checkpoint(path: str | os.PathLike[str], tensor: int = 1, pipeline: int
     from megatron_vlm.config.validation import validate_layout
     from megatron_vlm.conversion.formats import fill_model
     from megatron_vlm.data.conversation import TEMPLATES
-    from megatron_vlm.data.tokenizer import load_tokenizer
     from megatron_vlm.generation.assistant import Assistant
     from megatron_vlm.models.facts import gather_facts
     from megatron_vlm.models.families import build_model
     from megatron_vlm.parallel.groups import GridSizes, build_grid
 
     world_size, parallel = torch.distributed.get_world_size(), ParallelConfig(tensor=tensor, pipeline=pipeline)
+    _check_choices(template, dtype)
     foreign = find_foreign(path)
     if foreign is None:
         directory = find_checkpoint(path)
         config = inference_config(directory, parallel)
     else:
-        config = _foreign_config(foreign, parallel)
+        config = _foreign_config(foreign, parallel, dtype)
+    config = _as_chosen(config, template, dtype)
+    tokenizer = _load_tokenizer(config, path)
     validate_layout(config, gather_facts(config, TEMPLATES.names(), tasks=()), world_size)
     _forget_grid(tensor, pipeline)
     grid = build_grid(GridSizes.from_config(config.parallel, world_size))
@@ -131,7 +129,38 @@ def open_checkpoint(path: str | os.PathLike[str], tensor: int = 1, pipeline: int
     else:
         fill_model(model, foreign, grid)
     turn_head(model)
-    return Assistant.of(model, config.data, load_tokenizer(config.model.language.tokenizer, config.data.image_token))
+    return Assistant.of(model, config.data, tokenizer)
+
+
+def _check_choices(template: str | None, dtype: str | None) -> None:
+    """Raises ConfigError for a template or dtype that is not known."""
+    from megatron_vlm.data.templates import TEMPLATES
+
+    if template is not None:
+        TEMPLATES.get(template)
+    if dtype not in (None, *get_args(Dtype)):
+        raise ConfigError(f"dtype: found {dtype!r}, needs {' or '.join(get_args(Dtype))}")
+
+
+def _as_chosen(config: "Config", template: str | None, dtype: Dtype | None) -> "Config":
+    data = config.data if template is None else config.data.model_copy(update={"template": template})
+    precision = config.precision if dtype is None else config.precision.model_copy(update={"params": dtype})
+    return config.model_copy(update={"data": data, "precision": precision})
+
+
+def _load_tokenizer(config: "Config", path: str | os.PathLike[str]) -> "Tokenizer":
+    """Raises ConfigError where there is none, or none that the template can do with."""
+    from megatron_vlm.data.templates import TEMPLATES
+    from megatron_vlm.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
+    if config.data.template == "auto" and not tokenizer.chat_template:
+        names = ", ".join(name for name in TEMPLATES.names() if name != "auto")
+        raise ConfigError(
+            f"template: the tokenizer of {path} has no chat template, needs the name of one (template=, --template): "
+            f"{names}"
+        )
+    return tokenizer
 
 
 def turn_head(model: "VisionLanguageModel") -> None:
@@ -168,15 +197,21 @@ def find_foreign(path: str | os.PathLike[str]) -> "ForeignModel | None":
     return open_foreign(folder)
 
 
-def _foreign_config(foreign: "ForeignModel", parallel: "ParallelConfig") -> "Config":
-    """The model as a recipe: bf16 where the weights are, else fp32, which also holds every fp16 value."""
+def _foreign_config(foreign: "ForeignModel", parallel: "ParallelConfig", dtype: Dtype | None) -> "Config":
+    """The model as a recipe, in the dtype that `load` says."""
     import torch
 
     from megatron_vlm.conversion.formats import config_of
     from megatron_vlm.conversion.mappings import EMBEDDING
 
-    is_bf16 = foreign.source.read(EMBEDDING).dtype is torch.bfloat16
-    return config_of(foreign, precision={"params": "bf16" if is_bf16 else "fp32"}, parallel=parallel.model_dump())
+    stored = foreign.source.read(EMBEDDING).dtype
+    narrowed = stored is torch.float16 and current_device().type == "cuda"
+    if narrowed and dtype is None and torch.distributed.get_rank() == 0:
+        get_logger(__name__).warning(
+            "%s is stored in fp16 and loaded in bf16; dtype fp32 keeps every digit of it", foreign.folder
+        )
+    params = "bf16" if narrowed or stored is torch.bfloat16 else "fp32"
+    return config_of(foreign, precision={"params": params}, parallel=parallel.model_dump())
 
 
 def _forget_grid(tensor: int, pipeline: int) -> None:

@@ -13,6 +13,7 @@ Letters: b prompts, s their padded length in tokens.
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -76,7 +77,8 @@ class PromptBatch:
 
 def list_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """One prompt, or a sequence of sequences and dialogues -> a list of prompts, and whether there were several."""
-    if isinstance(prompts, str | Dialogue) or any(not isinstance(part, list | tuple | Dialogue) for part in prompts):
+    alone = not isinstance(prompts, list | tuple)
+    if alone or any(not isinstance(part, list | tuple | Dialogue) for part in cast(Sequence[Prompt], prompts)):
         return [cast(Prompt, prompts)], False
     return list(cast(Sequence[Prompt], prompts)), True
 
@@ -94,7 +96,8 @@ def read_prompt(prompt: Prompt, image_token: str, number: int) -> tuple[Sample, 
         number: of this prompt among those given, for error messages.
 
     Raises:
-        DataError: no text, something that is neither text nor image, or an image file that does not exist.
+        DataError: no text, two without an image between, something that is neither text nor image, or an image file
+            that does not exist.
     """
     origin = f"prompt {number}"
     dialogue = prompt if isinstance(prompt, Dialogue) else Dialogue((), prompt)
@@ -110,9 +113,16 @@ def read_prompt(prompt: Prompt, image_token: str, number: int) -> tuple[Sample, 
 
 def check_message(message: Message, origin: str) -> list[str | ImageSource]:
     """Texts and images of a message, told apart. Raises DataError as `read_prompt`; `origin` is the message's."""
+    if not isinstance(message, str | list | tuple):
+        raise DataError(f"{origin}: found a {type(message).__name__}, needs a text, or a list of texts and images")
     parts = [_classify(part, origin) for part in ([message] if isinstance(message, str) else message)]
     if not any(isinstance(part, str) and part.strip() for part in parts):
         raise DataError(f"{origin} has no text; a question is needed")
+    if any(isinstance(one, str) and isinstance(following, str) for one, following in pairwise(parts)):
+        raise DataError(
+            f"{origin} has two texts without an image between; one prompt wants one text there, and several prompts a "
+            'list each: [["What?"], ["And?"]]'
+        )
     return parts
 
 

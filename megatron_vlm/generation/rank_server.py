@@ -32,7 +32,8 @@ def main(connection_handle: int, lifeline: int) -> None:
         try:
             reply: Any = None
             if assistant is None:
-                assistant = _load(*request)
+                path, options = request
+                assistant = _load(path, options)
             else:
                 prompts, arguments, options = request
                 _check_images(assistant, prompts)
@@ -45,10 +46,10 @@ def main(connection_handle: int, lifeline: int) -> None:
         connection.send(reply)
 
 
-def _load(path: str, device: Any, tensor: int, pipeline: int) -> Any:
+def _load(path: str, options: dict[str, Any]) -> Any:
     from megatron_vlm.generation.load import load
 
-    return load(path, device=device, tensor=tensor, pipeline=pipeline)
+    return load(path, **options)
 
 
 def _check_images(assistant: Any, prompts: list[Any]) -> None:

@@ -105,12 +105,13 @@ class RankedAssistant:
     Args:
         path: as `load` takes it.
         placement: of the ranks.
+        choices: of `load`: template, dtype.
 
     Raises:
         As `load`; ParallelError: a rank ended without a word.
     """
 
-    def __init__(self, path: str | os.PathLike[str], placement: Placement) -> None:
+    def __init__(self, path: str | os.PathLike[str], placement: Placement, **choices: str | None) -> None:
         self.path = os.fspath(path)
         self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # where the ranks meet
         self._children = _Children([], [], [])
@@ -118,7 +119,8 @@ class RankedAssistant:
         try:
             for rank in range(placement.world_size):
                 _start(self._children, rank, placement, self._store.port)
-            self._ask((self.path, placement.device, placement.tensor, placement.pipeline))
+            layout = {"device": placement.device, "tensor": placement.tensor, "pipeline": placement.pipeline}
+            self._ask((self.path, {**layout, **choices}))
         except BaseException:
             self.close()
             raise

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from megatron_vlm.errors import ConfigError
 
+LEAST_TEMPERATURE = 1e-30  # the likeliest token's share is 1 long before
+
 
 class SamplingOptions(TypedDict, total=False):
     """What a caller may say, as in `Sampling`."""
@@ -37,7 +39,8 @@ class Sampling:
     """How tokens are chosen.
 
     Args:
-        temperature: divides the logits; 0 takes the likeliest token, which is the default.
+        temperature: divides the logits; 0, the default, takes the likeliest token, and so does what is below
+            LEAST_TEMPERATURE, where fp32 would overflow.
         top_k: only so many likeliest tokens (and those as likely as the last of them) can be drawn. Default: all.
         top_p: only the fewest likeliest tokens whose probabilities add up to it can be drawn. Default: all.
         seed: of the draws.
@@ -52,24 +55,35 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
-            raise ConfigError(f"temperature: found {self.temperature}, needs a number of at least 0")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k: found {self.top_k}, needs an integer of at least 1")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p: found {self.top_p}, needs a number above 0 and up to 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed: found {self.seed}, needs an integer of at least 0")
+        if not (is_number(self.temperature) and self.temperature >= 0.0):
+            raise ConfigError(f"temperature: found {self.temperature!r}, needs a number of at least 0")
+        if self.top_k is not None:
+            check_integer("top_k", self.top_k, 1)
+        if self.top_p is not None and not (is_number(self.top_p) and 0.0 < self.top_p <= 1.0):
+            raise ConfigError(f"top_p: found {self.top_p!r}, needs a number above 0 and up to 1")
+        check_integer("seed", self.seed, 0)
         for name, value in (("top_k", self.top_k), ("top_p", self.top_p)):
             if value is not None and self.is_greedy:
                 raise ConfigError(
-                    f"{name}: found {value} with temperature 0, where nothing is drawn; needs one above 0"
+                    f"{name}: found {value} with temperature {self.temperature:g}, where nothing is drawn; needs one "
+                    "above 0"
                 )
 
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest token is taken."""
-        return self.temperature == 0.0
+        return self.temperature < LEAST_TEMPERATURE
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, and no switch."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_integer(name: str, value: object, minimum: int) -> None:
+    """Raises ConfigError."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ConfigError(f"{name}: found {value!r}, needs an integer of at least {minimum}")
 
 
 class Sampler:

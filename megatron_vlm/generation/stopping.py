@@ -25,11 +25,13 @@ class Stopping:
         strings: texts that end an answer and are not part of it; one or several.
 
     Raises:
-        ConfigError: an empty stop string.
+        ConfigError: an empty stop string, or something that is none.
     """
 
     def __init__(self, tokenizer: Tokenizer, ids: Collection[int], strings: str | Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
+        if not isinstance(strings, str | list | tuple) or not all(isinstance(text, str) for text in strings):
+            raise ConfigError(f"stop: found {strings!r}, needs a text or a list of texts")
         texts = [strings] if isinstance(strings, str) else list(strings)
         if not all(texts):
             raise ConfigError("stop: found an empty string, needs texts of at least one character")

@@ -65,22 +65,27 @@ class Operation(Generic[F]):
         Raises:
             ConfigError: an unknown name, or a backend that cannot run on these inputs, with the reason.
         """
+        backend = self.find(requested, *inputs)
+        if requested == AUTO and backend.name not in self._announced:
+            self._announced.add(backend.name)
+            get_logger(__name__).info("%s: auto took %r", self.key, backend.name)
+        return backend.function
+
+    def find(self, requested: str, *inputs: Any) -> Backend[F]:
+        """The backend whose function `select` gives; nothing is said. Raises as it does."""
         if requested == AUTO:
-            return self._first_able(*inputs).function
+            return self._first_able(*inputs)
         backend = self._registry.get(requested)
         reason = backend.obstacle(*inputs)
         if reason is not None:
             raise ConfigError(f"{self.key}: {requested!r} cannot run: {reason}; use {AUTO!r} or another backend")
-        return backend.function
+        return backend
 
     def _first_able(self, *inputs: Any) -> Backend[F]:
         reasons = []
         for backend in self._order:
             reason = backend.obstacle(*inputs)
             if reason is None:
-                if backend.name not in self._announced:
-                    self._announced.add(backend.name)
-                    get_logger(__name__).info("%s: auto took %r", self.key, backend.name)
                 return backend
             reasons.append(f"{backend.name}: {reason}")
         raise ConfigError(f"{self.key}: no backend can run ({'; '.join(reasons)})")

@@ -33,10 +33,16 @@ class CommandLine(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="tracebacks instead of one-line errors")
 
     def add_layout(self) -> None:
-        """Where a checkpoint is loaded to: device, and the ranks that share one model."""
+        """How a model is loaded: device, the ranks that share it, dtype, and the words it is asked in."""
         self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         for name, what in (("tensor", "tensor-parallel ranks"), ("pipeline", "pipeline stages")):
             self.add_argument(f"--{name}", type=whole_number(1), default=1, metavar="N", help=f"{what} (default 1)")
+        self.add_argument("--template", metavar="NAME", help="conversation template (default: the model's own)")
+        self.add_argument(
+            "--dtype",
+            choices=("fp32", "bf16"),
+            help="of the weights (default: as trained or stored; fp16 as bf16 on GPUs)",
+        )
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError where argparse would print its usage."""

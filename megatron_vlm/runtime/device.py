@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 DeviceRequest = Literal["auto", "cpu", "cuda"]
 
-logger = get_logger(__name__)
 _prepared: "torch.device | None" = None
 
 REDIRECTED: dict[str, str] = {
@@ -91,7 +90,9 @@ def prepare(requested: DeviceRequest, local_world_size: int = 1) -> "torch.devic
         _prepared = torch.device("cuda")
         return _prepared
     if num_gpus:
-        logger.warning("runtime.device auto: %d ranks but %d GPUs: using the CPU", local_world_size, num_gpus)
+        get_logger(__name__).warning(
+            "runtime.device auto: %d ranks but %d GPUs: using the CPU", local_world_size, num_gpus
+        )
     hide_cuda()
     _redirect_megatron(torch)
     _redirect_torch(torch)

@@ -2,15 +2,19 @@
 
 Everything goes to stdout: stderr is kept for the one line that says why a job failed (DESIGN 5), so libraries that warn
 there are quieted. The hazard is import order: `quiet_libraries` sets variables that torch and transformers read when
-they are imported, so tools call it (through `fail_together`) first.
+they are imported, so tools call it (through `fail_together`) first. rich is imported where something is told, so that
+tools/doctor.py runs without it.
 """
 
+import contextlib
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.logging import RichHandler
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _ROOT = "megatron_vlm"
 
@@ -19,6 +23,8 @@ def get_logger(name: str) -> logging.Logger:
     """The logger of a module (`__name__`), below the package's own, which gets its console handler on first use."""
     root = logging.getLogger(_ROOT)
     if not root.handlers:
+        from rich.logging import RichHandler
+
         rank = int(os.environ.get("RANK", 0))
         handler = RichHandler(console=stdout_console(), show_path=False, log_time_format="%H:%M:%S")
         handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
@@ -28,10 +34,27 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name if name.split(".")[0] == _ROOT else f"{_ROOT}.{name}")
 
 
-def stdout_console() -> Console:
+def stdout_console() -> "Console":
     """A console on stdout; without a terminal its lines are long enough to stay whole."""
+    from rich.console import Console
+
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """For what a script calls that has stdout and stderr to itself: libraries' warnings are off, and the package says
+    nothing but its own."""
+    logger = get_logger(_ROOT)
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def quiet_libraries() -> None:

@@ -6,18 +6,21 @@ test compares the two byte for byte.
 
 Activations are estimated: what autograd keeps of a layer, times the layers, times the micro-batches that the pipeline's
 schedule has under way on that stage. With n = s*b tokens of a micro-batch, e bytes an element, and the norms' share
-n' = n/T under sequence parallelism (else n), a layer keeps
+n' = n/T under sequence parallelism (else n), a layer that trains keeps
 
     2 n' h e                  both column-parallel inputs
     2 n' h e                  both norms' inputs; on the CPU, whose norm is no single kernel, 4 n' h times 4 bytes
-    n (3 H + 3 G) d e / T     q, k, v as projected; q and k rotated; attention's output
+    n (3 H + 3 G) d e / T     a flash kernel's: q, k, v as projected; q and k rotated; attention's output
+    n H (d e + 12 d + 12 s) / T   the reference's: output; q, k, v of every head and three times the scores, in fp32
     5 n f e / T               gate and up projection, the gate's SiLU, the up projection once more, their product
     selective recompute:      of attention only the projected q, k, v, q once more, and the output
     full recompute:           n' h e, the layer's input
 
-(after Korthikanti et al., Reducing Activation Recomputation, 2022; the counts are of megatron-core's layers). Attention
-is counted as a flash kernel keeps it; the `reference` backend holds the scores too. Left out: allocator fragmentation,
-temporaries of single operations, communication buffers, CUDA's and NCCL's own memory.
+and a frozen one no input of a linear layer: neither the column-parallel ones, nor attention's output (unless its kernel
+needs it), nor the product; on the CPU each norm 2 n' h. What is computed again has all of its own, one layer at a time;
+mode eval computes forward only, and keeps nothing beyond a layer.
+(after Korthikanti et al., Reducing Activation Recomputation, 2022; the counts are of megatron-core's layers). Left out:
+allocator fragmentation, temporaries of single operations, communication buffers, CUDA's and NCCL's own memory.
 
 Letters: T tensor ranks; s tokens of a row, b rows; h hidden, H and G query and key-value heads of width d, f
 feed-forward width; L layers.
@@ -26,10 +29,14 @@ feed-forward width; L layers.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.models.language import LanguageSpec, head_width, padded_vocabulary
 from megatron_vlm.models.vision.survey import TowerSurvey
+from megatron_vlm.ops.attention import ATTENTION
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.parallel.timeline import peak_outstanding, stage_order
 from megatron_vlm.training.parameter_shards import HeldChunk, HeldParameter
@@ -172,30 +179,54 @@ def _state(
     return ModelState(element * (frozen + buffer.numel), gradients, own * (main_bytes + 2 * FP32_BYTES))
 
 
+def attention_backend(config: Config) -> str:
+    """The attention backend that the recipe's device gets, where `auto` is taken for a GPU. Raises ConfigError."""
+    device = torch.device("cpu" if config.runtime.device == "cpu" else "cuda")
+    dtype = torch.bfloat16 if config.precision.params == "bf16" else torch.float32
+    return ATTENTION.find(config.ops.attention, SimpleNamespace(device=device, dtype=dtype)).name
+
+
 def layer_activation_bytes(config: Config, spec: LanguageSpec, num_tokens: int, recompute: str) -> int:
     """What autograd keeps of one layer for a micro-batch of `num_tokens` tokens, on one rank."""
-    hf, tensor = spec.hf_config, config.parallel.tensor
+    hf, tensor, trains = spec.hf_config, config.parallel.tensor, config.model.train.language
     element = ELEMENT_BYTES[config.precision.params]
-    whole = num_tokens // tensor if config.parallel.sequence else num_tokens
-    heads, groups = hf.num_attention_heads * head_width(hf), hf.num_key_value_heads * head_width(hf)
+    whole = (num_tokens // tensor if config.parallel.sequence else num_tokens) * hf.hidden_size
     if recompute == "full":
-        return element * whole * hf.hidden_size
-    attention = 3 * heads + 2 * groups if recompute == "selective" else 3 * heads + 3 * groups
-    cut = num_tokens * (attention + 5 * hf.intermediate_size) // tensor
-    norms = 4 * FP32_BYTES if config.runtime.device == "cpu" else 2 * element
-    return element * (2 * whole * hf.hidden_size + cut) + norms * whole * hf.hidden_size
+        return element * whole
+    inputs = 2 * element * whole if trains else 0
+    norms = (2 + 2 * trains) * FP32_BYTES if config.runtime.device == "cpu" else 2 * element
+    product = num_tokens * (4 + trains) * hf.intermediate_size // tensor * element
+    return inputs + norms * whole + product + attention_activation_bytes(config, spec, num_tokens, recompute)
+
+
+def attention_activation_bytes(config: Config, spec: LanguageSpec, num_tokens: int, recompute: str) -> int:
+    """Of these, what is between a layer's projections."""
+    hf, trains = spec.hf_config, config.model.train.language
+    element = ELEMENT_BYTES[config.precision.params]
+    heads, groups = hf.num_attention_heads * head_width(hf), hf.num_key_value_heads * head_width(hf)
+    if recompute == "selective":
+        each = element * ((2 + trains) * heads + 2 * groups)
+    elif attention_backend(config) == "reference":
+        scores = hf.num_attention_heads * config.training.sequence_length
+        each = element * trains * heads + 3 * FP32_BYTES * (heads + scores)
+    else:
+        each = element * (3 * heads + 3 * groups)
+    return num_tokens * each // config.parallel.tensor
 
 
 def activation_bytes(config: Config, spec: LanguageSpec, sizes: GridSizes, stage: int, num_micro_batches: int) -> int:
     """Of the language layers on one stage: rows of training.sequence_length, a run of so many micro-batches."""
     num_chunks, recompute = config.parallel.virtual_pipeline, config.training.recompute.language
+    num_tokens = config.training.sequence_length * config.training.micro_batch_size // sizes.context
+    if config.training.mode == "eval":
+        return layer_activation_bytes(config, spec, num_tokens, "none")
     layers = spec.hf_config.num_hidden_layers // (sizes.pipeline * num_chunks)
     outstanding = peak_outstanding(stage_order(num_micro_batches, sizes.pipeline, stage, num_chunks))
-    num_tokens = config.training.sequence_length * config.training.micro_batch_size // sizes.context
     kept = outstanding * layers * layer_activation_bytes(config, spec, num_tokens, recompute)
-    if recompute == "full":  # the layer that is computed again has all of its own
-        kept += layer_activation_bytes(config, spec, num_tokens, "none")
-    return kept
+    if recompute == "none":
+        return kept
+    again = layer_activation_bytes if recompute == "full" else attention_activation_bytes
+    return kept + again(config, spec, num_tokens, "none")
 
 
 def loss_head_bytes(config: Config, spec: LanguageSpec, sizes: GridSizes) -> int:

@@ -7,11 +7,12 @@ states:
     tensor    a layer's two column- and two row-parallel products: with sequence parallelism 2 all-gathers and 2
               reduce-scatters forward, the same backward and 2 all-gathers more for the weights' gradients; without it
               2 all-reduces forward and 2 backward. Full recompute: forward once more. Embedding and head: 1 each way.
-    pipeline  hidden states forward, their gradients backward, over every border between stages that a rank has
+    pipeline  hidden states forward, their gradients backward, over every border between stages that a rank has; where
+              the head is the embedding, that table's gradient, summed over the first and the last stage
     data      gradients reduced; the distributed optimizer scatters them and gathers the parameters
     pictures  feature rows to the owners of their tokens and gradients back, as the media plan says
 
-Left out: scalars, the loss's per-token sums, the gradient norm, checkpoints.
+Mode eval goes forward only. Left out: scalars, the loss's per-token sums, the gradient norm, checkpoints.
 """
 
 from collections.abc import Sequence
@@ -65,23 +66,27 @@ def tensor_bytes(config: Config, chunks: Sequence[HeldChunk], flow: Flow) -> int
     tensor = config.parallel.tensor
     whole = flow.length * config.training.micro_batch_size * flow.hidden * ELEMENT_BYTES[config.precision.params]
     again = config.training.recompute.language == "full"
+    for_weights = 2 if config.parallel.sequence and config.model.train.language else 0
     crossings = 0  # collectives that send (T-1)/T of the hidden states
     for chunk in chunks:
-        for_weights = 2 if config.parallel.sequence and config.model.train.language else 0
-        # forward 4 and backward 4 either way: an all-reduce counts twice
-        crossings += len(chunk.layers) * (8 + for_weights + 4 * again) + 2 * (chunk.first + chunk.last)
+        ahead = 4 * len(chunk.layers) + chunk.first + chunk.last  # an all-reduce counts twice
+        back = ahead + len(chunk.layers) * (for_weights + 4 * again)
+        crossings += ahead if config.training.mode == "eval" else ahead + back
     return round(crossings * ring_share(tensor) * whole) * flow.num_micro_batches
 
 
 def pipeline_bytes(config: Config, chunks: Sequence[HeldChunk], sizes: GridSizes, flow: Flow) -> int:
-    """To the stages before and after."""
+    """To the stages before and after, and from the first to the last."""
     if sizes.pipeline == 1:
         return 0
+    backward = config.training.mode != "eval"
     rows = flow.length // sizes.context * config.training.micro_batch_size
     cut = sizes.tensor if config.parallel.sequence else 1
     message = rows // cut * flow.hidden * ELEMENT_BYTES[config.precision.params]
-    borders = sum((not chunk.last) + (not chunk.first) for chunk in chunks)
-    return borders * message * flow.num_micro_batches
+    borders = sum((not chunk.last) + (backward and not chunk.first) for chunk in chunks)
+    shared = sum(one.numel for chunk in chunks for one in chunk.parameters if one.shared and one.trains)
+    summed = round(2 * ring_share(2) * shared * ELEMENT_BYTES[config.precision.grad_reduce])
+    return borders * message * flow.num_micro_batches + summed
 
 
 def reduction_bytes(config: Config, parameters: Sequence[HeldParameter], num_ranks: int) -> int:

@@ -46,6 +46,7 @@ ALLOWED = {  # foreign package -> where it may be imported (a folder, a file or 
 }
 PURE = (  # plans and layouts: functions of numbers, tested without a process group
     "megatron_vlm/parallel/layout.py",
+    "megatron_vlm/parallel/ring_plan.py",
     "megatron_vlm/parallel/media_plan.py",
     "megatron_vlm/parallel/timeline.py",
 )

@@ -8,12 +8,15 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_vlm.checkpoint.integrity import records_of
+from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import open_foreign, open_pair
 from megatron_vlm.conversion.importing import import_model
@@ -22,6 +25,7 @@ from tests.helpers.foreign_models import Kind, llava, llava_hf, projector_alone
 
 Spoil = Callable[[Path], None]
 INDEX = "model.safetensors.index.json"
+OLD = {"_use_new_zipfile_serialization": False}
 
 
 def first_shard(folder: Path) -> Path:
@@ -158,7 +162,9 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
     torch.save({"model.norm.weight": Code()}, folder / "pytorch_model-00001-of-00002.bin")
     assert "could run code" in refused(folder, tmp_path / "ours")
     (folder / "pytorch_model-00001-of-00002.bin").write_bytes(pickle.dumps(Code()))
-    assert "cannot be read" in refused(folder, tmp_path / "ours")
+    assert "could run code" in refused(folder, tmp_path / "ours")
+    torch.save({"model.norm.weight": Code()}, folder / "pytorch_model-00001-of-00002.bin", **OLD)
+    assert "could run code" in refused(folder, tmp_path / "ours")
     torch.save([torch.ones(1)], folder / "pytorch_model-00001-of-00002.bin")
     assert "no dictionary of tensors" in refused(folder, tmp_path / "ours")
     alone = projector_alone(tmp_path / "alone")
@@ -176,15 +182,32 @@ CONFIGS = {
     "mm_projector_type": ("mlp2x_relu", "did you mean 'mlp2x_gelu'"),
     "mm_vision_select_layer": (-9, "select_layer is -9"),
 }
+MALFORMED = {
+    "image_aspect_ratio": (["pad"], "image_aspect_ratio is ['pad'], needs pad or square"),
+    "mm_vision_select_feature": ({}, "mm_vision_select_feature is {}, needs patch or cls_patch"),
+    "mm_vision_select_layer": ([-2], "mm_vision_select_layer is [-2], needs a number"),
+    "mm_vision_tower": (None, "mm_vision_tower is None, needs a directory or a hub id"),
+    "mm_projector_type": (None, "mm_projector_type is None, needs a projector's name"),
+    "architectures": (5, "architectures is 5, needs one of LLaVA over llama or qwen"),
+    "hidden_size": ("64", "hidden_size"),
+}
+CASES_OF_CONFIGS = [*CONFIGS.items(), *MALFORMED.items()]
 
 
-@pytest.mark.parametrize("key", CONFIGS)
-def test_what_the_product_does_not_build_is_refused(whole, tmp_path, key):
+@pytest.mark.parametrize(("key", "case"), CASES_OF_CONFIGS)
+def test_what_the_product_does_not_build_is_refused(whole, tmp_path, key, case):
     shutil.copytree(whole, tmp_path / "other")
     config = json.loads((whole / "config.json").read_text())
-    value, message = CONFIGS[key]
+    value, message = case
     (tmp_path / "other" / "config.json").write_text(json.dumps({**config, key: value}))
     assert message in refused(tmp_path / "other", tmp_path / "ours")
+
+
+def test_a_directory_of_another_format_than_named_is_refused(whole, tmp_path):
+    with pytest.raises(ConversionError, match="mm_vision_tower is None, needs a directory or a hub id"):
+        open_foreign(llava_hf(tmp_path / "hf"), "llava")
+    with pytest.raises(ConfigError, match="llava_llama"):
+        open_foreign(whole, "llava-hf")
 
 
 def test_llava_hf_with_another_projector_is_refused(tmp_path):
@@ -218,6 +241,15 @@ def test_nothing_is_overwritten(whole, tmp_path):
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["file"]
 
 
+def test_what_a_killed_import_left_is_no_obstacle(whole, tmp_path, monkeypatch):
+    partial = tmp_path / "ours" / ".partial_step_0000000"
+    partial.mkdir(parents=True)
+    (partial / "__0_0.distcp").write_bytes(b"half")
+    checkpoint = import_model(open_foreign(whole), tmp_path / "ours")
+    assert not partial.exists() and checkpoint.is_dir()
+    plan_export(checkpoint).write(tmp_path / "back")
+
+
 def test_a_full_disk_leaves_nothing(whole, tmp_path, monkeypatch):
     from megatron_vlm.conversion import native_writing
 
@@ -239,6 +271,16 @@ def test_a_damaged_checkpoint_is_not_exported(whole, tmp_path, file):
     with pytest.raises(CheckpointError, match=f"is damaged: {Path(file).name} is not what was saved"):
         plan_export(tmp_path / "ours").write(tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_parameters_that_the_configs_have_no_place_for_are_not_passed_over(whole, tmp_path):
+    checkpoint = import_model(open_foreign(whole), tmp_path / "ours")
+    config = json.loads((checkpoint / "language" / "config.json").read_text())
+    (checkpoint / "language" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    manifest = Manifest.read(checkpoint)
+    replace(manifest, files=records_of(checkpoint, [checkpoint / name for name in manifest.files])).write(checkpoint)
+    with pytest.raises(CheckpointError, match=r"no place for: language\.decoder\.layers\.3\."):
+        plan_export(checkpoint, "llava-hf")
 
 
 def test_a_stored_head_that_differs_from_its_embedding_is_one_of_its_own(tmp_path):

@@ -1,23 +1,32 @@
 """A directory -> ours, loaded by a job in some layout, saved there, exported: the same tensors and files, bitwise."""
 
 import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from megatron_vlm.checkpoint.integrity import records_of
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config import config_from_tree
 from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import open_foreign
 from megatron_vlm.conversion.importing import import_model
+from megatron_vlm.errors import ConversionError
 from tests.helpers.foreign_models import DTYPES, Kind, llava, llava_hf, projector_alone, state_of, tree, with_old_names
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_dataset
 
+Change = Callable[[Path, dict[str, Any]], None]  # (checkpoint, its recipe), in place
 LAYOUTS = {
     "tp1": (1, {}),
     "tp2": (2, {"tensor": 2}),
@@ -134,7 +143,8 @@ def test_pickles_come_back_as_safetensors_with_the_same_tensors_in_the_same_shar
     plan_export(tmp_path / "ours").write(tmp_path / "back")
     for number in (1, 2):
         theirs = torch.load(source / f"pytorch_model-0000{number}-of-00002.bin", weights_only=True)
-        back = state_of(tmp_path / "back")
+        back = load_file(tmp_path / "back" / f"model-0000{number}-of-00002.safetensors")
+        assert back.keys() == theirs.keys()
         assert all(torch.equal(back[name], tensor) for name, tensor in theirs.items())
     assert len(state_of(tmp_path / "back")) == len(open_foreign(source).source.names())
     assert open_foreign(tmp_path / "back").own.weights.index.name == "model.safetensors.index.json"
@@ -149,10 +159,27 @@ def test_a_tower_by_reference_stays_one_until_it_is_trained(tmp_path, ranks):
     assert tree(tmp_path / "untouched") == tree(source)
     trained = ranks.run(1, load_spoil_and_save, recipe_of(saved, tmp_path / "again", {}))[0]
     plan_export(trained).write(tmp_path / "trained")
+    assert json.loads((tmp_path / "trained" / "config.json").read_text())["unfreeze_mm_vision_tower"] is True
     state = state_of(tmp_path / "trained")
     name = "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding"
     assert (state[name] == 3).all()
     assert open_foreign(tmp_path / "trained").source.read("vision_tower.embeddings.class_embedding")[0] == 3
+
+
+def test_a_tower_in_the_models_own_directory_comes_back(tmp_path, caplog):
+    """Its weights too; other weights that lie about are named and left."""
+    source = llava(tmp_path / "source", tower="reference")
+    shutil.move(tmp_path / "source_tower", source / "clip")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "mm_vision_tower": "clip"}))
+    before = tree(source)
+    (source / "mm_projector.bin").touch()
+    import_model(open_foreign(source), tmp_path / "ours")
+    warned = [record.args for record in caplog.records if record.name == "megatron_vlm.conversion.origin"]
+    assert warned == [(source / "mm_projector.bin",)]
+    plan_export(tmp_path / "ours").write(tmp_path / "back")
+    assert tree(tmp_path / "back") == before
+    assert "clip/model.safetensors" in before
 
 
 def load_spoil_and_save(recipe: Config) -> str:
@@ -177,8 +204,9 @@ def test_a_first_phase_becomes_a_whole_directory(tmp_path):
     source = projector_alone(tmp_path / "phase1")
     foreign = open_foreign(source)
     import_model(foreign, tmp_path / "ours")
-    plan_export(tmp_path / "ours", "llava").write(tmp_path / "back")
+    plan_export(tmp_path / "ours").write(tmp_path / "back")
     back = open_foreign(tmp_path / "back")
+    assert back.format == "llava"
     assert set(back.source.names()) == set(foreign.source.names())
     assert all(torch.equal(back.source.read(name), foreign.source.read(name)) for name in back.source.names())
 
@@ -200,3 +228,118 @@ def test_another_dtype_is_rounded_once_and_named_in_the_config(tmp_path):
     back = state_of(tmp_path / "back")
     assert back.keys() == expected.keys() and all(torch.equal(back[name], expected[name]) for name in back)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_value_that_the_dtype_cannot_hold_is_refused_by_name(tmp_path):
+    source = llava_hf(tmp_path / "source", Kind(dtype="fp32"))
+    state = state_of(source)
+    name = "multi_modal_projector.linear_1.bias"
+    state[name][0] = -70000.0
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    import_model(open_foreign(source), tmp_path / "ours")
+    with pytest.raises(ConversionError, match=f"{name}: found 70000, needs values up to 65504 for float16"):
+        plan_export(tmp_path / "ours", dtype="fp16").write(tmp_path / "back")
+    assert not (tmp_path / "back").exists() and not (tmp_path / ".partial_back").exists()
+    plan_export(tmp_path / "ours", dtype="bf16").write(tmp_path / "back")
+
+
+def test_tensors_of_several_dtypes_come_back(ranks, tmp_path):
+    """Neighbours in one of our parameters too: q, k and v, gate and up."""
+    source = llava_hf(tmp_path / "source", Kind(dtype="fp32"))
+    dtypes = [torch.float32, torch.float16, torch.bfloat16]  # by which gate is fp16 and up bf16: neither holds both
+    state = {name: t.to(dtypes[number % 3]) for number, (name, t) in enumerate(sorted(state_of(source).items()))}
+    state["language_model.model.embed_tokens.weight"] = state["language_model.model.embed_tokens.weight"].bfloat16()
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    assert Manifest.read(import_model(open_foreign(source), tmp_path / "ours")).config["precision"]["params"] == "fp32"
+    plan_export(tmp_path / "ours").write(tmp_path / "back")
+    assert tree(tmp_path / "back") == tree(source)
+    plan_export(through_a_job(ranks, source, tmp_path, "tp2")).write(tmp_path / "saved_back")
+    assert tree(tmp_path / "saved_back") == tree(source)
+
+
+def change_config(part: str, **settings: Any) -> Change:
+    """Of a part's config in the checkpoint, as a recipe with other settings leaves it."""
+
+    def change(checkpoint: Path, recipe: dict[str, Any]) -> None:
+        file = checkpoint / part / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+    return change
+
+
+def change_recipe(section: str, *keys: str, value: Any) -> Change:
+    def change(checkpoint: Path, recipe: dict[str, Any]) -> None:
+        place = recipe[section]
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+
+    return change
+
+
+def add_a_token(checkpoint: Path, recipe: dict[str, Any]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint / "tokenizer")
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(checkpoint / "tokenizer")
+
+
+ROPE = {"rope_theta": 123456.0, "rope_type": "default"}
+CHANGES: dict[str, tuple[Change, Callable[[Path], object], object]] = {  # what the exported directory must say then
+    "layer": (change_recipe("model", "vision", "select_layer", value=-1), lambda f: open_foreign(f).select_layer, -1),
+    "feature": (
+        change_recipe("model", "vision", "select_feature", value="cls_patch"),
+        lambda f: open_foreign(f).select_feature,
+        "cls_patch",
+    ),
+    "image mode": (
+        change_recipe("data", "image_mode", value="pad"),
+        lambda f: json.loads((f / "processor_config.json").read_text())["image_processor"].get("do_pad"),
+        True,
+    ),
+    "rope": (
+        change_config("language", rope_parameters=ROPE),
+        lambda f: open_foreign(f).language.rope_parameters,
+        ROPE,
+    ),
+    "epsilon": (change_config("language", rms_norm_eps=1e-3), lambda f: open_foreign(f).language.rms_norm_eps, 1e-3),
+    "tower": (change_config("vision", hidden_act="gelu"), lambda f: open_foreign(f).vision.hidden_act, "gelu"),
+    "token": (add_a_token, lambda f: "<new>" in AutoTokenizer.from_pretrained(f).get_vocab(), True),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_a_recipe_changed_is_in_the_exported_configuration(tmp_path, what):
+    """In the files' own names and shards, without the buffers that such a change makes wrong."""
+    source = with_old_names(llava_hf(tmp_path / "source"))
+    checkpoint = import_model(open_foreign(source), tmp_path / "ours")
+    change, found, expected = CHANGES[what]
+    manifest = Manifest.read(checkpoint)
+    change(checkpoint, manifest.config)
+    files = records_of(checkpoint, [checkpoint / name for name in manifest.files])
+    replace(manifest, files=files).write(checkpoint)
+    assert found(source) != expected
+    plan_export(checkpoint).write(tmp_path / "back")
+    assert found(tmp_path / "back") == expected
+    state = state_of(source)
+    buffers = {name for name in state if name.endswith(("position_ids", "inv_freq"))}
+    back = state_of(tmp_path / "back")
+    assert len(buffers) == 2 and back.keys() == state.keys() - buffers
+    assert all(torch.equal(back[name], state[name]) for name in back)
+
+
+def test_a_tower_by_reference_is_written_with_a_configuration_that_changed(tmp_path):
+    source = llava(tmp_path / "source", tower="reference")
+    checkpoint = import_model(open_foreign(source), tmp_path / "ours")
+    manifest = Manifest.read(checkpoint)
+    manifest.config["data"]["image_mode"] = "processor"
+    manifest.write(checkpoint)
+    plan_export(checkpoint).write(tmp_path / "back")
+    shutil.rmtree(tmp_path / "source_tower")  # nothing outside is needed
+    before, back = json.loads((source / "config.json").read_text()), open_foreign(tmp_path / "back")
+    assert (before["image_aspect_ratio"], back.image_mode) == ("pad", "processor")
+    assert {file.path.name for file in back.own.weights.files} == {
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model-vision-tower.safetensors",
+    }
+    assert {"vision_tower.embeddings.class_embedding", "model.norm.weight"} < set(back.own.names())

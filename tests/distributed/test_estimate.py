@@ -76,12 +76,25 @@ def test_parameters_gradients_and_optimizer_states_are_exact(ranks: RankPool, tm
 
 
 LONG = {"training": {"sequence_length": 96, "micro_batch_size": 2, "recompute": {"language": "none"}}}
+FROZEN = {"model": {"train": {"language": False}}}
 ACTIVATIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "fp32": (1, LONG),
     "bf16": (1, {**LONG, "precision": {"params": "bf16"}}),
     "selective": (1, {"training": {**LONG["training"], "recompute": {"language": "selective"}}}),
     "full": (1, {"training": {**LONG["training"], "recompute": {"language": "full"}}}),
     "tp2": (2, {**LONG, "parallel": {"tensor": 2}}),
+    "reference": (1, {**LONG, "ops": {"attention": "reference"}}),
+    "tp2 bf16 reference": (
+        2,
+        {**LONG, "ops": {"attention": "reference"}, "precision": {"params": "bf16"}, "parallel": {"tensor": 2}},
+    ),
+    "frozen": (1, {**LONG, **FROZEN}),
+    "frozen, selective": (1, {"training": {**LONG["training"], "recompute": {"language": "selective"}}, **FROZEN}),
+    "tp2 + sequence bf16 frozen": (
+        2,
+        {**LONG, **FROZEN, "parallel": {"tensor": 2, "sequence": True}, "precision": {"params": "bf16"}},
+    ),
+    "frozen reference": (1, {**LONG, **FROZEN, "ops": {"attention": "reference"}}),
     "tp2 + sequence": (2, {**LONG, "parallel": {"tensor": 2, "sequence": True}}),
 }
 ACTIVATION_FACTOR = 1.05  # the estimate is at most so far from what is kept, either way

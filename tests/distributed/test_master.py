@@ -143,7 +143,9 @@ def test_layout_slow(ranks: RankPool, reference: Any, name: str) -> None:
     check(ranks, reference, *SLOW[name])
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == HANGING_FAULT else []) for name in FAULTS]
+)
 def test_planted_fault_is_found(ranks: RankPool, reference: Any, name: str) -> None:
     """Found by what it does to the numbers, or by its hang: a fault that only crashes has not been planted."""
     fault, (num_ranks, sections) = FAULTS[name]

@@ -6,6 +6,7 @@ copied because the writer still has them count into, but neighbours do not. Wher
 printed and not judged.
 """
 
+import contextlib
 import os
 import statistics
 import time
@@ -44,7 +45,7 @@ class Cost:
     publications: list[float] = field(default_factory=list)  # the same
     first_start: float = 0.0
     shard_bytes: int = 0
-    extra_bytes: int = 0  # at most, of rank and writer together, beyond the rank before its first save
+    extra_bytes: int = 0  # at most, of the rank's job, beyond what it had before its first save
     load: float = 0.0
 
     def __str__(self) -> str:
@@ -92,7 +93,7 @@ def measure(recipe: dict[str, Any]) -> Cost:
     saver, before = CheckpointSaver(config.checkpoint), 0
     for number in range(NUM_WARM_UP):
         make_step(job, batches, number)
-        before = max(before, own_bytes(psutil.Process()))
+        before = max(before, job_bytes())
     cost.extra_bytes = most_bytes(job, batches, saver) - before
     saver.close()
     saver = CheckpointSaver(config.checkpoint)
@@ -136,26 +137,27 @@ def save_and_step(job: Job, batches: list[Any], saver: CheckpointSaver, number: 
 def most_bytes(job: Job, batches: list[Any], saver: CheckpointSaver) -> int:
     """The most that rank and writer have, with a writer as slow as can be, which begins when the rank has changed
     everything twice."""
-    rank = psutil.Process()
     with mock.patch.object(saver_module, "Part", GatedPart):
         saver.start(job.state(900))
     save = saver._save
     assert save is not None
-    writer = psutil.Process(save.writer._process.pid)
     most = 0
     for number in (900, 901):
         make_step(job, batches, number)
-        most = max(most, own_bytes(rank) + own_bytes(writer))
+        most = max(most, job_bytes())
     gate_of(save.final).touch()
     while saver.is_writing:
-        most = max(most, own_bytes(rank) + own_bytes(writer))
+        most = max(most, job_bytes())
     saver.finish()
     return most
 
 
-def own_bytes(process: psutil.Process) -> int:
-    """What it has, and its share of what it has together with others; 0 where it has ended."""
-    try:
-        return int(process.memory_full_info().pss)
-    except psutil.Error:
-        return 0
+def job_bytes() -> int:
+    """What the rank and the processes below it have; of what they have together with others, each its share. The fork
+    server is among them, which data workers need too: a writer begins with the server's pages, which cost nothing
+    until one of the two changes them."""
+    rank, total = psutil.Process(), 0
+    for process in [rank, *rank.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):  # it has ended
+            total += int(process.memory_full_info().pss)
+    return total

@@ -1,12 +1,13 @@
 """tools/convert.py as a process: there and back, what it says of directories, and one line for what is wrong."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.foreign_models import llava, llava_hf, tree
+from tests.helpers.foreign_models import llava, llava_hf, projector_alone, tree
 from tests.helpers.processes import ROOT, environment
 
 LIMIT_SECONDS = 300
@@ -61,6 +62,9 @@ def test_what_a_directory_is_is_said(tmp_path):
         (("import", "EMPTY", "OUT"), "no format recognises it"),
         (("import", "EMPTY", "OUT", "--format", "lava"), "did you mean 'llava'?"),
         (("import", "EMPTY"), "the following arguments are required: destination"),
+        (("import", "EMPTY", "OUT", "--seed", "3", "--select-layer", "-1"), "--select-layer, --seed without --tower"),
+        (("import", "EMPTY", "OUT", "--tower", "EMPTY", "--format", "llava"), "--format llava with --tower"),
+        (("import", "EMPTY", "OUT", "--tower", "EMPTY", "--base", "EMPTY"), "--base for a new pair"),
     ],
 )
 def test_bad_arguments_cost_one_line(tmp_path, arguments, line):
@@ -69,3 +73,31 @@ def test_bad_arguments_cost_one_line(tmp_path, arguments, line):
     done = convert(*given)
     assert done.returncode != 0 and line in done.stderr and done.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["EMPTY"]
+
+
+@pytest.mark.slow
+def test_named_parts_are_taken_from_where_the_command_says(tmp_path):
+    """A tower and a language model that the directories name by hub ids nobody can fetch."""
+    whole, alone = llava(tmp_path / "whole", tower="reference"), projector_alone(tmp_path / "alone")
+    for folder in (whole, alone):
+        config = json.loads((folder / "config.json").read_text())
+        absent = {"mm_vision_tower": "nobody/tower", "_name_or_path": "nobody/model"}
+        (folder / "config.json").write_text(json.dumps({**config, **absent}))
+    done = convert("import", whole, tmp_path / "lost")
+    assert done.returncode != 0 and "nobody/tower: neither a directory nor a hub id" in done.stderr
+    said = convert("inspect", whole)
+    assert "format llava, family llava" in said.stdout and "the tower is not here: mm_vision_tower is nobody/tower" in (
+        said.stdout
+    )
+    done = convert("import", whole, tmp_path / "ours", "--tower", tmp_path / "whole_tower", "--seed", "3")
+    assert done.returncode != 0 and "found --seed, which" in done.stderr
+    done = convert("import", whole, tmp_path / "ours", "--tower", tmp_path / "whole_tower")
+    assert done.returncode == 0, done.stderr
+    done = convert("export", tmp_path / "ours", tmp_path / "back")
+    assert done.returncode == 0 and tree(tmp_path / "back") == tree(whole), done.stderr
+    parts = "--tower", tmp_path / "alone_whole_tower", "--base", tmp_path / "alone_base"
+    done = convert("import", alone, tmp_path / "phase1", *parts)
+    assert done.returncode == 0, done.stderr
+    assert "(llava)" in convert("export", tmp_path / "phase1", tmp_path / "phase1_back").stdout
+    done = convert("import", llava_hf(tmp_path / "hf"), tmp_path / "more", "--base", tmp_path / "alone_base")
+    assert done.returncode != 0 and "a directory of llava-hf holds all its parts" in done.stderr

@@ -1,11 +1,13 @@
 """The examples of extensions, through the recipe snippets in their own docstrings: each trains, by tools/train.py.
 
-In processes of their own, since what an extension registers stays registered.
+In processes of their own, since what an extension registers stays registered, and with nothing on PYTHONPATH: they are
+found from the repository's root, as documented.
 """
 
 import json
 import multiprocessing
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,17 @@ import pytest
 import yaml
 
 from megatron_vlm.config import to_yaml
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import ROOT, environment
 from tests.helpers.tiny import merge, tiny_recipe
 from tests.system.test_tools import Done, tool, tool_on_ranks
 
 NAMES = ("own_tower", "own_language_model", "own_source")
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("tests.system.test_tools.environment", partial(environment, PYTHONPATH=""))
 
 
 def snippet(name: str) -> dict[str, Any]:
@@ -56,6 +64,7 @@ def losses(folder: Path, done: Done) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
+@pytest.mark.slow
 def test_all_three_train_in_one_process_and_answer(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, *NAMES)
     found = losses(tmp_path, tool("train.py", recipe))

@@ -192,7 +192,7 @@ def test_a_training_survives_a_kill_and_a_time_limit(launcher: Launcher) -> None
         ["bash", str(EXAMPLES / "torchrun" / "one_node.sh"), str(recipe)],
         PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", NPROC_PER_NODE="2", MAX_RESTARTS="2",
     )  # fmt: skip
-    wait_until(lambda: len(made()) >= 4)
+    wait_until(lambda: len(made()) >= 4 and (launcher.folder / "checkpoints" / "latest").exists())
     rank = ranks_below(process.pid)[0]
     rank.kill()
     wait_until(lambda: not rank.is_running())

@@ -12,6 +12,8 @@ from megatron_vlm.errors import ConfigError
 from tests.helpers.tiny import tiny_recipe
 from tests.system.test_failures import ROOT
 from tests.system.test_tools import tool
+from tools.layout_page.output import needed
+from tools.layout_page.page import page
 from tools.layout_page.view import gather
 
 LLAVA = ROOT / "examples" / "recipes" / "llava15_7b_8gpu.yaml"
@@ -59,7 +61,7 @@ def test_tensor_2_pipeline_2_data_2_on_a_seven_billion_model(tmp_path: Path) -> 
     page = check_page(html)
     assert page.counts["section"] == 6 and page.counts["rect"] > 300 and page.counts["title"] > 300
     found = json.loads(numbers.read_text())
-    assert found["parameters"] == 7_062_902_784  # LLaVA-1.5-7B with its whole tower, as published
+    assert found["parameters"] == 7_063_427_072  # llava-1.5-7b-hf, its padded vocabulary and whole tower included
     ranks = found["ranks"]
     places = [
         (one["coordinates"]["data"], one["coordinates"]["pipeline"], one["coordinates"]["tensor"]) for one in ranks
@@ -113,3 +115,28 @@ def test_bad_input_costs_one_line(arguments: list, expected: str) -> None:
     done = tool("show_layout.py", LLAVA, *arguments)
     assert done.code == 1 and done.stdout == ""
     assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_evaluation_holds_what_a_layer_needs_and_no_gradients(tmp_path: Path) -> None:
+    sections = {"evaluation": {"path": str(tmp_path / "train.json")}}
+    views = {mode: gather(mode, tiny_recipe(tmp_path, training={"mode": mode}, **sections), 1)
+             for mode in ("train_and_eval", "eval")}  # fmt: skip
+    training, evaluation = (views[mode].ranks[0].memory for mode in ("train_and_eval", "eval"))
+    assert evaluation.language.gradients == evaluation.language.optimizer_state == evaluation.vision_activations == 0
+    assert 0 < evaluation.activations < training.activations / 4  # of one layer, which is frozen
+    assert views["eval"].times[0].phases["encoder_backward"] == 0
+    assert views["eval"].times[0].length < views["train_and_eval"].times[0].length / 2
+
+
+def test_the_backend_that_attention_is_counted_for_is_said(tmp_path: Path) -> None:
+    """On a GPU today the reference, which keeps scores; in the table and on the page."""
+    config = load_config(LLAVA)
+    fields = {"recompute": config.training.recompute.model_copy(update={"language": "none"})}
+    config = config.model_copy(update={"training": config.training.model_copy(update=fields)})
+    views = {device: gather("llava", config.model_copy(update={"runtime": config.runtime.model_copy(
+        update={"device": device})}), 8) for device in ("cpu", "cuda")}  # fmt: skip
+    for device, backend in (("cpu", "cpu"), ("cuda", "reference")):
+        assert f"attention's backend '{backend}'" in str(needed(views[device]).title)
+        assert f"attention as its backend &#x27;{backend}&#x27; keeps it" in page(views[device])
+    scores = 3 * 4 * 2048 * 32 * 2048 * 4 // 2  # three times, fp32: tokens, heads, keys, rows, over tensor ranks
+    assert views["cuda"].ranks[0].memory.activations > 16 * scores

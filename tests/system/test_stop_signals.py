@@ -51,6 +51,7 @@ def check_stopped(job: LiveJob, root: Path, name: str) -> int:
     return steps
 
 
+@pytest.mark.slow
 def test_one_process_and_its_workers(tmp_path: Path) -> None:
     recipe, root = a_recipe(tmp_path), tmp_path / "checkpoints"
     with LiveJob(tmp_path / "logs", [TRAIN, recipe]) as job:

@@ -66,6 +66,7 @@ def test_generate_prints_the_answer_and_nothing_else(run):
     assert done.stdout.strip() and done.stdout.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_generate_on_two_tensor_ranks_gives_the_same_answer_once(run, tmp_path):
     question = ["generate.py", run / "checkpoints", "--media", run / "images" / "1-0.png", "--prompt", "Far green?"]
     alone = tool(*question, "--max-new-tokens", 6)
@@ -96,6 +97,7 @@ def test_a_layout_that_does_not_fit_costs_one_line(run, layout, expected):
     assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.slow
 def test_evaluate_on_two_ranks_writes_and_prints_its_numbers(run, tmp_path):
     data = [tiny_dataset(run, 5, "first.json"), tiny_dataset(run, 4, "second.json")]
     done = tool_on_ranks(
@@ -109,6 +111,7 @@ def test_evaluate_on_two_ranks_writes_and_prints_its_numbers(run, tmp_path):
     assert len((results / "exact_match_blank.jsonl").read_text().splitlines()) == 9
 
 
+@pytest.mark.slow
 def test_a_failing_rank_ends_the_evaluation_with_one_line(run, tmp_path):
     record = json.loads(tiny_dataset(run, 2, "bad.json").read_text())
     record[1]["image"] = "images/gone.png"  # rank 1's only question
@@ -162,6 +165,7 @@ def odd_conversations(folder: Path) -> Path:
     return folder / "odd.jsonl"
 
 
+@pytest.mark.slow
 def test_a_users_own_data_and_every_key_the_other_tests_leave_alone(run, tmp_path):
     done = tool(
         "train.py", run / "recipe.yaml", f"checkpoint.directory={tmp_path}/own", "checkpoint.every_steps=2",

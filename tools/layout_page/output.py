@@ -10,6 +10,7 @@ from rich.table import Table
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.training.estimate import attention_backend
 
 from .page import page
 from .svg import count, si, size
@@ -63,7 +64,8 @@ def held(view: View) -> Table:
 
 def needed(view: View) -> Table:
     """Memory by component."""
-    table = _table("memory per rank", "parameters", "gradients", "optimizer", "activations", "loss head", "features",
+    title = f"memory per rank, activations as attention's backend {attention_backend(view.config)!r} keeps them"
+    table = _table(title, "parameters", "gradients", "optimizer", "activations", "loss head", "features",
                    "encoder", "at its fullest")  # fmt: skip
     for one in view.ranks:
         memory = one.memory

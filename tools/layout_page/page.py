@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from html import escape
 from importlib.resources import files
 
+from megatron_vlm.training.estimate import attention_backend
+
 from . import bars, figures, timeline_figure
 from .rows import left_out
 from .svg import count, legend, si, size
@@ -72,8 +74,9 @@ def _sections(view: View) -> Iterator[tuple[str, str, str]]:
     memory_words = (
         "What each rank holds at its fullest, with rows of "
         f"{config.training.sequence_length:,} tokens, recompute {recompute.language} in the language model and "
-        f"{recompute.vision} in the encoder. Parameters, gradients and optimizer states are exact, the rest is an "
-        "estimate; what the GPU's libraries take comes on top."
+        f"{recompute.vision} in the encoder, attention as its backend {attention_backend(config)!r} keeps it. "
+        "Parameters, gradients and optimizer states are exact, the rest is an estimate; what the GPU's libraries take "
+        "comes on top."
     )
     yield "Memory", memory_words + left_out(view), bars.memory(view)
     if sizes.world > 1:

@@ -90,6 +90,8 @@ def _window(
     num_tokens = sum(row.num_tokens - len(row.image_starts) * batch.tokens_per_image
                      for m in window for row in replica.micro_batches[m])  # fmt: skip
     forward, backward = _stage_flops(config, sizes, shape, batch.layout.length, num_tokens / len(window))
+    if config.training.mode == "eval":
+        backward = [0.0] * len(backward)
     return WindowTime(
         window,
         tuple(count * picture[0] for count in pictures),

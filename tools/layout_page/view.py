@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_vlm.checkpoint.recipe import without_training
 from megatron_vlm.config.schema import Config, ParallelConfig
 from megatron_vlm.config.validation import names_its_model, validate
 from megatron_vlm.data.conversation import TEMPLATES
@@ -74,6 +75,7 @@ class View:
             "sizes": asdict(self.sizes),
             "parameters": self.num_parameters,
             "batch": {"source": self.batch.source, "row_tokens": self.batch.layout.length},
+            "attention": estimate.attention_backend(self.config),
             "pipeline_bubble": self.times[0].bubble,
             "step_flops_by_phase": [time.phases for time in self.times],
             "feature_rows_sent": self.rows_sent,
@@ -105,6 +107,8 @@ def gather(name: str, config: Config, world_size: int) -> View:
     """
     facts = gather_facts(config, TEMPLATES.names(), TASKS.names()) if names_its_model(config.model) else None
     validate(config, facts, world_size)
+    if config.training.mode == "eval":
+        config = without_training(config)
     sizes = GridSizes.from_config(config.parallel, world_size)
     spec = LanguageSpec.from_config(load_language_config(config.model.language))
     encoder = meta_encoder(config, spec.hf_config.hidden_size)

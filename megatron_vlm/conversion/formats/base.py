@@ -5,6 +5,7 @@ in it, how their tensors and configuration are called there. The engine does the
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import PretrainedConfig
 from megatron_vlm.checkpoint.manifest import FILE_NAME as MANIFEST
 from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.mappings import EMBEDDING, HEAD
-from megatron_vlm.conversion.sources import FolderSource, WeightSource
+from megatron_vlm.conversion.sources import FolderSource, WeightSource, resolve_folder
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.registry import Registry
@@ -58,6 +59,19 @@ class ForeignModel:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where parts lie that a directory only names: a directory or a hub id each, None: where it says.
+
+    Args:
+        tower: the vision tower.
+        base: the language model of a projector alone.
+    """
+
+    tower: str | None = None
+    base: str | None = None
+
+
+@dataclass(frozen=True)
 class Target:
     """What the configuration of an exported model is made from.
 
@@ -87,49 +101,65 @@ class Format:
         name: registered name.
         families: of the product's models.
         recognises: whether a directory with this config.json is one.
-        open: reads configs and headers.
+        open: reads configs and headers; the second argument is for formats that name parts.
         disk_name: canonical name -> name on the disk; None where models are not written in this format.
         write_extras: writes the configuration of a model beside its tokenizer's files; given what of the language
             model's config differs (vocabulary and dtype as written).
         has_image_token: whether prompts carry the image token's id, so that the embedding needs its row.
+        names_parts: whether a directory may name a tower or a language model that lies elsewhere.
     """
 
     name: str
     families: tuple[str, ...]
     recognises: Callable[[Path, dict[str, Any]], bool]
-    open: Callable[[Path], ForeignModel]
+    open: Callable[[Path, Places], ForeignModel]
     disk_name: Callable[[str], str] | None = None
     write_extras: Callable[[Path, Target, dict[str, Any]], None] | None = None
     has_image_token: bool = False
+    names_parts: bool = False
 
 
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FORMATS: Registry[Format] = Registry("format")
 
 
-def open_foreign(path: str | Path, format: str | None = None) -> ForeignModel:
+def open_foreign(path: str | Path, format: str | None = None, places: Places = Places()) -> ForeignModel:
     """A model directory of another system.
 
     Args:
+        path: the directory, or a hub id, which is fetched.
         format: its registered name; default: the one that recognises it.
+        places: where parts lie that the directory only names.
 
     Raises:
         ConversionError: no directory, none that a format recognises, or one that is not whole.
         ConfigError: an unknown format, or a model this package does not build.
     """
-    folder = Path(path)
-    if format is not None:
-        return FORMATS.get(format).open(folder)
-    if not folder.is_dir():
-        raise ConversionError(f"{folder}: no such directory")
-    found = _recognised(folder)
+    known = None if format is None else FORMATS.get(format)
+    folder = _folder(path)
+    found = known or _recognised(folder)
     if found is None:
         raise ConversionError(f"{folder}: no format recognises it; known: {', '.join(FORMATS.names())}")
-    return found.open(folder)
+    if places != Places() and not found.names_parts:
+        raise ConversionError(f"{folder}: a directory of {found.name} holds all its parts; found {places}")
+    return found.open(folder, places)
 
 
 def is_foreign(path: str | Path) -> bool:
     """Whether a format recognises the directory, which is no checkpoint of ours."""
     return Path(path).is_dir() and _recognised(Path(path)) is not None
+
+
+def _folder(path: str | Path) -> Path:
+    if not Path(path).is_dir() and HUB_ID.fullmatch(str(path)) is None:
+        raise ConversionError(f"{path}: no such directory")
+    return resolve_folder(str(path))
+
+
+def recognised(folder: Path) -> str | None:
+    """The name of the format that recognises a directory."""
+    found = _recognised(folder)
+    return None if found is None else found.name
 
 
 def _recognised(folder: Path) -> Format | None:
@@ -150,6 +180,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return settings
 
 
+def with_rope_of_4(language: dict[str, Any]) -> dict[str, Any]:
+    """A language model's config with `rope_parameters` as transformers 4 and the original LLaVA look for them.
+
+    Those know `rope_theta` and `rope_scaling` alone, and without them take the plain frequencies of theta 10000.
+    """
+    scaling = dict(language.get("rope_parameters") or {})
+    if not scaling:
+        return language
+    theta = scaling.pop("rope_theta", language.get("rope_theta"))
+    kind = scaling.pop("rope_type", "default")
+    if kind == "default":
+        return {**language, "rope_theta": theta}
+    # `type`, and for `linear` just `factor` beside it: versions before 4.43 refuse any other key
+    return {**language, "rope_theta": theta, "rope_scaling": {**scaling, "type": kind}}
+
+
 def fitting_vocabulary(language: PretrainedConfig, source: WeightSource) -> PretrainedConfig:
     """The config with the vocabulary of the weights: some directories pad one and not the other."""
     if EMBEDDING in source.names() and (shape := source.read(EMBEDDING).shape):
@@ -164,17 +210,41 @@ def is_tied(declared: bool, source: WeightSource) -> bool:
     return torch.equal(source.read(HEAD), source.read(EMBEDDING))
 
 
-def fitting_template(folder: Path, language: PretrainedConfig) -> str:
-    """`data.template` for a directory: its tokenizer's chat template where it takes plain text turns, else LLaVA's own.
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a directory holds a tokenizer's vocabulary."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
-    LLaVA's processors have templates over typed parts (`content['type']`), which say the same as `vicuna_v1`.
+
+def fitting_template(folder: Path, language: PretrainedConfig) -> str:
+    """`data.template` for a directory: its chat template where that takes plain text turns, else the one that says the
+    same; LLaVA's own where there is none.
+
+    LLaVA's processors have templates over typed parts (`content['type']`), which take no plain text. Its 1.5 makes the
+    roles of `vicuna_v1` by `message['role'].upper()`.
+
+    Raises:
+        ConversionError: a template over typed parts that none of ours stands for.
     """
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    text = str(settings.get("chat_template") or "")
-    jinja = folder / "chat_template.jinja"
-    if not text and jinja.is_file():
-        text = jinja.read_text(encoding="utf-8")
-    if text and "['type']" not in text and "selectattr" not in text:
+    file, text = _chat_template(folder)
+    if not text:
+        return "vicuna_v1" if language.model_type == "llama" else "auto"
+    if "['type']" not in text and "selectattr" not in text:
         return "auto"
-    return "vicuna_v1" if language.model_type == "llama" else "auto"
+    if "ASSISTANT:" in text and ("USER:" in text or "['role'].upper()" in text):
+        return "vicuna_v1"
+    if "<|start_header_id|>" in text:
+        return "llama_3"
+    raise ConversionError(
+        f"{file}: the chat template takes typed parts and is none of vicuna_v1, llama_3; needs one that takes "
+        "message['content'] as text"
+    )
+
+
+def _chat_template(folder: Path) -> tuple[Path, str]:
+    """(file, template) of a directory, the template empty where there is none."""
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        path = folder / name
+        if path.is_file() and (text := read_json(path).get("chat_template")):
+            return path, str(text)
+    jinja = folder / "chat_template.jinja"
+    return jinja, jinja.read_text(encoding="utf-8") if jinja.is_file() else ""

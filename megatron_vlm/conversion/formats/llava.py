@@ -17,11 +17,14 @@ from megatron_vlm.conversion.formats.base import (
     FORMATS,
     ForeignModel,
     Format,
+    Places,
     Target,
     fitting_template,
     fitting_vocabulary,
+    has_tokenizer,
     is_tied,
     read_json,
+    with_rope_of_4,
 )
 from megatron_vlm.conversion.mappings import projector_name
 from megatron_vlm.conversion.sources import (
@@ -33,7 +36,7 @@ from megatron_vlm.conversion.sources import (
     vision_rename,
 )
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.models.hf_config import OTHER_KEYS, config_from_path
+from megatron_vlm.models.hf_config import OTHER_KEYS, config_from_dict, config_from_path
 
 NAME = "llava"
 PROJECTOR_FILE = "mm_projector.bin"
@@ -43,8 +46,8 @@ FEATURES = {"patch": "patch", "cls_patch": "cls_patch"}
 TOWER = "model.vision_tower.vision_tower.vision_model."
 PROJECTOR = "model.mm_projector."
 TOWER_FOLDER = "vision_tower"  # in a directory that is written
+TOWER_INSIDE = {"unfreeze_mm_vision_tower": True}  # only then the original code takes a tower from the weight files
 _TOWERS = ("model.vision_tower.vision_tower.", "model.vision_tower.")  # prefixes, the inner vision_model. aside
-_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 _LAYER = re.compile(r"linear_(\d+)\.(.*)")
 KNOWN_TOWERS: dict[str, dict[str, Any]] = {  # configs of the towers that LLaVA's directories name and may contain
     "openai/clip-vit-large-patch14-336": {"model_type": "clip_vision_model", "image_size": 336},
@@ -65,42 +68,59 @@ def recognises(folder: Path, settings: dict[str, Any]) -> bool:
     return "mm_vision_tower" in settings
 
 
-def open_folder(folder: Path) -> ForeignModel:
+def open_folder(folder: Path, places: Places) -> ForeignModel:
     """Raises ConversionError, ConfigError as `open_foreign`."""
     settings = read_json(folder / "config.json")
     image_mode, feature, projector = _checked(folder, settings)
     alone = _is_projector_alone(folder)
-    base = _base_of(folder, settings) if alone else folder
+    if places.base is not None and not alone:
+        raise ConversionError(f"{folder} holds a language model; found another at {places.base}, needs none")
+    base = _base_of(folder, settings, places.base) if alone else folder
     own = FolderSource(str(base), lambda names: canonical_name)
     parts: list[WeightSource] = [own]
     if alone:
         file = PickleFile(folder / PROJECTOR_FILE)
         state = {name: file.read(name) for name in file.names()}
         parts.append(StateSource(str(file.path), state, canonical_name))
-    tower_folder = _tower_folder(folder, settings["mm_vision_tower"])
-    if not any(name.startswith("vision_tower.") for name in own.names()):
-        tower_folder = tower_folder or resolve_folder(settings["mm_vision_tower"])
+    reference = places.tower or settings["mm_vision_tower"]
+    tower_folder = _tower_folder(folder, reference)
+    if not _holds_tower(own):
+        tower_folder = tower_folder or resolve_folder(reference)
         parts.append(FolderSource(str(tower_folder), vision_rename))
     source = parts[0] if len(parts) == 1 else JoinedSource(str(folder), parts)
     language = _language(base, settings, alone)
     language.tie_word_embeddings = is_tied(bool(language.tie_word_embeddings), source)
-    has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+    tokenizer = folder if has_tokenizer(folder) else base
     return ForeignModel(
         format=NAME,
         folder=folder,
         language=fitting_vocabulary(language, source),
-        vision=_tower(folder, settings["mm_vision_tower"], tower_folder),
+        vision=_tower(folder, reference, tower_folder),
         vision_path=tower_folder,
         projector=projector,
         select_layer=settings.get("mm_vision_select_layer", -2),
         select_feature=feature,
         source=source,
-        tokenizer=folder if has_tokenizer else base,
+        tokenizer=tokenizer,
         image_token="<image>",
-        template=fitting_template(folder if has_tokenizer else base, language),
+        template=fitting_template(tokenizer, language),
         image_mode=image_mode,
         own=None if alone else own,
     )
+
+
+def tower_elsewhere(folder: Path) -> str | None:
+    """The tower that a directory of whole weights names and that would have to be fetched. Raises as `open_foreign`."""
+    settings = read_json(folder / "config.json")
+    _checked(folder, settings)
+    reference = str(settings["mm_vision_tower"])
+    if _is_projector_alone(folder) or _tower_folder(folder, reference) is not None:
+        return None
+    return None if _holds_tower(FolderSource(str(folder), lambda names: canonical_name)) else reference
+
+
+def _holds_tower(own: FolderSource) -> bool:
+    return any(name.startswith("vision_tower.") for name in own.names())
 
 
 def canonical_name(name: str) -> str:
@@ -131,17 +151,21 @@ def _checked(folder: Path, settings: dict[str, Any]) -> tuple[str, str, str]:
     def refuse(key: str, needs: str) -> ConversionError:
         return ConversionError(f"{folder}/config.json: {key} is {settings.get(key)!r}, needs {needs}")
 
-    if settings.get("image_aspect_ratio") not in IMAGE_MODES:
+    if settings.get("image_aspect_ratio") not in tuple(IMAGE_MODES):  # of a value that may have no hash
         raise refuse("image_aspect_ratio", "pad or square")
     feature = settings.get("mm_vision_select_feature", "patch")
-    if feature not in FEATURES:
+    if feature not in tuple(FEATURES):
         raise refuse("mm_vision_select_feature", " or ".join(FEATURES))
     for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
         if settings.get(key):
             raise refuse(key, "false")
-    if not isinstance(settings["mm_vision_tower"], str):
+    if not isinstance(settings.get("mm_vision_tower"), str):
         raise refuse("mm_vision_tower", "a directory or a hub id")
+    if not isinstance(settings.get("mm_vision_select_layer", -2), int):
+        raise refuse("mm_vision_select_layer", "a number")
     projector = settings.get("mm_projector_type", "linear")
+    if not isinstance(projector, str):
+        raise refuse("mm_projector_type", "a projector's name")
     return IMAGE_MODES[settings.get("image_aspect_ratio")], FEATURES[feature], projector
 
 
@@ -150,12 +174,12 @@ def _is_projector_alone(folder: Path) -> bool:
     return not weights and (folder / PROJECTOR_FILE).is_file()
 
 
-def _base_of(folder: Path, settings: dict[str, Any]) -> Path:
-    base = settings.get("_name_or_path")
+def _base_of(folder: Path, settings: dict[str, Any], place: str | None) -> Path:
+    base = place or settings.get("_name_or_path")
     if not isinstance(base, str) or not base:
         raise ConversionError(
             f"{folder} holds {PROJECTOR_FILE} alone and its config.json names no language model: _name_or_path is "
-            f"{base!r}, needs a directory or a hub id"
+            f"{base!r}, needs a directory or a hub id (or --base)"
         )
     return resolve_folder(base)
 
@@ -163,8 +187,8 @@ def _base_of(folder: Path, settings: dict[str, Any]) -> Path:
 def _language(base: Path, settings: dict[str, Any], alone: bool) -> PretrainedConfig:
     if alone:
         return config_from_path(str(base), str(base))
-    architecture = str((settings.get("architectures") or [settings.get("model_type", "")])[0]).lower()
-    kind = next((kind for part, kind in LANGUAGES.items() if part in architecture), None)
+    named = settings.get("architectures") or settings.get("model_type")
+    kind = next((kind for part, kind in LANGUAGES.items() if part in str(named).lower()), None)
     if kind is None:
         raise ConversionError(
             f"{base}/config.json: architectures is {settings.get('architectures')!r}, needs one of LLaVA over "
@@ -172,7 +196,8 @@ def _language(base: Path, settings: dict[str, Any], alone: bool) -> PretrainedCo
         )
     defaults = AutoConfig.for_model(kind)
     known = {*vars(defaults), *defaults.attribute_map, *OTHER_KEYS} - {"architectures", "model_type"}
-    return AutoConfig.for_model(kind, **{key: value for key, value in settings.items() if key in known})
+    own = {key: value for key, value in settings.items() if key in known}
+    return config_from_dict(f"{base}/config.json", {**own, "model_type": kind})
 
 
 def _tower_folder(folder: Path, reference: str) -> Path | None:
@@ -200,7 +225,7 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
         raise ConversionError(f"{NAME} prepares pictures by {' or '.join(modes)}; this model has {data.image_mode}")
     name = {kind: part.capitalize() for part, kind in LANGUAGES.items()}[target.language.model_type]
     config = {
-        **target.language.to_dict(),
+        **with_rope_of_4(target.language.to_dict()),
         **settings,
         "torch_dtype": settings["dtype"],
         "architectures": [f"Llava{name}ForCausalLM"],
@@ -214,11 +239,13 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
         "mm_vision_select_layer": model.vision.select_layer,
         "mm_vision_tower": TOWER_FOLDER,
         "tune_mm_mlp_adapter": False,
-        "unfreeze_mm_vision_tower": True,  # the original code looks for a tower in the weight files only then
         "use_mm_proj": True,
+        **TOWER_INSIDE,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
     shutil.copytree(target.checkpoint / "vision", folder / TOWER_FOLDER)
 
 
-FORMATS.register(NAME)(Format(NAME, ("llava",), recognises, open_folder, disk_name, write_extras))
+FORMATS.register(NAME)(
+    Format(NAME, ("llava",), recognises, open_folder, disk_name, write_extras, names_parts=True),
+)

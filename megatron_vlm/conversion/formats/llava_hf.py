@@ -1,4 +1,8 @@
-"""`llava-hf`: a directory of transformers' LlavaForConditionalGeneration, with the names before and since 4.52."""
+"""`llava-hf`: a directory of transformers' LlavaForConditionalGeneration, with the names before and since 4.52.
+
+Hazard: `vision_feature_select_strategy: default` drops the first token of any tower, CLS or patch; our `patch` drops
+what comes before the patches. They are one only for towers with one leading token, as CLIP's.
+"""
 
 import copy
 import json
@@ -7,14 +11,18 @@ from typing import Any
 
 from transformers import GenerationConfig, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor, PretrainedConfig
 
+from megatron_vlm.config.schema import VisionConfig
 from megatron_vlm.conversion.formats.base import (
     FORMATS,
     ForeignModel,
     Format,
+    Places,
     Target,
     fitting_template,
     fitting_vocabulary,
     is_tied,
+    read_json,
+    with_rope_of_4,
 )
 from megatron_vlm.conversion.mappings import canonical_name
 from megatron_vlm.conversion.sources import FolderSource
@@ -22,6 +30,7 @@ from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf_config import config_from_path
 from megatron_vlm.models.vision.preprocessing import load_processor
+from megatron_vlm.models.vision.survey import survey_tower
 
 NAME = "llava-hf"
 FEATURES = {"default": "patch", "full": "cls_patch"}  # vision_feature_select_strategy -> model.vision.select_feature
@@ -35,12 +44,15 @@ def recognises(folder: Path, settings: dict[str, Any]) -> bool:
     return settings.get("model_type") == "llava" and isinstance(settings.get("vision_config"), dict)
 
 
-def open_folder(folder: Path) -> ForeignModel:
+def open_folder(folder: Path, _: Places) -> ForeignModel:
     """Raises ConversionError, ConfigError as `open_foreign`."""
     config = config_from_path(str(folder), str(folder))
     if not isinstance(config, LlavaConfig):
         raise ConversionError(f"{folder}/config.json: model_type is {config.model_type!r}, needs llava")
     _check(folder, config)
+    feature = FEATURES[config.vision_feature_select_strategy]
+    if feature == "patch":
+        _check_leading_token(folder, config)
     source = FolderSource(str(folder), lambda names: canonical_name)
     language = fitting_vocabulary(config.text_config, source)
     declared = bool(config.tie_word_embeddings or language.tie_word_embeddings)
@@ -53,7 +65,7 @@ def open_folder(folder: Path) -> ForeignModel:
         vision_path=folder,
         projector=PROJECTOR,
         select_layer=config.vision_feature_layer,
-        select_feature=FEATURES[config.vision_feature_select_strategy],
+        select_feature=feature,
         source=source,
         tokenizer=folder,
         image_token="<image>",
@@ -78,6 +90,15 @@ def _check(folder: Path, config: PretrainedConfig) -> None:
         )
 
 
+def _check_leading_token(folder: Path, config: PretrainedConfig) -> None:
+    tower = survey_tower(VisionConfig(path=str(folder), select_layer=config.vision_feature_layer))
+    if tower.num_dropped_tokens != 1:
+        raise ConversionError(
+            f"{folder}/config.json: vision_feature_select_strategy is 'default', which drops the first token; this "
+            f"{config.vision_config.model_type} has {tower.num_dropped_tokens} before its patches, needs 'full'"
+        )
+
+
 def disk_name(name: str) -> str:
     """Canonical -> on the disk."""
     for prefix, theirs in DISK_PREFIXES:
@@ -90,12 +111,17 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
     """config.json, the processor's configuration and generation_config.json.
 
     Raises:
-        ConversionError: a projector that transformers' class does not have.
+        ConversionError: a projector that transformers' class does not have, or a selection of tokens.
     """
     model = target.config.model
     if model.projector.type != PROJECTOR:
         raise ConversionError(f"{NAME} has the projector {PROJECTOR} only; this model has {model.projector.type}")
-    strategy = next(theirs for theirs, ours in FEATURES.items() if ours == model.vision.select_feature)
+    if target.num_dropped_tokens > 1:
+        raise ConversionError(
+            f"{NAME} drops one leading token of the tower or none; this model drops {target.num_dropped_tokens}: "
+            "model.vision.select_feature is 'patch', needs 'cls_patch'"
+        )
+    strategy = "default" if target.num_dropped_tokens else "full"
     language = copy.deepcopy(target.language)
     language.vocab_size = settings["vocab_size"]
     config = LlavaConfig(
@@ -114,6 +140,10 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     GenerationConfig(**special).save_pretrained(folder)  # an answer ends where it does in our own generation
     config.save_pretrained(folder)
+    written = read_json(folder / "config.json")
+    written["text_config"] = with_rope_of_4(written["text_config"])
+    (folder / "config.json").write_text(json.dumps(written, indent=2), encoding="utf-8")
+    num_leading = target.media.tokens_per_image + target.num_dropped_tokens - target.media.num_patches
     processor = LlavaProcessor(
         image_processor=_image_processor(target),
         tokenizer=tokenizer,
@@ -121,16 +151,9 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
         vision_feature_select_strategy=strategy,
         chat_template=tokenizer.chat_template,
         image_token=target.config.data.image_token,
-        num_additional_image_tokens=_num_additional_tokens(target),
+        num_additional_image_tokens=num_leading,
     )
     processor.save_pretrained(folder)
-
-
-def _num_additional_tokens(target: Target) -> int:
-    """What the tower gives beside the patches; transformers' count drops one for `default`, whether there is or not."""
-    if target.config.model.vision.select_feature == "patch":
-        return 1
-    return target.media.tokens_per_image - target.media.num_patches
 
 
 def _image_processor(target: Target) -> Any:

@@ -7,6 +7,7 @@ from megatron_vlm.conversion.formats.base import (
     FORMATS,
     ForeignModel,
     Format,
+    Places,
     fitting_template,
     fitting_vocabulary,
     is_tied,
@@ -66,7 +67,7 @@ def open_pair(
     )
 
 
-def _open_folder(folder: Path) -> ForeignModel:
+def _open_folder(folder: Path, _: Places) -> ForeignModel:
     raise ConversionError(f"{folder}: a pair is two directories; name the tower's too (--tower)")
 
 

@@ -2,13 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PretrainedConfig
 
 from megatron_vlm.config.loading import config_from_tree
 from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.formats.base import ForeignModel
 from megatron_vlm.conversion.sources import PartSource
-from megatron_vlm.conversion.weights import VISION_PARTS, fill_language, fill_vision
+from megatron_vlm.conversion.weights import COMPUTED_BUFFERS, VISION_PARTS, fill_language, fill_vision
 
 if TYPE_CHECKING:  # they bring megatron-core in, which takes seconds and which a converter does not need
     from megatron_vlm.models.vlm import VisionLanguageModel
@@ -50,6 +51,13 @@ def config_of(foreign: ForeignModel, **sections: Any) -> Config:
     for name, section in sections.items():
         tree[name] = {**tree.get(name, {}), **section}
     return config_from_tree(tree, f"{foreign.folder} as a recipe")
+
+
+def parameter_format(foreign: ForeignModel) -> str:
+    """`precision.params` that loses nothing: bf16 where all weights are; else fp32, which holds fp16's values too."""
+    names = (name for name in foreign.source.names() if not COMPUTED_BUFFERS.search(name))
+    dtypes = {foreign.source.read(name).dtype for name in names}
+    return "bf16" if dtypes == {torch.bfloat16} else "fp32"
 
 
 def settings_of(config: PretrainedConfig) -> dict[str, Any]:

@@ -9,7 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_vlm.conversion import export_plan
-from megatron_vlm.conversion.export_plan import PlannedTensor, ShardPlan, header_of, plan_fresh, write_shards
+from megatron_vlm.conversion.export_plan import (
+    TOWER_FILE,
+    PlannedTensor,
+    ShardPlan,
+    header_of,
+    plan_fresh,
+    plan_returned,
+    write_shards,
+)
+from megatron_vlm.conversion.origin import Origin, reference_to
 
 SHAPES = {"a": (3, 5), "b": (), "c": (0, 4), "d": (7,), "e": (64, 3), "f": (2, 2, 2)}
 
@@ -97,3 +106,32 @@ def test_short_writes_are_gone_on_with(source, tmp_path, monkeypatch):
     write_shards(tmp_path, shards, source, lambda num_bytes: None)
     read = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(read[name.upper()], tensor) for name, tensor in source.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("stored", "is_written"),
+    [
+        (lambda tensor: tensor, False),
+        (lambda tensor: tensor.bfloat16(), False),  # frozen, in a run of bf16
+        (lambda tensor: tensor.bfloat16() + 1, True),
+        (lambda tensor: tensor * 1.0001, True),
+        (lambda tensor: tensor.bfloat16().float(), True),
+    ],
+)
+def test_a_named_tower_is_written_only_where_it_is_another_in_the_dtype_it_is_stored_in(tmp_path, stored, is_written):
+    source = Source()
+    origin = Origin(tmp_path, "llava", {}, {name: reference_to(source.tensors[name]) for name in "ad"}, {})
+    source.tensors = {name: stored(source.tensors[name]) for name in "ad"}
+    source.together = threading.Barrier(1)
+    shards = plan_returned(origin, source, str.upper, None, is_same=True)
+    assert [shard.file for shard in shards] == ([TOWER_FILE] if is_written else [])
+
+
+def test_a_named_tower_of_fewer_digits_is_known_again_in_more(tmp_path):
+    source = Source()
+    origin = Origin(tmp_path, "llava", {}, {"a": reference_to(source.tensors["a"].half())}, {})
+    source.tensors = {"a": source.tensors["a"].half().float()}
+    source.together = threading.Barrier(1)
+    assert plan_returned(origin, source, str.upper, None, is_same=True) == []
+    source.tensors["a"] *= 1 + 1e-6  # which fp16 would round away
+    assert [shard.file for shard in plan_returned(origin, source, str.upper, None, is_same=True)] == [TOWER_FILE]

@@ -1,14 +1,18 @@
 """Where weights come from: lazy directories, seeds, and the names of a larger model's vision part."""
 
 import json
+import shutil
+from fnmatch import fnmatch
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from megatron_vlm.conversion import sources
 from megatron_vlm.conversion.files import SafetensorsFile
 from megatron_vlm.conversion.mappings import canonical_name, language_mappings
-from megatron_vlm.conversion.sources import FolderSource, RandomSource, vision_rename
+from megatron_vlm.conversion.sources import FolderSource, RandomSource, resolve_folder, vision_rename
 from megatron_vlm.errors import ConversionError
 from tests.unit.conversion.test_mappings import llama
 
@@ -58,8 +62,24 @@ def test_a_tensor_is_a_view_of_its_file_and_of_nothing_more(tmp_path):
 def test_pickles_of_tensors_are_read_where_there_is_nothing_else(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
     assert FolderSource(str(tmp_path), as_they_are).read("a").tolist() == [1.0, 1.0]
+    index = {"weight_map": {"a": "pytorch_model.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert set(FolderSource(str(tmp_path), as_they_are).names()) == {"a"}
     save_file({"b": torch.ones(1)}, tmp_path / "model.safetensors")
-    assert set(FolderSource(str(tmp_path), as_they_are).names()) == {"b"}
+    assert set(FolderSource(str(tmp_path), as_they_are).names()) == {"b"}  # a pickle's index names pickles only
+
+
+def test_a_pickle_of_an_old_torch_is_read(tmp_path):
+    tensors = {"a": torch.arange(3.0), "b": torch.ones(2, 2).half()}
+    torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    source = FolderSource(str(tmp_path), as_they_are)
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in tensors.items())
+
+
+def test_a_dtype_that_is_not_read_is_named(tmp_path):
+    save_file({"a": torch.ones(2), "b.weight": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"b\.weight is of dtype F8_E4M3, needs one of F64, F32, .*BF16"):
+        FolderSource(str(tmp_path), as_they_are)
 
 
 def test_what_is_wrong_with_a_directory_is_said(tmp_path):
@@ -102,3 +122,42 @@ def test_random_tensors_depend_on_seed_and_name_only():
     assert not torch.equal(source.read(name), other.read(name))
     assert source.read("model.embed_tokens.weight").std() == pytest.approx(0.05, rel=0.02)
     assert (source.read("model.norm.weight") == 1).all()
+
+
+def hub(tmp_path, monkeypatch, *files):
+    """A repository of these files, as the library's two functions show it; returns the names that get fetched."""
+    fetched = []
+
+    def fetch(hub_id, allow_patterns):
+        fetched.extend(name for name in files if any(fnmatch(name, pattern) for pattern in allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(sources, "list_repo_files", lambda hub_id: list(files))
+    monkeypatch.setattr(sources, "snapshot_download", fetch)
+    assert resolve_folder("somebody/model") == tmp_path
+    return fetched
+
+
+def test_pickles_of_a_repository_are_fetched_where_it_has_no_safetensors(tmp_path, monkeypatch):
+    config, tokenizer, other = "config.json", "tokenizer.model", "training_args.bin"
+    pickles = ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"]
+    assert hub(tmp_path, monkeypatch, config, tokenizer, other, *pickles) == [config, tokenizer, *pickles]
+    safe = ["model.safetensors", "model.safetensors.index.json"]
+    assert hub(tmp_path, monkeypatch, config, other, "pytorch_model.bin", *safe) == [config, *safe]
+    assert hub(tmp_path, monkeypatch, "onnx/x.safetensors", "pytorch_model.bin") == ["pytorch_model.bin"]
+
+
+def test_what_is_cached_is_found_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConversionError, match="somebody/model: neither a directory nor a hub id that can be fetched"):
+        resolve_folder("somebody/model")
+    snapshot = tmp_path / "models--somebody--model" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    torch.save({"a": torch.ones(2)}, snapshot / "pytorch_model.bin")
+    assert FolderSource("somebody/model", as_they_are).read("a").tolist() == [1.0, 1.0]
+    shutil.rmtree(snapshot)
+    with pytest.raises(ConversionError, match="neither a directory nor a hub id"):
+        resolve_folder("somebody/model")

@@ -71,3 +71,59 @@ def test_no_end_at_all_is_an_error(pair):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
     with pytest.raises(ConfigError, match="no end-of-sequence token"):
         find_stop_ids(ConversationEncoder(tokenizer, "auto", "<image>", 4), None)
+
+
+def test_a_prompt_beyond_the_context_is_an_error_and_an_answer_a_warning(pair, pictures, monkeypatch, capsys):
+    """A picture's tokens count; the answer fits to the last token, or is over by one."""
+    prompt = [pictures[0], "far"]
+    length = len(pair.ours.encoder.encode_prompt(_sample(prompt)).ids)
+    monkeypatch.setattr(pair.ours, "context_tokens", length + 5)
+    pair.ours.generate(prompt, max_new_tokens=5)
+    assert capsys.readouterr().out == ""
+    pair.ours.generate(prompt, max_new_tokens=6)
+    told = capsys.readouterr().out
+    assert f"prompt 1 has {length} tokens, images included, to which an answer of up to 6 may come" in told
+    monkeypatch.setattr(pair.ours, "context_tokens", length - 1)
+    with pytest.raises(DataError, match=f"prompt 2 has {length} tokens.*is {length - 1}"):
+        pair.ours.generate([["far"], prompt], max_new_tokens=1)
+
+
+def _sample(prompt: list[Any]) -> Any:
+    from megatron_vlm.generation.prompts import read_prompt
+
+    return read_prompt(prompt, "<image>", 1)[0]
+
+
+def test_the_context_is_the_models_own(pair):
+    assert pair.ours.context_tokens == pair.config.model.language.config["max_position_embeddings"] == 256
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: found 0, needs an integer of at least 1"),
+        ({"batch_size": 2.0}, "batch_size: found 2.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: found 0, needs an integer of at least 1"),
+        ({"max_new_tokens": "5"}, "max_new_tokens: found '5'"),
+        ({"stop": 3}, "stop: found 3, needs a text or a list of texts"),
+        ({"stop": [b"x"]}, "stop: found"),
+    ],
+)
+def test_options_that_make_no_sense_are_errors(pair, options, message):
+    with pytest.raises(ConfigError) as caught:
+        pair.ours.generate("far", **{"max_new_tokens": 1, **options})
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({"prompt": "far"}, "prompt 1: found a dict, needs a text, or a list of texts and images"),
+        (3, "prompt 1: found a int"),
+        ([["far"], [{"text": "far"}]], "prompt 2: found a dict, needs texts, paths of images and PIL images"),
+        (["What?", "And?"], r"prompt 1 has two texts without an image between; .* \[\[\"What\?\"\], \[\"And\?\"\]\]"),
+    ],
+)
+def test_what_is_no_prompt_is_an_error(pair, prompts, message):
+    with pytest.raises(DataError, match=message):
+        pair.ours.generate(prompts, max_new_tokens=1)

@@ -37,11 +37,29 @@ def test_dialogues_of_unequal_length_are_batched(pair, pictures):
     assert answers == [pair.ours.generate(long, max_new_tokens=6), pair.ours.generate("far", max_new_tokens=6)]
 
 
-def test_turns_draw_apart(pair):
-    chat = Chat(pair.ours, max_new_tokens=1, temperature=30.0, seed=7)
-    said = [chat.say("far") for _ in range(2)]
-    chat.rounds = ()
-    assert chat.say("far") == said[0]
+class Recorder:
+    """An assistant that keeps the seeds it is given."""
+
+    def __init__(self):
+        self.seeds = []
+
+    def generate(self, prompts, **options):
+        self.seeds.append(options["seed"])
+        return "yes"
+
+
+def seeds_of(num_turns, **options):
+    chat = Chat(recorder := Recorder(), **options)
+    for _ in range(num_turns):
+        chat.say("far")
+    return recorder.seeds
+
+
+def test_turns_draw_apart():
+    """From one another, and from those of a conversation with the next seed; the same again with the same seed."""
+    seeds = seeds_of(5, seed=1)
+    assert seeds == seeds_of(5, seed=1) and len({*seeds, *seeds_of(5, seed=2), *seeds_of(5)}) == 15
+    assert seeds[0] == 1  # as `generate` alone
 
 
 def test_a_bad_turn_is_forgotten(pair, pictures):

@@ -4,13 +4,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import megatron_vlm
-from megatron_vlm.errors import CheckpointError
+from megatron_vlm.errors import CheckpointError, ConfigError
 from tests.helpers.tiny import tiny_recipe
 
 QUESTION = "how many red circle?"
@@ -109,6 +110,62 @@ def test_no_checkpoint_is_an_error(tmp_path):
         megatron_vlm.load(tmp_path)
 
 
-def test_loading_says_nothing(saved, capfd):
-    megatron_vlm.load(saved.directory)
-    assert capfd.readouterr() == ("", "")
+def test_loading_and_answering_say_nothing(saved, capfd, monkeypatch):
+    """Not even what is told once: which backend attention takes."""
+    from megatron_vlm.ops.attention import ATTENTION
+
+    monkeypatch.setattr(ATTENTION, "_announced", set())
+    megatron_vlm.load(saved.directory).generate(QUESTION, max_new_tokens=2)
+    assert capfd.readouterr() == ("", "") and ATTENTION._announced
+
+
+def test_template_and_dtype_can_be_chosen(saved):
+    assistant = megatron_vlm.load(saved.directory, template="vicuna_v1", dtype="bf16")
+    assert assistant.encoder.template == "vicuna_v1"
+    assert {parameter.dtype for _, parameter in assistant.model.named_parameters()} == {torch.bfloat16}
+    assert isinstance(assistant.generate(QUESTION, max_new_tokens=2), str)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"template": "vicuna_v2"}, "did you mean 'vicuna_v1'"),
+        ({"dtype": "fp16"}, "dtype: found 'fp16', needs fp32 or bf16"),
+    ],
+)
+def test_a_choice_that_is_not_known_is_an_error(saved, options, message):
+    with pytest.raises(ConfigError, match=message):
+        megatron_vlm.load(saved.directory, **options)
+
+
+def test_without_a_chat_template_one_is_asked_for(saved, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(saved.directory, bare)
+    (bare / "tokenizer" / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match=r"bare has no chat template, needs the name of one \(template=.*vicuna_v1"):
+        megatron_vlm.load(bare)
+
+
+@pytest.mark.parametrize(
+    ("stored", "device", "dtype", "params"),
+    [
+        (torch.float16, "cuda", None, "bf16"),
+        (torch.float16, "cuda", "fp32", "bf16"),
+        (torch.float16, "cpu", None, "fp32"),
+        (torch.bfloat16, "cpu", None, "bf16"),
+        (torch.float32, "cuda", None, "fp32"),
+    ],
+)
+def test_fp16_is_widened_on_the_cpu_and_not_on_a_gpu(monkeypatch, capsys, stored, device, dtype, params):
+    """A choice is laid over this afterwards, and nothing is told of what was not done."""
+    from megatron_vlm.config.schema import ParallelConfig
+    from megatron_vlm.generation import load
+
+    monkeypatch.setattr(load, "current_device", lambda: torch.device(device))
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("megatron_vlm.conversion.formats.config_of", lambda foreign, **sections: sections)
+    source = SimpleNamespace(read=lambda name: torch.zeros(2, dtype=stored))
+    foreign = SimpleNamespace(source=source, folder="somewhere")
+    assert load._foreign_config(foreign, ParallelConfig(), dtype)["precision"] == {"params": params}
+    told = capsys.readouterr().out
+    assert ("stored in fp16 and loaded in bf16" in told) == (params == "bf16" and stored is torch.float16 and not dtype)

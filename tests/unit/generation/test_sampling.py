@@ -109,9 +109,22 @@ def test_greedy_is_the_likeliest():
     assert Sampler(Sampling(), ())(logits).flatten().tolist() == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("temperature", [1e-46, 1e-40, 1e-39, 1e-30, 1e-20])
+def test_a_temperature_near_zero_is_greedy(temperature):
+    logits = 20 * some_logits(5, 501)
+    sampler = Sampler(Sampling(temperature=temperature), range(5))
+    assert sampler(logits).flatten().tolist() == logits.argmax(-1).tolist()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"temperature": "warm"}, "temperature: found 'warm', needs a number of at least 0"),
+        ({"temperature": True}, "temperature: found True"),
+        ({"temperature": 1.0, "top_k": 2.5}, "top_k: found 2.5, needs an integer of at least 1"),
+        ({"temperature": 1.0, "top_p": "0.9"}, "top_p: found '0.9', needs a number"),
+        ({"seed": "1"}, "seed: found '1', needs an integer of at least 0"),
+        ({"temperature": 1e-40, "top_k": 5}, "top_k: found 5 with temperature 1e-40, where nothing is drawn"),
         ({"temperature": -1.0}, "temperature: found -1.0, needs a number of at least 0"),
         ({"temperature": float("nan")}, "temperature: found nan"),
         ({"temperature": 1.0, "top_k": 0}, "top_k: found 0, needs an integer of at least 1"),

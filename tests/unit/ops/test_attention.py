@@ -24,10 +24,13 @@ def inputs(sq, sk, kv_heads, dtype=torch.float32, left_padding=(0, 3)):
     return q, k, v, valid
 
 
-def by_loops(q, k, v, valid, causal, softmax_scale=0.4, offset=None, window=math.inf, softcap=None):
-    """Every query and key by hand, float64."""
+def by_loops(q, k, v, valid, causal, **rules):
+    """Every query and key by hand, float64. `rules`: the other keywords of `attention`, None where left out."""
     (b, sq, heads, _), sk = q.shape, k.shape[1]
+    offset, window, softcap = (rules.get(name) for name in ("offset", "window", "softcap"))
+    softmax_scale = rules.get("softmax_scale", 0.4)
     offset = sk - sq if offset is None else offset
+    window = math.inf if window is None else window
     out = torch.zeros(b, sq, heads, v.shape[3], dtype=torch.float64)
     lse = torch.full((b, heads, sq), -math.inf, dtype=torch.float64)
     for row in range(b):

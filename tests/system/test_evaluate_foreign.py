@@ -1,0 +1,39 @@
+"""tools/evaluate.py on a model of another system: where its results go, and that this is known before it is loaded."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.processes import ROOT, environment
+from tests.helpers.tiny import tiny_dataset
+from tests.helpers.verify_models import Shape, draw, save_llava_hf
+
+
+def evaluate(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), *map(str, arguments), "--task", "exact_match"]
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=180)
+
+
+@pytest.mark.slow
+def test_results_are_left_in_the_working_directory(tmp_path: Path) -> None:
+    model, data = save_llava_hf(draw(Shape()), tmp_path / "model"), tiny_dataset(tmp_path, num_samples=3)
+    done = evaluate(tmp_path, model, "--data", data, "--max-new-tokens", "2")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert "answers in evaluation" in done.stdout
+    assert json.loads((tmp_path / "evaluation" / "exact_match.json").read_text())["num_questions"] == 3
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = evaluate(tmp_path, "nowhere", "--data", "none.json", "--output", tmp_path / "file" / "results")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == f"error: evaluation results cannot be written to {tmp_path}/file/results: Not a directory\n"
+
+
+def test_nothing_is_made_where_there_is_no_model(tmp_path: Path) -> None:
+    done = evaluate(tmp_path, "nowhere", "--data", "none.json")
+    assert done.returncode == 1 and done.stderr.startswith("error: no checkpoint at nowhere"), done.stderr
+    assert not any(tmp_path.iterdir())
