@@ -52,7 +52,7 @@ def load_and_train(recipe: dict[str, Any]) -> tuple[int, list[float], list[tuple
 def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[float]]:
     directory = tmp_path_factory.mktemp("checkpoint")
     recipe = merged(
-        base_recipe(directory, {}),
+        base_recipe(directory),
         {"checkpoint": {"directory": str(directory / "run")}, "training": {"steps": BEFORE + AFTER}},
     )
     four = merged(recipe, {"parallel": {"tensor": 2, "pipeline": 2}})
@@ -87,7 +87,7 @@ def test_states_cut_over_data_parallel_ranks_continue_anywhere(ranks: RankPool, 
         "training": {"steps": BEFORE + AFTER, "global_batch_size": 6},
         "parallel": {"overlap_grad_reduce": True, "overlap_param_gather": True},
     }
-    recipe = merged(base_recipe(tmp_path, {}), changes)
+    recipe = merged(base_recipe(tmp_path), changes)
     undisturbed = ranks.run(3, train_and_save, recipe)[0]
     alone = {"overlap_grad_reduce": False, "overlap_param_gather": False}
     for num_ranks, parallel in ((1, alone), (2, alone | {"tensor": 2}), (2, {})):
@@ -255,7 +255,7 @@ def test_some_layers_frozen(ranks: RankPool, tmp_path: Path) -> None:
     """A whole stage without anything to train is saved, and continued without stages."""
     freeze = ["layers.[23]", "language.output_layer", "final_layernorm"]
     changes = {"checkpoint": {"directory": str(tmp_path / "run")}, "training": {"steps": BEFORE + AFTER}}
-    recipe = merged(base_recipe(tmp_path, {}), {**changes, "model": {"freeze": freeze}})
+    recipe = merged(base_recipe(tmp_path), {**changes, "model": {"freeze": freeze}})
     undisturbed = ranks.run(2, train_and_save, merged(recipe, {"parallel": {"pipeline": 2}}), timeout=60)[0]
     load = {"load": str(tmp_path / "run")}
     (_, losses, _) = ranks.run(1, load_and_train, merged(recipe, {"checkpoint": load}))[0]
@@ -271,7 +271,7 @@ def test_bf16_continues_from_fp32_master_weights(ranks: RankPool, tmp_path: Path
         "precision": {"params": "bf16"},
         "optimizer": {"distributed": distributed},
     }
-    recipe = merged(base_recipe(tmp_path, {}), changes)
+    recipe = merged(base_recipe(tmp_path), changes)
     undisturbed = ranks.run(1, train_and_save, recipe)[0]
     resumed = merged(recipe, {"checkpoint": {"load": str(tmp_path / "run")}})
     assert ranks.run(1, load_and_train, resumed)[0][1] == pytest.approx(undisturbed, rel=1e-6)

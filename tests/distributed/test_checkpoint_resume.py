@@ -160,7 +160,7 @@ def resume_job(recipe: dict[str, Any]) -> str:
 
 
 def test_a_run_goes_on_under_its_own_recipe_and_samples_only(ranks: RankPool, tmp_path: Path) -> None:
-    recipe = merged(base_recipe(tmp_path, {}), {"checkpoint": {"directory": str(tmp_path / "run")}})
+    recipe = merged(base_recipe(tmp_path), {"checkpoint": {"directory": str(tmp_path / "run")}})
     assert ranks.run(1, start_and_save, recipe) == ["step_0000001"]
     assert ranks.run(1, resume_job, recipe) == ["step 1"]
     longer = merged(recipe, {"training": {"steps": 99}, "optimizer": {"weight_decay": 0.3}})
@@ -198,7 +198,7 @@ def test_random_numbers_go_on_where_they_were(ranks: RankPool, tmp_path: Path) -
     def run(name: str, *parts: int, dropout: float = 0.5) -> list[float]:
         tower = {"vision": {"config": {"attention_dropout": dropout}}}
         keys = {"checkpoint": {"directory": str(tmp_path / name)}, "training": {"steps": 4}, "model": tower}
-        recipe = merged(base_recipe(tmp_path, {}), keys)
+        recipe = merged(base_recipe(tmp_path), keys)
         return [loss for part in parts for loss in ranks.run(2, go_on, recipe, part)[0]]
 
     whole = run("whole", 4)

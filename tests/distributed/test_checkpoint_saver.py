@@ -53,7 +53,7 @@ def parts(checkpoint: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> dict[str, Any]:
-    recipe = base_recipe(tmp_path, {})
+    recipe = base_recipe(tmp_path)
     return merged(recipe, {"training": {"steps": 8}, "checkpoint": {"directory": str(tmp_path / "run")}})
 
 

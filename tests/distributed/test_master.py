@@ -37,6 +37,7 @@ def parallel(ranks: int, **keys: Any) -> tuple[int, dict[str, dict[str, Any]]]:
 
 PROJECTOR_ONLY = {"train": {"language": False, "vision": False, "projector": True}}
 TIED = {"language": {"config": {"tie_word_embeddings": True}}}
+PACKED = {"packing": True}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
 FAST = {
@@ -45,6 +46,7 @@ FAST = {
     "pp2-virtual2": parallel(2, pipeline=2, virtual_pipeline=2),
     "dp2-not-distributed": layout(2, parallel={}, optimizer={"distributed": False}),
     "ulysses2-ring2": parallel(4, ulysses=2, ring=2),
+    "packed-ulysses2-ring2": layout(4, parallel={"ulysses": 2, "ring": 2}, data=PACKED),
     "projector-only-tp2-pp2": layout(4, parallel={"tensor": 2, "pipeline": 2}, model=PROJECTOR_ONLY),
 }
 SLOW = {
@@ -63,6 +65,12 @@ SLOW = {
     "tp2-ring2": parallel(4, tensor=2, ring=2),
     "pp2-ulysses2-ring2": parallel(8, pipeline=2, ulysses=2, ring=2),
     "dp2-ring2": parallel(4, ring=2, **OVERLAP),
+    "packed-tp2-pp2-sp": layout(4, parallel={"tensor": 2, "pipeline": 2, "sequence": True}, data=PACKED),
+    "packed-dp2": layout(2, parallel={}, data=PACKED),
+    "packed-pp2-ring2-world-media": layout(
+        8, parallel={"pipeline": 2, "ring": 2, "media_group": "world"}, data=PACKED, training={"media_window": 2}
+    ),
+    "world-media-tp2-dp2": parallel(4, tensor=2, media_group="world"),
     "tp2-pp2-dp2": parallel(8, tensor=2, pipeline=2),
     "tied-tp2": layout(2, parallel={"tensor": 2}, model=TIED),
     "tied-pp2": layout(2, parallel={"pipeline": 2}, model=TIED),
@@ -97,21 +105,22 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def reference(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One-process runs by what changes the model, made once each."""
+    """One-process runs by what changes model or rows, made once each."""
     directory = tmp_path_factory.mktemp("master")
     known: dict[str, tuple[Recipe, Record]] = {}
 
-    def get(model: dict[str, Any]) -> tuple[Recipe, Record]:
-        key = repr(model)
+    def get(sections: dict[str, Any]) -> tuple[Recipe, Record]:
+        changes = {name: sections[name] for name in ("model", "data") if name in sections}
+        key = repr(changes)
         if key not in known:
-            recipe = base_recipe(directory, model)
+            recipe = merged(base_recipe(directory), changes)
             known[key] = (recipe, ranks.run(1, run_layout, recipe, STEPS)[0])
         return known[key]
 
     return get
 
 
-def base_recipe(directory: Any, model: dict[str, Any]) -> Recipe:
+def base_recipe(directory: Any) -> Recipe:
     """Eight rows a step, micro-batches of one, everything training, distributed optimizer, rates that differ."""
     recipe = tiny_recipe(directory).model_dump(mode="json")
     changes = {
@@ -120,7 +129,7 @@ def base_recipe(directory: Any, model: dict[str, Any]) -> Recipe:
         "schedule": {"warmup_ratio": 0.0},
         "training": {"global_batch_size": 8, "micro_batch_size": 1, "steps": STEPS},
     }
-    return merged(merged(recipe, changes), {"model": model})
+    return merged(recipe, changes)
 
 
 def merged(recipe: Recipe, changes: Recipe) -> Recipe:
@@ -164,7 +173,7 @@ def check(
     ranks: RankPool, reference: Any, num_ranks: int, sections: dict[str, dict[str, Any]], fault: str | None = None
 ) -> None:
     """Runs a layout and compares it with one process; the data-parallel replicas must agree with each other too."""
-    recipe, one = reference(sections.get("model", {}))
+    recipe, one = reference(sections)
     timeout_seconds = 30 if fault == HANGING_FAULT else 120
     records = ranks.run(num_ranks, run_layout, merged(recipe, sections), STEPS, fault, timeout=timeout_seconds)
     assert len(one.losses) == STEPS

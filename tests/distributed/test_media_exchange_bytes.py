@@ -123,7 +123,7 @@ def count_steps(recipe: dict[str, Any], wasteful: bool = False) -> tuple[int, in
             continue
         wanted = [("all_to_all_single", number * HIDDEN * ELEMENT_BYTES) for number in tokens]
         assert calls["encode"] == []
-        assert [call[:2] for call in calls["exchange"]] == wanted
+        assert [call[:2] for call in calls["exchange"]] == wanted, f"{calls['exchange']} instead of {wanted}"
         assert [call[0] for call in calls["encoder_backward"]] == ["all_to_all_single"] * len(batch.windows)
         back = sum(call[2] for call in calls["encoder_backward"])
         total = [

@@ -40,7 +40,7 @@ def step_with_a_bad_gradient(recipe: dict[str, Any]) -> tuple[float, bool]:
 
 @pytest.mark.parametrize("params", ["fp32", "bf16"])
 def test_an_infinite_gradient_changes_nothing_on_any_rank(ranks: RankPool, tmp_path: Path, params: str) -> None:
-    recipe = merged(base_recipe(tmp_path, {}), {"precision": {"params": params}})
+    recipe = merged(base_recipe(tmp_path), {"precision": {"params": params}})
     for norm, changed in ranks.run(2, step_with_a_bad_gradient, recipe):
         assert norm != norm and not changed
 
@@ -61,7 +61,7 @@ def changes_per_component(recipe: dict[str, Any]) -> dict[str, float]:
 def test_each_component_has_its_own_rate(ranks: RankPool, tmp_path: Path, still: str) -> None:
     rates = {"lr": 1e-3, "lr_projector": 1e-3, "lr_vision": 1e-3}
     rates["lr" if still == "language" else f"lr_{still}"] = 0.0
-    moved = ranks.run(1, changes_per_component, merged(base_recipe(tmp_path, {}), {"optimizer": rates}))[0]
+    moved = ranks.run(1, changes_per_component, merged(base_recipe(tmp_path), {"optimizer": rates}))[0]
     assert {component for component, change in moved.items() if change == 0.0} == {still}
 
 
@@ -71,7 +71,7 @@ def run_to_the_end(recipe: dict[str, Any]) -> str:
 
 def test_a_finished_run_has_nothing_to_do(ranks: RankPool, tmp_path: Path) -> None:
     directory = str(tmp_path / "run")
-    recipe = merged(base_recipe(tmp_path, {}), {"checkpoint": {"directory": directory}, "training": {"steps": 2}})
+    recipe = merged(base_recipe(tmp_path), {"checkpoint": {"directory": directory}, "training": {"steps": 2}})
     (first,) = ranks.run(1, run_to_the_end, recipe)
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     for steps in (2, 1):
@@ -83,7 +83,7 @@ def test_a_finished_run_has_nothing_to_do(ranks: RankPool, tmp_path: Path) -> No
 
 def test_an_unwritable_directory_is_the_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    recipe = merged(base_recipe(tmp_path, {}), {"checkpoint": {"directory": str(tmp_path / "file" / "run")}})
+    recipe = merged(base_recipe(tmp_path), {"checkpoint": {"directory": str(tmp_path / "file" / "run")}})
     with pytest.raises(ConfigError, match="checkpoint.directory: found"):
         showing_hooks(Config.model_validate(recipe), 0, Peak(1.0, "none"), {})
 
@@ -93,7 +93,7 @@ def losses_of(recipe: dict[str, Any]) -> list[float]:
 
 
 def test_backends_and_chunks_change_nothing(ranks: RankPool, tmp_path: Path) -> None:
-    recipe = base_recipe(tmp_path, {})
+    recipe = base_recipe(tmp_path)
     wanted = ranks.run(1, losses_of, recipe)[0]
     for ops in ({"attention": "reference"}, {"attention": "cpu"}, {"loss_chunk_tokens": 7}):
         assert ranks.run(1, losses_of, merged(recipe, {"ops": ops}))[0] == pytest.approx(wanted, rel=1e-5), ops
@@ -101,7 +101,7 @@ def test_backends_and_chunks_change_nothing(ranks: RankPool, tmp_path: Path) -> 
 
 def test_gradients_are_clipped_as_asked(ranks: RankPool, tmp_path: Path) -> None:
     """Adam hardly feels a scale, but for gradients as small as its eps."""
-    recipe = base_recipe(tmp_path, {})
+    recipe = base_recipe(tmp_path)
     off, far_off, hard = (
         ranks.run(1, losses_of, merged(recipe, {"optimizer": {"clip_norm": norm}}))[0] for norm in (0.0, 1e9, 1e-9)
     )
