@@ -81,7 +81,9 @@ def planted(fault: str | None) -> Any:
 
     patches = {
         None: mock.patch.object(step, "FAULTS", step.FAULTS),
-        "labels not masked": mock.patch.object(MicroBatch, "without_documents", lambda micro_batch, places: micro_batch),
+        "labels not masked": mock.patch.object(
+            MicroBatch, "without_documents", lambda micro_batch, places: micro_batch
+        ),
         "faults not shared": mock.patch.object(step, "all_reduce_", not_shared),
     }
     return patches[fault]
