@@ -78,7 +78,7 @@ def mfu_of_one_step(recipe: dict[str, Any]) -> dict[str, float]:
     (batch,) = meter.timed(job.batches(1))
     report = meter.report(batch, job.step(batch, exact_times=meter.compares(batch)))
     shape = model_shape(job.model.vision, job.model.language[0].spec, config.model)
-    flops = step_flops(shape, batch.row_tokens, report.trained_tokens, batch.num_media)
+    flops = step_flops(shape, batch.sample_tokens, report.trained_tokens, batch.num_media)
     return {
         "flops": flops,
         "by tflops": report.tflops_per_rank * 1e12 * report.seconds * dist.get_world_size(),

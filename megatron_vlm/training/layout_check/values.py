@@ -51,7 +51,8 @@ def _row(key: ValueKey, one: Record, record: Record) -> Difference:
         wanted = wanted[positions]  # [s(, h)] of the whole row -> of this slice's tokens
         phase = "loss" if name == TOKEN_LOSS else "language forward"
     distances = (found - wanted).norm(dim=-1) if found.dim() > 1 else (found - wanted).abs()  # [s], by token
-    where = f"sample {one.sample_ids[0][row]!r}"
+    samples = one.sample_ids[0]
+    where = f"sample {samples[row]!r}" if len(samples) == len(one.row_tokens) else f"row {row}"  # packed: several
     if len(positions):
         where += f" token {int(positions[distances.nan_to_num(math.inf).argmax()])}"
     if name == MERGED:

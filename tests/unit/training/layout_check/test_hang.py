@@ -48,7 +48,7 @@ def test_a_hang_is_told_with_its_phase_and_function() -> None:
 
     def work(give_sign: Callable[[int], None]) -> None:
         give_sign(2)
-        VisionLanguageModel.exchange(SimpleNamespace(grid=Waiting()), None, None)  # type: ignore[arg-type]
+        VisionLanguageModel.exchange(SimpleNamespace(grid=Waiting()), None, SimpleNamespace(over_world=False))  # type: ignore[arg-type]
 
     hang = watched(work)
     end.set()
