@@ -183,7 +183,7 @@ def attention_backend(config: Config) -> str:
     """The attention backend that the recipe's device gets, where `auto` is taken for a GPU. Raises ConfigError."""
     device = torch.device("cpu" if config.runtime.device == "cpu" else "cuda")
     dtype = torch.bfloat16 if config.precision.params == "bf16" else torch.float32
-    return ATTENTION.find(config.ops.attention, SimpleNamespace(device=device, dtype=dtype)).name
+    return ATTENTION.find(config.ops.attention, SimpleNamespace(device=device, dtype=dtype), None).name
 
 
 def layer_activation_bytes(config: Config, spec: LanguageSpec, num_tokens: int, recompute: str) -> int:
