@@ -39,6 +39,7 @@ def picture() -> Image.Image:
     return Image.fromarray(np.random.default_rng(1).integers(0, 256, (19, 40, 3), dtype=np.uint8))
 
 
+@pytest.mark.slow
 def test_transformers_loads_and_feeds_it(ranks, tmp_path):
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 

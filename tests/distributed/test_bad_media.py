@@ -129,7 +129,7 @@ def test_one_process(ranks: RankPool, data: Data) -> None:
 @pytest.mark.parametrize(
     ("num_ranks", "parallel"),
     [
-        pytest.param(2, {"tensor": 2}, id="tp2"),
+        pytest.param(2, {"tensor": 2}, id="tp2", marks=pytest.mark.slow),
         pytest.param(2, {}, id="dp2", marks=pytest.mark.slow),
         pytest.param(2, {"media_group": "world"}, id="dp2-world", marks=pytest.mark.slow),
         pytest.param(4, {"tensor": 2, "pipeline": 2, "sequence": True}, id="tp2-pp2-sp", marks=pytest.mark.slow),

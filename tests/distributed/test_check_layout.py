@@ -127,6 +127,7 @@ def expect_passed(report: LayoutReport) -> None:
     assert "DIFFERS" not in report.table()
 
 
+@pytest.mark.slow
 def test_the_child_is_compared_with(check: Check) -> None:
     """The real child process, which knows nothing of the fault in the ranks: what comes before is equal."""
     report = check(TP2, "partial_sums_not_reduced", child=True)

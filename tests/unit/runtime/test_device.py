@@ -10,6 +10,7 @@ import pytest
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime import device
+from megatron_vlm.runtime.logging import get_logger
 from tests.helpers.cuda_stand_ins import EXERCISES
 from tests.helpers.ranks import RankPool
 
@@ -53,7 +54,7 @@ def test_decision(unprepared: pytest.MonkeyPatch, requested, gpus: int, local_ra
 def test_unused_gpus_are_mentioned(unprepared: pytest.MonkeyPatch) -> None:
     with_gpus(unprepared, 1)
     said = []
-    unprepared.setattr(device.logger, "warning", lambda message, *values: said.append(message % values))
+    unprepared.setattr(get_logger(device.__name__), "warning", lambda message, *values: said.append(message % values))
     device.prepare("auto", 4)
     assert said == ["runtime.device auto: 4 ranks but 1 GPUs: using the CPU"]
 
