@@ -23,6 +23,22 @@ def records_of(directory: Path, files: Iterable[Path]) -> dict[str, FileRecord]:
     return {str(file.relative_to(directory)): record_of(file) for file in files}
 
 
+def write_at(handle: int, place: int, data: bytes | memoryview) -> None:
+    """Writes all of it at that byte of the file. Raises OSError."""
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(handle, rest, place)
+        rest, place = rest[written:], place + written
+
+
+def send_to_disk(handle: int, place: int, size_bytes: int) -> None:
+    """Has the kernel begin to bring written bytes to the disk, which else is idle until much waits for the fsync.
+
+    Hazard: each call costs milliseconds of every core, so it is for tens of megabytes at a time. Raises OSError.
+    """
+    os.posix_fadvise(handle, place, size_bytes, os.POSIX_FADV_DONTNEED)
+
+
 def sync_directory(directory: Path) -> None:
     """Brings the names of the files in `directory` to the disk. Raises OSError."""
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_vlm.checkpoint.integrity import send_to_disk, write_at
 from megatron_vlm.conversion.files import SAFETENSORS_DTYPES
 from megatron_vlm.conversion.mappings import HEAD
 from megatron_vlm.conversion.origin import Origin, is_as_referenced
@@ -94,19 +95,21 @@ def write_shards(folder: Path, shards: Sequence[ShardPlan], source: Readable, ad
     """
 
     def write_run(job: tuple[int, int, list[PlannedTensor]]) -> None:
-        handle, place, run = job
+        handle, start, run = job
+        place = start
         for planned in run:
             tensor = _rounded(source.read(planned.name), planned).contiguous()
             assert tuple(tensor.shape) == planned.shape, planned.name
-            _write_at(handle, place, tensor.reshape(-1).view(torch.uint8).numpy().data)
+            write_at(handle, place, tensor.reshape(-1).view(torch.uint8).numpy().data)
             place += planned.size_bytes
             advance(planned.size_bytes)
+        send_to_disk(handle, start, place - start)
 
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(folder / shard.file, "wb", buffering=0)) for shard in shards]
         jobs = []
         for file, shard in zip(files, shards, strict=True):
-            _write_at(file.fileno(), 0, shard.header)
+            write_at(file.fileno(), 0, shard.header)
             jobs += [(file.fileno(), *run) for run in shard.runs()]
         pool = stack.enter_context(ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)))
         list(pool.map(write_run, jobs))
@@ -123,13 +126,6 @@ def _rounded(tensor: Tensor, planned: PlannedTensor) -> Tensor:
             f"for {kind}; choose another --dtype"
         )
     return rounded
-
-
-def _write_at(handle: int, place: int, data: bytes | memoryview) -> None:
-    rest = memoryview(data)
-    while rest:
-        written = os.pwrite(handle, rest, place)
-        rest, place = rest[written:], place + written
 
 
 def plan_returned(

@@ -1,7 +1,8 @@
 """A model directory of another system -> a checkpoint of ours, which training and generation take as any other.
 
-Everything that can be wrong with the directory is found before anything is written. The checkpoint is written beside
-its place and renamed, and `latest` moves last.
+The language model's weights are written, beside the checkpoint's place, while the other parts are still compared with
+their files; whatever is found wrong ends the writing and removes it. Only a whole checkpoint is renamed into its place,
+and `latest` moves last.
 """
 
 import shutil
@@ -15,11 +16,12 @@ from megatron_vlm.checkpoint.manifest import FileRecord, Manifest
 from megatron_vlm.config.loading import config_hash
 from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.formats.base import ForeignModel
-from megatron_vlm.conversion.formats.recipe import config_of, parameter_format
-from megatron_vlm.conversion.native_writing import write_tensors
+from megatron_vlm.conversion.formats.recipe import check_selection, config_of, parameter_format
+from megatron_vlm.conversion.mappings import language_mappings
+from megatron_vlm.conversion.native_writing import NativeWriter
 from megatron_vlm.conversion.origin import write_origin
 from megatron_vlm.conversion.table import model_mappings
-from megatron_vlm.conversion.weights import check_fit
+from megatron_vlm.conversion.weights import check_fit, check_part
 from megatron_vlm.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.architectures import check_architecture
@@ -48,22 +50,20 @@ def import_model(
     final = checkpoint_path(destination, 0)
     refuse_taken(destination, but=partial_path(final))
     check_architecture(foreign.language)
-    table = model_mappings(foreign.language, foreign.vision, foreign.projector)
-    spare = check_fit(foreign.source, table)
-    tokenizer = load_tokenizer(foreign.tokenizer, foreign.image_token)
-    check_vocabulary(tokenizer, foreign.image_token, foreign.language.vocab_size)
-    config = _recipe(foreign, destination)
-    survey = survey_tower(config.model.vision)
-    foreign.language.name_or_path = survey.hf_config.name_or_path = ""  # no paths of this machine
+    language = language_mappings(foreign.language)
+    check_part(foreign.source, language)
     existed = destination.exists()
     try:
         partial = create_partial(final)
-        tokenizer.save_pretrained(partial / "tokenizer")
-        foreign.language.save_pretrained(partial / "language")
-        survey.hf_config.save_pretrained(partial / "vision")
-        write_pixel_format(partial / "vision", survey.media_spec)
-        write_origin(partial, foreign, spare, config)
-        files = write_tensors(partial, table, foreign.source, advance)
+        with NativeWriter(partial, foreign.source, advance) as writer:
+            writer.start(language)  # meanwhile: the tower's code takes seconds to be imported
+            table = model_mappings(foreign.language, foreign.vision, foreign.projector)
+            spare = check_fit(foreign.source, table)
+            writer.start(table[len(language) :])
+            config = _recipe(foreign, destination)
+            _write_parts(foreign, config, partial)
+            write_origin(partial, foreign, spare, config)
+            files = writer.finish()
         others = [path for path in partial.rglob("*") if path.is_file() and str(path.relative_to(partial)) not in files]
         _manifest(config, foreign, files | records_of(partial, others)).write(partial)
         publish(partial, final)
@@ -73,6 +73,19 @@ def import_model(
             raise ConversionError(f"{final} could not be written: {error}") from error
         raise
     return final
+
+
+def _write_parts(foreign: ForeignModel, config: Config, partial: Path) -> None:
+    """Tokenizer and configs. Raises ConfigError, ConversionError where they are not this model's."""
+    tokenizer = load_tokenizer(foreign.tokenizer, foreign.image_token)
+    check_vocabulary(tokenizer, foreign.image_token, foreign.language.vocab_size)
+    survey = survey_tower(config.model.vision)
+    check_selection(foreign, survey)
+    foreign.language.name_or_path = survey.hf_config.name_or_path = ""  # no paths of this machine
+    tokenizer.save_pretrained(partial / "tokenizer")
+    foreign.language.save_pretrained(partial / "language")
+    survey.hf_config.save_pretrained(partial / "vision")
+    write_pixel_format(partial / "vision", survey.media_spec)
 
 
 def size_bytes(foreign: ForeignModel) -> int:

@@ -8,12 +8,15 @@ Hazard: megatron-core loads a parameter's checkpoint only where the extra state 
 as it is; `EXTRA_STATES` lists those layers.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import io
-import json
+import mmap
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -21,102 +24,161 @@ from typing import IO, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_vlm.checkpoint.manifest import FileRecord
-from megatron_vlm.checkpoint.safe_reading import COMMON_FILE
 from megatron_vlm.conversion.mappings import GatedMLP, Mapping
 from megatron_vlm.conversion.sources import WeightSource
 
 EXTRA_STATES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
-MAX_THREADS = 4  # further ones would wait for the disk
-_BACKEND = {  # megatron-core's words for the format (`save_config`)
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
+NUM_THREADS = 4  # however few the cores: they wait for the disk in turn
+_PIECE_BYTES = 16 * 2**20  # written at a time
 
 
 @dataclass(frozen=True)
-class _Share:
-    """What one thread wrote: a file, and where in it each chunk is."""
+class Piece:
+    """Where a checkpoint has one piece of one of its entries.
 
+    Args:
+        entry: its name.
+        place: the piece's first element in the tensor; None for an entry of bytes.
+        shape, dtype: of the piece.
+        start, end: its bytes in the file.
+    """
+
+    entry: str
     file: str
-    record: FileRecord
-    results: list[WriteResult]
-    tensors: dict[str, TensorStorageMetadata]
+    start: int
+    end: int
+    place: tuple[int, ...] | None = None
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.uint8
 
 
 class HashingFile:
-    """A file that is hashed while it is written. Raises OSError."""
+    """A file that is hashed while it is written, past the page cache where the file system allows it.
+
+    Filling the cache with what nobody reads again costs more than the disk: half of a whole import. Raises OSError.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by `close`
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._set_direct(True)
         self._hash = hashlib.sha256()
+        self._piece = mmap.mmap(-1, _PIECE_BYTES)  # aligned, as such writes need it
+        self._num_waiting = 0
         self.size_bytes = 0
 
     def write(self, data: bytes | memoryview) -> int:
-        """All of it."""
+        """All of it, though its end may wait for `close`."""
         view = memoryview(data).cast("B")
         self._hash.update(view)
-        written = 0
-        while written < len(view):
-            written += self._file.write(view[written:]) or 0
+        rest = view
+        while rest:
+            taken = rest[: _PIECE_BYTES - self._num_waiting]
+            self._piece[self._num_waiting : self._num_waiting + len(taken)] = taken
+            self._num_waiting += len(taken)
+            rest = rest[len(taken) :]
+            if self._num_waiting == _PIECE_BYTES:
+                self._write_waiting()
         self.size_bytes += len(view)
         return len(view)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Nothing that `close` would not do."""
 
     def close(self) -> FileRecord:
         """Brings it to the disk."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._set_direct(False)  # the end is of any length
+        self._write_waiting()
+        os.fsync(self._handle)
+        os.close(self._handle)
         return FileRecord(self.size_bytes, self._hash.hexdigest())
 
+    def _write_waiting(self) -> None:
+        with memoryview(self._piece) as piece:
+            rest = piece[: self._num_waiting]
+            while rest:
+                rest = rest[os.write(self._handle, rest) :]
+        self._num_waiting = 0
 
-def write_tensors(
-    directory: Path, table: Sequence[Mapping], source: WeightSource, advance: Callable[[int], None]
-) -> dict[str, FileRecord]:
-    """Writes the weights of the table's parameters into a checkpoint's directory.
+    def _set_direct(self, direct: bool) -> None:
+        flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
+        with contextlib.suppress(OSError):  # EINVAL: a file system without it, as a memory disk
+            fcntl.fcntl(self._handle, fcntl.F_SETFL, flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT)
+
+
+class NativeWriter:
+    """Writes a table's parameters into a checkpoint's directory, in the background.
+
+    Within the context: `start` for each part of the model as soon as it is known to be whole, then `finish`. Leaving it
+    by an error ends the writing; the directory is then of no use.
 
     Args:
-        table: of the whole model; the source has all its tensors, in their shapes.
         advance: told the bytes of each tensor written; may be called by several threads.
-
-    Returns:
-        Size and hash of every file written.
-
-    Raises:
-        OSError: the disk.
     """
-    shares = _shares(table, source, min(MAX_THREADS, os.cpu_count() or 1))
-    with ThreadPoolExecutor(len(shares)) as pool:
-        work = [pool.submit(_write_share, directory, n, share, source, advance) for n, share in enumerate(shares)]
-        written = [share.result() for share in work]
-    tensors = {name: place for share in written for name, place in share.tensors.items()}
-    results = [share.results for share in written]
-    files = {share.file: share.record for share in written}
-    with open(directory / COMMON_FILE, "wb") as file:
-        torch.save({}, file)
-    extra = _write_extra_states(directory, table)
-    files[extra.file] = extra.record
-    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {**tensors}
-    entries |= {result.index.fqn: BytesStorageMetadata() for result in extra.results}
-    FileSystemWriter(directory).finish(Metadata(entries), [*results, extra.results])
-    (directory / "metadata.json").write_text(json.dumps(_BACKEND), encoding="utf-8")
-    return files
+
+    def __init__(self, directory: Path, source: WeightSource, advance: Callable[[int], None]) -> None:
+        self._directory, self._source, self._advance = directory, source, advance
+        self._pool = ThreadPoolExecutor(NUM_THREADS)
+        self._shares: list[Future[tuple[list[Piece], FileRecord]]] = []
+        self._table: list[Mapping] = []
+        self._is_given_up = threading.Event()
+        self._checksums = contextlib.ExitStack()
+
+    def __enter__(self) -> "NativeWriter":
+        self._checksums.enter_context(_no_second_checksum())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._is_given_up.set()
+        self._pool.shutdown(cancel_futures=True)
+        self._checksums.close()
+
+    def start(self, table: Sequence[Mapping]) -> None:
+        """Begins with a part of the model; the source has its tensors, in their shapes."""
+        self._table += table
+        for share in _shares(table, self._source, NUM_THREADS):
+            path = self._directory / f"__{len(self._shares)}_0.distcp"
+            self._shares.append(self._pool.submit(self._write_share, path, share))
+
+    def finish(self) -> dict[str, FileRecord]:
+        """Waits for all and writes what the checkpoint says of them -> size and hash of every file of tensors.
+
+        Raises:
+            OSError: the disk.
+        """
+        from megatron_vlm.conversion.native_metadata import write_metadata  # takes a second, while the threads write
+
+        written = [share.result() for share in self._shares]
+        written.append(_write_extra_states(self._directory / "__extra_0.distcp", self._table))
+        write_metadata(self._directory, [pieces for pieces, _ in written])
+        return {pieces[0].file: record for pieces, record in written}
+
+    def _write_share(self, path: Path, share: Sequence[Mapping]) -> tuple[list[Piece], FileRecord]:
+        file = HashingFile(path)
+        pieces = []
+        for entry in share:
+            for row, tensor in _chunks(entry, self._source):
+                if self._is_given_up.is_set():
+                    raise CancelledError
+                start, place = file.size_bytes, (row, *(0 for _ in tensor.shape[1:]))[: tensor.dim()]
+                torch.save(tensor, cast(IO[bytes], file))
+                shape = tuple(tensor.shape)
+                pieces.append(Piece(entry.name, path.name, start, file.size_bytes, place, shape, tensor.dtype))
+                self._advance(tensor.nbytes)
+        return pieces, file.close()
+
+
+@contextlib.contextmanager
+def _no_second_checksum() -> Iterator[None]:
+    """torch.save computes a CRC-32 of what is hashed already, at half the cost of the hash."""
+    computed = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(computed)
 
 
 def _shares(table: Sequence[Mapping], source: WeightSource, number: int) -> list[list[Mapping]]:
@@ -130,29 +192,6 @@ def _shares(table: Sequence[Mapping], source: WeightSource, number: int) -> list
         loads[lightest] += sizes[entry.name]
     order = {entry.name: place for place, entry in enumerate(table)}
     return [sorted(share, key=lambda entry: order[entry.name]) for share in shares if share]
-
-
-def _write_share(
-    directory: Path, number: int, share: Sequence[Mapping], source: WeightSource, advance: Callable[[int], None]
-) -> _Share:
-    name = f"__{number}_0.distcp"
-    file = HashingFile(directory / name)
-    results: list[WriteResult] = []
-    tensors = {}
-    for entry in share:
-        chunks = []
-        for offset, tensor in _chunks(entry, source):
-            offsets = torch.Size([offset, *(0 for _ in tensor.shape[1:])][: tensor.dim()])
-            chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
-            start = file.size_bytes
-            torch.save(tensor, cast(IO[bytes], file))
-            results.append(_result(MetadataIndex(entry.name, offsets), name, start, file.size_bytes))
-            advance(tensor.nbytes)
-            dtype = tensor.dtype
-        rows = sum(chunk.sizes[0] for chunk in chunks) if chunks[0].sizes else None
-        size = chunks[0].sizes if rows is None else torch.Size([rows, *chunks[0].sizes[1:]])
-        tensors[entry.name] = TensorStorageMetadata(TensorProperties(dtype), size, chunks)
-    return _Share(name, file.close(), results, tensors)
 
 
 def _chunks(entry: Mapping, source: WeightSource) -> Iterable[tuple[int, Tensor]]:
@@ -178,21 +217,15 @@ def _alone(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
-def _write_extra_states(directory: Path, table: Sequence[Mapping]) -> _Share:
-    name = "__extra_0.distcp"
-    file = HashingFile(directory / name)
+def _write_extra_states(path: Path, table: Sequence[Mapping]) -> tuple[list[Piece], FileRecord]:
+    file = HashingFile(path)
     empty = io.BytesIO()
     torch.save([None], empty)
-    results = []
+    pieces = []
     for entry in table:
         layer, _, kind = entry.name.rpartition(".")
         if kind == "weight" and layer.endswith(EXTRA_STATES):
             start = file.size_bytes
             file.write(empty.getbuffer())
-            index = MetadataIndex(f"{layer}._extra_state/shard_0_1")
-            results.append(_result(index, name, start, file.size_bytes))
-    return _Share(name, file.close(), results, {})
-
-
-def _result(index: MetadataIndex, file: str, start: int, end: int) -> WriteResult:
-    return WriteResult(index=index, size_in_bytes=end - start, storage_data=_StorageInfo(file, start, end - start))
+            pieces.append(Piece(f"{layer}._extra_state/shard_0_1", path.name, start, file.size_bytes))
+    return pieces, file.close()

@@ -147,11 +147,24 @@ def check_fit(source: WeightSource, table: Sequence[Entry]) -> list[str]:
     Raises:
         ConversionError: tensors missing, left over or of another shape, by name.
     """
-    shapes = {name: shape for entry in table for name, shape in zip(entry.sources, entry.shapes, strict=True)}
+    shapes = _shapes(table)
     check_names(source, shapes.keys(), set() if HEAD in shapes else {HEAD})
     for name, shape in shapes.items():
         read_tensor(source, name, shape)
     return sorted(name for name in source.names() if COMPUTED_BUFFERS.search(name) and name not in shapes)
+
+
+def check_part(source: WeightSource, table: Sequence[Entry]) -> None:
+    """As `check_fit` for a part of the model: the source may have more. Raises ConversionError."""
+    shapes = _shapes(table)
+    check_names(source, shapes.keys(), set(source.names()) - shapes.keys())
+    for name, shape in shapes.items():
+        read_tensor(source, name, shape)
+
+
+def _shapes(table: Sequence[Entry]) -> dict[str, tuple[int, ...]]:
+    """Of the Hugging Face tensors a table is made of."""
+    return {name: shape for entry in table for name, shape in zip(entry.sources, entry.shapes, strict=True)}
 
 
 def check_names(source: WeightSource, wanted: Collection[str], spare: Collection[str]) -> None:

@@ -88,7 +88,8 @@ def test_a_selection_of_tokens_that_one_side_lacks_is_refused(tmp_path):
     settings = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**settings, "vision_feature_select_strategy": "default"}))
     with pytest.raises(ConversionError, match="has 0 before its patches, needs 'full'"):
-        open_foreign(source)
+        import_model(open_foreign(source), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
     registers = {"image_size": 28, "patch_size": 7, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     tower = AutoModel.from_config(AutoConfig.for_model("dinov2_with_registers", **registers))
     tower.config.save_pretrained(tmp_path / "dino")

@@ -40,6 +40,8 @@ class ForeignModel:
         image_token: of the prompts.
         template, image_mode: `data.template` and `data.image_mode` that fit.
         own: the source of the folder's own weight files; None where they do not make a model of the format.
+        drops_first_token: the model drops one token of the tower's, whatever it is; `select_feature` is "patch" then,
+            which is the same only where one comes before the patches: see `check_selection`.
     """
 
     format: str
@@ -56,6 +58,7 @@ class ForeignModel:
     template: str
     image_mode: str
     own: FolderSource | None = None
+    drops_first_token: bool = False
 
 
 @dataclass(frozen=True)

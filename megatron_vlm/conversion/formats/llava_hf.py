@@ -9,9 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, LlavaConfig, LlavaImageProcessorPil, LlavaProcessor, PretrainedConfig
+from transformers import GenerationConfig, LlavaConfig, PretrainedConfig
 
-from megatron_vlm.config.schema import VisionConfig
 from megatron_vlm.conversion.formats.base import (
     FORMATS,
     ForeignModel,
@@ -30,7 +29,6 @@ from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf_config import config_from_path
 from megatron_vlm.models.vision.preprocessing import load_processor
-from megatron_vlm.models.vision.survey import survey_tower
 
 NAME = "llava-hf"
 FEATURES = {"default": "patch", "full": "cls_patch"}  # vision_feature_select_strategy -> model.vision.select_feature
@@ -50,9 +48,6 @@ def open_folder(folder: Path, _: Places) -> ForeignModel:
     if not isinstance(config, LlavaConfig):
         raise ConversionError(f"{folder}/config.json: model_type is {config.model_type!r}, needs llava")
     _check(folder, config)
-    feature = FEATURES[config.vision_feature_select_strategy]
-    if feature == "patch":
-        _check_leading_token(folder, config)
     source = FolderSource(str(folder), lambda names: canonical_name)
     language = fitting_vocabulary(config.text_config, source)
     declared = bool(config.tie_word_embeddings or language.tie_word_embeddings)
@@ -65,7 +60,8 @@ def open_folder(folder: Path, _: Places) -> ForeignModel:
         vision_path=folder,
         projector=PROJECTOR,
         select_layer=config.vision_feature_layer,
-        select_feature=feature,
+        select_feature=FEATURES[config.vision_feature_select_strategy],
+        drops_first_token=config.vision_feature_select_strategy == "default",
         source=source,
         tokenizer=folder,
         image_token="<image>",
@@ -90,15 +86,6 @@ def _check(folder: Path, config: PretrainedConfig) -> None:
         )
 
 
-def _check_leading_token(folder: Path, config: PretrainedConfig) -> None:
-    tower = survey_tower(VisionConfig(path=str(folder), select_layer=config.vision_feature_layer))
-    if tower.num_dropped_tokens != 1:
-        raise ConversionError(
-            f"{folder}/config.json: vision_feature_select_strategy is 'default', which drops the first token; this "
-            f"{config.vision_config.model_type} has {tower.num_dropped_tokens} before its patches, needs 'full'"
-        )
-
-
 def disk_name(name: str) -> str:
     """Canonical -> on the disk."""
     for prefix, theirs in DISK_PREFIXES:
@@ -113,6 +100,8 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
     Raises:
         ConversionError: a projector that transformers' class does not have, or a selection of tokens.
     """
+    from transformers import LlavaProcessor  # takes seconds, and reading a directory does not need it
+
     model = target.config.model
     if model.projector.type != PROJECTOR:
         raise ConversionError(f"{NAME} has the projector {PROJECTOR} only; this model has {model.projector.type}")
@@ -158,6 +147,8 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
 
 def _image_processor(target: Target) -> Any:
     """One that prepares pictures as the checkpoint's `data.image_mode` does."""
+    from transformers import LlavaImageProcessorPil
+
     own = json.loads(target.media.processor)
     mode = target.config.data.image_mode
     if mode == "processor":

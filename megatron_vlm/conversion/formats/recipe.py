@@ -10,6 +10,8 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.formats.base import ForeignModel
 from megatron_vlm.conversion.sources import PartSource
 from megatron_vlm.conversion.weights import COMPUTED_BUFFERS, VISION_PARTS, fill_language, fill_vision
+from megatron_vlm.errors import ConversionError
+from megatron_vlm.models.vision.survey import TowerSurvey
 
 if TYPE_CHECKING:  # they bring megatron-core in, which takes seconds and which a converter does not need
     from megatron_vlm.models.vlm import VisionLanguageModel
@@ -71,7 +73,17 @@ def fill_model(model: "VisionLanguageModel", foreign: ForeignModel, grid: "Grid"
     """Fills a built model, this rank's shards only.
 
     Raises:
-        ConversionError: tensors missing, left over or of another shape, by name.
+        ConversionError: tensors missing, left over or of another shape, by name; as `check_selection`.
     """
+    check_selection(foreign, model.vision.tower.survey)
     fill_language(model.language, PartSource(foreign.source, lambda name: not name.startswith(VISION_PARTS)), grid)
     fill_vision(model.vision, PartSource(foreign.source, lambda name: name.startswith(VISION_PARTS)))
+
+
+def check_selection(foreign: ForeignModel, tower: TowerSurvey) -> None:
+    """Raises ConversionError where a model that drops the first token of its tower drops no leading one with it."""
+    if foreign.drops_first_token and tower.num_dropped_tokens != 1:
+        raise ConversionError(
+            f"{foreign.folder}/config.json: vision_feature_select_strategy is 'default', which drops the first token; "
+            f"this {foreign.vision.model_type} has {tower.num_dropped_tokens} before its patches, needs 'full'"
+        )
