@@ -128,7 +128,7 @@ def open_checkpoint(
         load_checkpoint(directory, model, optimizer=None, states="model")
     else:
         fill_model(model, foreign, grid)
-    turn_head(model)
+    turn_weights(model)
     return Assistant.of(model, config.data, tokenizer)
 
 
@@ -163,17 +163,22 @@ def _load_tokenizer(config: "Config", path: str | os.PathLike[str]) -> "Tokenize
     return tokenizer
 
 
-def turn_head(model: "VisionLanguageModel") -> None:
-    """Stores the head's weight, on the CPU in fp32, so that a column stands together: the product of one token with it
-    then takes half the time or less. Not where it is also the embedding, whose rows are read; in bf16 the same would
-    take seven times as long (docs/benchmarks/decoding_cpu.md)."""
+def turn_weights(model: "VisionLanguageModel") -> None:
+    """Stores the weights that widen (qkv, gate and up, the head), on the CPU in fp32, so that a column stands together:
+    the product with one token, or a few, then takes less time, the head's half. Not where the head is also the
+    embedding, whose rows are read; in bf16 the same would take seven times as long (docs/benchmarks/decoding_cpu.md).
+    """
     import torch
 
     for chunk in model.language:
+        widening = [
+            module.weight for name, module in chunk.named_modules() if name.endswith(("linear_qkv", "linear_fc1"))
+        ]
         if chunk.post_process and not chunk.share_embeddings_and_output_weights:
-            weight = chunk.output_layer.weight
+            widening.append(chunk.output_layer.weight)
+        for weight in widening:
             if weight.device.type == "cpu" and weight.dtype == torch.float32:
-                weight.data = weight.data.t().contiguous().t()  # [v, h], strides (1, v)
+                weight.data = weight.data.t().contiguous().t()  # [out, in], strides (1, out)
 
 
 def find_foreign(path: str | os.PathLike[str]) -> "ForeignModel | None":
