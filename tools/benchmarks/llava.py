@@ -154,24 +154,31 @@ def build_adamw(config: Config, model: nn.Module) -> torch.optim.AdamW:
 
 
 def micro_batches(batch: StepBatch, image_token: int) -> list[dict[str, Tensor]]:
-    """A step's input as the model takes it: `image_token` at the pictures' places, labels not shifted."""
+    """A step's input as the model takes it: `image_token` at the pictures' places, labels not shifted, and no padding
+    beyond a micro-batch's own longest row."""
     device = current_device()
     inputs = []
     for window in batch.windows:
         for number in window.micro_batches:
             rows = batch.micro_batches[number]
             own = [place for place, span in enumerate(window.own_spans) if span.item.micro_batch == number]
-            ids = rows.ids.clone()
+            longest = _longest(rows.labels)
+            ids = rows.ids[:, :longest].clone()
             for place in own:
                 item = window.own_spans[place].item
                 ids[item.row, item.start : item.start + item.num_tokens] = image_token
-            labels = torch.full_like(rows.labels, IGNORE)
-            labels[:, 1:] = rows.labels[:, :-1]
-            tensors = {"input_ids": ids, "labels": labels, "position_ids": rows.position_ids}
+            labels = torch.full_like(ids, IGNORE)
+            labels[:, 1:] = rows.labels[:, : longest - 1]
+            tensors = {"input_ids": ids, "labels": labels, "position_ids": rows.position_ids[:, :longest]}
             if own:
                 tensors["pixel_values"] = window.pixels[own]
             inputs.append({name: tensor.to(device) for name, tensor in tensors.items()})
     return inputs
+
+
+def _longest(labels: Tensor) -> int:
+    """Tokens of the longest row, which ends with an answer: of [b, s] labels that are the tokens after."""
+    return int((labels != IGNORE).any(dim=0).nonzero().max()) + 2
 
 
 def _unused_id(batches: list[StepBatch], vocab_size: int) -> int:

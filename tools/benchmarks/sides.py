@@ -27,6 +27,8 @@ from megatron_vlm.runtime.launch import Launch
 if TYPE_CHECKING:
     from megatron_vlm.data.batch import StepBatch
 
+    from .synthetic import SampleSize
+
 PRODUCT, TRANSFORMERS = "megatron_vlm", "transformers"
 CLEAR_REFS, RESET_PEAK = Path("/proc/self/clear_refs"), "5"  # see proc(5)
 
@@ -36,12 +38,13 @@ class SideRequest:
     """What a child is to build.
 
     Args:
-        name: PRODUCT or TRANSFORMERS.
+        name: TRANSFORMERS, or any other for the product's side.
         config: the recipe; scratch files go under its checkpoint directory.
         launch: this rank's place.
         num_batches: different batches, used over and over.
         num_steps: that will be run in all, for the learning rate.
         answers: share of the words that are trained, where the data set is made here.
+        samples: the sizes of each sample where it is; empty: as many full rows as there are in the batches.
     """
 
     name: str
@@ -50,6 +53,7 @@ class SideRequest:
     num_batches: int
     num_steps: int
     answers: float
+    samples: tuple["SampleSize", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,8 @@ def _with_data(request: SideRequest, scratch: Path) -> Config:
                 answers=request.answers,
             )
             num_samples = config.training.global_batch_size * request.num_batches
-            synthetic.make(scratch / "data", shape, num_samples, config.data)
+            full = (synthetic.SampleSize(shape.sequence_length, 1),) * num_samples
+            synthetic.make(scratch / "data", shape, request.samples or full, config.data)
     barrier()
     if not Path(config.data.path).exists():
         changes = merge(changes, synthetic.sections(scratch / "data"))
@@ -196,13 +201,13 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(request: SideRequest, config: Config) -> Side:
-    if request.name == PRODUCT:
-        from .product import ProductSide
+    if request.name == TRANSFORMERS:
+        from .llava import LlavaSide
 
-        return ProductSide(config, request.launch, request.num_batches)
-    from .llava import LlavaSide
+        return LlavaSide(config, request.launch, request.num_batches)
+    from .product import ProductSide
 
-    return LlavaSide(config, request.launch, request.num_batches)
+    return ProductSide(config, request.launch, request.num_batches)
 
 
 def _facts(side: Side, config: Config) -> Facts:

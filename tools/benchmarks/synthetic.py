@@ -1,11 +1,12 @@
-"""A data set that fills every row: noise for pictures, words drawn by number, and a tokenizer of one token per word.
+"""A data set of samples of given sizes: noise for pictures, words drawn by number, a tokenizer of one token per word.
 
 What a step costs depends on how many tokens there are, how many of them are pictures' and how many are trained, and on
-nothing else. So every row is exactly `training.sequence_length` long and has one picture, and of its words a given
-share are answers. Everything follows from fixed seeds: the same rows on every machine, for every side of a comparison.
+nothing else. So every sample has exactly the tokens and pictures asked for, and of its words a given share are answers.
+Everything follows from fixed seeds: the same samples on every machine, for every side of a comparison.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,19 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
+class SampleSize:
+    """Tokens, pictures' included, and pictures of a sample."""
+
+    tokens: int
+    pictures: int
+
+
+@dataclass(frozen=True)
 class Shape:
     """What a data set is made for.
 
     Args:
-        sequence_length: of every row, in tokens.
+        sequence_length: of the longest row, in tokens.
         vocab_size: of the language model.
         spec: of the vision tower.
         answers: share of the words that are the assistant's.
@@ -52,11 +61,14 @@ class Shape:
     answers: float
 
 
-def make(folder: Path, shape: Shape, num_samples: int, data: DataConfig) -> None:
+def make(folder: Path, shape: Shape, sizes: Sequence[SampleSize], data: DataConfig) -> None:
     """Writes pictures, conversations and tokenizer, for the recipe's template and image marker.
 
+    Args:
+        sizes: of each sample.
+
     Raises:
-        ConfigError: a picture and a conversation do not fit into a row.
+        ConfigError: the pictures and a conversation do not fit into a sample.
     """
     folder.mkdir(parents=True)
     make_tokenizer(folder / "tokenizer", shape.vocab_size)
@@ -64,13 +76,15 @@ def make(folder: Path, shape: Shape, num_samples: int, data: DataConfig) -> None
     encoder = ConversationEncoder(tokenizer, data.template, data.image_token, shape.spec.tokens_per_image)
     random = np.random.default_rng(0)
     samples = []
-    for number in range(num_samples):
-        turns = fill_row(encoder, shape, random)
+    for number, size in enumerate(sizes):
+        turns = fill(encoder, shape, size, random)
         speakers = {"user": "human", "assistant": "gpt"}
         spoken = [{"from": speakers[turn.role], "value": turn.text} for turn in turns]
-        samples.append({"id": str(number), "image": f"{number}.png", "conversations": spoken})
-        coarse = Image.fromarray(random.integers(0, 256, (COARSE_PIXELS, COARSE_PIXELS, 3), dtype=np.uint8))
-        coarse.resize((shape.spec.width, shape.spec.height)).save(folder / f"{number}.png")
+        names = [f"{number}_{picture}.png" for picture in range(size.pictures)]
+        samples.append({"id": str(number), "image": names, "conversations": spoken})
+        for name in names:
+            coarse = Image.fromarray(random.integers(0, 256, (COARSE_PIXELS, COARSE_PIXELS, 3), dtype=np.uint8))
+            coarse.resize((shape.spec.width, shape.spec.height)).save(folder / name)
     (folder / "train.json").write_text(json.dumps(samples))
 
 
@@ -96,41 +110,46 @@ def make_tokenizer(folder: Path, vocab_size: int) -> None:
     wrapped.save_pretrained(folder)
 
 
-def fill_row(encoder: ConversationEncoder, shape: Shape, random: np.random.Generator) -> list[Turn]:
-    """A conversation about one picture of exactly `sequence_length` tokens."""
-    room = shape.sequence_length - shape.spec.tokens_per_image
+def fill(encoder: ConversationEncoder, shape: Shape, size: SampleSize, random: np.random.Generator) -> list[Turn]:
+    """A conversation of exactly so many tokens, about so many pictures."""
+    room = size.tokens - size.pictures * shape.spec.tokens_per_image
     num_rounds = max(1, room // WORDS_PER_ROUND)
-    least = conversation(encoder, [(1, 1)] * num_rounds, shape, random)
-    spare = shape.sequence_length - num_tokens(encoder, least)
+    least = conversation(encoder, size.pictures, [(1, 1)] * num_rounds, shape, random)
+    spare = size.tokens - num_tokens(encoder, least, size.pictures)
     if spare < 0:
         raise ConfigError(
-            f"training.sequence_length: found {shape.sequence_length}, needed "
-            f"{shape.sequence_length - spare} for a picture of {shape.spec.tokens_per_image} tokens and a conversation"
+            f"training.sequence_length: found {size.tokens}, needed {size.tokens - spare} for {size.pictures} pictures "
+            f"of {shape.spec.tokens_per_image} tokens and a conversation"
         )
     answered = round(shape.answers * spare)
     answers, questions = (split(number, num_rounds) for number in (answered, spare - answered))
     words = [(1 + question, 1 + answer) for question, answer in zip(questions, answers, strict=True)]
-    turns = conversation(encoder, words, shape, random)
-    assert num_tokens(encoder, turns) == shape.sequence_length
+    turns = conversation(encoder, size.pictures, words, shape, random)
+    assert num_tokens(encoder, turns, size.pictures) == size.tokens
     return turns
 
 
 def conversation(
-    encoder: ConversationEncoder, words: list[tuple[int, int]], shape: Shape, random: np.random.Generator
+    encoder: ConversationEncoder,
+    num_pictures: int,
+    words: list[tuple[int, int]],
+    shape: Shape,
+    random: np.random.Generator,
 ) -> list[Turn]:
-    """Turns of so many words each: (question, answer) of every round."""
+    """Turns of so many words each: (question, answer) of every round; the pictures stand at the beginning."""
     marker = encoder.tokenizer.convert_ids_to_tokens(encoder.marker_id)
     num_words = shape.vocab_size - len(SPECIAL) - len(TEMPLATE_WORDS) - 1
     turns: list[Turn] = []
     for question, answer in words:
         asked, said = (" ".join(f"w{n}" for n in random.integers(0, num_words, count)) for count in (question, answer))
-        turns += [Turn("user", asked if turns else f"{marker}\n{asked}"), Turn("assistant", said)]
+        pictures = "" if turns else f"{marker}\n" * num_pictures
+        turns += [Turn("user", pictures + asked), Turn("assistant", said)]
     return turns
 
 
-def num_tokens(encoder: ConversationEncoder, turns: list[Turn]) -> int:
-    """Of a conversation about one picture."""
-    return len(encoder.encode(Sample("bench", tuple(turns), ("picture",), "bench")).ids)
+def num_tokens(encoder: ConversationEncoder, turns: list[Turn], num_pictures: int) -> int:
+    """Of a conversation about so many pictures."""
+    return len(encoder.encode(Sample("bench", tuple(turns), ("picture",) * num_pictures, "bench")).ids)
 
 
 def split(total: int, parts: int) -> list[int]:

@@ -10,14 +10,13 @@ is reported.
 import argparse
 import contextlib
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config import load_config
-from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import MegatronVlmError
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
 from megatron_vlm.runtime.launch import Launch
@@ -83,44 +82,47 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
     configs = {PRODUCT: config}
     if arguments.against:
         configs[TRANSFORMERS] = config
-    measured = measure(configs, launch, arguments)
+    rounds, steps = arguments.rounds, arguments.steps
+    num_steps = WARM_UP_STEPS + (rounds + 1) * steps
+    requests = [SideRequest(name, c, launch, steps, num_steps, arguments.answers) for name, c in configs.items()]
+    measured = measure(requests, rounds)
     if launch.rank == 0:
         result = report.summarise(measured, config, launch.world_size, arguments)
         report.show(result)
         report.write(result, arguments)
 
 
-def measure(configs: dict[str, Config], launch: Launch, arguments: argparse.Namespace) -> dict[str, Measured]:
+def measure(requests: Sequence[SideRequest], rounds: int, warm_up_steps: int = WARM_UP_STEPS) -> dict[str, Measured]:
     """Runs the sides by turns.
 
     Args:
-        configs: the recipe of each side; a comparison's sides get the same.
-        launch: this rank's place.
-        arguments: rounds, steps, answers.
+        requests: the sides, which train the same; a round is as many steps as there are batches.
+        rounds: per side.
 
     Raises:
         SidesDifferError: their losses are not the same.
         MegatronVlmError: whatever is wrong with the recipe on either side.
     """
-    rounds, steps = arguments.rounds, arguments.steps
-    num_steps = WARM_UP_STEPS + (rounds + 1) * steps
+    steps = requests[0].num_batches
     with contextlib.ExitStack() as stack:
         sides: dict[str, Connection] = {}
         facts: dict[str, Facts] = {}
-        for name, config in configs.items():  # one after the other: what the machine can do is measured too
-            request = SideRequest(name, config, launch, steps, num_steps, arguments.answers)
-            sides[name] = stack.enter_context(started(request))
-            facts[name] = receive(sides[name])
-        warm_up = {name: ask(side, (0, WARM_UP_STEPS, False)) for name, side in sides.items()}
+        for request in requests:  # one after the other: what the machine can do is measured too
+            sides[request.name] = stack.enter_context(started(request))
+            facts[request.name] = receive(sides[request.name])
+        warm_up = {name: ask(side, (0, warm_up_steps, False)) for name, side in sides.items()}
         timed: dict[str, list[Round]] = {name: [] for name in sides}
         for number in range(rounds):
             for name, side in sides.items():
-                timed[name].append(ask(side, (WARM_UP_STEPS + number * steps, steps, False)))
-        phases = {name: ask(side, (num_steps - steps, steps, True)) for name, side in sides.items()}
+                timed[name].append(ask(side, (warm_up_steps + number * steps, steps, False)))
+        last = warm_up_steps + rounds * steps
+        phases = {name: ask(side, (last, steps, True)) for name, side in sides.items()}
         memory: dict[str, list[Memory]] = {name: ask(side, "memory") for name, side in sides.items()}
     measured = {name: Measured(facts[name], warm_up[name], timed[name], phases[name], memory[name]) for name in sides}
-    if len(measured) > 1:
-        refuse_unless_equal(measured[PRODUCT].losses, measured[TRANSFORMERS].losses, configs[PRODUCT].precision.params)
+    first, *others = measured
+    for other in others:
+        losses = measured[first].losses, measured[other].losses
+        refuse_unless_equal(*losses, requests[0].config.precision.params, (first, other))
     return measured
 
 
@@ -159,13 +161,15 @@ def receive(side: Connection) -> Any:
     return answer
 
 
-def refuse_unless_equal(ours: list[float], theirs: list[float], precision: str) -> None:
+def refuse_unless_equal(
+    ours: list[float], theirs: list[float], precision: str, names: tuple[str, str] = (PRODUCT, TRANSFORMERS)
+) -> None:
     """Raises SidesDifferError naming the first step whose losses differ by more than rounding explains."""
     assert len(ours) == len(theirs)
     for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         tolerance = (LATER_LOSS_TOLERANCE if step else FIRST_LOSS_TOLERANCE)[precision]
         if not abs(mine - other) <= tolerance * abs(other):  # so that NaN is refused
             raise SidesDifferError(
-                f"the sides do not train the same: loss of step {step + 1} is {mine:.6f} with {PRODUCT}, {other:.6f} "
-                f"with {TRANSFORMERS}; needed: equal to {tolerance:g} relative"
+                f"the sides do not train the same: loss of step {step + 1} is {mine:.6f} with {names[0]}, {other:.6f} "
+                f"with {names[1]}; needed: equal to {tolerance:g} relative"
             )

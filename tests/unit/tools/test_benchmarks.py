@@ -18,9 +18,11 @@ SPEC = MediaSpec(tokens_per_image=16, num_patches=16, height=28, width=28, mean=
 
 
 @pytest.mark.parametrize("answers", [0.5, 1.0])
-def test_every_row_is_full_and_has_the_share_of_answers(tmp_path, answers):
-    shape = synthetic.Shape(sequence_length=300, vocab_size=500, spec=SPEC, answers=answers)
-    synthetic.make(tmp_path / "data", shape, 3, DataConfig(path="none"))
+@pytest.mark.parametrize("pictures", [0, 1, 3])
+def test_every_sample_has_its_size_and_the_share_of_answers(tmp_path, answers, pictures):
+    shape = synthetic.Shape(sequence_length=400, vocab_size=500, spec=SPEC, answers=answers)
+    size = synthetic.SampleSize(284 + pictures * 16, pictures)
+    synthetic.make(tmp_path / "data", shape, [size] * 3, DataConfig(path="none"))
     sections = synthetic.sections(tmp_path / "data")
     tokenizer = load_tokenizer(sections["model"]["language"]["tokenizer"], "<image>")
     encoder = ConversationEncoder(tokenizer, "auto", "<image>", SPEC.tokens_per_image)
@@ -28,7 +30,7 @@ def test_every_row_is_full_and_has_the_share_of_answers(tmp_path, answers):
     assert len(samples) == 3 and len({sample.turns for sample in samples}) == 3
     for sample in samples:
         encoded = encoder.encode(sample)
-        assert len(encoded.ids) == 300 and len(encoded.image_starts) == 1
+        assert len(encoded.ids) == size.tokens and len(encoded.image_starts) == pictures
         assert max(encoded.ids) < 499  # the last id is left for the pictures' places
         trained = sum(label != IGNORE for label in encoded.labels)
         assert trained / 284 == pytest.approx(0.5 if answers == 0.5 else 0.95, abs=0.05)
@@ -37,7 +39,9 @@ def test_every_row_is_full_and_has_the_share_of_answers(tmp_path, answers):
 def test_a_row_too_short_for_a_picture_is_refused(tmp_path):
     shape = synthetic.Shape(sequence_length=20, vocab_size=100, spec=SPEC, answers=0.5)
     with pytest.raises(ConfigError, match="training.sequence_length: found 20, needed 2[0-9]"):
-        synthetic.make(tmp_path / "data", shape, 1, DataConfig(path="none"))
+        synthetic.make(
+            tmp_path / "data", shape, [synthetic.SampleSize(shape.sequence_length, 1)], DataConfig(path="none")
+        )
 
 
 def test_sides_that_agree_pass():
