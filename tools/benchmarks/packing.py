@@ -1,9 +1,9 @@
 """Training speed of packed rows against rows padded to the longest, and against transformers, on the same samples.
 
-Sizes are those of tests/helpers/draws.py as one tower sees them, which gives every picture, tile and frame the same
-number of tokens. A step trains all samples: packed in as many rows as they fill, or a row each, padded to the longest
-(transformers: of its micro-batch). Sides take turns as in `throughput`, and unless their losses agree nothing is
-reported: what is learnt does not depend on packing.
+Sizes are those of tests/helpers/draws.py, texts scaled to the recipe's rows, as one tower sees them, which gives every
+picture, tile and frame the same number of tokens. A step trains all samples: packed in as many rows as they fill, or a
+row each, padded to the longest (transformers: of its micro-batch). Sides take turns as in `throughput`, and unless
+their losses agree nothing is reported: what is learnt does not depend on packing.
 
 What padding alone explains is the ratio of the rows' tokens, padding included. Attention's work grows with the square
 of a row, so packed rows of isolated samples can gain more than that.
@@ -84,16 +84,16 @@ def requests(config: Config, arguments: argparse.Namespace, launch: Launch) -> l
 
     from megatron_vlm.data.plan import PackedPlan
     from megatron_vlm.models.vision.survey import survey_tower
-    from tests.helpers.draws import draw
+    from tests.helpers.draws import FEWEST_TEXT_TOKENS, SEQUENCE_LENGTH, draw
 
     from .synthetic import SampleSize
 
     per_picture, length = survey_tower(config.model.vision).media_spec.tokens_per_image, config.training.sequence_length
-    sizes = tuple(
-        SampleSize(min(sample.text_tokens, length - len(sample.media) * per_picture) + len(sample.media) * per_picture,
-                   len(sample.media))
-        for sample in draw(arguments.seed, arguments.samples)
-    )  # fmt: skip
+    sizes = []
+    for sample in draw(arguments.seed, arguments.samples):
+        text = max(FEWEST_TEXT_TOKENS, round(sample.text_tokens * length / SEQUENCE_LENGTH))
+        pictures = min(len(sample.media), (length - text) // per_picture)
+        sizes.append(SampleSize(text + pictures * per_picture, pictures))
     tokens = np.array([size.tokens for size in sizes])
     num_rows = PackedPlan(tokens, config.runtime.seed, 1, length, 1).num_rows
     num_steps = 1 + arguments.rounds + 1
@@ -102,7 +102,7 @@ def requests(config: Config, arguments: argparse.Namespace, launch: Launch) -> l
         training = {"global_batch_size": batch, "micro_batch_size": micro_batch}
         changes = {"data": {"packing": packing}, "training": training}
         changed = config_from_tree(merge(config.model_dump(), changes), f"the recipe, {name}")
-        return SideRequest(name, changed, launch, 1, num_steps, ANSWERS, sizes)
+        return SideRequest(name, changed, launch, 1, num_steps, ANSWERS, tuple(sizes))
 
     padded = arguments.samples, config.training.micro_batch_size
     if padded[0] % padded[1]:
