@@ -34,14 +34,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Everything, ready for JSON."""
     facts = measured[PRODUCT].facts
-    result: dict[str, Any] = {
-        "benchmark": "throughput",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "command": shlex.join(["tools/bench.py", *sys.argv[1:]]),
-        "machine": machine(facts.device),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
+    result: dict[str, Any] = header("throughput", facts.device) | {
         "recipe": arguments.recipe,
         "config": config.model_dump(mode="json"),
         "world_size": world_size,
@@ -62,6 +55,29 @@ def summarise(
     if TRANSFORMERS in measured:
         result |= comparison(measured[PRODUCT], measured[TRANSFORMERS])
     return result
+
+
+def header(benchmark: str, device: str) -> dict[str, Any]:
+    """What every result says of its origin. `device`: what it ran on, in words."""
+    return {
+        "benchmark": benchmark,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "command": shlex.join(["tools/bench.py", *sys.argv[1:]]),
+        "machine": machine(device),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def origin(result: dict[str, Any]) -> str:
+    """The same in a sentence, without the command."""
+    host = result["machine"]
+    return (
+        f"{result['date']}, commit {result['commit']}; {host['device']} ({host['cpu']}, {host['cores']} cores, "
+        f"{host['memory_bytes'] / GIBIBYTE:.0f} GiB); "
+        + ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    )
 
 
 def side(measured: "Measured", facts: Any) -> dict[str, Any]:
@@ -200,16 +216,13 @@ def write(result: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 def markdown(result: dict[str, Any]) -> str:
     """A section for docs/benchmarks."""
-    host, versions = result["machine"], result["versions"]
     heading, *sides = rows(result)
     table = [heading, ["---"] * len(heading), *sides]
     return "\n".join(
         [
             f"\n### {Path(result['recipe']).stem}, {result['world_size']} rank(s)\n",
-            f"{result['date']}, commit {result['commit']}; {host['device']} ({host['cpu']}, {host['cores']} cores, "
-            f"{host['memory_bytes'] / GIBIBYTE:.0f} GiB); "
-            + ", ".join(f"{name} {version}" for name, version in versions.items())
-            + f"; MFU against {result['peak']['flops_per_second'] / TERA:.3g} TFLOP/s ({result['peak']['source']}).\n",
+            f"{origin(result)}; MFU against {result['peak']['flops_per_second'] / TERA:.3g} TFLOP/s "
+            f"({result['peak']['source']}).\n",
             f"    {result['command']}\n",
             *("| " + " | ".join(row) + " |" for row in table),
             "",
