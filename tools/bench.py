@@ -6,6 +6,8 @@ python tools/bench.py conversion --folder SCRATCH [--size GB]
 python tools/bench.py decoding RECIPE [section.key=value ...]
 python tools/bench.py media [--seeds N]
 python tools/bench.py packing RECIPE [section.key=value ...]
+python tools/bench.py attention [--lengths N ...] [--ranks N ...]                                 (ranks in turn)
+torchrun --nproc-per-node N tools/bench.py attention [--lengths N ...]
 
 Each benchmark prints its own --help.
 """
@@ -19,7 +21,7 @@ from megatron_vlm.runtime.command_line import CommandLine
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))  # the package `benchmarks`, however this file is run
     sys.path.insert(1, str(Path(__file__).parent.parent))  # tests.helpers.draws, what `media` is measured on
-    from benchmarks import conversion, decoding, media, packing, throughput
+    from benchmarks import attention, conversion, decoding, media, packing, throughput
 
     parser = CommandLine(__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
@@ -41,6 +43,11 @@ def main() -> None:
     )
     packing.add_arguments(
         benchmarks.add_parser("packing", description=packing.__doc__, help="packed rows against padded ones")
+    )
+    attention.add_arguments(
+        benchmarks.add_parser(
+            "attention", description=attention.__doc__, help="attention over ranks that share a sequence"
+        )
     )
     with parser.run() as (arguments, launch):
         arguments.measure(arguments, launch)

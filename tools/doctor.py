@@ -108,22 +108,18 @@ def communication(num_gpus: int) -> Iterator[Finding]:
 
 
 def check_recipe(recipe: str, overrides: list[str], world_size: int) -> None:
-    """Raises ConfigError with everything that is wrong with the recipe on that many ranks, or where it cannot be
-    checked."""
+    """Raises ConfigError with everything that is wrong with the recipe on that many ranks of one machine, or where it
+    cannot be checked."""
     try:
         from megatron_vlm.config import load_config
-        from megatron_vlm.config.validation import names_its_model, validate
-        from megatron_vlm.data.conversation import TEMPLATES
         from megatron_vlm.data.sources import SOURCES
-        from megatron_vlm.evaluation.tasks import TASKS
-        from megatron_vlm.models.facts import gather_facts
+        from megatron_vlm.training.recipe import settle
     except ImportError as error:
         raise ConfigError(f"{recipe}: cannot be checked here: {error}; see what is broken above") from error
 
     config = load_config(recipe, overrides)
     SOURCES.get(config.data.source)
-    facts = gather_facts(config, TEMPLATES.names(), TASKS.names()) if names_its_model(config.model) else None
-    validate(config, facts, world_size)
+    settle(config, world_size, ranks_per_node=world_size)
 
 
 def show(found: list[Finding]) -> None:

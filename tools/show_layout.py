@@ -19,6 +19,13 @@ def main() -> None:
     parser.add_argument("recipe", help="a YAML recipe, see examples/recipes")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--world-size", type=whole_number(1), required=True, metavar="N", help="number of ranks")
+    parser.add_argument(
+        "--ranks-per-node",
+        type=whole_number(1),
+        default=8,
+        metavar="N",
+        help="where parallel.context is to be split (default 8)",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="the page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
     with parser.run() as (arguments, _):

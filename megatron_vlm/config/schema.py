@@ -119,6 +119,7 @@ class ParallelConfig(Section):
     sequence: bool = False  # Megatron sequence parallelism, over the tensor ranks
     ulysses: PositiveInt = 1  # ranks that share a sequence and exchange it for heads in attention
     ring: PositiveInt = 1  # ranks that share a sequence and pass keys and values on in attention
+    context: PositiveInt | None = None  # ulysses * ring where they are left at 1: how it is split is then chosen
     ring_mode: Literal["p2p", "all_gather"] = "p2p"  # all_gather: keys and values all at once, for short rings
     media_group: Literal["replica", "world"] = "replica"  # ranks that share the encoding of their pictures
     overlap_grad_reduce: bool = False
@@ -127,7 +128,7 @@ class ParallelConfig(Section):
     @property
     def replica(self) -> int:
         """Ranks of one replica of the model."""
-        return self.tensor * self.pipeline * self.ulysses * self.ring
+        return self.tensor * self.pipeline * (self.context or self.ulysses * self.ring)
 
     @property
     def length_multiple(self) -> int:

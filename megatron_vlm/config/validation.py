@@ -118,6 +118,17 @@ def _sequence(config: Config) -> Iterator[str]:
         )
 
 
+def _context(config: Config) -> Iterator[str]:
+    """A recipe written out has 1 for both, so 1 is as good as nothing."""
+    parallel = config.parallel
+    given = {name: ranks for name in ("ulysses", "ring") if (ranks := getattr(parallel, name)) > 1}
+    if parallel.context is not None and given:
+        found = " and ".join(f"parallel.{name} {ranks}" for name, ranks in given.items())
+        yield (
+            f"parallel.context: found {parallel.context} with {found}, which it chooses itself, needs them 1, or null"
+        )
+
+
 def _overlap(config: Config) -> Iterator[str]:
     if not config.parallel.overlap_param_gather:
         return
@@ -178,7 +189,10 @@ def _evaluation(config: Config) -> Iterator[str]:
 def _world(config: Config, world_size: int) -> Iterator[str]:
     parallel = config.parallel
     sizes = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
-    sizes |= {name: ranks for name in ("ulysses", "ring") if (ranks := getattr(parallel, name)) > 1}
+    if parallel.context is not None:
+        sizes["context"] = parallel.context
+    else:
+        sizes |= {name: ranks for name in ("ulysses", "ring") if (ranks := getattr(parallel, name)) > 1}
     if world_size % parallel.replica:
         yield (
             f"{' * '.join(f'parallel.{name}' for name in sizes)}: found {' * '.join(map(str, sizes.values()))} = "
@@ -318,6 +332,7 @@ RECIPE_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _one_source_each,
     _tokenizer,
     _sequence,
+    _context,
     _overlap,
     _grad_reduce,
     _grouping,

@@ -41,6 +41,7 @@ class GridSizes:
         Raises:
             ParallelError: the world is not a multiple of a replica.
         """
+        assert parallel.context is None, "parallel.context is split before (training/recipe.py)"
         if world_size % parallel.replica:
             raise ParallelError(
                 f"number of ranks: found {world_size}, needed a multiple of parallel.tensor * parallel.pipeline * "

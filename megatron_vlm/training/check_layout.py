@@ -21,11 +21,7 @@ from torch.distributed import Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.config.validation import names_its_model, validate
-from megatron_vlm.data.templates import TEMPLATES
 from megatron_vlm.errors import ParallelError
-from megatron_vlm.evaluation.tasks import TASKS
-from megatron_vlm.models.facts import gather_facts
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.runtime.collectives import broadcast_object
 from megatron_vlm.runtime.distributed import Launch
@@ -39,6 +35,7 @@ from megatron_vlm.training.layout_check.hints import hint_of
 from megatron_vlm.training.layout_check.record import Record, gather_records, observe
 from megatron_vlm.training.layout_check.reference import ReferenceProcess, exact_arithmetic
 from megatron_vlm.training.layout_check.shrink import shrink
+from megatron_vlm.training.recipe import settle
 
 MAX_HANG_SECONDS = 60.0  # without a step made
 REFERENCE_SECONDS = 1200.0
@@ -127,8 +124,7 @@ def check_layout(
     """
     world, store = dist.group.WORLD, _own_store()
     assert world is not None, "there is no default process group"
-    facts = gather_facts(config, TEMPLATES.names(), TASKS.names()) if names_its_model(config.model) else None
-    validate(config, facts, launch.world_size)
+    config, _ = settle(config, launch.world_size, broadcast_object(launch.local_world_size, world))
     sizes = GridSizes.from_config(config.parallel, launch.world_size)
     small, samples = broadcast_object(shrink(config, launch.world_size) if launch.rank == 0 else None, world)
     with tempfile.TemporaryDirectory(prefix="check-layout-") as folder:

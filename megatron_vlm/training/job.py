@@ -8,6 +8,7 @@ the master copies.
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 
@@ -18,27 +19,25 @@ from megatron_vlm.checkpoint.resume import Start, find_start, start_from
 from megatron_vlm.checkpoint.store import TrainingState, load_checkpoint
 from megatron_vlm.config.megatron import ddp_config, vision_ddp_config
 from megatron_vlm.config.schema import Config
-from megatron_vlm.config.validation import names_its_model, validate
 from megatron_vlm.conversion.origin import carry
 from megatron_vlm.conversion.weights import load_weights
 from megatron_vlm.data.batch import StepBatch
-from megatron_vlm.data.conversation import TEMPLATES
 from megatron_vlm.data.index import SampleIndex
 from megatron_vlm.data.loader import StepFetcher, build_loader
 from megatron_vlm.data.sources import SOURCES
 from megatron_vlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_vlm.data.workers import OrderedItems
-from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.architectures import load_language_config
-from megatron_vlm.models.facts import gather_facts
 from megatron_vlm.models.families import build_model
 from megatron_vlm.models.vision.preprocessing import write_pixel_format
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import Grid, GridSizes, build_grid, vision_process_groups
+from megatron_vlm.runtime.collectives import broadcast_object
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.seeding import seed_everything
 from megatron_vlm.training.media_cost import set_measured_cost
 from megatron_vlm.training.optimizer import build_optimizer
+from megatron_vlm.training.recipe import settle
 from megatron_vlm.training.step import TrainStep
 
 logger = get_logger(__name__)
@@ -101,10 +100,11 @@ class Job:
             carry([*newest, self.start.directory][0], directory)
 
 
-def build_job(config: Config, world_size: int, resumes: bool = False) -> Job:
+def build_job(config: Config, world_size: int, resumes: bool = False, ranks_per_node: int | None = None) -> Job:
     """Validates, then builds. The default process group exists already.
 
     Args:
+        ranks_per_node: ranks on this machine, rank 0's counts; default: all of them.
         resumes: goes on from `checkpoint.directory` where it holds checkpoints (`checkpoint.resume`), and takes
             possession of it; else the job starts from `checkpoint.load`, or from the recipe's weights.
 
@@ -113,9 +113,9 @@ def build_job(config: Config, world_size: int, resumes: bool = False) -> Job:
         CheckpointError, ConversionError: weights that are missing, damaged or of another model.
     """
     SOURCES.get(config.data.source)  # a name mistyped shall not cost the building of a model
-    facts = gather_facts(config, TEMPLATES.names(), TASKS.names()) if names_its_model(config.model) else None
-    validate(config, facts, world_size)
-    assert facts is not None, "validate refuses a recipe that does not name its model"
+    assert dist.group.WORLD is not None, "there is no default process group"
+    ranks_per_node = broadcast_object(ranks_per_node or world_size, dist.group.WORLD)
+    config, facts = settle(config, world_size, ranks_per_node)
     tokenizer = load_tokenizer(config.model.language.tokenizer or config.model.language.path, config.data.image_token)
     check_vocabulary(tokenizer, config.data.image_token, facts.vocab_size)
     grid = build_grid(GridSizes.from_config(config.parallel, world_size), config.parallel.virtual_pipeline)

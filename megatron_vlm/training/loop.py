@@ -41,7 +41,7 @@ def train(config: Config, launch: Launch, signals: StopSignals | None = None) ->
         MegatronVlmError: anything the user can fix.
     """
     signals = signals or StopSignals()
-    job = build_job(config, launch.world_size, resumes=True)
+    job = build_job(config, launch.world_size, resumes=True, ranks_per_node=launch.local_world_size)
     steps, found = config.training.steps, None if job.start is None else job.start.directory
     if config.training.mode == "eval" and found is None and config.model.language.path is None:
         raise ConfigError(

@@ -7,6 +7,9 @@ states:
     tensor    a layer's two column- and two row-parallel products: with sequence parallelism 2 all-gathers and 2
               reduce-scatters forward, the same backward and 2 all-gathers more for the weights' gradients; without it
               2 all-reduces forward and 2 backward. Full recompute: forward once more. Embedding and head: 1 each way.
+    attention queries, keys, values and outputs between Ulysses ranks, and back; keys and values to the ring ranks that
+              read them (`ring_plan.py`), again in the backward pass, and their gradients home in fp32. Recompute runs
+              forward once more
     pipeline  hidden states forward, their gradients backward, over every border between stages that a rank has; where
               the head is the embedding, that table's gradient, summed over the first and the last stage
     data      gradients reduced; the distributed optimizer scatters them and gathers the parameters
@@ -15,12 +18,16 @@ states:
 Mode eval goes forward only. Left out: scalars, the loss's per-token sums, the gradient norm, checkpoints.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_vlm.config.schema import Config
+from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.media_plan import MediaPlan
-from megatron_vlm.parallel.sizes import GridSizes
+from megatron_vlm.parallel.ring_plan import RingPlan, Share
+from megatron_vlm.parallel.sizes import Coordinates, GridSizes
+from megatron_vlm.parallel.ulysses import HeadSplit
 from megatron_vlm.training.estimate import ELEMENT_BYTES
 from megatron_vlm.training.parameter_shards import HeldChunk, HeldParameter
 
@@ -32,6 +39,7 @@ class Traffic:
     features: int = 0
     feature_gradients: int = 0
     tensor: int = 0
+    attention: int = 0
     pipeline: int = 0
     data_language: int = 0
     data_vision: int = 0
@@ -63,8 +71,10 @@ def ring_share(num_ranks: int) -> float:
 
 def tensor_bytes(config: Config, chunks: Sequence[HeldChunk], flow: Flow) -> int:
     """Over the tensor ranks."""
-    tensor = config.parallel.tensor
-    whole = flow.length * config.training.micro_batch_size * flow.hidden * ELEMENT_BYTES[config.precision.params]
+    tensor, context = config.parallel.tensor, config.parallel.ulysses * config.parallel.ring
+    whole = (
+        flow.length // context * config.training.micro_batch_size * flow.hidden * ELEMENT_BYTES[config.precision.params]
+    )
     again = config.training.recompute.language == "full"
     for_weights = 2 if config.parallel.sequence and config.model.train.language else 0
     crossings = 0  # collectives that send (T-1)/T of the hidden states
@@ -73,6 +83,64 @@ def tensor_bytes(config: Config, chunks: Sequence[HeldChunk], flow: Flow) -> int
         back = ahead + len(chunk.layers) * (for_weights + 4 * again)
         crossings += ahead if config.training.mode == "eval" else ahead + back
     return round(crossings * ring_share(tensor) * whole) * flow.num_micro_batches
+
+
+WIDE_BYTES = 4  # of an element of a gradient on its way round the ring
+
+
+def attention_bytes(
+    config: Config,
+    split: HeadSplit,
+    width: int,
+    num_layers: int,
+    at: Coordinates,
+    rows: Sequence[tuple[Documents, ...]],
+) -> int:
+    """Over the context ranks.
+
+    Args:
+        split: of the heads of a tensor rank.
+        width: of a head.
+        num_layers: of this rank.
+        rows: by micro-batch, the documents of each of its rows.
+    """
+    parallel, element = config.parallel, ELEMENT_BYTES[config.precision.params]
+    per_key = 2 * width * len(split.key_heads(at.ulysses))
+    total = 0
+    for documents, count in Counter(rows).items():
+        layout = SequenceLayout(documents[0].length, parallel.ring, parallel.ulysses)
+        there, back = _exchanged_heads(split, at.ulysses)
+        tokens = len(documents) * layout.local_length * width
+        keys, gradients = _travelling_keys(RingPlan(layout, documents), at.ring, parallel.ring_mode)
+        forward = (there * tokens + keys * per_key) * element
+        backward = (back * tokens + keys * per_key) * element + gradients * per_key * WIDE_BYTES
+        passes = 1 if config.training.mode == "eval" or config.training.recompute.language == "none" else 2
+        total += count * (passes * forward + (backward if config.training.mode != "eval" else 0))
+    return total * num_layers
+
+
+def _exchanged_heads(split: HeadSplit, rank: int) -> tuple[int, int]:
+    """Heads that a Ulysses rank sends, forward and backward, each of as many tokens as a rank owns."""
+    others = [other for other in range(split.ranks) if other != rank]
+    queries, keys = len(split.query_heads(rank)), len(split.key_heads(rank))
+    to_queries = sum(len(split.query_heads(other)) for other in others)
+    to_keys = 2 * sum(len(split.key_heads(other)) for other in others)
+    return to_queries + to_keys + queries * len(others), to_queries + (queries + 2 * keys) * len(others)
+
+
+def _travelling_keys(plan: RingPlan, rank: int, mode: str) -> tuple[int, int]:
+    """Keys that a ring rank sends, and those whose gradients it sends home."""
+    ring = plan.layout.ring
+    if mode == "all_gather":
+        everything = (ring - 1) * len(plan.documents) * plan.layout.length // ring
+        return everything, everything
+
+    def count(shares: Sequence[Share]) -> int:
+        return sum((share.stop_row - share.first_row) * share.num_keys for share in shares)
+
+    steps = range(1, ring)
+    sent = sum(count(plan.shares((rank + step) % ring, step)) for step in steps)
+    return sent, sum(count(plan.shares(rank, step)) for step in steps)
 
 
 def pipeline_bytes(config: Config, chunks: Sequence[HeldChunk], sizes: GridSizes, flow: Flow) -> int:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vlm.config.schema import Config
+from megatron_vlm.config.schema import Config, ParallelConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.distributed import Launch
 from megatron_vlm.training.hooks import showing_hooks
@@ -97,6 +97,21 @@ def test_backends_and_chunks_change_nothing(ranks: RankPool, tmp_path: Path) -> 
     wanted = ranks.run(1, losses_of, recipe)[0]
     for ops in ({"attention": "reference"}, {"attention": "cpu"}, {"loss_chunk_tokens": 7}):
         assert ranks.run(1, losses_of, merged(recipe, {"ops": ops}))[0] == pytest.approx(wanted, rel=1e-5), ops
+
+
+def losses_of_split(recipe: dict[str, Any]) -> tuple[list[float], ParallelConfig]:
+    """Losses, and how the recipe that a checkpoint keeps cuts the ranks."""
+    job = build_job(Config.model_validate(recipe), torch.distributed.get_world_size(), ranks_per_node=2)
+    return train_steps(job, 2)[0], job.state(2).config.parallel
+
+
+def test_context_ranks_are_split_and_the_split_is_kept(ranks: RankPool, tmp_path: Path) -> None:
+    """Four ranks of two machines: the losses of one process."""
+    recipe = base_recipe(tmp_path)
+    wanted = ranks.run(1, losses_of, recipe)[0][:2]
+    losses, parallel = ranks.run(4, losses_of_split, merged(recipe, {"parallel": {"context": 4}}))[0]
+    assert losses == pytest.approx(wanted, rel=1e-5)
+    assert (parallel.context, parallel.ulysses, parallel.ring) == (None, 2, 2)
 
 
 def test_gradients_are_clipped_as_asked(ranks: RankPool, tmp_path: Path) -> None:

@@ -53,9 +53,8 @@ def key_fault(key: str) -> str | None:
 
 
 def _unknown_options(tool: Path, arguments: list[str]) -> list[str]:
-    subcommand = (
-        arguments[0] if arguments and arguments[0].isalpha() and f"\n    {arguments[0]} " in _help(tool) else ""
-    )
+    first = arguments[0] if arguments and arguments[0].isalpha() else ""
+    subcommand = first if first and re.search(rf"\n    {first}\s", _help(tool)) else ""  # a long one stands alone
     known = _help(tool, subcommand)
     options = {word.partition("=")[0] for word in arguments if re.match(r"--?[a-zA-Z]", word)}
     return [f"{tool.name} has no {option}" for option in sorted(options) if not re.search(rf"(?<!\S){option}\b", known)]

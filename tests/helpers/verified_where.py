@@ -36,6 +36,12 @@ FEATURES = (
     Feature("the three-phase step in every layout", ("distributed/test_master.py",), "tests"),
     Feature("quickstart: two phases, evaluation", ("system/test_quickstart.py",), "quickstart"),
     Feature("throughput against transformers", ("system/test_bench.py",), "throughput", "throughput"),
+    Feature(
+        "attention over ranks that share a sequence",
+        ("distributed/test_context_attention.py",),
+        "attention",
+        "attention",
+    ),  # fmt: skip
     Feature("checkpoints between layouts, exact resume", ("distributed/test_checkpoint.py", "system/test_kills.py")),
     Feature("two nodes: one lost, one joining", ("system/test_two_nodes.py",)),
     Feature("weights in and out", ("conversion",)),

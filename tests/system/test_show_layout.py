@@ -12,7 +12,7 @@ from megatron_vlm.errors import ConfigError
 from tests.helpers.tiny import tiny_recipe
 from tests.system.test_failures import ROOT
 from tests.system.test_tools import tool
-from tools.layout_page.output import needed
+from tools.layout_page.output import attended, needed
 from tools.layout_page.page import page
 from tools.layout_page.view import gather
 
@@ -87,6 +87,40 @@ def test_the_recipes_own_data_are_shown(tmp_path: Path) -> None:
     assert view.ranks[0].num_pictures > 0 and view.times[0].bubble == pytest.approx(0)
     assert view.ranks[0].tokens == ((0, view.batch.layout.length),) and view.ranks[0].traffic.total == 0
     assert not (tmp_path / "checkpoints").exists()
+
+
+SHARED = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.sequence=false",
+          "parallel.context=4", "parallel.media_group=world", "data.packing=true",
+          "data.group_by_modality_length=false", "training.global_batch_size=32"]  # fmt: skip
+
+
+def test_ranks_that_share_packed_rows_and_a_world_that_shares_pictures() -> None:
+    view = gather("shared", load_config(LLAVA, SHARED), 8, ranks_per_node=2)
+    assert (view.sizes.ulysses, view.sizes.ring, view.sizes.data) == (2, 2, 2)
+    length = view.batch.layout.length
+    quarter, eighth = length // 4, length // 8
+    assert view.ranks[0].tokens == ((0, quarter),)  # chunks 0 and 3 of 4, cut in two
+    assert view.ranks[1].tokens == ((length - quarter, length),)
+    assert view.ranks[2].tokens == ((quarter, 2 * quarter),) and eighth < quarter
+    found = view.as_json()
+    row = found["row"]
+    assert len(row["documents"]) > 2 and row["documents"][0] == 0
+    lengths = [b - a for a, b in zip(row["documents"], [*row["documents"][1:], length], strict=True)]
+    assert sum(map(sum, row["pairs"])) == sum(n * (n + 1) // 2 for n in lengths)  # every pair once, no other
+    pictures = [one.num_pictures for one in view.ranks]
+    assert max(pictures) - min(pictures) <= 1 < sum(pictures)
+    (sent,) = found["feature_rows_sent"]  # one media group, all ranks
+    assert len(sent) == 8 and [sum(line) for line in sent] == [576 * number for number in pictures]
+    replicas = [
+        sum(len(row.image_starts) for batch in one.micro_batches for row in batch) for one in view.batch.replicas
+    ]
+    assert [sum(sum(line[4 * d : 4 * d + 4]) for line in sent) for d in range(2)] == [576 * n for n in replicas]
+    assert all(one.traffic.attention > 0 for one in view.ranks)
+    drawn = page(view)
+    assert drawn.count("<polygon") == sum(len(step) for rank in row["blocks"] for step in rank)
+    assert "Who computes which attention" in drawn and "by the rank of all replicas that has the least" in drawn
+    ratios = [float(cell) for cell in attended(view).columns[-1].cells]
+    assert sum(ratios) == pytest.approx(2, abs=2e-3) and max(ratios) == pytest.approx(view.shown.imbalance, abs=1e-3)
 
 
 @pytest.mark.parametrize(

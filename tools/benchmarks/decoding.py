@@ -10,17 +10,13 @@ the least over the batch sizes.
 import argparse
 import contextlib
 import gc
-import importlib.metadata
 import json
 import multiprocessing
-import shlex
-import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -74,13 +70,8 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
         raise ConfigError(f"decoding is measured in one process per side, found {launch.world_size} ranks")
     config = load_config(arguments.recipe, arguments.overrides)
     batches = measure(config, arguments)
-    result = {
-        "benchmark": "decoding",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": report.commit(),
-        "command": shlex.join(["tools/bench.py", *sys.argv[1:]]),
-        "machine": report.machine("CPU" if config.runtime.device == "cpu" else config.runtime.device),
-        "versions": {name: importlib.metadata.version(name) for name in report.PACKAGES},
+    device = "CPU" if config.runtime.device == "cpu" else config.runtime.device
+    result = report.header("decoding", device) | {
         "recipe": arguments.recipe,
         "config": config.model_dump(mode="json"),
         "prompt_tokens": arguments.prompt_tokens,
@@ -270,15 +261,14 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
 
 def markdown(result: dict[str, Any]) -> str:
     """A section for docs/benchmarks."""
-    host, versions = result["machine"], result["versions"]
+    from . import report
+
     heading, *lines = rows(result)
     return "\n".join(
         [
             f"\n### {Path(result['recipe']).stem}\n",
-            f"{result['date']}, commit {result['commit']}; {host['device']} ({host['cpu']}, {host['cores']} cores); "
-            + ", ".join(f"{name} {version}" for name, version in versions.items())
-            + f"; prompts of {result['prompt_tokens']} tokens, answers of {result['new_tokens']}, "
-            f"{result['rounds']} rounds.\n",
+            f"{report.origin(result)}; prompts of {result['prompt_tokens']} tokens, "
+            f"answers of {result['new_tokens']}, {result['rounds']} rounds.\n",
             f"    {result['command']}\n",
             *("| " + " | ".join(row) + " |" for row in (heading, ["---"] * len(heading), *lines)),
             "",

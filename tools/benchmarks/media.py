@@ -9,14 +9,10 @@ contiguous. The ratio is the slowest rank's time by count over that by cost, on 
 """
 
 import argparse
-import importlib.metadata
 import json
-import shlex
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,13 +80,7 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
         batches.append(measure_batch(encoder, cost, seed, arguments))
         shares = ", ".join(f"{name} {batches[-1][name]['imbalance']:.3f}" for name in (BY_COST, BY_COUNT))
         print(f"seed {seed}: {batches[-1]['pictures']} pictures, slowest rank over the mean {shares}", flush=True)
-    result = {
-        "benchmark": "media",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": report.commit(),
-        "command": shlex.join(["tools/bench.py", *sys.argv[1:]]),
-        "machine": report.machine("CPU, one thread"),
-        "versions": {name: importlib.metadata.version(name) for name in report.PACKAGES},
+    result = report.header("media", "CPU, one thread") | {
         "tower": TOWER,
         "ranks": arguments.ranks,
         "samples": arguments.samples,
@@ -224,15 +214,15 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
 
 def markdown(result: dict[str, Any]) -> str:
     """A section for docs/benchmarks."""
-    host, versions, cost = result["machine"], result["versions"], result["cost"]
+    from . import report
+
+    cost = result["cost"]
     heading, *lines = rows(result)
     return "\n".join(
         [
             f"\n### {len(result['batches'])} batches of {result['samples']} samples over {result['ranks']} ranks\n",
-            f"{result['date']}, commit {result['commit']}; {host['device']} ({host['cpu']}, {host['cores']} cores); "
-            + ", ".join(f"{name} {version}" for name, version in versions.items())
-            + f"; fastest of {result['rounds']} rounds; measured a = {cost['linear']:.3g} s per patch, "
-            f"b = {cost['quadratic']:.3g} s per patch squared.\n",
+            f"{report.origin(result)}; fastest of {result['rounds']} rounds; "
+            f"measured a = {cost['linear']:.3g} s per patch, b = {cost['quadratic']:.3g} s per patch squared.\n",
             f"    {result['command']}\n",
             *("| " + " | ".join(row) + " |" for row in (heading, ["---"] * len(heading), *lines)),
             f"\nThe slowest rank's seconds by count over those by cost, on the mean: {result['ratio']:.2f}.",

@@ -16,7 +16,7 @@ class ProductSide:
 
     def __init__(self, config: Config, launch: Launch, num_batches: int) -> None:
         self.config = config
-        self.job = build_job(config, launch.world_size)
+        self.job = build_job(config, launch.world_size, ranks_per_node=launch.local_world_size)
         self.replica_ranks = self.job.grid.sizes.replica
         self.shape = model_shape(self.job.model.vision, self.job.model.language[0].spec, config.model)
         started = time.perf_counter()

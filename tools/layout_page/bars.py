@@ -50,6 +50,7 @@ def _memory_parts(ranks: Sequence[RankView]) -> list[Part]:
 def _traffic_parts(ranks: Sequence[RankView]) -> list[Part]:
     table = (
         ("m0", "tensor ranks: hidden states", {one.rank: one.traffic.tensor for one in ranks}),
+        ("m4", "context ranks: attention", {one.rank: one.traffic.attention for one in ranks}),
         ("m2", "pipeline: hidden states and gradients", {one.rank: one.traffic.pipeline for one in ranks}),
         ("m1", "replicas: language gradients, parameters", {one.rank: one.traffic.data_language for one in ranks}),
         ("m3", "world: encoder gradients, parameters", {one.rank: one.traffic.data_vision for one in ranks}),

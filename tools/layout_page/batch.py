@@ -6,7 +6,8 @@ missing, as training would build it.
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from megatron_vlm.data.collate import Document
 from megatron_vlm.data.loader import StepFetcher, StepShape, build_loader
 from megatron_vlm.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_vlm.models.vision.media_spec import MediaSpec
-from megatron_vlm.parallel.layout import SequenceLayout
+from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan, plan_media
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 
@@ -27,10 +28,16 @@ SHORTEST_SHARE = 0.35  # of a made-up row's room for text
 
 @dataclass(frozen=True)
 class SampleRow:
-    """One row: tokens, pictures included and padding not, and the first token of each picture."""
+    """One row: tokens, pictures included and padding not; the first token of each picture; where rows are packed, the
+    tokens of each document."""
 
     num_tokens: int
     image_starts: tuple[int, ...]
+    packed: tuple[int, ...] = ()
+
+    def documents(self, length: int) -> Documents:
+        """Of the row, which is padded to `length`."""
+        return Documents.packed(self.packed, length) if self.packed else Documents.whole(length)
 
 
 @dataclass(frozen=True)
@@ -74,35 +81,57 @@ def _real_batch(config: Config, spec: MediaSpec, sizes: GridSizes, vocab_size: i
         fetcher = build_loader(here, tokenizer, spec, sizes, 0, 0, 1).producer
         assert isinstance(fetcher, StepFetcher)
         rows = [[fetcher.source.document(number) for number in row] for row in fetcher.plan.samples_by_row(0)]
-        sample_rows = _as_sample_rows(rows)
+        sample_rows = _as_sample_rows(rows, config.data.packing)
         longest = fetcher.plan.packed_length or max(row.num_tokens for row in sample_rows)
     return _cut(config, spec, sizes, sample_rows, longest, f"the recipe's first step, from {data.path}")
 
 
-def _as_sample_rows(rows: Sequence[Sequence[Document]]) -> list[SampleRow]:
+def _as_sample_rows(rows: Sequence[Sequence[Document]], packs: bool) -> list[SampleRow]:
     sample_rows = []
     for row in rows:
         num_tokens, image_starts = 0, []
+        packed = tuple(len(encoded.ids) for _, encoded in row) if packs else ()
         for _, encoded in row:
             image_starts += [num_tokens + start for start in encoded.image_starts]
             num_tokens += len(encoded.ids)
-        sample_rows.append(SampleRow(num_tokens, tuple(image_starts)))
+        sample_rows.append(SampleRow(num_tokens, tuple(image_starts), packed))
     return sample_rows
 
 
 def _made_batch(config: Config, spec: MediaSpec, sizes: GridSizes) -> Batch:
-    """Rows of up to training.sequence_length tokens, the first of them full, with 0 to 3 pictures each."""
+    """Rows of up to training.sequence_length tokens, the first of them full, with 0 to 3 pictures each; or packed with
+    such samples until they are full."""
     random = np.random.default_rng(config.runtime.seed)
     length, each = config.training.sequence_length, spec.tokens_per_image
     rows = []
     for number in range(config.training.global_batch_size):
-        num_images = min(int(random.choice(PICTURES_OF_ROWS)), (length - 1) // each)
-        room = length - num_images * each
-        num_text = room if number == 0 else max(1, int(room * random.uniform(SHORTEST_SHARE, 1.0)))
-        before = num_text // (4 * max(1, num_images))
-        starts = tuple(before * (i + 1) + each * i for i in range(num_images))
-        rows.append(SampleRow(num_text + num_images * each, starts))
+        fills = number == 0 and not config.data.packing
+        samples = [_made_sample(random, length, each, fills)]
+        while config.data.packing and (left := length - sum(one.num_tokens for one in samples)):
+            samples.append(_made_sample(random, left, each, fills=left < length * SHORTEST_SHARE / 2))
+        rows.append(_made_row(samples, config.data.packing))
     return _cut(config, spec, sizes, rows, length, f"a made-up batch, because {config.data.path} is not here")
+
+
+def _made_sample(random: np.random.Generator, length: int, each: int, fills: bool) -> SampleRow:
+    """A sample of `length` tokens, or of up to so many."""
+    num_images = min(int(random.choice(PICTURES_OF_ROWS)), (length - 1) // each)
+    room = length - num_images * each
+    num_text = room if fills else max(1, int(room * random.uniform(SHORTEST_SHARE, 1.0)))
+    before = num_text // (4 * max(1, num_images))
+    starts = tuple(before * (i + 1) + each * i for i in range(num_images))
+    return SampleRow(num_text + num_images * each, starts)
+
+
+def _made_row(samples: Sequence[SampleRow], packs: bool) -> SampleRow:
+    """One row of samples, one after the other."""
+    tokens = [one.num_tokens for one in samples]
+    starts = [
+        first + start
+        for first, one in zip(accumulate(tokens, initial=0), samples, strict=False)
+        for start in one.image_starts
+    ]
+    return SampleRow(sum(tokens), tuple(starts), tuple(tokens) if packs else ())
 
 
 def _cut(
@@ -116,16 +145,27 @@ def _cut(
         micro_batches = tuple(tuple(rows[row] for row in shape.rows_of(m)) for m in range(shape.num_micro_batches))
         firsts = range(0, shape.num_micro_batches, shape.media_window)
         windows = tuple(range(first, min(first + shape.media_window, shape.num_micro_batches)) for first in firsts)
-        plans = tuple(plan_media(_items(micro_batches, window, spec), layout, sizes) for window in windows)
+        plans = tuple(plan_media(_items(micro_batches, window, spec, data), layout, sizes) for window in windows)
         replicas.append(ReplicaBatch(micro_batches, windows, plans))
     assert layout is not None
+    if config.parallel.media_group == "world":
+        replicas = _share_over_world(replicas, layout, sizes)
     return Batch(source, layout, spec.tokens_per_image, tuple(replicas))
 
 
-def _items(micro_batches: Sequence[Sequence[SampleRow]], window: range, spec: MediaSpec) -> list[MediaItem]:
+def _share_over_world(replicas: Sequence[ReplicaBatch], layout: SequenceLayout, sizes: GridSizes) -> list[ReplicaBatch]:
+    """The same with one plan for all replicas' windows."""
+    plans = tuple(
+        plan_media([item for plan in of_one_window for item in plan.items], layout, sizes, over_world=True)
+        for of_one_window in zip(*(replica.plans for replica in replicas), strict=True)
+    )
+    return [replace(replica, plans=plans) for replica in replicas]
+
+
+def _items(micro_batches: Sequence[Sequence[SampleRow]], window: range, spec: MediaSpec, data: int) -> list[MediaItem]:
     cost = spec.cost.of(spec.num_patches)
     return [
-        MediaItem(cost, spec.tokens_per_image, m, row, start)
+        MediaItem(cost, spec.tokens_per_image, m, row, start, data)
         for m in window
         for row, sample in enumerate(micro_batches[m])
         for start in sample.image_starts

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from .batch import SampleRow
 from .rows import Row, colour, labels, place, replicas_shown
 from .svg import LABELS, ROW, WIDTH, count, figure, line, rect, size, text
-from .view import RankView, View
+from .view import RankView, View, fullest, shares_all
 
 BOX_HEIGHT, BOX_GAP = 76, 12
 MOST_COLUMNS = 4  # boxes beside one another within a replica, and replicas beside one another
 STRIP = 22  # the row of tokens above a replica's ranks
-LEAST_LABELLED = 34  # width of a cell that a number fits into
+WIDEST_LETTER = 7.2  # of small text
 SENT = 380  # width of the exchange's columns
 
 
@@ -71,8 +71,7 @@ def tokens(view: View) -> str:
     shapes = list(labels(view, rows))
     for row in rows:
         if row.rank.rank == view.sizes.replica_ranks(row.rank.at.data)[0]:
-            sample = _fullest(view, row.rank.at.data)
-            shapes += _sample(view, sample, row.y - STRIP - 8, scale)
+            shapes += _sample(view, fullest(view.batch.replicas[row.rank.at.data]), row.y - STRIP - 8, scale)
         shapes.append(rect(LABELS, row.y + 3, length * scale, ROW - 6, "track"))
         for first, end in row.rank.tokens:
             title = f"rank {row.rank.rank} owns tokens {first:,} to {end - 1:,} of every row of its replica"
@@ -88,17 +87,13 @@ def tokens(view: View) -> str:
     return figure(shapes, bottom + 2, "who owns which tokens")
 
 
-def _fullest(view: View, data: int) -> SampleRow:
-    """Of the replica's first micro-batches, the row with the most pictures, then tokens."""
-    rows = [row for micro_batch in view.batch.replicas[data].micro_batches for row in micro_batch]
-    return max(rows, key=lambda row: (min(len(row.image_starts), 2), row.num_tokens))
-
-
 def _sample(view: View, sample: SampleRow, y: float, scale: float) -> Iterator[str]:
     length, each = view.batch.layout.length, view.batch.tokens_per_image
     yield text(12, y + 15, "one of its rows", "quiet")
     yield rect(LABELS, y, length * scale, STRIP - 2, "padding", f"padding: {length - sample.num_tokens:,} tokens", 3)
     yield rect(LABELS, y, sample.num_tokens * scale, STRIP - 2, "text", f"{sample.num_tokens:,} tokens", 3)
+    for start in sample.documents(length).starts[1:]:
+        yield line(LABELS + start * scale, y - 4, LABELS + start * scale, y + STRIP + 2, "seam")
     for number, start in enumerate(sample.image_starts):
         title = f"picture {number + 1}: tokens {start:,} to {start + each - 1:,}"
         yield rect(LABELS + start * scale, y, each * scale, STRIP - 2, "picture", title, 3)
@@ -116,10 +111,12 @@ def pictures(view: View) -> str:
     shapes.append(text(LABELS, 14, "pictures it encodes", "head"))
     left = WIDTH - SENT
     shapes.append(text(left, 14, "feature rows it sends to each owner of tokens", "head"))
-    owners = view.sizes.tensor * view.sizes.context
-    cell = (SENT - 96) / owners
-    for owner in range(owners) if cell >= LEAST_LABELLED else ():
-        shapes.append(text(left + (owner + 0.5) * cell, 32, _owner_name(view, owner), "quiet", "middle"))
+    owners = view.owners(0)
+    cell = (SENT - 96) / len(owners)
+    for number, owner in enumerate(owners):
+        name = _owner_name(view, owner)
+        if _fits(name, cell):
+            shapes.append(text(left + (number + 0.5) * cell, 32, name, "quiet", "middle"))
     shapes.append(text(WIDTH, 32, "to others", "quiet", "end"))
     for row in rows:
         shapes += _tiles(view, row, step)
@@ -127,20 +124,28 @@ def pictures(view: View) -> str:
     return figure(shapes, bottom + 2, "who encodes which picture")
 
 
-def _owner_name(view: View, owner: int) -> str:
-    tensor, context = owner % view.sizes.tensor, owner // view.sizes.tensor
-    return f"t{tensor}" if view.sizes.context == 1 else f"c{context} t{tensor}"
+def _owner_name(view: View, owner: RankView) -> str:
+    """`d0 c1 t0`, those axes that it may differ in."""
+    sizes, at = view.sizes, owner.at
+    several = shares_all(view.config) and sizes.data > 1
+    context = at.ulysses + sizes.ulysses * at.ring
+    named = (("d", at.data, several), ("c", context, sizes.context > 1), ("t", at.tensor, sizes.tensor > 1))
+    return " ".join(f"{letter}{place}" for letter, place, differs in named if differs) or "own"
+
+
+def _fits(words: str, width: float) -> bool:
+    return width >= WIDEST_LETTER * len(words) + 4
 
 
 def _tiles(view: View, row: Row, step: float) -> Iterator[str]:
     x, css = float(LABELS), colour(view.sizes, row.rank)
-    replica_rank = view.sizes.replica_rank(row.rank.at)
     yield line(LABELS, row.y + ROW, WIDTH - SENT - 24, row.y + ROW)
     for window, plan in enumerate(view.batch.replicas[row.rank.at.data].plans):
-        for number in plan.items_of(replica_rank):
+        for number in plan.items_of(plan.media_rank(row.rank.at)):
             item = plan.items[number]
+            whose = "" if item.data == row.rank.at.data else f"replica {item.data}'s "
             title = (
-                f"a picture of micro-batch {item.micro_batch}, row {item.row}: tokens {item.start:,} to "
+                f"a picture of {whose}micro-batch {item.micro_batch}, row {item.row}: tokens {item.start:,} to "
                 f"{item.start + item.num_tokens - 1:,} (window {window})"
             )
             faint = " faint" if window % 2 else ""
@@ -150,19 +155,18 @@ def _tiles(view: View, row: Row, step: float) -> Iterator[str]:
 
 
 def _cells(view: View, row: Row, left: float, cell: float) -> Iterator[str]:
-    replica_rank = view.sizes.replica_rank(row.rank.at)
-    sent = view.rows_sent[row.rank.at.data]
-    most = max(max(line) for line in sent) or 1
-    for owner in range(view.sizes.tensor * view.sizes.context):
-        num_rows = sent[replica_rank][owner]
-        stays = owner == replica_rank
-        where = "stay here" if stays else f"go to rank {view.replica(row.rank.at.data)[owner].rank}"
-        x = left + owner * cell
+    owners = view.owners(row.rank.at.data)
+    most = max(max(line) for sent in view.rows_sent for line in sent) or 1
+    for number, owner in enumerate(owners):
+        num_rows = view.rows_to(row.rank, owner)
+        stays = owner.rank == row.rank.rank
+        where = "stay here" if stays else f"go to rank {owner.rank}"
+        x = left + number * cell
         yield rect(x, row.y, cell - 4, ROW, "track", f"{num_rows:,} feature rows {where}", 3)
         shade = f"heat h{1 + round(9 * num_rows / most)}" if num_rows else ""
         if shade:
             yield rect(x, row.y, cell - 4, ROW, shade, f"{num_rows:,} feature rows {where}", 3)
-        if cell >= LEAST_LABELLED and num_rows:
-            words = f"{num_rows:,}" + (" (own)" if stays and cell > 90 else "")
+        words = f"{num_rows:,}" + (" (own)" if stays and cell > 90 else "")
+        if num_rows and _fits(words, cell):
             yield text(x + cell / 2 - 2, row.y + 16.5, words, "inside" if num_rows > 0.45 * most else "", "middle")
     yield text(WIDTH, row.y + 16.5, size(row.rank.traffic.features), "number", "end")

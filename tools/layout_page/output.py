@@ -26,13 +26,13 @@ def show(name: str, config: Config, arguments: argparse.Namespace) -> None:
         ConfigError: the recipe does not work on so many ranks; a file cannot be written.
         DataError: its data are there and cannot be used.
     """
-    view = gather(name, config, arguments.world_size)
+    view = gather(name, config, arguments.world_size, arguments.ranks_per_node)
     if arguments.html:
         write(arguments.html, page(view))
     if arguments.json:
         write(arguments.json, json.dumps(view.as_json(), indent=1) + "\n")
     console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
-    for table in (held(view), needed(view), sent(view)):
+    for table in (held(view), needed(view), sent(view), *([attended(view)] if view.sizes.ring > 1 else [])):
         console.print(table)
     console.print(step_line(view), style="dim", highlight=False, soft_wrap=True)
 
@@ -51,13 +51,15 @@ def write(path: Path, contents: str) -> None:
 
 def held(view: View) -> Table:
     """Rank, place, layers, tokens, pictures."""
-    table = _table(f"{view.name} on {view.sizes.world} ranks", "replica", "stage", "tensor", "layers", "parameters",
-                   "tokens", "pictures")  # fmt: skip
+    shares = view.sizes.context > 1
+    table = _table(f"{view.name} on {view.sizes.world} ranks", "replica", "stage", *["ring", "Ulysses"] * shares,
+                   "tensor", "layers", "parameters", "tokens", "pictures")  # fmt: skip
     for one in view.ranks:
         ends = ["embedding"] * any(c.first for c in one.chunks) + ["head"] * any(c.last for c in one.chunks)
         tokens = ", ".join(f"{first:,}\u2013{end - 1:,}" for first, end in one.tokens)
         layers = " + ".join([one.layers, *ends])
-        table.add_row(str(one.rank), str(one.at.data), str(one.at.pipeline), str(one.at.tensor), layers,
+        context = [str(one.at.ring), str(one.at.ulysses)] * shares
+        table.add_row(str(one.rank), str(one.at.data), str(one.at.pipeline), *context, str(one.at.tensor), layers,
                       count(one.num_parameters), tokens, str(one.num_pictures))  # fmt: skip
     return table
 
@@ -78,10 +80,23 @@ def needed(view: View) -> Table:
 
 def sent(view: View) -> Table:
     """Bytes by kind."""
-    table = _table("sent per rank and step", "features", "gradients back", "tensor", "pipeline", "language DP",
-                   "encoder DP", "together")  # fmt: skip
+    table = _table("sent per rank and step", "features", "gradients back", "tensor", "attention", "pipeline",
+                   "language DP", "encoder DP", "together")  # fmt: skip
     for one in view.ranks:
         table.add_row(str(one.rank), *map(size, [*vars(one.traffic).values(), one.traffic.total]))
+    return table
+
+
+def attended(view: View) -> Table:
+    """Query-key pairs of the shown row, by ring rank and step."""
+    pairs = view.shown.pairs
+    mean = sum(map(sum, pairs)) / len(pairs)
+    steps = [f"step {number}" for number in range(len(pairs))]
+    table = _table("query-key pairs of one row", *steps, "together", "over the mean")
+    table.columns[0].header = "ring rank"
+    for number, of_rank in enumerate(pairs):
+        together = sum(of_rank)
+        table.add_row(str(number), *(f"{one:,}" for one in (*of_rank, together)), f"{together / mean:.3f}")
     return table
 
 

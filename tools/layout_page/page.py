@@ -6,10 +6,10 @@ from importlib.resources import files
 
 from megatron_vlm.training.estimate import attention_backend
 
-from . import bars, figures, timeline_figure
+from . import attention_figure, bars, figures, timeline_figure
 from .rows import left_out
 from .svg import count, legend, si, size
-from .view import View
+from .view import View, shares_all
 
 
 def page(view: View) -> str:
@@ -60,9 +60,13 @@ def _sections(view: View) -> Iterator[tuple[str, str, str]]:
     config, sizes = view.config, view.sizes
     yield "Who holds what", _grid_words(view) + left_out(view), figures.grid(view)
     yield "Who owns which tokens", _token_words(view) + left_out(view), _token_legend() + figures.tokens(view)
+    if sizes.ring > 1 or config.data.packing:
+        yield "Who computes which attention", attention_figure.words(view), attention_figure.attention(view)
+    of_all = " of all replicas" if shares_all(config) and sizes.data > 1 else ""
     picture_words = (
-        "A picture is encoded once, by the rank that has the least to do; its feature rows then travel straight to the "
-        "ranks that own their tokens. One box is one picture; a darker cell is more rows, over a whole step."
+        f"A picture is encoded once, by the rank{of_all} that has the least to do; its feature rows then travel "
+        "straight to the ranks that own their tokens. One box is one picture; a darker cell is more rows, over a whole "
+        "step."
     )
     yield "Who encodes which picture", picture_words + left_out(view), figures.pictures(view)
     yield (
@@ -104,7 +108,12 @@ def _token_words(view: View) -> str:
     else:
         cut = "The ranks of a replica share every row: each owns the tokens drawn in its colour between its products."
     stages = " Later stages, paler, own the same places of the hidden states." if view.sizes.pipeline > 1 else ""
-    return f"{cut}{stages} Rows are from {view.batch.source}."
+    zigzag = (
+        " Of 2 x ring equal chunks each ring rank has one from either end, so that causal attention costs all the same."
+        if view.sizes.ring > 1
+        else ""
+    )
+    return f"{cut}{zigzag}{stages} Rows are from {view.batch.source}."
 
 
 def _time_words(view: View) -> str:

@@ -20,6 +20,12 @@ def rect(x: float, y: float, width: float, height: float, css: str, title: str =
     return f"{shape}><title>{escape(title)}</title></rect>" if title else f"{shape}/>"
 
 
+def polygon(points: Iterable[tuple[float, float]], css: str, title: str) -> str:
+    """A filled shape by its corners."""
+    corners = " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
+    return f'<polygon points="{corners}" class="{css}"><title>{escape(title)}</title></polygon>'
+
+
 def text(x: float, y: float, words: str, css: str = "", anchor: str = "start") -> str:
     """Words on a baseline."""
     return f'<text x="{x:.2f}" y="{y:.2f}" class="{css}" text-anchor="{anchor}">{escape(words)}</text>'

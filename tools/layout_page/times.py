@@ -14,7 +14,7 @@ from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.parallel.timeline import Timeline, simulate
 from megatron_vlm.training.flops import Block, ModelShape, model_shape
 
-from .batch import Batch, ReplicaBatch
+from .batch import Batch
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,9 @@ def step_times(
     picture = _picture(config, shape)
     return tuple(
         StepTime(
-            tuple(
-                _window(config, sizes, shape, batch, replica, number, picture) for number in range(len(replica.windows))
-            )
+            tuple(_window(config, sizes, shape, batch, data, number, picture) for number in range(len(replica.windows)))
         )
-        for replica in batch.replicas
+        for data, replica in enumerate(batch.replicas)
     )
 
 
@@ -81,12 +79,14 @@ def _window(
     sizes: GridSizes,
     shape: ModelShape,
     batch: Batch,
-    replica: ReplicaBatch,
+    data: int,
     number: int,
     picture: tuple[float, float],
 ) -> WindowTime:
+    replica = batch.replicas[data]
     window, plan = replica.windows[number], replica.plans[number]
-    pictures = [len(plan.items_of(rank)) for rank in range(sizes.replica)]
+    ranks = sizes.replica_ranks(data)
+    pictures = [len(plan.items_of(plan.media_rank(sizes.coordinates(rank)))) for rank in ranks]
     num_tokens = sum(row.num_tokens - len(row.image_starts) * batch.tokens_per_image
                      for m in window for row in replica.micro_batches[m])  # fmt: skip
     forward, backward = _stage_flops(config, sizes, shape, batch.layout.length, num_tokens / len(window))

@@ -2,18 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from megatron_vlm.checkpoint.recipe import without_training
 from megatron_vlm.config.schema import Config, ParallelConfig
-from megatron_vlm.config.validation import names_its_model, validate
-from megatron_vlm.data.conversation import TEMPLATES
-from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.architectures import load_language_config
-from megatron_vlm.models.facts import gather_facts
-from megatron_vlm.models.language import LanguageSpec
+from megatron_vlm.models.language import LanguageSpec, head_width
 from megatron_vlm.models.vision.encoder import VisionEncoder
+from megatron_vlm.parallel.layout import Block, Documents, SequenceLayout, ring_blocks
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
+from megatron_vlm.parallel.ulysses import HeadSplit
 from megatron_vlm.training import estimate, traffic
 from megatron_vlm.training.estimate import MemoryEstimate, Pictures
 from megatron_vlm.training.parameter_shards import (
@@ -23,10 +22,13 @@ from megatron_vlm.training.parameter_shards import (
     meta_encoder,
     vision_parameters,
 )
+from megatron_vlm.training.recipe import settle
 from megatron_vlm.training.traffic import Flow, Traffic
 
-from .batch import Batch, first_batch
+from .batch import Batch, ReplicaBatch, SampleRow, first_batch
 from .times import StepTime, step_times
+
+RANKS_PER_NODE = 8  # where `parallel.context` is to be split and nothing else is said
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,50 @@ class RankView:
 
 
 @dataclass(frozen=True)
+class ShownRow:
+    """One row as attention sees it. `blocks`, by ring rank and step: what is computed of it."""
+
+    row: SampleRow
+    documents: Documents
+    blocks: tuple[tuple[tuple[Block, ...], ...], ...]
+
+    @classmethod
+    def of(cls, row: SampleRow, layout: SequenceLayout) -> "ShownRow":
+        """A row of a step's layout."""
+        documents, steps = row.documents(layout.length), range(layout.ring)
+        by_rank = [
+            tuple(tuple(ring_blocks(layout, rank, step, documents, True, None)) for step in steps) for rank in steps
+        ]
+        return cls(row, documents, tuple(by_rank))
+
+    @property
+    def pairs(self) -> list[list[int]]:
+        """Visible pairs by ring rank and step."""
+        return [[sum(block.pairs for block in step) for step in of_rank] for of_rank in self.blocks]
+
+    @property
+    def imbalance(self) -> float:
+        """Most of a ring rank over the mean."""
+        sums = [sum(of_rank) for of_rank in self.pairs]
+        return max(sums) / (sum(sums) / len(sums))
+
+    def as_json(self) -> dict[str, Any]:
+        """Documents' starts; by ring rank and step the blocks' query and key intervals."""
+        return {
+            "tokens": self.row.num_tokens,
+            "documents": self.documents.starts,
+            "pairs": self.pairs,
+            "blocks": [
+                [[[asdict(block.queries), asdict(block.keys)] for block in step] for step in of_rank]
+                for of_rank in self.blocks
+            ],
+        }
+
+
+@dataclass(frozen=True)
 class View:
-    """A recipe on a number of ranks. `rows_sent`, by replica: feature rows from each replica rank to each, in the
-    step."""
+    """A recipe on a number of ranks. `rows_sent`, by media group (the replicas, or the world alone): feature rows from
+    each of its ranks to each, in the step."""
 
     name: str
     config: Config
@@ -67,6 +110,22 @@ class View:
         """The ranks of one replica, by replica rank."""
         return [self.ranks[rank] for rank in self.sizes.replica_ranks(data)]
 
+    @cached_property
+    def shown(self) -> "ShownRow":
+        """The row whose attention is drawn."""
+        return ShownRow.of(fullest(self.batch.replicas[0]), self.batch.layout)
+
+    def owners(self, data: int) -> list[RankView]:
+        """Ranks of the first stage to which a replica's feature rows go: its own, or all replicas'."""
+        of = range(self.sizes.data) if shares_all(self.config) else (data,)
+        return [one for replica in of for one in self.replica(replica) if one.at.pipeline == 0]
+
+    def rows_to(self, rank: RankView, owner: RankView) -> int:
+        """Feature rows that one rank sends to another of its media group in the step."""
+        if shares_all(self.config):
+            return self.rows_sent[0][rank.rank][owner.rank]
+        return self.rows_sent[rank.at.data][self.sizes.replica_rank(rank.at)][self.sizes.replica_rank(owner.at)]
+
     def as_json(self) -> dict[str, Any]:
         """All numbers, in bytes, tokens and FLOPs."""
         return {
@@ -79,8 +138,20 @@ class View:
             "pipeline_bubble": self.times[0].bubble,
             "step_flops_by_phase": [time.phases for time in self.times],
             "feature_rows_sent": self.rows_sent,
+            "row": self.shown.as_json(),
             "ranks": [_rank_as_json(one) for one in self.ranks],
         }
+
+
+def fullest(replica: ReplicaBatch) -> SampleRow:
+    """Of a replica's rows the one to draw: with the most pictures, up to two, then documents, then tokens."""
+    rows = [row for micro_batch in replica.micro_batches for row in micro_batch]
+    return max(rows, key=lambda row: (min(len(row.image_starts), 2), len(row.packed), row.num_tokens))
+
+
+def shares_all(config: Config) -> bool:
+    """Whether the world shares the encoding of its pictures, and not each replica that of its own."""
+    return config.parallel.media_group == "world"
 
 
 def _rank_as_json(one: RankView) -> dict[str, Any]:
@@ -98,15 +169,15 @@ def _rank_as_json(one: RankView) -> dict[str, Any]:
     }
 
 
-def gather(name: str, config: Config, world_size: int) -> View:
-    """Validates the recipe and works everything out; nothing runs and no weight is read.
+def gather(name: str, config: Config, world_size: int, ranks_per_node: int = RANKS_PER_NODE) -> View:
+    """Validates the recipe and works everything out; nothing runs and no weight is read. `ranks_per_node` counts where
+    the recipe leaves the split of `parallel.context` open.
 
     Raises:
         ConfigError: everything wrong with the recipe on so many ranks; a model whose config cannot be read.
         DataError: the recipe's data are there and cannot be used.
     """
-    facts = gather_facts(config, TEMPLATES.names(), TASKS.names()) if names_its_model(config.model) else None
-    validate(config, facts, world_size)
+    config, _ = settle(config, world_size, min(world_size, ranks_per_node))
     if config.training.mode == "eval":
         config = without_training(config)
     sizes = GridSizes.from_config(config.parallel, world_size)
@@ -123,7 +194,7 @@ def gather(name: str, config: Config, world_size: int) -> View:
         batch=batch,
         ranks=tuple(recipe.rank(rank) for rank in range(sizes.world)),
         times=step_times(config, sizes, encoder, spec, batch),
-        rows_sent=tuple(_rows_sent(batch, data) for data in range(sizes.data)),
+        rows_sent=tuple(_rows_sent(batch, group) for group in range(1 if shares_all(config) else sizes.data)),
     )
 
 
@@ -149,7 +220,7 @@ class _Recipe:
             at=at,
             chunks=chunks,
             num_parameters=_count(self.vision) + sum(_count(chunk.parameters) for chunk in chunks),
-            num_pictures=sum(len(plan.items_of(self.sizes.replica_rank(at))) for plan in plans),
+            num_pictures=sum(len(plan.items_of(plan.media_rank(at))) for plan in plans),
             tokens=tuple(_runs(positions.tolist())),
             memory=self._memory(rank, chunks),
             traffic=self._traffic(at, chunks),
@@ -158,12 +229,12 @@ class _Recipe:
     def _memory(self, rank: int, chunks: Sequence[HeldChunk]) -> MemoryEstimate:
         config, spec, sizes = self.config, self.spec, self.sizes
         at, survey, hidden = sizes.coordinates(rank), self.encoder.tower.survey, self.spec.hf_config.hidden_size
-        replica, place = self.batch.replicas[at.data], sizes.replica_rank(at)
+        replica = self.batch.replicas[at.data]
         by_window = [
             estimate.picture_bytes(
                 config, survey, hidden, Pictures(len(plan.items_of(place)), sum(plan.route(place).recv_splits))
             )
-            for plan in replica.plans
+            for plan, place in ((plan, plan.media_rank(at)) for plan in replica.plans)
         ]
         features, kept, encoding = (max(kind) for kind in zip(*by_window, strict=True))
         return MemoryEstimate(
@@ -180,21 +251,31 @@ class _Recipe:
         config, sizes, replica = self.config, self.sizes, self.batch.replicas[at.data]
         hidden = self.spec.hf_config.hidden_size
         flow = Flow(self.batch.layout.length, hidden, len(replica.micro_batches))
-        there, back = traffic.media_bytes(config, replica.plans, sizes.replica_rank(at), hidden)
+        there, back = traffic.media_bytes(config, replica.plans, replica.plans[0].media_rank(at), hidden)
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters]
         return Traffic(
             features=there,
             feature_gradients=back,
             tensor=traffic.tensor_bytes(config, chunks, flow),
+            attention=self._attention_traffic(at, chunks) if sizes.context > 1 else 0,
             pipeline=traffic.pipeline_bytes(config, chunks, sizes, flow),
             data_language=traffic.reduction_bytes(config, parameters, sizes.data * sizes.context),
             data_vision=traffic.reduction_bytes(config, self.vision, sizes.world),
         )
 
+    def _attention_traffic(self, at: Coordinates, chunks: Sequence[HeldChunk]) -> int:
+        model, sizes, length = self.spec.hf_config, self.sizes, self.batch.layout.length
+        heads = (model.num_attention_heads // sizes.tensor, model.num_key_value_heads // sizes.tensor)
+        micro_batches = self.batch.replicas[at.data].micro_batches
+        rows = [tuple(row.documents(length) for row in micro_batch) for micro_batch in micro_batches]
+        num_layers = sum(len(chunk.layers) for chunk in chunks)
+        split = HeadSplit(*heads, sizes.ulysses)
+        return traffic.attention_bytes(self.config, split, head_width(model), num_layers, at, rows)
 
-def _rows_sent(batch: Batch, data: int) -> tuple[tuple[int, ...], ...]:
+
+def _rows_sent(batch: Batch, group: int) -> tuple[tuple[int, ...], ...]:
     """Over all windows of a step."""
-    windows = [traffic.feature_rows(plan) for plan in batch.replicas[data].plans]
+    windows = [traffic.feature_rows(plan) for plan in batch.replicas[group].plans]
     return tuple(tuple(sum(cells) for cells in zip(*rows, strict=True)) for rows in zip(*windows, strict=True))
 
 

@@ -48,6 +48,18 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
         ],
     ),
     (
+        "a split chosen and given",
+        {"parallel": {"context": 4, "ring": 2, "ulysses": 2}},
+        4,
+        ["parallel.context: found 4 with parallel.ulysses 2 and parallel.ring 2, which it chooses itself"],
+    ),
+    (
+        "world with a split to be chosen",
+        {"parallel__context": 4},
+        6,
+        ["parallel.tensor * parallel.pipeline * parallel.context: found 1 * 1 * 4 = 4, the world size 6 allows 1, 2"],
+    ),
+    (
         "gather alone",
         {"parallel__overlap_param_gather": True, "optimizer__distributed": False},
         1,
@@ -186,6 +198,7 @@ def test_each_violation_is_named(changes: dict[str, Any], world_size: int, expec
 VALID: list[tuple[str, dict[str, Any], int]] = [
     ("one rank", {}, 1),
     ("everything", {"parallel": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True}}, 8),
+    ("a split to be chosen", {"parallel": {"context": 4, "tensor": 2, "ulysses": 1, "ring": 1}}, 8),
     ("overlap", {"parallel": {"overlap_param_gather": True, "overlap_grad_reduce": True}}, 2),
     ("windows of a multiple", {"parallel__pipeline": 2, "training__media_window": 2}, 2),
     ("a window over all", {"parallel__pipeline": 2, "training__media_window": 9, "training__global_batch_size": 6}, 2),

@@ -1,14 +1,22 @@
-"""Bytes by kind, where a formula has cases: a head that is the embedding, and evaluation, which goes forward only."""
+"""Bytes by kind, where a formula has cases: a head that is the embedding, evaluation, which goes forward only, and
+attention, against what its own code sends."""
+
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.models.language import LanguageSpec, padded_vocabulary
-from megatron_vlm.parallel.sizes import GridSizes
+from megatron_vlm.parallel.layout import Documents, SequenceLayout
+from megatron_vlm.parallel.sizes import Coordinates, GridSizes
+from megatron_vlm.parallel.ulysses import HeadSplit
 from megatron_vlm.training.parameter_shards import language_chunks
-from megatron_vlm.training.traffic import Flow, pipeline_bytes, tensor_bytes
+from megatron_vlm.training.traffic import Flow, attention_bytes, pipeline_bytes, tensor_bytes
+from tests.helpers.packed import random_documents
 from tests.helpers.solo import small_recipe
+from tools.benchmarks.attention_turns import RankCost, Shape, in_turn
 
 LENGTH, ROWS, HIDDEN, FP32 = 64, 3, 32, 4
 MESSAGE = LENGTH * ROWS * HIDDEN * FP32
@@ -41,3 +49,65 @@ def test_evaluation_goes_forward_only() -> None:
     training, evaluation = by_stage(recipe(False)), by_stage(recipe(False, "eval", frozen=True))
     assert [one[0] for one in evaluation] == [MESSAGE, MESSAGE, 0]
     assert [2 * one[1] for one in evaluation] == [one[1] for one in training]
+
+
+HEADS, KV_HEADS, WIDTH = 6, 3, 8
+KINDS = {"whole": Documents.whole(LENGTH), "packed": random_documents(LENGTH, 9, seed=3)}
+
+
+def ranks_in_turn(ulysses: int, ring: int, documents: Documents) -> list[RankCost]:
+    shape = Shape(HEADS, KV_HEADS, WIDTH, torch.float32, torch.device("cpu"))
+    return in_turn(shape, SequenceLayout(LENGTH, ring, ulysses), documents, rounds=1)
+
+
+def formula(ulysses: int, ring: int, rank: int, rows: list[tuple[Documents, ...]], **changes: Any) -> int:
+    """Of one layer on one context rank. `changes`: mode, recompute, ring_mode."""
+    training = {"steps": 1, "sequence_length": LENGTH, "mode": changes.get("mode", "train")}
+    training["recompute"] = {"language": changes.get("recompute", "none")}
+    parallel = {"ulysses": ulysses, "ring": ring, "ring_mode": changes.get("ring_mode", "p2p")}
+    config = small_recipe({}, {"training": training}, **parallel)
+    at = Coordinates(ulysses=rank % ulysses, ring=rank // ulysses)
+    return attention_bytes(config, HeadSplit(HEADS, KV_HEADS, ulysses), WIDTH, 1, at, rows)
+
+
+@pytest.mark.parametrize("row", KINDS)
+@pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (2, 2), (4, 2)])
+def test_attention_sends_what_the_formula_says(ulysses: int, ring: int, row: str) -> None:
+    """The ranks' own code, with heads that are dealt out unevenly or to some ranks only."""
+    for rank, cost in enumerate(ranks_in_turn(ulysses, ring, KINDS[row])):
+        rows = [(KINDS[row],)]
+        assert formula(ulysses, ring, rank, rows) == cost.sent_forward_bytes + cost.sent_backward_bytes
+        assert formula(ulysses, ring, rank, rows, mode="eval") == cost.sent_forward_bytes
+        again = formula(ulysses, ring, rank, rows, recompute="selective")
+        assert again == 2 * cost.sent_forward_bytes + cost.sent_backward_bytes
+
+
+def test_attention_of_several_rows_and_micro_batches() -> None:
+    whole, packed = KINDS["whole"], KINDS["packed"]
+    one, other = (formula(2, 2, 1, [(row,)]) for row in (whole, packed))
+    assert formula(2, 2, 1, [(whole, packed), (packed, packed), (whole, packed)]) == 2 * one + 4 * other
+    assert 0 < other < one
+
+
+def test_all_keys_are_gathered_whatever_the_documents() -> None:
+    keys = 3 * (LENGTH // 4) * 2 * KV_HEADS * WIDTH * FP32  # to three others, forward and again backward
+    for row in KINDS.values():
+        assert formula(1, 4, 2, [(row,)], ring_mode="all_gather") == 3 * keys  # and their gradients
+
+
+def test_hidden_states_are_of_the_tokens_that_a_context_rank_has() -> None:
+    spec = LanguageSpec.from_config(load_language_config(recipe(False).model.language))
+    found = []
+    for parallel in ({"tensor": 2}, {"tensor": 2, "ring": 2}):
+        config = small_recipe({}, {"training": {"steps": 1, "sequence_length": LENGTH}}, **parallel)
+        sizes = GridSizes.from_config(config.parallel, config.parallel.replica)
+        found.append(tensor_bytes(config, language_chunks(config, spec, sizes, 0), Flow(LENGTH, HIDDEN, 1)))
+    assert found[0] == 2 * found[1] > 0
+
+
+@pytest.mark.parametrize("row", KINDS)
+def test_the_ranks_share_all_pairs(row: str) -> None:
+    lengths = [len(KINDS[row].interval(number)) for number in range(len(KINDS[row].starts))]
+    pairs = HEADS * sum(length * (length + 1) // 2 for length in lengths)
+    for ulysses, ring in ((4, 2), (1, 4)):
+        assert sum(cost.pairs for cost in ranks_in_turn(ulysses, ring, KINDS[row])) == pairs

@@ -1,0 +1,38 @@
+"""A recipe made ready for its ranks: facts of its model gathered, what it leaves open chosen, every rule checked.
+
+Here the layers' knowledge meets (DESIGN D12): validation is pure and knows no model, no template and no task by itself.
+"""
+
+from megatron_vlm.config.context import split_context
+from megatron_vlm.config.schema import Config
+from megatron_vlm.config.validation import ModelFacts, names_its_model, validate
+from megatron_vlm.data.conversation import TEMPLATES
+from megatron_vlm.evaluation.tasks import TASKS
+from megatron_vlm.models.facts import gather_facts
+from megatron_vlm.runtime.logging import get_logger
+
+logger = get_logger(__name__)
+
+
+def settle(config: Config, world_size: int, ranks_per_node: int) -> tuple[Config, ModelFacts]:
+    """Validates a recipe, and splits `parallel.context` into Ulysses and ring ranks, which it tells with its reason.
+
+    Args:
+        ranks_per_node: consecutive ranks that share a machine; equal on all ranks, or they build different grids.
+
+    Returns:
+        The recipe as it runs, its `parallel.context` null, and what is known of its model.
+
+    Raises:
+        ConfigError: everything wrong with the recipe, in one error; where the split is chosen, what is wrong with the
+            recipe whatever it is comes before what is wrong because of it.
+    """
+    facts = gather_facts(config, TEMPLATES.names(), TASKS.names()) if names_its_model(config.model) else None
+    validate(config, facts, world_size)
+    assert facts is not None, "validate refuses a recipe that does not name its model"
+    if config.parallel.context is not None:
+        parallel, reason = split_context(config.parallel, facts.num_attention_heads, ranks_per_node)
+        logger.info("%s", reason)
+        config = config.model_copy(update={"parallel": parallel})
+        validate(config, facts, world_size)
+    return config, facts

@@ -1,0 +1,56 @@
+"""How `parallel.context` is split: Ulysses within a node while heads last, ring beyond; and that it is told."""
+
+import logging
+
+import pytest
+
+from megatron_vlm.config.context import split_context
+from megatron_vlm.config.schema import ParallelConfig
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.runtime.logging import get_logger
+from megatron_vlm.training import recipe as module
+from megatron_vlm.training.recipe import settle
+from tests.unit.config.recipes import FACTS, recipe
+
+
+@pytest.mark.parametrize(
+    ("context", "tensor", "heads", "per_node", "expected"),
+    [
+        (8, 1, 32, 8, (8, 1)),
+        (8, 1, 28, 8, (4, 2)),  # 28 heads are 4 x 7
+        (8, 4, 28, 8, (1, 8)),  # 7 of each tensor rank, and a node has room for groups of 2
+        (8, 2, 32, 8, (4, 2)),  # a group of 4 spans 8 ranks
+        (16, 1, 32, 8, (8, 2)),
+        (6, 1, 32, 8, (2, 3)),
+        (4, 1, 32, 6, (2, 2)),  # groups of 4 would straddle nodes of 6
+        (2, 8, 32, 4, (1, 2)),  # tensor ranks of two nodes
+        (1, 1, 32, 1, (1, 1)),
+    ],
+)
+def test_the_split(context: int, tensor: int, heads: int, per_node: int, expected: tuple[int, int]) -> None:
+    found, reason = split_context(ParallelConfig(context=context, tensor=tensor), heads, per_node)
+    assert (found.ulysses, found.ring, found.context) == (*expected, None)
+    assert found.replica == context * tensor
+    assert f"parallel.context {context} is taken as ulysses {expected[0]} x ring {expected[1]}" in reason
+
+
+def test_it_is_told_once_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    monkeypatch.setattr(get_logger(module.__name__), "handlers", [listener])
+    monkeypatch.setattr(module, "gather_facts", lambda *_: FACTS)
+    settled, facts = settle(recipe(parallel__context=4, parallel__tensor=2), 8, ranks_per_node=4)
+    assert facts is FACTS and (settled.parallel.ulysses, settled.parallel.ring) == (2, 2)
+    assert said == [
+        "parallel.context 4 is taken as ulysses 2 x ring 2: 2 is its largest divisor that divides the 4 query heads "
+        "per tensor rank and keeps the group within a node of 4 ranks"
+    ]
+    assert settle(settled, 8, ranks_per_node=8) == (settled, FACTS) and len(said) == 1
+
+
+def test_what_the_split_makes_wrong_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "gather_facts", lambda *_: FACTS)
+    ragged = recipe(parallel__context=4, training__sequence_length=126)
+    with pytest.raises(ConfigError, match=r"^training.sequence_length: found 126, needs a multiple of 4, because"):
+        settle(ragged, 4, ranks_per_node=4)
