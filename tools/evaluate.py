@@ -4,8 +4,8 @@ torchrun --nproc-per-node N tools/evaluate.py CHECKPOINT --task exact_match --da
 python tools/evaluate.py CHECKPOINT --task exact_match --data FILE        (one process)
 
 FILE is LLaVA JSON or JSONL; the last answer of each conversation is the truth. Scores are given per question form (the
-records' field "form"). Every N ranks hold the model together (--tensor T, --pipeline P, N = T * P; 1 by default) and
-answer their share of the questions.
+records' field "form"). Every N ranks hold the model together (--tensor T, --pipeline P, --ulysses U, --ring R,
+N = T * P * U * R; each 1 by default) and answer their share of the questions.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
         TASKS.get(arguments.task)  # a name mistyped shall not cost the loading of a model
         prepare(arguments.device, launch.local_world_size)
         output = make_output(arguments) if launch.rank == 0 else None
-        names = ("device", "tensor", "pipeline", "template", "dtype")
+        names = ("device", "tensor", "pipeline", "ulysses", "ring", "template", "dtype")
         assistant = load(arguments.checkpoint, **{name: getattr(arguments, name) for name in names})
         from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, read_questions
 

@@ -171,12 +171,6 @@ def _evaluation(config: Config) -> Iterator[str]:
             f"evaluation.every_steps: found {evaluation.every_steps} with training.mode train, which never evaluates, "
             "needs training.mode train_and_eval, or 0"
         )
-    if mode != "train" and evaluation.task is not None and config.parallel.ulysses * config.parallel.ring > 1:
-        yield (
-            f"evaluation.task: found {evaluation.task!r} with parallel.ulysses {config.parallel.ulysses} and "
-            f"parallel.ring {config.parallel.ring}, whose ranks cannot answer together yet, needs null (the loss is "
-            "evaluated all the same, and tools/evaluate.py asks the checkpoint) or both 1"
-        )
     for key in ("task", "media_root"):
         found = getattr(evaluation, key)
         if found is not None and evaluation.path is None:

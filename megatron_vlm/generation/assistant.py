@@ -1,7 +1,8 @@
 """A model that can be asked: model, conversation encoder, image reader and what ends an answer, in one object.
 
-`generate` is for people: texts and images mixed, one prompt or several. `answer` is for programs (evaluation): one
-batch of ready questions. A conversation of several turns is chat.py's, over `generate`.
+`generate` is for people: texts and images mixed, one prompt or several; `score` says how likely given answers are.
+`answer` is for programs (evaluation): one batch of ready questions. A conversation of several turns is chat.py's, over
+`generate`.
 
 Hazard: what ends an answer. A model configuration made from a dictionary carries transformers' default end of sequence
 (2 for Llama), which in the tokenizer in use may be an ordinary letter; only ids that the tokenizer knows as special
@@ -9,6 +10,7 @@ count.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Unpack
@@ -19,7 +21,7 @@ from torch import Tensor
 from megatron_vlm.config.schema import DataConfig
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.media import MediaReader, to_rgb
-from megatron_vlm.data.sample import Sample
+from megatron_vlm.data.sample import Sample, Turn
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.generation.decoding import decode
@@ -28,11 +30,13 @@ from megatron_vlm.generation.prompts import (
     Prompt,
     PromptBatch,
     Question,
+    Score,
     collate,
     list_prompts,
     read_prompt,
 )
 from megatron_vlm.generation.sampling import Sampler, Sampling, SamplingOptions, check_integer
+from megatron_vlm.generation.scoring import score
 from megatron_vlm.generation.stopping import Stopping
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.runtime.logging import get_logger, quietly
@@ -104,17 +108,49 @@ class Assistant:
         check_integer("max_new_tokens", max_new_tokens, 1)
         check_integer("batch_size", batch_size, 1)
         several, are_several = list_prompts(prompts)
-        read = [read_prompt(prompt, self.image_token, number) for number, prompt in enumerate(several, start=1)]
+        questions = self._questions(several)
         answers: list[str] = []
-        for start in range(0, len(read), batch_size):
-            part = read[start : start + batch_size]
-            questions = [
-                Question(sample, [partial(self._pixels, image, sample) for image in images]) for sample, images in part
-            ]
+        for start in range(0, len(questions), batch_size):
+            part = questions[start : start + batch_size]
             sampler = Sampler(settings, range(start, start + len(part)))
             with quietly():
-                answers += self.answer(questions, max_new_tokens, stop, sampler)
+                answers += self.answer(part, max_new_tokens, stop, sampler)
         return answers if are_several else answers[0]
+
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], answers: str | Sequence[str], batch_size: int = 32
+    ) -> Score | list[Score]:
+        """How likely the model finds given answers, whole and with their end of turn.
+
+        Args:
+            prompts: as `generate` takes them.
+            answers: one to each prompt: a text, or a list where several prompts are given.
+            batch_size: prompts scored together; scores do not depend on it.
+
+        Returns:
+            The score, or a list of scores where several prompts were given.
+
+        Raises:
+            ConfigError: a batch size that makes no sense.
+            DataError: as `generate`; answers that are no texts, or another number of them than of prompts.
+        """
+        check_integer("batch_size", batch_size, 1)
+        several, are_several = list_prompts(prompts)
+        texts = list(answers) if are_several and not isinstance(answers, str) else [answers]
+        if len(texts) != len(several) or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"answers: found {answers!r}, needs {f'{len(several)} texts' if are_several else 'a text'}")
+        answered = []
+        for question, text in zip(self._questions(several), texts, strict=True):
+            turns = (*question.sample.turns, Turn("assistant", str(text)))
+            answered.append(replace(question, sample=replace(question.sample, turns=turns)))
+        scores: list[Score] = []
+        for start in range(0, len(answered), batch_size):
+            part = answered[start : start + batch_size]
+            with quietly():
+                batch = collate(part, self.encoder, self.model.media_spec, answered=True)
+                self._check_context(part, batch, max_new_tokens=0)
+                scores += score(self.model, batch)
+        return scores if are_several else scores[0]
 
     def answer(
         self,
@@ -132,6 +168,10 @@ class Assistant:
         stopping = Stopping(self.encoder.tokenizer, self.stop_ids, stop)
         rows = decode(self.model, batch, sampler or Sampler(Sampling(), ()), stopping, max_new_tokens)
         return [stopping.text(row) for row in rows]
+
+    def _questions(self, prompts: Sequence[Prompt]) -> list[Question]:
+        read = [read_prompt(prompt, self.image_token, number) for number, prompt in enumerate(prompts, start=1)]
+        return [Question(sample, [partial(self._pixels, image, sample) for image in images]) for sample, images in read]
 
     def _check_context(self, questions: Sequence[Question], batch: PromptBatch, max_new_tokens: int) -> None:
         """Beyond the positions it was trained on a model says nothing sensible: DataError for a prompt that reaches

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args
 
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.runtime.device import DeviceRequest, current_device, prepare
@@ -29,6 +29,16 @@ if TYPE_CHECKING:
 
 Dtype = Literal["fp32", "bf16"]
 
+
+class RankCounts(TypedDict, total=False):
+    """Ranks that share one model, by what they share: 1 where nothing is said."""
+
+    tensor: int
+    pipeline: int
+    ulysses: int
+    ring: int
+
+
 COLLECTIVE_TIMEOUT_SECONDS = 600
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
@@ -38,10 +48,9 @@ def load(
     path: str | os.PathLike[str],
     devices: Sequence[int | str] | None = None,
     device: DeviceRequest = "auto",
-    tensor: int = 1,
-    pipeline: int = 1,
     template: str | None = None,
     dtype: Dtype | None = None,
+    **ranks: Unpack[RankCounts],
 ) -> "Assistant | RankedAssistant":
     """A trained model, ready to answer. Under a launcher every rank of the job calls it, without `devices`.
 
@@ -52,11 +61,12 @@ def load(
             processes, which end with what is returned (`close`, a `with` block, or this process). ["cpu"] is this
             process. Default: what `device` says.
         device: auto | cpu | cuda, where this process has not chosen already.
-        tensor, pipeline: ranks that share one model; the ranks of the job are so many replicas of it, and all ranks of
-            a replica ask it the same at the same time. With devices, all of them are one replica.
         template: the conversation template; default: the one it was trained with, or what its directory says.
         dtype: of the weights, fp32 or bf16. Default: the recipe's; of another system's model as stored, and fp16, which
             is not computed in, as bf16 on GPUs and as fp32, which holds every value of it, on the CPU.
+        ranks: tensor, pipeline, ulysses, ring: ranks that share one model; the ranks of the job are so many replicas of
+            it, and all ranks of a replica ask it the same at the same time. With devices, all of them are one replica.
+            Ulysses and ring ranks share each prompt and its kv cache, in whole equal parts: for long prompts.
 
     Raises:
         CheckpointError: no checkpoint there, or a damaged or incomplete one.
@@ -69,7 +79,7 @@ def load(
     if devices is not None:
         from megatron_vlm.generation.ranks import RankedAssistant, read_devices
 
-        placement = read_devices(devices, tensor, pipeline)
+        placement = read_devices(devices, **ranks)
         if launch.world_size > 1:
             raise ConfigError(
                 f"devices: found {list(devices)} on a rank of {launch.world_size}, needs a process of its own"
@@ -83,15 +93,11 @@ def load(
 
         if not torch.distributed.is_initialized():
             init_world(launch, torch_device, COLLECTIVE_TIMEOUT_SECONDS)
-        return open_checkpoint(path, tensor, pipeline, template, dtype)
+        return open_checkpoint(path, template, dtype, **ranks)
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str],
-    tensor: int = 1,
-    pipeline: int = 1,
-    template: str | None = None,
-    dtype: Dtype | None = None,
+    path: str | os.PathLike[str], template: str | None = None, dtype: Dtype | None = None, **ranks: Unpack[RankCounts]
 ) -> "Assistant":
     """The assistant of `path`, in a process whose device and default process group exist. Raises as `load`."""
     import torch
@@ -100,7 +106,6 @@ def open_checkpoint(
     from megatron_vlm.checkpoint.directory import find_checkpoint
     from megatron_vlm.checkpoint.recipe import inference_config
     from megatron_vlm.checkpoint.store import load_checkpoint
-    from megatron_vlm.config.schema import ParallelConfig
     from megatron_vlm.config.validation import validate_layout
     from megatron_vlm.conversion.formats import fill_model
     from megatron_vlm.data.conversation import TEMPLATES
@@ -109,7 +114,7 @@ def open_checkpoint(
     from megatron_vlm.models.families import build_model
     from megatron_vlm.parallel.groups import GridSizes, build_grid
 
-    world_size, parallel = torch.distributed.get_world_size(), ParallelConfig(tensor=tensor, pipeline=pipeline)
+    world_size, parallel = torch.distributed.get_world_size(), _read_layout(**ranks)
     _check_choices(template, dtype)
     foreign = find_foreign(path)
     if foreign is None:
@@ -120,7 +125,7 @@ def open_checkpoint(
     config = _as_chosen(config, template, dtype)
     tokenizer = _load_tokenizer(config, path)
     validate_layout(config, gather_facts(config, TEMPLATES.names(), tasks=()), world_size)
-    _forget_grid(tensor, pipeline)
+    _forget_grid(parallel)
     grid = build_grid(GridSizes.from_config(config.parallel, world_size))
     model_parallel_cuda_manual_seed(config.runtime.seed)  # on GPUs first weights are drawn from its streams
     model = build_model(config, grid).train(False)
@@ -130,6 +135,17 @@ def open_checkpoint(
         fill_model(model, foreign, grid)
     turn_weights(model)
     return Assistant.of(model, config.data, tokenizer)
+
+
+def _read_layout(tensor: int = 1, pipeline: int = 1, ulysses: int = 1, ring: int = 1) -> "ParallelConfig":
+    """Raises ConfigError for what is no number of ranks."""
+    from megatron_vlm.config.schema import ParallelConfig
+    from megatron_vlm.generation.sampling import check_integer
+
+    sizes = {"tensor": tensor, "pipeline": pipeline, "ulysses": ulysses, "ring": ring}
+    for name, size in sizes.items():
+        check_integer(name, size, 1)
+    return ParallelConfig(**sizes)
 
 
 def _check_choices(template: str | None, dtype: str | None) -> None:
@@ -219,7 +235,7 @@ def _foreign_config(foreign: "ForeignModel", parallel: "ParallelConfig", dtype: 
     return config_of(foreign, precision={"params": params}, parallel=parallel.model_dump())
 
 
-def _forget_grid(tensor: int, pipeline: int) -> None:
+def _forget_grid(parallel: "ParallelConfig") -> None:
     """Makes room for the next model's grid: megatron-core knows one per process. Models loaded before keep working,
     because the next layout is the same. Raises ParallelError where it is not."""
     from megatron.core import parallel_state
@@ -228,15 +244,26 @@ def _forget_grid(tensor: int, pipeline: int) -> None:
 
     if not parallel_state.model_parallel_is_initialized():
         return
+    context, ulysses = parallel_state.get_context_parallel_world_size(), 1
+    if context > 1:  # megatron-core keeps the last grid's groups where this one has none
+        ulysses = parallel_state.get_hierarchical_context_parallel_groups()[0].size()
     present = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
+        ulysses,
+        context // ulysses,
     )
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-    if present != (tensor, pipeline) or virtual is not None:
+    needed = (parallel.tensor, parallel.pipeline, parallel.ulysses, parallel.ring)
+    if present != needed or virtual is not None:
         raise ParallelError(
-            f"this process works in a layout of tensor {present[0]} x pipeline {present[1]}"
+            f"this process works in a layout of {_name_layout(*present)}"
             f"{'' if virtual is None else f' x {virtual} virtual stages'} already; a checkpoint is loaded for "
-            f"generation at tensor {tensor} x pipeline {pipeline} in a process of its own"
+            f"generation at {_name_layout(*needed)} in a process of its own"
         )
     parallel_state.destroy_model_parallel()
+
+
+def _name_layout(tensor: int, pipeline: int, ulysses: int, ring: int) -> str:
+    context = f" x ulysses {ulysses} x ring {ring}" if ulysses * ring > 1 else ""
+    return f"tensor {tensor} x pipeline {pipeline}{context}"

@@ -1,4 +1,4 @@
-"""From what a caller hands over (texts and images, mixed) to one left-padded batch.
+"""From what a caller hands over (texts and images, mixed) to one left-padded batch; and what is told of an answer.
 
 Prompts are rendered by the same conversation encoder as the training samples, so that a model is asked in the words it
 was trained on. Rows are padded on the left, so that all of them continue at the same index; padding is hidden from
@@ -12,7 +12,7 @@ Letters: b prompts, s their padded length in tokens.
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
@@ -20,12 +20,14 @@ from typing import cast
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_vlm.data.batch import MediaSpan
 from megatron_vlm.data.conversation import PLACEHOLDER_ID, ConversationEncoder
-from megatron_vlm.data.sample import Sample, Turn
+from megatron_vlm.data.sample import IGNORE, Sample, Turn
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
+from megatron_vlm.parallel.layout import Documents
 from megatron_vlm.parallel.media_plan import MediaItem
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -62,17 +64,49 @@ class PromptBatch:
         valid: [b, s] bool, False where padding.
         spans: whose image is where, row after row.
         images: in the order of the spans.
+        labels: [b, s] where answers are given with the prompts: the token after this one where it is to be said by the
+            model, else IGNORE.
     """
 
     ids: Tensor
     valid: Tensor
     spans: list[MediaSpan]
     images: list[LazyPixels]
+    labels: Tensor | None = None
 
     @property
     def position_ids(self) -> Tensor:
         """[b, s]: 0 at each row's first real token; padding, which nobody sees, has 0 too."""
         return (self.valid.cumsum(1) - 1).clamp(min=0)
+
+    @property
+    def documents(self) -> tuple[Documents, ...]:
+        """Of each row, for attention that is told of them instead of `valid`: padding is a document of its own."""
+        length = self.ids.shape[1]
+        return tuple(
+            Documents.packed([number] if number else [], length) for number in (length - self.valid.sum(1)).tolist()
+        )
+
+    def lengthened(self, multiple: int) -> "PromptBatch":
+        """The same prompts with padding enough on the left that s is a multiple of a number."""
+        more = -self.ids.shape[1] % multiple
+        if more == 0:
+            return self
+        return PromptBatch(
+            pad(self.ids, (more, 0), value=PLACEHOLDER_ID),
+            pad(self.valid, (more, 0), value=False),
+            [replace(span, item=replace(span.item, start=span.item.start + more)) for span in self.spans],
+            self.images,
+            None if self.labels is None else pad(self.labels, (more, 0), value=IGNORE),
+        )
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a model finds an answer, its end of turn included where the template has one."""
+
+    log_probability: float  # natural, summed over the tokens
+    num_tokens: int
 
 
 def list_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
@@ -134,22 +168,43 @@ def _read_message(message: Message, image_token: str, origin: str) -> tuple[str,
     return "\n".join(lines), [part for part in parts if not isinstance(part, str)]
 
 
-def collate(questions: Sequence[Question], encoder: ConversationEncoder, spec: MediaSpec) -> PromptBatch:
-    """Renders, tokenises and pads. Raises DataError as `ConversationEncoder.encode_prompt` does."""
-    encoded = [encoder.encode_prompt(question.sample) for question in questions]
+def collate(
+    questions: Sequence[Question], encoder: ConversationEncoder, spec: MediaSpec, answered: bool = False
+) -> PromptBatch:
+    """Renders, tokenises and pads.
+
+    Args:
+        answered: the samples' last turns are answers, which are rendered too and labelled; no others are.
+
+    Raises:
+        DataError: as `ConversationEncoder.encode_prompt` and `encode` do.
+    """
+    encode = encoder.encode if answered else encoder.encode_prompt
+    encoded = [encode(question.sample) for question in questions]
     length = max(len(prompt.ids) for prompt in encoded)
     ids = torch.full((len(encoded), length), PLACEHOLDER_ID)
     valid = torch.zeros(len(encoded), length, dtype=torch.bool)
+    labels = torch.full((len(encoded), length), IGNORE)
     spans: list[MediaSpan] = []
     cost = spec.cost.of(spec.num_patches)
     for row, (question, prompt) in enumerate(zip(questions, encoded, strict=True)):
         padding = length - len(prompt.ids)
         ids[row, padding:] = torch.tensor(prompt.ids)
         valid[row, padding:] = True
+        for token in _last_answer(prompt.labels):
+            labels[row, padding + token - 1] = prompt.labels[token]
         for path, start in zip(question.sample.images, prompt.image_starts, strict=True):
             item = MediaItem(cost, spec.tokens_per_image, micro_batch=0, row=row, start=padding + start)
             spans.append(MediaSpan(question.sample.id, path, item))
-    return PromptBatch(ids, valid, spans, [image for question in questions for image in question.images])
+    images = [image for question in questions for image in question.images]
+    return PromptBatch(ids, valid, spans, images, labels if answered else None)
+
+
+def _last_answer(labels: list[int]) -> range:
+    """Where the last run of labels stands that are not IGNORE; empty where there is none."""
+    stop = max((number + 1 for number, label in enumerate(labels) if label != IGNORE), default=0)
+    start = max((number + 1 for number, label in enumerate(labels[:stop]) if label == IGNORE), default=1)
+    return range(start, stop)
 
 
 def _classify(part: object, origin: str) -> str | ImageSource:

@@ -35,9 +35,9 @@ def main(connection_handle: int, lifeline: int) -> None:
                 path, options = request
                 assistant = _load(path, options)
             else:
-                prompts, arguments, options = request
+                method, prompts, arguments, options = request
                 _check_images(assistant, prompts)
-                answers = assistant.generate(prompts, *arguments, **options)
+                answers = getattr(assistant, method)(prompts, *arguments, **options)
                 reply = answers if read_launch().rank == 0 else None
         except MegatronVlmError as error:
             reply = error

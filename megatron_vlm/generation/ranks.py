@@ -1,4 +1,4 @@
-"""A model over several devices, asked from one process: tensor and pipeline ranks in child processes, behind a call.
+"""A model over several devices, asked from one process: the ranks of one replica in child processes, behind a call.
 
     with load(path, devices=[0, 1]) as assistant:
         assistant.generate([image, "What is this?"])
@@ -28,7 +28,7 @@ from torch.distributed import TCPStore
 
 from megatron_vlm.data.media import to_rgb
 from megatron_vlm.errors import ConfigError, DataError, MegatronVlmError, ParallelError
-from megatron_vlm.generation.prompts import Dialogue, ImageSource, Message, Prompt, check_message, list_prompts
+from megatron_vlm.generation.prompts import Dialogue, ImageSource, Message, Prompt, Score, check_message, list_prompts
 from megatron_vlm.runtime.launch import environment_of_child
 
 if TYPE_CHECKING:
@@ -41,21 +41,25 @@ HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Placement:
-    """The devices of one replica: GPUs by number, or the CPU `tensor * pipeline` times."""
+    """The devices of one replica: GPUs by number, or the CPU so many times as there are ranks."""
 
     device: Literal["cpu", "cuda"]
     gpus: tuple[int, ...]
     tensor: int
     pipeline: int
+    ulysses: int = 1
+    ring: int = 1
 
     @property
     def world_size(self) -> int:
         """Ranks."""
-        return self.tensor * self.pipeline
+        return self.tensor * self.pipeline * self.ulysses * self.ring
 
 
-def read_devices(devices: Sequence[int | str], tensor: int = 1, pipeline: int = 1) -> Placement:
-    """The placement a caller means: tensor ranks over all devices, where neither size is given.
+def read_devices(
+    devices: Sequence[int | str], tensor: int = 1, pipeline: int = 1, ulysses: int = 1, ring: int = 1
+) -> Placement:
+    """The placement a caller means: tensor ranks over all devices, where no size is given.
 
     Raises:
         ConfigError: no device, one that is neither "cpu" nor a GPU's number, both kinds, a GPU twice, or sizes that do
@@ -68,11 +72,15 @@ def read_devices(devices: Sequence[int | str], tensor: int = 1, pipeline: int = 
         raise ConfigError(
             f"devices: found {found}, needs different GPUs' numbers ([0, 1]) or only 'cpu' (['cpu', 'cpu'])"
         )
-    if tensor * pipeline == 1:
+    if tensor * pipeline * ulysses * ring == 1:
         tensor = len(found)
-    if tensor * pipeline != len(found):
-        raise ConfigError(f"devices: found {len(found)}, needs tensor * pipeline = {tensor} * {pipeline} of them")
-    return Placement("cpu" if on_cpu else "cuda", gpus, tensor, pipeline)
+    placement = Placement("cpu" if on_cpu else "cuda", gpus, tensor, pipeline, ulysses, ring)
+    if placement.world_size != len(found):
+        sizes = {"tensor": tensor, "pipeline": pipeline}
+        sizes |= {name: size for name, size in (("ulysses", ulysses), ("ring", ring)) if size > 1}
+        needed = f"{' * '.join(sizes)} = {' * '.join(map(str, sizes.values()))}"
+        raise ConfigError(f"devices: found {len(found)}, needs {needed} of them")
+    return placement
 
 
 @dataclass
@@ -119,7 +127,7 @@ class RankedAssistant:
         try:
             for rank in range(placement.world_size):
                 _start(self._children, rank, placement, self._store.port)
-            layout = {"device": placement.device, "tensor": placement.tensor, "pipeline": placement.pipeline}
+            layout = {name: getattr(placement, name) for name in ("device", "tensor", "pipeline", "ulysses", "ring")}
             self._ask((self.path, {**layout, **choices}))
         except BaseException:
             self.close()
@@ -140,9 +148,23 @@ class RankedAssistant:
             As it does; ParallelError: closed, or a rank ended without a word.
         """
         several, are_several = list_prompts(prompts)
-        ready = [_portable(prompt, f"prompt {number}") for number, prompt in enumerate(several, start=1)]
-        answers: list[str] = self._ask((ready, arguments, options))
+        answers: list[str] = self._ask_about(several, "generate", arguments, options)
         return answers if are_several else answers[0]
+
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], answers: str | Sequence[str], batch_size: int = 32
+    ) -> Score | list[Score]:
+        """As `Assistant.score`. Raises as it and `generate` here do."""
+        several, are_several = list_prompts(prompts)
+        scores: list[Score] = self._ask_about(several, "score", (answers if are_several else [answers], batch_size), {})
+        return scores if are_several else scores[0]
+
+    def _ask_about(
+        self, prompts: Sequence[Prompt], method: str, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        """What a method of every rank's `Assistant` says of the prompts."""
+        ready = [_portable(prompt, f"prompt {number}") for number, prompt in enumerate(prompts, start=1)]
+        return self._ask((method, ready, arguments, options))
 
     def _ask(self, request: tuple[Any, ...]) -> Any:
         """Sends every rank the same -> rank 0's reply."""

@@ -1,14 +1,15 @@
 """Decoding over a model replica, a step at a time: tokens in on every rank, the next tokens out on every rank.
 
 Hidden states go from stage to stage by point-to-point messages of the pipeline group, through the chunks in the order
-of the whole model: with virtual stages round and round. The last stage chooses; its first rank tells the replica, so
-that all ranks stop together. Nothing here goes beyond the replica: data-parallel replicas never wait for each other.
+of the whole model: with virtual stages round and round. The last stage chooses; the rank of it that has the prompt's
+last token tells the replica, so that all ranks stop together. Context ranks share the prompt; an answer's token is
+every rank's. Nothing here goes beyond the replica: data-parallel replicas never wait for each other.
 
 Hazards: a step of one token cannot be cut over tensor ranks, so sequence parallelism is off meanwhile, in the modules
 of megatron-core and in the configuration they share; a model in training gets all that back as it was. Messages pair up
 by order alone, so no other traffic of the pipeline group may be under way.
 
-Letters: b prompts, s tokens of this step, h hidden.
+Letters: b prompts, s tokens of this step on this rank, h hidden.
 """
 
 import contextlib
@@ -19,10 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_vlm.generation.token_step import TokenStep
+from megatron_vlm.models.language import LanguageModel
 from megatron_vlm.models.merge import LocalFeatures
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.context_attention import KVCache
 from megatron_vlm.parallel.groups import Coordinates, Grid
+from megatron_vlm.parallel.layout import Documents, SequenceLayout
+from megatron_vlm.runtime.device import current_device
 
 SEQUENCE_SWITCHES = ("sequence_parallel", "reduce_scatter_embeddings", "scatter_to_sequence_parallel")
 
@@ -59,46 +63,86 @@ class Replica:
         model: `decoding`.
         cache: of this rank's layers.
         choose: logits [b, V] -> tokens [b, 1]; called on the last stage.
+        layout: of the prompt over the context ranks.
+        documents: of the whole prompts, for context ranks; None where there is one alone.
     """
 
-    def __init__(self, model: VisionLanguageModel, cache: KVCache, choose: Callable[[Tensor], Tensor]) -> None:
-        self.model, self.cache, self.choose = model, cache, choose
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        cache: KVCache,
+        choose: Callable[[Tensor], Tensor],
+        layout: SequenceLayout,
+        documents: tuple[Documents, ...] | None,
+    ) -> None:
+        self.model, self.cache, self.choose, self.documents = model, cache, choose, documents
+        self.speaker = _last_owner(model.grid, layout)
         self.token_steps = [TokenStep(chunk, cache) if TokenStep.describes(chunk) else None for chunk in model.language]
 
     def next_tokens(self, ids: Tensor, position_ids: Tensor, features: LocalFeatures | None) -> Tensor:
         """The token after each row, on every rank of the replica.
 
         Args:
-            ids, position_ids: [b, s], equal on all ranks; the cache is extended by them.
+            ids, position_ids: [b, s], of the prompt this rank's part, after it equal on all ranks; the cache is
+                extended by them.
             features: this rank's rows of the images among these tokens; None after the prompt.
 
         Returns:
             [b, 1].
         """
-        grid = self.model.grid
-        stage, num_stages = grid.coordinates.pipeline, grid.sizes.pipeline
-        tokens = torch.empty(len(ids), 1, dtype=ids.dtype, device=ids.device)
-        for chunk, token_step in zip(self.model.language, self.token_steps, strict=True):
-            hidden = None
-            if not chunk.pre_process:
-                shape = ids.shape[1], ids.shape[0], chunk.config.hidden_size
-                hidden = torch.empty(shape, dtype=chunk.config.params_dtype, device=ids.device)
-                dist.recv(hidden, group=grid.pipeline, group_src=(stage - 1) % num_stages)
+        documents = self.documents if features is not None else None
+
+        def run(number: int, chunk: LanguageModel, hidden: Tensor | None) -> Tensor:
+            token_step = self.token_steps[number]
             if token_step is not None and features is None and ids.shape[1] == 1:
-                output = token_step(ids, position_ids, hidden)
-            else:
-                chunk.set_input_tensor(hidden)
-                features_here = features if chunk.pre_process else None
-                output = chunk(ids, position_ids, features=features_here, cache=self.cache)
-            if chunk.post_process:
-                tokens = self.choose(output[:, -1])  # [b, 1, V] -> [b, 1]
-            else:  # [s, b, h]
-                dist.send(output.contiguous(), group=grid.pipeline, group_dst=(stage + 1) % num_stages)
+                return token_step(ids, position_ids, hidden)
+            chunk.set_input_tensor(hidden)
+            features_here = features if chunk.pre_process else None
+            return chunk(ids, position_ids, features=features_here, cache=self.cache, documents=documents)
+
+        grid = self.model.grid
+        output = through_stages(self.model, ids.shape, run)
+        if output is None:
+            tokens = torch.empty(len(ids), 1, dtype=ids.dtype, device=ids.device)
+        else:
+            tokens = self.choose(output[:, -1])  # [b, 1, V] -> [b, 1]
         if grid.sizes.replica > 1:
-            dist.broadcast(tokens, group=grid.replica, group_src=_speaker(grid))
+            dist.broadcast(tokens, group=grid.replica, group_src=self.speaker)
         return tokens
 
 
-def _speaker(grid: Grid) -> int:
-    """The replica rank that tells the others: the first of the last stage."""
-    return grid.sizes.replica_rank(Coordinates(pipeline=grid.sizes.pipeline - 1))
+def through_stages(
+    model: VisionLanguageModel, shape: tuple[int, ...], run: Callable[[int, LanguageModel, Tensor | None], Tensor]
+) -> Tensor | None:
+    """Runs every chunk of the replica, in the order of the whole model.
+
+    Args:
+        model: whose chunks.
+        shape: (b, s) of the tokens on this rank.
+        run: (number of this rank's chunk, chunk, hidden [s, b, h] of the chunk before or None) -> its output.
+
+    Returns:
+        The last chunk's output; None on the other stages.
+    """
+    grid, output = model.grid, None
+    stage, num_stages = grid.coordinates.pipeline, grid.sizes.pipeline
+    for number, chunk in enumerate(model.language):
+        hidden = None
+        if not chunk.pre_process:
+            hidden = torch.empty(
+                (shape[1], shape[0], chunk.config.hidden_size),
+                dtype=chunk.config.params_dtype,
+                device=current_device(),
+            )
+            dist.recv(hidden, group=grid.pipeline, group_src=(stage - 1) % num_stages)
+        output = run(number, chunk, hidden)
+        if not chunk.post_process:  # [s, b, h]
+            dist.send(output.contiguous(), group=grid.pipeline, group_dst=(stage + 1) % num_stages)
+            output = None
+    return output
+
+
+def _last_owner(grid: Grid, layout: SequenceLayout) -> int:
+    """The replica rank that has the prompt's last token on the last stage: the first of its tensor ranks."""
+    ring, ulysses, _ = (int(owner) for owner in layout.owners(torch.tensor([layout.length - 1])))
+    return grid.sizes.replica_rank(Coordinates(ring=ring, ulysses=ulysses, pipeline=grid.sizes.pipeline - 1))

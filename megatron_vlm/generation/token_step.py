@@ -114,7 +114,7 @@ class TokenStep:
         rotated = apply_rope(qkv[:, :, : heads + 1], cos, sin)  # queries and key of each group
         keys, values = self.cache.extend(layer.number, rotated[:, None, :, heads], qkv[:, None, :, heads + 1])
         # The query heads of a group read the same keys: they are r queries of one head, and all keys come before them.
-        out, _ = attention(
+        out, lse = attention(
             rotated[:, :, :heads].transpose(1, 2),  # [b, g, r, d] -> [b, r, g, d]
             keys,
             values,
@@ -123,6 +123,7 @@ class TokenStep:
             key_valid=self.cache.key_valid(keys.shape[1]),
             backend=layer.backend,
         )
+        out = self.cache.over_all_keys(out, lse)
         return self._summed(functional.linear(out.transpose(1, 2).reshape(len(x), -1), layer.out))
 
     def _summed(self, x: Tensor) -> Tensor:

@@ -129,7 +129,8 @@ class LanguageModel(GPTModel):
             labels: [b, s], shifted, -100 where not trained; read by the last chunk only.
             features: visual rows of this rank's slice of the sequence; merged by the first chunk only.
             cache: generation's kv cache, of all tokens before these; not with sequence parallelism.
-            documents: of each whole row; default: each row is one.
+            documents: of each whole row; default: each row is one. With a cache, context ranks are told them of a
+                prompt, which they share, and of no token after it, which every rank has.
 
         Returns:
             Last chunk: per-token loss [b, s] fp32 with labels, else logits [b, s, V]; with a cache the last token's
@@ -142,7 +143,7 @@ class LanguageModel(GPTModel):
             inverse_frequencies=self.inverse_frequencies,
             rope_scaling=self.spec.rope_scaling,
             cache=cache,
-            shared=self._shared_sequence(position_ids, documents),
+            shared=None if cache is not None and documents is None else self._shared_sequence(position_ids, documents),
         )
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
         if not self.post_process:

@@ -6,6 +6,10 @@ neither squeezes nor slices anything, and mcore's own position embedding is 'non
 positions. Then heads are exchanged for sequence over the Ulysses ranks, keys and values go round the ring, and the
 output comes back the way the queries went.
 
+In generation context ranks share a prompt like any other rows, and each keeps the keys of its own tokens, all heads of
+them: equally many on every rank, however few heads there are. A token of the answer is every rank's: each attends with
+it to the keys it has, and the parts are merged. Its own key goes to one rank, in turn.
+
 Letters: s tokens of this context rank (gathered: under sequence parallelism mcore's qkv projection has already gathered
 them), b rows, heads and kv_heads of this tensor-parallel rank, d head width.
 """
@@ -15,6 +19,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -67,6 +72,44 @@ class KVCache:
         num_answer_tokens = length - self.prompt_valid.shape[1]
         return torch.nn.functional.pad(self.prompt_valid, (0, num_answer_tokens), value=True)
 
+    def over_all_keys(self, out: Tensor, lse: Tensor) -> Tensor:
+        """Attention with the keys here, out [b, s, heads, d] and lse [b, heads, s] -> out with all keys there are."""
+        return out
+
+
+class SharedKVCache(KVCache):
+    """One context rank's part of the keys: of its own tokens of the prompt, and of every n-th token of the answer.
+
+    The prompt is each layer's first call; every call after it brings one token, the same on all n ranks.
+
+    Args:
+        capacity: keys per row that this rank keeps.
+        prompt_valid: [b, tokens of the prompt that this rank has] bool, as in `KVCache`.
+        group: the context ranks.
+    """
+
+    def __init__(self, capacity: int, prompt_valid: Tensor | None, group: ProcessGroup) -> None:
+        super().__init__(capacity, prompt_valid)
+        self.group = group
+        self._num_answer_tokens: dict[int, int] = {}
+
+    def extend(self, layer_number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """As `KVCache.extend`; of an answer's token nothing is appended where it is another rank's turn."""
+        number = self._num_answer_tokens.get(layer_number, -1)  # -1: the prompt
+        self._num_answer_tokens[layer_number] = number + 1
+        if number < 0 or number % self.group.size() == self.group.rank():
+            return super().extend(layer_number, keys, values)
+        return super().extend(layer_number, keys[:, :0], values[:, :0])
+
+    def over_all_keys(self, out: Tensor, lse: Tensor) -> Tensor:
+        """As `KVCache.over_all_keys`, for an answer's token: the ranks' parts merged in lse's dtype. A collective of
+        the group; of each row some rank has a key that is no padding."""
+        part = torch.cat([out.to(lse.dtype), lse.transpose(1, 2)[..., None]], dim=-1)  # [b, s, heads, d + 1]
+        gathered = part.new_empty(self.group.size() * part.numel())
+        dist.all_gather_into_tensor(gathered, part.flatten(), group=self.group)
+        outs, lses = gathered.view(-1, *part.shape).split([out.shape[-1], 1], dim=-1)  # [n, b, s, heads, d or 1]
+        return (lses.softmax(0) * outs).sum(0).to(out.dtype)
+
 
 @dataclass(frozen=True)
 class SharedSequence:
@@ -89,7 +132,7 @@ class AttentionContext(PackedSeqParams):
     Args:
         position_ids: [b, s] of this forward's tokens.
         inverse_frequencies: [d/2] of RoPE; `rope_scaling` multiplies cosines and sines.
-        cache: the kv cache this forward reads and extends, or None.
+        cache: the kv cache this forward reads and extends, or None; with `shared` it is extended by a prompt only.
         shared: where the rows are more than this rank's own tokens of one document each.
     """
 
@@ -108,7 +151,7 @@ class AttentionContext(PackedSeqParams):
 
 
 class ContextAttention(MegatronModule):
-    """mcore's `core_attention`: RoPE, kv cache, `ops.attention`. It has no parameters.
+    """mcore's `core_attention`: RoPE, kv cache, `ops.attention`, context ranks. It has no parameters.
 
     Args:
         backend: of `ops.attention`; the other arguments are mcore's.
@@ -148,15 +191,18 @@ class ContextAttention(MegatronModule):
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [s, b, ...] -> [b, s, ...]
         q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
         if context.shared is not None:
-            assert context.cache is None, "generation runs on whole rows"
+            if context.cache is not None:  # a prompt
+                context.cache.extend(self.layer_number, k, v)
             return self._attend_shared(q, k, v, context.shared).transpose(0, 1).flatten(2)
         key_valid = None
         if context.cache is not None:
             k, v = context.cache.extend(self.layer_number, k, v)
             key_valid = context.cache.key_valid(k.shape[1])
-        out, _ = attention(
+        out, lse = attention(
             q, k, v, causal=True, softmax_scale=self.softmax_scale, key_valid=key_valid, backend=self.backend
         )
+        if context.cache is not None:
+            out = context.cache.over_all_keys(out, lse)
         return out.transpose(0, 1).flatten(2)  # [b, s, heads, d] -> [s, b, heads * d]
 
     def _attend_shared(self, q: Tensor, k: Tensor, v: Tensor, shared: SharedSequence) -> Tensor:

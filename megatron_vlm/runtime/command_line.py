@@ -35,7 +35,9 @@ class CommandLine(argparse.ArgumentParser):
     def add_layout(self) -> None:
         """How a model is loaded: device, the ranks that share it, dtype, and the words it is asked in."""
         self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-        for name, what in (("tensor", "tensor-parallel ranks"), ("pipeline", "pipeline stages")):
+        axes = {"tensor": "tensor-parallel ranks", "pipeline": "pipeline stages"}
+        axes |= {"ulysses": "ranks that share a prompt by heads", "ring": "ranks that share a prompt by keys"}
+        for name, what in axes.items():
             self.add_argument(f"--{name}", type=whole_number(1), default=1, metavar="N", help=f"{what} (default 1)")
         self.add_argument("--template", metavar="NAME", help="conversation template (default: the model's own)")
         self.add_argument(

@@ -21,13 +21,13 @@ def train_and_save(recipe: dict[str, Any]) -> None:
     train(Config.model_validate(recipe), Launch(rank, world_size, rank, world_size))
 
 
-def records_of(checkpoint: str, data: Path, tensor: int = 1, pipeline: int = 1) -> list[Any]:
+def records_of(checkpoint: str, data: Path, ranks: dict[str, int]) -> list[Any]:
     """The records of plain and blanked images, as this rank sees them."""
     from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, read_questions
     from megatron_vlm.generation.load import open_checkpoint
 
     request = EvaluationRequest("exact_match", blank_images=True, batch_size=3, max_new_tokens=5)
-    assistant = open_checkpoint(checkpoint, tensor, pipeline)
+    assistant = open_checkpoint(checkpoint, **ranks)
     report = evaluate(assistant, read_questions([data], None, assistant.image_token), request)
     return [*report.records, *report.blank_records]
 
@@ -53,7 +53,7 @@ def load_error(checkpoint: str, tensor: int, pipeline: int) -> str:
     from megatron_vlm.generation.load import open_checkpoint
 
     with pytest.raises(ConfigError) as error:
-        open_checkpoint(checkpoint, tensor, pipeline)
+        open_checkpoint(checkpoint, tensor=tensor, pipeline=pipeline)
     return str(error.value)
 
 
@@ -70,17 +70,18 @@ def trained(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 def test_any_layout_gives_the_records_of_one_process(ranks, trained, tmp_path):
     _, checkpoint = trained
     data = tiny_dataset(tmp_path, 11, "held_out.json")
-    (alone,) = ranks.run(1, records_of, checkpoint, data)
+    (alone,) = ranks.run(1, records_of, checkpoint, data, {})
     assert len(alone) == 22 and [record.number for record in alone] == [*range(11)] * 2
     assert len({record.answer for record in alone}) > 4, "answers must differ for the comparison to say anything"
     assert alone[:11] != alone[11:], "blanked images must matter"
-    for num_ranks, tensor, pipeline in ((3, 1, 1), (4, 2, 2), (4, 1, 2)):  # 11 questions over 3, 1 and 2 replicas
-        assert ranks.run(num_ranks, records_of, checkpoint, data, tensor, pipeline) == [alone] * num_ranks
+    layouts = ((3, {}), (4, {"tensor": 2, "pipeline": 2}), (4, {"pipeline": 2}), (4, {"tensor": 2, "ring": 2}))
+    for num_ranks, layout in layouts:  # 11 questions over 3, 1, 2 and 1 replicas
+        assert ranks.run(num_ranks, records_of, checkpoint, data, layout) == [alone] * num_ranks
 
 
 def test_a_replica_without_a_question_is_no_trouble(ranks, trained, tmp_path):
     data = tiny_dataset(tmp_path, 1, "one.json")
-    records = ranks.run(4, records_of, trained[1], data, 2, 1)
+    records = ranks.run(4, records_of, trained[1], data, {"tensor": 2})
     assert len(records[0]) == 2 and records == [records[0]] * 4
 
 

@@ -19,7 +19,13 @@ from tests.unit.generation.conftest import hf_llava
 pytestmark = pytest.mark.slow
 NUM_PROMPTS, NUM_NEW, BATCH = 50, 12, 8
 LEAST_MARGIN = 1e-4  # of logits, whose rounding differs between layouts by about 1e-5
-LAYOUTS = {"tp1": {}, "tp2": {"tensor": 2}, "pp2": {"pipeline": 2}}
+LAYOUTS = {
+    "tp1": (1, {}),
+    "tp2": (2, {"tensor": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "tp2-ulysses2": (4, {"tensor": 2, "ulysses": 2}),
+    "tp2-ring2": (4, {"tensor": 2, "ring": 2}),
+}
 
 
 def random_prompts() -> list[list[Any]]:
@@ -105,7 +111,7 @@ def expected(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_greedy_tokens_equal_transformers(ranks, expected, tmp_path, layout):
-    recipe = tiny_recipe(tmp_path, parallel=LAYOUTS[layout]).model_dump(mode="json")
-    num_ranks = 1 if layout == "tp1" else 2
-    for rows, _ in ranks.run(num_ranks, ours, recipe, False):
+    num_ranks, parallel = LAYOUTS[layout]
+    recipe = tiny_recipe(tmp_path, parallel=parallel).model_dump(mode="json")
+    for rows, _ in ranks.run(num_ranks, ours, recipe, False, timeout=280):
         assert rows == expected

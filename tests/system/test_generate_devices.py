@@ -35,6 +35,9 @@ def ask(assistant):
         [chat.say([image, "far?"]), chat.say("near?")],
     ]
 
+def scores(assistant):
+    return [score.log_probability for score in assistant.score(prompts, ["near", "", "red blue"])]
+
 def error_of(call):
     try:
         call()
@@ -47,6 +50,8 @@ with load(path, devices=["cpu", "cpu"]) as assistant:
     open("bad.png", "w").write("none")
     told["bad image"] = error_of(lambda: assistant.generate(["bad.png", "?"]))
     told["bad markers"] = error_of(lambda: assistant.generate("<image>?"))
+    told["tp2 scores"] = scores(assistant)
+    told["bad answers"] = error_of(lambda: assistant.score(prompts, ["near"]))
     told["alive after"] = assistant.generate(prompts, max_new_tokens=8) == told["tp2"][0]
     pids = [process.pid for process in assistant._children.processes]
 told["closed"] = error_of(lambda: assistant.generate("?"))
@@ -57,8 +62,14 @@ pids = [process.pid for process in killed._children.processes]
 os.kill(pids[1], signal.SIGKILL)
 told["killed"] = error_of(lambda: killed.generate("?"))
 told["left after kill"] = [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+for axis in ("ring", "ulysses"):
+    with load(path, devices=["cpu", "cpu"], **{axis: 2}) as assistant:
+        told[axis], told[f"{axis} scores"] = ask(assistant), scores(assistant)
+        told[f"{axis} alone"] = assistant.score("far?", "near").log_probability
 told["missing"] = error_of(lambda: load("nowhere", devices=["cpu", "cpu"]))
-told["alone"] = ask(load(path, devices=["cpu"]))
+told["no rank"] = error_of(lambda: load(path, ring=0))
+alone = load(path, devices=["cpu"])
+told["alone"], told["scores"] = ask(alone), scores(alone)
 print(json.dumps(told))
 """
 WAIT = """
@@ -87,6 +98,13 @@ def test_ranks_answer_as_one_process_and_fail_with_one_error(model: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["tp2"] == told["alone"] and told["pp2"] == told["alone"]
+    assert told["ring"] == told["alone"] and told["ulysses"] == told["alone"]
+    for layout in ("tp2", "ring", "ulysses"):
+        assert told[f"{layout} scores"] == pytest.approx(told["scores"], rel=1e-5)
+        if layout != "tp2":
+            assert told[f"{layout} alone"] == pytest.approx(told["scores"][0], rel=1e-5)
+    assert told["bad answers"] == "DataError: answers: found ['near'], needs 3 texts"
+    assert told["no rank"] == "ConfigError: ring: found 0, needs an integer of at least 1"
     assert len(set(told["alone"][0])) == 3 and told["alone"][0] != told["alone"][1]
     assert told["bad image"].startswith("BadSample: prompt 1: image") and "cannot be read" in told["bad image"]
     assert "1 image marker" in told["bad markers"] and told["alive after"]

@@ -27,18 +27,6 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
         ["training.sequence_length: found 130, needs a multiple of 12, because parallel.ulysses and parallel.ring cut"],
     ),
     (
-        "answers of ranks that share a sequence",
-        {
-            "parallel__ring": 2,
-            "training__sequence_length": 128,
-            "training__mode": "train_and_eval",
-            "evaluation__path": "held_out.json",
-            "evaluation__task": "exact_match",
-        },
-        2,
-        ["evaluation.task: found 'exact_match' with parallel.ulysses 1 and parallel.ring 2, whose ranks cannot answer"],
-    ),
-    (
         "world with context ranks",
         {"parallel__ring": 2, "parallel__ulysses": 2, "training__sequence_length": 128},
         6,
