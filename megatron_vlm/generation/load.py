@@ -9,12 +9,11 @@ module is what a plain Python process meets first.
 """
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args
 
-from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.device import DeviceRequest, current_device, prepare
 from megatron_vlm.runtime.distributed import init_world, read_launch
 from megatron_vlm.runtime.logging import get_logger, quietly
@@ -40,8 +39,6 @@ class RankCounts(TypedDict, total=False):
 
 
 COLLECTIVE_TIMEOUT_SECONDS = 600
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 
 
 def load(
@@ -202,20 +199,11 @@ def find_foreign(path: str | os.PathLike[str]) -> "ForeignModel | None":
 
     Raises ConversionError for a hub id that cannot be fetched, or a directory that is not whole.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     from megatron_vlm.conversion.formats import is_foreign, open_foreign
+    from megatron_vlm.conversion.formats.base import HUB_ID
 
-    folder = Path(path)
-    if folder.exists() or not HUB_ID.fullmatch(os.fspath(path)):
-        return open_foreign(folder) if is_foreign(folder) else None
-    try:
-        folder = Path(snapshot_download(os.fspath(path), allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConversionError(f"{path}: neither a directory nor a hub id that can be fetched: {reason}") from error
-    return open_foreign(folder)
+    is_on_hub = not Path(path).exists() and HUB_ID.fullmatch(os.fspath(path)) is not None
+    return open_foreign(os.fspath(path)) if is_on_hub or is_foreign(path) else None
 
 
 def _foreign_config(foreign: "ForeignModel", parallel: "ParallelConfig", dtype: Dtype | None) -> "Config":
@@ -223,15 +211,14 @@ def _foreign_config(foreign: "ForeignModel", parallel: "ParallelConfig", dtype: 
     import torch
 
     from megatron_vlm.conversion.formats import config_of
-    from megatron_vlm.conversion.mappings import EMBEDDING
+    from megatron_vlm.conversion.formats.recipe import parameter_format, stored_dtypes
 
-    stored = foreign.source.read(EMBEDDING).dtype
-    narrowed = stored is torch.float16 and current_device().type == "cuda"
+    narrowed = stored_dtypes(foreign) == {torch.float16} and current_device().type == "cuda"
     if narrowed and dtype is None and torch.distributed.get_rank() == 0:
         get_logger(__name__).warning(
             "%s is stored in fp16 and loaded in bf16; dtype fp32 keeps every digit of it", foreign.folder
         )
-    params = "bf16" if narrowed or stored is torch.bfloat16 else "fp32"
+    params = "bf16" if narrowed else parameter_format(foreign)
     return config_of(foreign, precision={"params": params}, parallel=parallel.model_dump())
 
 

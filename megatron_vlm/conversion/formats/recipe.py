@@ -57,9 +57,13 @@ def config_of(foreign: ForeignModel, **sections: Any) -> Config:
 
 def parameter_format(foreign: ForeignModel) -> str:
     """`precision.params` that loses nothing: bf16 where all weights are; else fp32, which holds fp16's values too."""
+    return "bf16" if stored_dtypes(foreign) == {torch.bfloat16} else "fp32"
+
+
+def stored_dtypes(foreign: ForeignModel) -> set[torch.dtype]:
+    """Of its weights, buffers that are computed left out."""
     names = (name for name in foreign.source.names() if not COMPUTED_BUFFERS.search(name))
-    dtypes = {foreign.source.read(name).dtype for name in names}
-    return "bf16" if dtypes == {torch.bfloat16} else "fp32"
+    return {foreign.source.read(name).dtype for name in names}
 
 
 def settings_of(config: PretrainedConfig) -> dict[str, Any]:

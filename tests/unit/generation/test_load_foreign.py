@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import megatron_vlm
+from megatron_vlm.conversion import sources
 from megatron_vlm.errors import ConversionError
 from tests.helpers.verify_models import Shape, draw, save_llava, save_llava_hf
 
@@ -76,9 +77,8 @@ def test_a_directory_of_another_system_answers(theirs, folders, format):
 
 def test_a_hub_id_is_fetched(theirs, folders, monkeypatch):
     fetched: list[str] = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, **_: fetched.append(name) or folders["llava-hf"]
-    )
+    monkeypatch.setattr(sources, "list_repo_files", lambda name: ["config.json", "model.safetensors"])
+    monkeypatch.setattr(sources, "snapshot_download", lambda name, **_: fetched.append(name) or folders["llava-hf"])
     check(megatron_vlm.load("someone/llava-tiny"), theirs)
     assert fetched == ["someone/llava-tiny"]
 
