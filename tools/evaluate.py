@@ -59,7 +59,7 @@ def main() -> None:
         assistant = load(arguments.checkpoint, **{name: getattr(arguments, name) for name in names})
         from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, read_questions
 
-        asked = read_questions(arguments.data, arguments.media_root, assistant.image_token)
+        asked = read_questions(arguments.data, arguments.media_root, assistant.image_token, assistant.video)
         request = EvaluationRequest(
             task=arguments.task,
             blank_images=arguments.blank_images,

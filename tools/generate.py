@@ -2,13 +2,15 @@
 
 python tools/generate.py CHECKPOINT --media a.png --prompt "What is this?"
 python tools/generate.py CHECKPOINT --media a.png b.png --prompt "Which image shows the larger digit?"
+python tools/generate.py CHECKPOINT --media clip.mp4 --prompt "What happens?"
 python tools/generate.py CHECKPOINT --media a.png --chat --temperature 0.7 --top-p 0.9
 python tools/generate.py CHECKPOINT --devices 0 1 --prompt "What is this?"
 torchrun --nproc-per-node 4 tools/generate.py CHECKPOINT --tensor 2 --pipeline 2 --prompt "What is this?"
 python tools/generate.py CHECKPOINT --devices 0 1 2 3 --tensor 2 --ring 2 --prompt "What is this?"
 
 CHECKPOINT is one of ours, a Hugging Face llava-hf or LLaVA directory, or the hub id of one. Images come before the
-text, unless the prompt says with <image> where each belongs.
+text, unless the prompt says with <image> where each belongs. A video (or a folder of frames) is shown as the frames
+that data.video of the checkpoint's recipe takes of it.
 
 With --chat every line of standard input is a turn, and every line printed an answer; what was said and shown is kept.
 A line "/media FILE ..." shows more images with the next turn. The end of the input ends the conversation.
@@ -57,7 +59,7 @@ def read_command_line() -> CommandLine:
     parser.add_argument(
         "checkpoint", help="a checkpoint, a directory of them (its latest), a model directory or hub id"
     )
-    parser.add_argument("--media", nargs="+", default=[], type=Path, metavar="FILE", help="images, in order")
+    parser.add_argument("--media", nargs="+", default=[], type=Path, metavar="FILE", help="images and videos, in order")
     parser.add_argument("--prompt", help="the question; with --chat the first turn")
     parser.add_argument("--chat", action="store_true", help="a conversation on standard input")
     parser.add_argument(

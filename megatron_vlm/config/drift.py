@@ -32,6 +32,7 @@ MAY_DIFFER: dict[str, bool] = {
     "data.template": False,
     "data.image_mode": False,
     "data.image_token": False,
+    "data.video": True,  # frames that it adds or leaves out are seen in the fingerprint
     "data.group_by_modality_length": False,
     "data.packing": False,
     "data.on_long_sample": True,  # samples that it changes are seen in the fingerprint

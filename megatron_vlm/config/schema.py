@@ -5,7 +5,6 @@ weights is in `validation.py`. No torch here: a recipe can be read and checked i
 """
 
 import importlib
-import math
 import os
 import sys
 from typing import Annotated, Any, Literal
@@ -39,6 +38,7 @@ Number = BeforeValidator(_no_switch)
 Extension = Annotated[str, AfterValidator(_import)]
 PositiveInt = Annotated[int, Field(gt=0), Number]
 NonNegativeInt = Annotated[int, Field(ge=0), Number]
+RowLength = Annotated[int, Field(ge=2), Number]  # a token, and one that it predicts
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False), Number]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False), Number]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0), Number]
@@ -130,15 +130,13 @@ class ParallelConfig(Section):
         """Ranks of one replica of the model."""
         return self.tensor * self.pipeline * (self.context or self.ulysses * self.ring)
 
-    @property
-    def length_multiple(self) -> int:
-        """What the ranks that share a sequence can cut: a sequence's length is a multiple of it."""
-        return length_multiple(self.ring, self.ulysses, self.tensor if self.sequence else 1)
 
+class VideoConfig(Section):
+    """Which frames of a video are trained, each as a picture: `num_frames` spread evenly over it, fewer where it has
+    fewer, or where these were more than `fps` a second (0: no such limit; a folder of frames has no seconds)."""
 
-def length_multiple(ring: int = 1, ulysses: int = 1, tensor: int = 1) -> int:
-    """Ring ranks have two chunks each, of one length, and are cut into ulysses * tensor pieces (DESIGN D5)."""
-    return ring * math.lcm(2, ulysses * tensor) if ring > 1 else ulysses * tensor
+    num_frames: PositiveInt = 8
+    fps: NonNegativeFloat = 0.0
 
 
 class DataConfig(Section):
@@ -150,6 +148,7 @@ class DataConfig(Section):
     template: str = "auto"
     image_mode: Literal["pad", "resize", "processor"] = "pad"  # processor: as the tower's own preprocessor config says
     image_token: str = "<image>"
+    video: VideoConfig = VideoConfig()
     group_by_modality_length: bool = False  # batches of one modality and of similar lengths, as LLaVA samples
     packing: bool = False  # rows of training.sequence_length tokens, each of several samples
     on_long_sample: Literal["error", "truncate"] = "error"  # longer than training.sequence_length; pictures stay whole
@@ -198,7 +197,7 @@ class TrainingConfig(Section):
     """The step: batch, length, number."""
 
     mode: Literal["train", "eval", "train_and_eval"] = "train"
-    sequence_length: PositiveInt = 2048  # longest row, in tokens, pictures included
+    sequence_length: RowLength = 2048  # longest row, in tokens, pictures included; padded to what the ranks can cut
     global_batch_size: PositiveInt = 128  # rows per step over all ranks
     micro_batch_size: PositiveInt = 1
     steps: PositiveInt

@@ -105,17 +105,8 @@ def _tokenizer(config: Config) -> Iterator[str]:
 
 
 def _sequence(config: Config) -> Iterator[str]:
-    parallel, length = config.parallel, config.training.sequence_length
-    if parallel.sequence and parallel.tensor == 1:
+    if config.parallel.sequence and config.parallel.tensor == 1:
         yield "parallel.sequence: found true with parallel.tensor 1, needs parallel.tensor > 1 or false"
-        return
-    if length % parallel.length_multiple:
-        cutters = {"sequence": parallel.sequence, "ulysses": parallel.ulysses > 1, "ring": parallel.ring > 1}
-        names = [f"parallel.{name}" for name, cuts in cutters.items() if cuts]
-        yield (
-            f"training.sequence_length: found {length}, needs a multiple of {parallel.length_multiple}, because "
-            f"{' and '.join(names)} {'cuts' if len(names) == 1 else 'cut'} it over the ranks"
-        )
 
 
 def _context(config: Config) -> Iterator[str]:

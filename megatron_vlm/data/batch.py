@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_vlm.data.sample import IGNORE
+from megatron_vlm.data.sample import IGNORE, Picture
 from megatron_vlm.parallel.layout import Documents
 from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan
 
@@ -69,10 +69,10 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """A picture of the window: whose it is, its file, and the tokens it was given."""
+    """A picture of the window: whose it is, its file or frame, and the tokens it was given."""
 
     sample_id: str
-    path: str
+    path: Picture
     item: MediaItem  # its micro_batch is the index in the step, as in StepBatch.micro_batches
 
 

@@ -3,11 +3,12 @@
 Built at first use, by reading and encoding every sample once, and kept beside the data file in
 `<data file>.index/<fingerprint>/`, so lengths are known before any batch is made and a bad sample is told before the
 first step, or left out under `data.on_bad_sample: skip`. The fingerprint covers all that the numbers depend on: the
-file's size and time, tokenizer, template, image marker and tokens per image, media folder, what makes a sample bad. A
-folder is written under another name and renamed, so one that is there is whole; a lock file lets the other ranks of the
-machine wait for the one that builds.
+file's size and time, tokenizer, template, image marker and tokens per image, frames per video, media folder, what makes
+a sample bad. A folder is written under another name and renamed, so one that is there is whole; a lock file lets the
+other ranks of the machine wait for the one that builds.
 
     samples.npy     RECORD per sample            ids.bin         their ids, one after the other
+    frames.npy      int32, the frames taken of each video, sample after sample
     contents.json   fingerprint, counts          dropped.jsonl   what was left out: id, place, reason, message, images
 
 Hazard: pictures come and go without a trace in the fingerprint. What was left out for want of one that is there by now
@@ -32,21 +33,25 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.conversation import ConversationEncoder, EncodedSample
 from megatron_vlm.data.media import MediaReader
 from megatron_vlm.data.sample import BadSample, Sample
 from megatron_vlm.data.sources import Extent, RecordFile
+from megatron_vlm.data.video.files import count_frames
+from megatron_vlm.data.video.sampling import place, with_frames
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.errors import DataError
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.progress import Progress
 
-FORMAT = 5  # of the index's files and of what is in them
+FORMAT = 6  # of the index's files and of what is in them
 SAMPLES_PER_CHUNK = 512
 SAMPLES_PER_PROCESS = 20_000  # below which another process costs more to start than it saves
 HEAD_START_SECONDS = 1.0  # of rank 0, which owns the console, before another rank may build
 RECORD = np.dtype(
     [("offset", "<i8"), ("size", "<i8"), ("number", "<i8"), ("tokens", "<i4"), ("images", "<i4"), ("id_end", "<i8")]
+    + [("video_end", "<i8")]
     + [("digest", "<u8")]  # of its bytes in the file
 )
 
@@ -67,6 +72,9 @@ class SampleIndex:
         self._ids = np.memmap(ids, np.uint8, mode="r") if ids.stat().st_size else np.empty(0, np.uint8)
         if len(self._ids) != (needed := self._records["id_end"][-1]):
             raise ValueError(f"{ids.name} has {len(self._ids)} bytes, {needed} are needed")
+        self._frames = np.load(folder / "frames.npy")
+        if len(self._frames) != (needed := self._records["video_end"][-1]):
+            raise ValueError(f"frames.npy has {len(self._frames)} videos, {needed} are needed")
         self.tokens: np.ndarray = self._records["tokens"]
         self.images: np.ndarray = self._records["images"]
         contents = json.loads((folder / "contents.json").read_text(encoding="utf-8"))
@@ -84,6 +92,11 @@ class SampleIndex:
         """Where the sample stands in its file."""
         record = self._records[sample]
         return Extent(int(record["offset"]), int(record["size"]), int(record["number"]))
+
+    def frame_counts(self, sample: int) -> tuple[int, ...]:
+        """How many frames of each of the sample's videos are taken."""
+        start = int(self._records["video_end"][sample - 1]) if sample else 0
+        return tuple(self._frames[start : int(self._records["video_end"][sample])].tolist())
 
     def sample_id(self, sample: int) -> str:
         """The sample's id as the file has it."""
@@ -108,17 +121,19 @@ class Measured(NamedTuple):
     digest: int
     id: str
     is_truncated: bool
+    frames: tuple[int, ...]  # of each video
 
 
 class Dropped(NamedTuple):
-    """A sample left out, as a line of dropped.jsonl; where it cannot be read its id is its number, and it has no images
-    (their paths)."""
+    """A sample left out, as a line of dropped.jsonl; where it cannot be read its id is its number, and it has neither
+    images nor videos (their paths)."""
 
     id: str
     place: str
     reason: str
     message: str
     images: list[str]
+    videos: list[str]
 
 
 @dataclass(frozen=True)
@@ -130,6 +145,7 @@ class Measurer:
     media_root: Path
     extents: list[Extent]
     skip: SkipRule | None
+    sampling: VideoConfig
 
     def produce(self, number: int) -> list[Measured | Dropped]:
         """The samples of chunk `number`. Raises BadSample for the first that is bad, but under a skip rule."""
@@ -138,37 +154,57 @@ class Measurer:
 
     def _measure(self, extent: Extent) -> Measured | Dropped:
         sample_id, origin, raw = str(extent.number), self.file.origin(extent), self.file.read_bytes(extent)
-        images: list[str] = []
+        media: dict[str, list[str]] = {"images": [], "videos": []}
         try:
             sample = self.file.parse(raw, origin, sample_id)
-            sample_id, images = sample.id, [str(self.media_root / image) for image in sample.images]
+            sample_id = sample.id
+            media = {name: [str(self.media_root / str(path)) for path in getattr(sample, name)] for name in media}
             digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
-            encoded = self._encode(sample)
-            return Measured(len(encoded.ids), len(encoded.image_starts), digest, sample_id, encoded.num_cut > 0)
+            self._check_files(sample)
+            frames = count_frames(sample, self.media_root, self.sampling)
+            encoded = self._encode(sample, frames)
+            is_truncated = encoded.num_cut > 0
+            return Measured(len(encoded.ids), len(encoded.image_starts), digest, sample_id, is_truncated, frames)
         except BadSample as error:
             if self.skip is None:
                 raise
-            return Dropped(sample_id, origin, error.reason, str(error), images)
+            return Dropped(sample_id, origin, error.reason, str(error), **media)
 
-    def _encode(self, sample: Sample) -> EncodedSample:
-        """Its tokens, after everything was checked."""
+    def _check_files(self, sample: Sample) -> None:
         owner = f"{sample.origin}: sample {sample.id!r}"
+        advice = "(data.media_root is joined with the path in the file)"
         for image in sample.images:
-            path = self.media_root / image
+            path = place(image, self.media_root)
             if not os.path.isfile(path):
-                message = f"{owner}: image {path} does not exist (data.media_root is joined with the path in the file)"
-                raise BadSample(message, "missing")
+                raise BadSample(f"{owner}: image {path} does not exist {advice}", "missing")
             if self.skip is not None:
                 self.skip.media.check_header(path, owner)
-        encoded = self.encoder.encode(sample)
-        num_tokens = len(encoded.ids)
-        if self.skip is not None and num_tokens > self.skip.max_tokens:
+        for video in sample.videos:
+            path = self.media_root / video
+            if not os.path.exists(path):
+                raise BadSample(f"{owner}: video {path} does not exist {advice}", "missing")
+
+    def _encode(self, sample: Sample, frames: tuple[int, ...]) -> EncodedSample:
+        """Its tokens."""
+        encoded = self.encoder.encode(with_frames(sample, frames, self.encoder.image_token))
+        if self.skip is not None and len(encoded.ids) > self.skip.max_tokens:
+            size = describe_length(len(encoded.ids), frames, self.encoder.tokens_per_image)
             raise BadSample(
-                f"{owner} has {num_tokens} tokens, pictures included; training.sequence_length is "
-                f"{self.skip.max_tokens}",
+                f"{sample.origin}: sample {sample.id!r} has {size}; training.sequence_length is {self.skip.max_tokens}",
                 "too long",
             )
         return encoded
+
+
+def describe_length(num_tokens: int, frames: Sequence[int], tokens_per_frame: int) -> str:
+    """A sample's length in words. `frames`: of each of its videos."""
+    if not frames:
+        return f"{num_tokens} tokens, pictures included"
+    frame_tokens = sum(frames) * tokens_per_frame
+    return (
+        f"{num_tokens} tokens, of which {sum(frames)} frames (data.video.num_frames) x {tokens_per_frame} tokens are "
+        f"{frame_tokens}"
+    )
 
 
 def open_index(
@@ -178,6 +214,7 @@ def open_index(
     spare_root: Path,
     rank: int = 0,
     skip: SkipRule | None = None,
+    sampling: VideoConfig | None = None,
 ) -> SampleIndex:
     """The index of `file`, built where there is none yet.
 
@@ -186,12 +223,14 @@ def open_index(
         spare_root: where the index goes when it cannot be written beside the data file.
         rank: of this process; rank 0 is given a head start in building.
         skip: leave bad samples out, by this rule.
+        sampling: which frames of a video are taken; default: VideoConfig's.
 
     Raises:
         DataError: the file or, without `skip`, a sample in it is bad; with it: all of them are, more than half of
             those with pictures lack one, or one was left out for want of pictures that are there now.
     """
-    fingerprint = _fingerprint(file, encoder, media_root, skip)
+    sampling = sampling or VideoConfig()
+    fingerprint = _fingerprint(file, encoder, media_root, skip, sampling)
     folder = _cache_root(file.path, spare_root) / fingerprint
     if not folder.exists() and rank != 0:
         time.sleep(HEAD_START_SECONDS)
@@ -199,7 +238,7 @@ def open_index(
         try:
             with _only_builder(folder.with_suffix(".lock")):
                 if not folder.exists():
-                    _build(Measurer(file, encoder, media_root, file.scan(), skip), folder)
+                    _build(Measurer(file, encoder, media_root, file.scan(), skip, sampling), folder)
         except OSError as error:
             raise DataError(f"the index of {file.path} cannot be written to {folder}: {error}") from error
     index = _open(folder, with_check=rank == 0)
@@ -230,7 +269,8 @@ def _refuse_mended(folder: Path) -> None:
     """Raises DataError where pictures that were missing at indexing are there now."""
     with open(folder / "dropped.jsonl", encoding="utf-8") as lines:
         dropped = [Dropped(**json.loads(line)) for line in lines]
-    mended = [one for one in dropped if one.reason == "missing" and all(map(os.path.isfile, one.images))]
+    missing = [one for one in dropped if one.reason == "missing"]
+    mended = [one for one in missing if all(map(os.path.isfile, one.images)) and all(map(os.path.exists, one.videos))]
     if mended:
         raise DataError(
             f"the index {folder} lacks {len(mended)} samples whose pictures were missing when it was built and are "
@@ -243,7 +283,7 @@ def _refuse_media_root(media_root: Path, path: Path, num_found: int, dropped: Se
     """Raises DataError where more than half of the samples with pictures lack one: then it is not the samples that are
     bad. `num_found`: samples whose pictures are there."""
     missing = [sample for sample in dropped if sample.reason == "missing"]
-    num_with_images = num_found + sum(bool(sample.images) for sample in dropped)
+    num_with_images = num_found + sum(bool(sample.images or sample.videos) for sample in dropped)
     if 2 * len(missing) > num_with_images:
         raise DataError(
             f"data.media_root: found {media_root}, where {len(missing)} of {num_with_images} samples with pictures of "
@@ -256,7 +296,9 @@ def _list_counts(dropped: dict[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in dropped.items())
 
 
-def _fingerprint(file: RecordFile, encoder: ConversationEncoder, media_root: Path, skip: SkipRule | None) -> str:
+def _fingerprint(
+    file: RecordFile, encoder: ConversationEncoder, media_root: Path, skip: SkipRule | None, sampling: VideoConfig
+) -> str:
     try:
         facts = file.path.stat()
     except OSError as error:
@@ -277,6 +319,7 @@ def _fingerprint(file: RecordFile, encoder: ConversationEncoder, media_root: Pat
         encoder.tokens_per_image,
         encoder.max_tokens,
         str(media_root.resolve()),
+        sampling.model_dump(),
         None if skip is None else [skip.max_tokens, skip.media.image_mode, repr(skip.media.spec)],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
@@ -321,6 +364,7 @@ def _build(measurer: Measurer, folder: Path) -> None:
     records = np.zeros(len(extents), RECORD)
     ids: list[bytes] = []
     dropped: list[Dropped] = []
+    frames: list[int] = []
     id_end = num_truncated = 0
     with Progress(f"indexing {file.path.name}", total=len(extents)) as progress:
         for chunk in OrderedItems(measurer, range(num_chunks), num_processes if num_processes > 1 else 0):
@@ -331,7 +375,8 @@ def _build(measurer: Measurer, folder: Path) -> None:
                 extent = extents[len(ids) + len(dropped)]
                 id_end += len(found.id.encode())
                 num_truncated += found.is_truncated
-                records[len(ids)] = (*extent, found.tokens, found.images, id_end, found.digest)
+                frames += found.frames
+                records[len(ids)] = (*extent, found.tokens, found.images, id_end, len(frames), found.digest)
                 ids.append(found.id.encode())
             progress.advance(len(chunk))
     records = records[: len(ids)]
@@ -342,18 +387,21 @@ def _build(measurer: Measurer, folder: Path) -> None:
             f"data file {file.path}: all of its samples are bad ({counts}), so data.on_bad_sample: skip leaves none; "
             f"the first: {dropped[0].message}"
         )
-    _publish(records, b"".join(ids), dropped, num_truncated, folder)
+    _publish(records, b"".join(ids), np.array(frames, np.int32), dropped, num_truncated, folder)
 
 
-def _publish(records: np.ndarray, ids: bytes, dropped: Sequence[Dropped], num_truncated: int, folder: Path) -> None:
+def _publish(
+    records: np.ndarray, ids: bytes, frames: np.ndarray, dropped: Sequence[Dropped], num_truncated: int, folder: Path
+) -> None:
     """Writes beside and renames; where another process was first, its index stands."""
     counts = dict(sorted(Counter(sample.reason for sample in dropped).items()))
     contents = {"fingerprint": _fingerprint_of_contents(records, ids), "dropped": counts, "truncated": num_truncated}
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        samples = io.BytesIO()  # into a file numpy would write past Python, and not notice a full disk
-        np.save(samples, records)
-        (temporary / "samples.npy").write_bytes(samples.getbuffer())
+        for name, array in (("samples.npy", records), ("frames.npy", frames)):
+            content = io.BytesIO()  # into a file numpy would write past Python, and not notice a full disk
+            np.save(content, array)
+            (temporary / name).write_bytes(content.getbuffer())
         (temporary / "ids.bin").write_bytes(ids)
         (temporary / "contents.json").write_text(json.dumps(contents), encoding="utf-8")
         lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in dropped)

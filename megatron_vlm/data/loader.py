@@ -8,7 +8,7 @@ All rows of one step have one length, on all ranks: training.sequence_length whe
 of the global batch, known from the index; rounded up to what the layout can cut.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +21,18 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import MediaSpan, MediaWindow, StepBatch
 from megatron_vlm.data.collate import Document, collate_rows, list_spans
 from megatron_vlm.data.conversation import ConversationEncoder
-from megatron_vlm.data.index import SampleIndex, SkipRule, open_index
+from megatron_vlm.data.index import SampleIndex, SkipRule, describe_length, open_index
 from megatron_vlm.data.media import FAULTS, MediaReader
 from megatron_vlm.data.media_windows import SamplePlace, WorldSharing
 from megatron_vlm.data.plan import GroupedPlan, PackedPlan, Plan, RowPlan
-from megatron_vlm.data.sample import IGNORE, BadSample
+from megatron_vlm.data.sample import IGNORE, BadSample, Frame, Sample
 from megatron_vlm.data.sources import SOURCES, RecordFile
+from megatron_vlm.data.video.files import read_pictures
+from megatron_vlm.data.video.sampling import with_frames
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
-from megatron_vlm.parallel.layout import SequenceLayout, padded_length
+from megatron_vlm.parallel.layout import SequenceLayout, padded_length, row_length
 from megatron_vlm.parallel.media_plan import plan_media
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 from megatron_vlm.runtime.logging import get_logger
@@ -59,6 +61,12 @@ def build_loader(
     data = config.data
     source = _open_source(config, data.path, data.media_root, tokenizer, media_spec, rank)
     fetcher = StepFetcher(make_plan(config, source.index), source, StepShape.of(config, sizes, rank))
+    longest, length = config.training.sequence_length, row_length(config.training.sequence_length, config.parallel)
+    if length != longest:
+        get_logger(__name__).info(
+            "rows of training.sequence_length %d tokens are padded to %d, which the ranks that share them can cut",
+            longest, length,
+        )  # fmt: skip
     return OrderedItems(fetcher, range(start_step, start_step + num_steps), data.num_workers)
 
 
@@ -110,20 +118,20 @@ def _open_source(
     root = Path(media_root) if media_root is not None else file.path.parent
     media = MediaReader(media_spec, data.image_mode)
     skip = SkipRule(media, sequence_length) if data.on_bad_sample == "skip" else None
-    index = open_index(file, encoder, root, Path(config.checkpoint.directory), rank, skip)
-    check_lengths(index, file, sequence_length)
+    index = open_index(file, encoder, root, Path(config.checkpoint.directory), rank, skip, data.video)
+    check_lengths(index, file, sequence_length, media_spec.tokens_per_image)
     return SampleSource(file, index, encoder, media, root, tolerant=skip is not None)
 
 
-def check_lengths(index: SampleIndex, file: RecordFile, sequence_length: int) -> None:
+def check_lengths(index: SampleIndex, file: RecordFile, sequence_length: int, tokens_per_image: int) -> None:
     """Raises DataError naming the longest sample where any is longer than the rows may be."""
     num_long = int((index.tokens > sequence_length).sum())
     if num_long:
         longest = int(index.tokens.argmax())
+        size = describe_length(int(index.tokens[longest]), index.frame_counts(longest), tokens_per_image)
         raise DataError(
-            f"{file.origin(index.extent(longest))}: sample {index.sample_id(longest)!r} has {index.tokens[longest]} "
-            f"tokens, pictures included; training.sequence_length is {sequence_length} ({num_long} of {len(index)} "
-            "samples are longer)"
+            f"{file.origin(index.extent(longest))}: sample {index.sample_id(longest)!r} has {size}; "
+            f"training.sequence_length is {sequence_length} ({num_long} of {len(index)} samples are longer)"
         )
 
 
@@ -139,7 +147,6 @@ class StepShape:
     micro_batch_size: int  # b
     num_micro_batches: int
     media_window: int  # micro-batches
-    sequence_length: int  # longest row allowed
     sequence_parallel: bool
     media_over_world: bool
 
@@ -156,7 +163,6 @@ class StepShape:
             micro_batch_size=training.micro_batch_size,
             num_micro_batches=num_micro_batches,
             media_window=training.media_window or num_micro_batches,
-            sequence_length=training.sequence_length,
             sequence_parallel=config.parallel.sequence,
             media_over_world=config.parallel.media_group == "world",
         )
@@ -164,9 +170,7 @@ class StepShape:
     def layout(self, longest: int) -> SequenceLayout:
         """The layout of rows that hold `longest` tokens."""
         cut = (self.sizes.ring, self.sizes.ulysses, self.sizes.tensor if self.sequence_parallel else 1)
-        length = padded_length(longest, *cut)
-        assert length <= self.sequence_length, "training.sequence_length is validated to fit the layout"
-        return SequenceLayout(length, *cut)
+        return SequenceLayout(padded_length(longest, *cut), *cut)
 
     def rows_of(self, micro_batch: int, data_rank: int | None = None) -> range:
         """The global batch's rows that are in one micro-batch of a data-parallel rank, by default this one's."""
@@ -186,34 +190,63 @@ class SampleSource:
     media_root: Path
     tolerant: bool  # a picture that cannot be read is blanked
 
+    def sample(self, number: int) -> Sample:
+        """One sample, with its videos' frames. Raises DataError where the file is gone, or this is no longer in it."""
+        sample, counts = self.file.read(self.index.extent(number)), self.index.frame_counts(number)
+        if len(sample.videos) != len(counts):
+            raise self._changed(sample, f"{len(sample.videos)} videos, {len(counts)}")
+        return with_frames(sample, counts, self.encoder.image_token)
+
     def document(self, number: int) -> Document:
         """One sample. Raises DataError where it is no longer what was indexed."""
-        sample = self.file.read(self.index.extent(number))
+        sample = self.sample(number)
         encoded = self.encoder.encode(sample)
         if len(encoded.ids) != self.index.tokens[number]:
-            raise DataError(
-                f"{sample.origin}: sample {sample.id!r} has {len(encoded.ids)} tokens, "
-                f"{self.index.tokens[number]} when it was indexed; the file changed during the run "
-                f"(its index is {self.index.folder})"
-            )
+            raise self._changed(sample, f"{len(encoded.ids)} tokens, {self.index.tokens[number]}")
         return sample, encoded
 
+    def _changed(self, sample: Sample, found: str) -> DataError:
+        return DataError(
+            f"{sample.origin}: sample {sample.id!r} has {found} when it was indexed; the file changed during the run "
+            f"(its index is {self.index.folder})"
+        )
+
     def pictures(self, spans: Sequence[MediaSpan]) -> tuple[Tensor, tuple[int, ...]]:
-        """Pixels [n, 3, H, W] of the given pictures (n may be 0), and their faults. Raises BadSample where the first
-        that cannot be read is not to be blanked."""
+        """Pixels [n, 3, H, W] of the given pictures (n may be 0), and their faults. Frames of one video that stand
+        together are read together. Raises BadSample where the first that cannot be read is not to be blanked."""
         spec = self.media.spec
         pixels = torch.empty(len(spans), 3, spec.height, spec.width)
         faults = [0] * len(spans)
-        for number, span in enumerate(spans):
+        number = 0
+        for run in _runs(spans):
+            stop = number + len(run)
             try:
-                pixels[number] = self.media.read(self.media_root / span.path, f"sample {span.sample_id!r}")
+                pictures = [span.path for span in run]
+                for picture in read_pictures(self.media, pictures, self.media_root, f"sample {run[0].sample_id!r}"):
+                    pixels[number] = picture
+                    number += 1
             except BadSample as error:
                 if not self.tolerant:
                     raise
                 get_logger(__name__).warning("%s; it is blanked and the sample not trained", error)
-                pixels[number] = self.media.blank_pixels()
-                faults[number] = FAULTS.index(error.reason)
+                pixels[number:stop] = self.media.blank_pixels()
+                faults[number:stop] = [FAULTS.index(error.reason)] * (stop - number)
+            number = stop
         return pixels, tuple(faults)
+
+
+def _runs(spans: Sequence[MediaSpan]) -> Iterator[list[MediaSpan]]:
+    """Pictures one by one, and frames of one video, ascending, together."""
+    run: list[MediaSpan] = []
+    for span in spans:
+        last = run[-1].path if run else None
+        follows = isinstance(span.path, Frame) and isinstance(last, Frame) and span.path.follows(last)
+        if run and not (follows and run[-1].sample_id == span.sample_id):
+            yield run
+            run = []
+        run.append(span)
+    if run:
+        yield run
 
 
 @dataclass(frozen=True)

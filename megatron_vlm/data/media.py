@@ -24,7 +24,7 @@ from megatron_vlm.data.sample import BadSample
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.preprocessing import load_processor
 
-FAULTS = ("none", "missing", "not an image", "damaged", "bomb")  # why a picture cannot be read; 0: it can
+FAULTS = ("none", "missing", "not an image", "damaged", "bomb", "not a video")  # of a picture; 0: it can be read
 MAX_PREPARED_PIXELS = 2 * 89_478_485  # of a picture while it is prepared; Pillow's own bound of what may be read, twice
 
 ImageMode = Literal["pad", "resize", "processor"]

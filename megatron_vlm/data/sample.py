@@ -1,9 +1,11 @@
-"""One training conversation, as every source gives it: turns of text and the pictures they mention."""
+"""One training conversation, as every source gives it: turns of text and the pictures and videos they mention."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vlm.errors import DataError
+
+VIDEO_TOKEN = "<video>"  # a video's marker in a text, where it is one by its record
 
 IGNORE = -100  # label of a token that is not trained
 Role = Literal["system", "user", "assistant"]
@@ -11,10 +13,34 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says; a user's text holds one image marker per picture, where the picture belongs."""
+    """What one side says; a user's text holds one marker per picture or video, where it belongs."""
 
     role: Role
     text: str
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture out of a video: one of `count` that are spread evenly over it (`video.sampling`).
+
+    Args:
+        video: the file, or folder of frames, as written in the record.
+        number: of it among the `count`, from 0.
+    """
+
+    video: str
+    number: int
+    count: int
+
+    def follows(self, other: "Frame") -> bool:
+        """Whether it is a later one of the same frames of the same video."""
+        return (self.video, self.count) == (other.video, other.count) and self.number > other.number
+
+    def __str__(self) -> str:
+        return f"{self.video} frame {self.number + 1} of {self.count}"
+
+
+Picture = str | Frame  # a path as written in the record, or a frame
 
 
 @dataclass(frozen=True)
@@ -24,16 +50,19 @@ class Sample:
     Args:
         id: the file's own name for it, or its number in the file.
         turns: an optional system turn, then user and assistant in alternation, ending with the assistant.
-        images: paths as written in the file, in the order of the markers.
+        images: in the order of the markers.
         origin: where it stands ("train.json element 12"), for error messages.
         form: question form, by which evaluation reports; empty where the file names none.
+        videos: paths as written in the file, in the order of their markers, as long as their frames are not counted;
+            `video.sampling.with_frames` then puts these among the images.
     """
 
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[str, ...]
+    images: tuple[Picture, ...]
     origin: str
     form: str = ""
+    videos: tuple[str, ...] = ()
 
 
 class BadSample(DataError):

@@ -16,9 +16,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.media import MediaReader
-from megatron_vlm.data.sample import BadSample, Sample
+from megatron_vlm.data.sample import BadSample, Picture, Sample
 from megatron_vlm.data.sources.llava_json import LlavaFile
+from megatron_vlm.data.video.files import count_frames, read_pictures
+from megatron_vlm.data.video.sampling import with_frames
 from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.report import NO_FORM, Record, Report, make_report
 from megatron_vlm.evaluation.tasks import TASKS, Scorer
@@ -66,19 +69,26 @@ class Asked:
     folder: Path
 
 
-def read_questions(data: Sequence[Path], media_root: Path | None, image_token: str) -> list[Asked]:
+def read_questions(
+    data: Sequence[Path], media_root: Path | None, image_token: str, sampling: VideoConfig | None = None
+) -> list[Asked]:
     """Every conversation of LLaVA JSON or JSONL files, in order.
 
     Args:
         media_root: folder of their images; default: each file's own.
         image_token: the marker of an image in a text.
+        sampling: which frames of a video are shown; default: VideoConfig's.
 
     Raises:
-        DataError: a file or a conversation cannot be read.
+        DataError: a file, a conversation or a video's header cannot be read.
     """
-    return [
-        Asked(sample, media_root or path.parent) for path in data for sample in LlavaFile(path, image_token).read_all()
-    ]
+    asked = []
+    for path in data:
+        folder = media_root or path.parent
+        for sample in LlavaFile(path, image_token).read_all():
+            counts = count_frames(sample, folder, sampling or VideoConfig())
+            asked.append(Asked(with_frames(sample, counts, image_token), folder))
+    return asked
 
 
 def evaluate(
@@ -156,14 +166,15 @@ def _question(number: int, asked: Asked, reader: MediaReader, faults: Faults | N
     sample = asked.sample
     owner = f"{sample.origin}: sample {sample.id!r}"
     return Question(
-        sample, [partial(_read, reader, asked.folder / path, owner, number, faults) for path in sample.images]
+        sample, [partial(_read, reader, asked.folder, image, owner, number, faults) for image in sample.images]
     )
 
 
-def _read(reader: MediaReader, path: Path, owner: str, number: int, faults: Faults | None) -> Tensor:
+def _read(reader: MediaReader, folder: Path, image: Picture, owner: str, number: int, faults: Faults | None) -> Tensor:
     """Pixels [3, H, W]; where they cannot be read and `faults` are noted, of a blank image."""
     try:
-        return reader.read(path, owner)
+        (pixels,) = read_pictures(reader, [image], folder, owner)
+        return pixels
     except BadSample as error:
         if faults is None:
             raise
@@ -177,7 +188,7 @@ def _record(number: int, sample: Sample, answer: str, scorer: Scorer) -> Record:
         number=number,
         id=sample.id,
         form=sample.form or NO_FORM,
-        images=sample.images,
+        images=tuple(map(str, sample.images)),
         question=sample.turns[-2].text,
         answer=answer,
         truth=truth,

@@ -21,8 +21,9 @@ from torch import Tensor
 from megatron_vlm.config.schema import DataConfig
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.media import MediaReader, to_rgb
-from megatron_vlm.data.sample import Sample, Turn
+from megatron_vlm.data.sample import Frame, Sample, Turn
 from megatron_vlm.data.tokenizer import Tokenizer
+from megatron_vlm.data.video.files import read_pictures
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.generation.decoding import decode
 from megatron_vlm.generation.prompts import (
@@ -38,6 +39,7 @@ from megatron_vlm.generation.prompts import (
 from megatron_vlm.generation.sampling import Sampler, Sampling, SamplingOptions, check_integer
 from megatron_vlm.generation.scoring import score
 from megatron_vlm.generation.stopping import Stopping
+from megatron_vlm.generation.videos import show_frames
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.runtime.logging import get_logger, quietly
 
@@ -49,7 +51,7 @@ class Assistant:
         model: weights loaded; its mode and flags stay as they are. Every rank of a replica asks it the same at the
             same time; replicas do not depend on each other.
         encoder: with the tokenizer and template it was trained with.
-        data: the recipe's section: image token and image mode.
+        data: the recipe's section: image token, image mode, frames of a video.
         configured_stops: the model configuration's end-of-sequence tokens.
 
     Raises:
@@ -65,7 +67,7 @@ class Assistant:
     ) -> None:
         self.model = model
         self.encoder = encoder
-        self.image_token, self.image_mode = data.image_token, data.image_mode
+        self.image_token, self.image_mode, self.video = data.image_token, data.image_mode, data.video
         self.reader = MediaReader(model.media_spec, data.image_mode)
         self.stop_ids = find_stop_ids(encoder, configured_stops)
         hf_config = model.language[0].spec.hf_config
@@ -90,7 +92,8 @@ class Assistant:
 
         Args:
             prompts: one prompt: a question, a sequence of texts and images (`[image, "question"]`; an image is a path
-                or a PIL image) or a `Dialogue`; or several: a list of sequences and dialogues.
+                or a PIL image, or a video's path, which is shown as frames) or a `Dialogue`; or several: a list of
+                sequences and dialogues.
             max_new_tokens: longest answer in tokens.
             batch_size: prompts decoded together; answers do not depend on it.
             stop: texts that end an answer and are not part of it.
@@ -170,7 +173,10 @@ class Assistant:
         return [stopping.text(row) for row in rows]
 
     def _questions(self, prompts: Sequence[Prompt]) -> list[Question]:
-        read = [read_prompt(prompt, self.image_token, number) for number, prompt in enumerate(prompts, start=1)]
+        read = [
+            show_frames(*read_prompt(prompt, self.image_token, number), self.video, self.image_token)
+            for number, prompt in enumerate(prompts, start=1)
+        ]
         return [Question(sample, [partial(self._pixels, image, sample) for image in images]) for sample, images in read]
 
     def _check_context(self, questions: Sequence[Question], batch: PromptBatch, max_new_tokens: int) -> None:
@@ -191,7 +197,10 @@ class Assistant:
             )  # fmt: skip
         self._context_told = True
 
-    def _pixels(self, image: ImageSource, sample: Sample) -> Tensor:
+    def _pixels(self, image: ImageSource | Frame, sample: Sample) -> Tensor:
+        if isinstance(image, Frame):
+            (pixels,) = read_pictures(self.reader, [image], Path(), sample.origin)
+            return pixels
         if isinstance(image, Image.Image):
             try:
                 return self.reader.prepare(to_rgb(image))

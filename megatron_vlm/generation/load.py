@@ -203,7 +203,7 @@ def find_foreign(path: str | os.PathLike[str]) -> "ForeignModel | None":
     from megatron_vlm.conversion.formats.base import HUB_ID
 
     is_on_hub = not Path(path).exists() and HUB_ID.fullmatch(os.fspath(path)) is not None
-    return open_foreign(os.fspath(path)) if is_on_hub or is_foreign(path) else None
+    return open_foreign(os.fspath(path)) if is_on_hub or is_foreign(Path(path)) else None
 
 
 def _foreign_config(foreign: "ForeignModel", parallel: "ParallelConfig", dtype: Dtype | None) -> "Config":

@@ -31,6 +31,7 @@ from megatron_vlm.parallel.layout import Documents
 from megatron_vlm.parallel.media_plan import MediaItem
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts")
 ImageSource = Path | Image.Image
 Message = str | Sequence[str | ImageSource]
 LazyPixels = Callable[[], Tensor]  # reads an image: [3, H, W]; called by the rank that encodes it, and no other
@@ -215,11 +216,11 @@ def _classify(part: object, origin: str) -> str | ImageSource:
         return part
     if not isinstance(part, str | Path):
         raise DataError(f"{origin}: found a {type(part).__name__}, needs texts, paths of images and PIL images")
-    if not os.path.isfile(part):
+    if not os.path.exists(part):
         raise DataError(f"{origin}: image {str(part)!r} does not exist")
     return Path(part)
 
 
 def _looks_like_image(text: str) -> bool:
-    ends_like_one = text.lower().endswith(IMAGE_SUFFIXES)
+    ends_like_one = text.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES)
     return ends_like_one and (os.path.isfile(text) or not any(letter.isspace() for letter in text))

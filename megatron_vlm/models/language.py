@@ -25,7 +25,7 @@ from megatron_vlm.models.merge import LocalFeatures, merge_features
 from megatron_vlm.models.specs import block_spec
 from megatron_vlm.parallel.context_attention import AttentionContext, KVCache, SharedSequence
 from megatron_vlm.parallel.groups import Grid
-from megatron_vlm.parallel.layout import Documents, SequenceLayout
+from megatron_vlm.parallel.layout import Documents, SequenceLayout, row_length
 from megatron_vlm.parallel.ring import Ring
 from megatron_vlm.parallel.ring_plan import RingPlan
 from megatron_vlm.runtime.device import current_device
@@ -98,7 +98,7 @@ class LanguageModel(GPTModel):
             config,
             block_spec(config, architecture.layer(recipe.ops.attention), place.virtual_stage),
             padded_vocabulary(spec.vocab_size, grid.sizes.tensor),
-            recipe.training.sequence_length,
+            row_length(recipe.training.sequence_length, recipe.parallel),
             pre_process=place.first,
             post_process=place.last,
             share_embeddings_and_output_weights=spec.tied,

@@ -29,6 +29,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from megatron_vlm.config.schema import ParallelConfig
 from megatron_vlm.errors import ParallelError
 
 
@@ -41,6 +42,12 @@ def padded_length(num_tokens: int, ring: int = 1, ulysses: int = 1, tensor: int 
     """The shortest possible length that holds `num_tokens`."""
     multiple = length_multiple(ring, ulysses, tensor)
     return -(-num_tokens // multiple) * multiple
+
+
+def row_length(num_tokens: int, parallel: ParallelConfig) -> int:
+    """Tokens of the rows in which the ranks of a recipe see `num_tokens`: rounded up to what they can cut. The rest is
+    padding, in which nothing is trained. With training.sequence_length: the longest row there can be."""
+    return padded_length(num_tokens, parallel.ring, parallel.ulysses, parallel.tensor if parallel.sequence else 1)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.models.language import LanguageSpec, head_width, padded_vocabulary
 from megatron_vlm.models.vision.survey import TowerSurvey
 from megatron_vlm.ops.attention import ATTENTION
+from megatron_vlm.parallel.layout import row_length
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.parallel.timeline import peak_outstanding, stage_order
 from megatron_vlm.training.parameter_shards import HeldChunk, HeldParameter
@@ -207,17 +208,24 @@ def attention_activation_bytes(config: Config, spec: LanguageSpec, num_tokens: i
     if recompute == "selective":
         each = element * ((2 + trains) * heads + 2 * groups)
     elif attention_backend(config) == "reference":
-        scores = hf.num_attention_heads * config.training.sequence_length
+        scores = hf.num_attention_heads * row_length(config.training.sequence_length, config.parallel)
         each = element * trains * heads + 3 * FP32_BYTES * (heads + scores)
     else:
         each = element * (3 * heads + 3 * groups)
     return num_tokens * each // config.parallel.tensor
 
 
+def micro_batch_tokens(config: Config, sizes: GridSizes) -> int:
+    """Of one micro-batch of the longest rows, padding included, on a rank; with SP before its cut."""
+    return (
+        row_length(config.training.sequence_length, config.parallel) * config.training.micro_batch_size // sizes.context
+    )
+
+
 def activation_bytes(config: Config, spec: LanguageSpec, sizes: GridSizes, stage: int, num_micro_batches: int) -> int:
-    """Of the language layers on one stage: rows of training.sequence_length, a run of so many micro-batches."""
+    """Of the language layers on one stage: rows of training.sequence_length, padded, a run of so many micro-batches."""
     num_chunks, recompute = config.parallel.virtual_pipeline, config.training.recompute.language
-    num_tokens = config.training.sequence_length * config.training.micro_batch_size // sizes.context
+    num_tokens = micro_batch_tokens(config, sizes)
     if config.training.mode == "eval":
         return layer_activation_bytes(config, spec, num_tokens, "none")
     layers = spec.hf_config.num_hidden_layers // (sizes.pipeline * num_chunks)
@@ -233,7 +241,7 @@ def loss_head_bytes(config: Config, spec: LanguageSpec, sizes: GridSizes) -> int
     """On the last stage: the head's gathered input, of all and of trained tokens; logits and log-probabilities of a
     chunk; the weight's gradient in fp32, where it trains."""
     element, hidden = ELEMENT_BYTES[config.precision.params], spec.hf_config.hidden_size
-    num_tokens = config.training.sequence_length * config.training.micro_batch_size // sizes.context
+    num_tokens = micro_batch_tokens(config, sizes)
     rows = padded_vocabulary(spec.vocab_size, sizes.tensor) // sizes.tensor
     chunk = min(config.ops.loss_chunk_tokens, num_tokens)
     gradient = FP32_BYTES * rows * hidden if config.model.train.language else 0

@@ -115,7 +115,7 @@ class Questions:
     def ask(self, is_stopped: Callable[[], bool]) -> Report:
         """All of them. Raises DataError and EvaluationStopped as `evaluate`."""
         source = self.samples
-        read = [source.file.read(source.index.extent(number)) for number in range(len(source.index))]
+        read = [source.sample(number) for number in range(len(source.index))]
         return evaluate(self.assistant, [Asked(sample, source.media_root) for sample in read], self.request, is_stopped)
 
 

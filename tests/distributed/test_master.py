@@ -46,7 +46,9 @@ FAST = {
     "pp2-virtual2": parallel(2, pipeline=2, virtual_pipeline=2),
     "dp2-not-distributed": layout(2, parallel={}, optimizer={"distributed": False}),
     "ulysses2-ring2": parallel(4, ulysses=2, ring=2),
-    "packed-ulysses2-ring2": layout(4, parallel={"ulysses": 2, "ring": 2}, data=PACKED),
+    "packed-ulysses2-ring2": layout(
+        4, parallel={"ulysses": 2, "ring": 2}, data=PACKED, training={"sequence_length": 79}
+    ),  # a prime
     "projector-only-tp2-pp2": layout(4, parallel={"tensor": 2, "pipeline": 2}, model=PROJECTOR_ONLY),
 }
 SLOW = {
@@ -70,6 +72,14 @@ SLOW = {
     "packed-pp2-ring2-world-media": layout(
         8, parallel={"pipeline": 2, "ring": 2, "media_group": "world"}, data=PACKED, training={"media_window": 2}
     ),
+    "even-packed-ulysses2-ring2": layout(4, parallel={"ulysses": 2, "ring": 2}, data=PACKED),
+    "odd-packed-ulysses2-ring2": layout(
+        4, parallel={"ulysses": 2, "ring": 2}, data=PACKED, training={"sequence_length": 81}
+    ),
+    "prime-packed-tp2-sp": layout(
+        2, parallel={"tensor": 2, "sequence": True}, data=PACKED, training={"sequence_length": 79}
+    ),
+    "odd-tp2-sp": layout(2, parallel={"tensor": 2, "sequence": True}, training={"sequence_length": 81}),
     "world-media-tp2-dp2": parallel(4, tensor=2, media_group="world"),
     "tp2-pp2-dp2": parallel(8, tensor=2, pipeline=2),
     "tied-tp2": layout(2, parallel={"tensor": 2}, model=TIED),
@@ -105,12 +115,14 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def reference(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One-process runs by what changes model or rows, made once each."""
+    """One-process runs by what changes model or rows (samples have up to 78 tokens), made once each."""
     directory = tmp_path_factory.mktemp("master")
     known: dict[str, tuple[Recipe, Record]] = {}
 
     def get(sections: dict[str, Any]) -> tuple[Recipe, Record]:
         changes = {name: sections[name] for name in ("model", "data") if name in sections}
+        if "sequence_length" in sections.get("training", {}):
+            changes["training"] = {"sequence_length": sections["training"]["sequence_length"]}
         key = repr(changes)
         if key not in known:
             recipe = merged(base_recipe(directory), changes)

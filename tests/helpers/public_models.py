@@ -19,3 +19,12 @@ CLIP_L_336 = {
     "image_size": 336,
     "patch_size": 14,
 }
+CLIP_B_32 = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+}

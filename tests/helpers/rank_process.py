@@ -87,7 +87,7 @@ def forget_jobs() -> None:
     hooks of the DDP wrappers where the collector does not see them.
     """
     for found in gc.get_objects():
-        if isinstance(found, DistributedOptimizer):
+        if isinstance(found, DistributedOptimizer) and "optimizer" in vars(found):  # else it is freed already
             vars(found.optimizer).clear()
             vars(found).clear()
     gc.collect()

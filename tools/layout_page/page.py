@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from html import escape
 from importlib.resources import files
 
+from megatron_vlm.parallel.layout import row_length
 from megatron_vlm.training.estimate import attention_backend
 
 from . import attention_figure, bars, figures, timeline_figure
@@ -74,10 +75,10 @@ def _sections(view: View) -> Iterator[tuple[str, str, str]]:
         _time_words(view) + timeline_figure.note(view),
         _time_legend(view) + timeline_figure.timeline(view),
     )
-    recompute = config.training.recompute
+    recompute, length = config.training.recompute, row_length(config.training.sequence_length, config.parallel)
     memory_words = (
         "What each rank holds at its fullest, with rows of "
-        f"{config.training.sequence_length:,} tokens, recompute {recompute.language} in the language model and "
+        f"{length:,} tokens, recompute {recompute.language} in the language model and "
         f"{recompute.vision} in the encoder, attention as its backend {attention_backend(config)!r} keeps it. "
         "Parameters, gradients and optimizer states are exact, the rest is an estimate; what the GPU's libraries take "
         "comes on top."

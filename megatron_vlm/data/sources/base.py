@@ -46,7 +46,8 @@ class RecordFile(ABC):
 
     @abstractmethod
     def parse(self, raw: bytes, origin: str, default_id: str) -> Sample:
-        """A record's bytes -> its sample, with as many image markers in the users' turns as pictures.
+        """A record's bytes -> its sample, with as many image markers in the users' turns as pictures, and as many video
+        markers as videos, whose frames are counted and put in their places afterwards.
 
         Args:
             origin: what to call the record in errors, and the sample's own.

@@ -3,6 +3,8 @@
     {"id": "7", "image": "a.png" | ["a.png", "b.png"],
      "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
 
+A video is named in "video" (a file, or a folder with a picture file per frame) and stands where its <video> stands.
+
 A file is scanned once for the place of every object; after that one object's bytes are read and parsed at a time, so a
 list of gigabytes costs its memory once, at indexing, and never in a worker. The scan decodes as Latin-1, in which a
 character is a byte and JSON's own signs are what they are in UTF-8: positions in the text are offsets in the file.
@@ -14,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.sample import BadSample, Role, Sample, Turn
+from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, Role, Sample, Turn
 from megatron_vlm.data.sources.base import SOURCES, Extent, RecordFile
 from megatron_vlm.errors import DataError
 
@@ -25,7 +27,7 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
-UNREAD_MEDIA_KEYS = ("images", "video", "video_path", "video_id", "frames")
+UNREAD_MEDIA_KEYS = ("images", "video_path", "video_id", "frames")
 USUAL_MARKER = "<image>"
 HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 BLANK = re.compile(r"[ \t\r\n]*")
@@ -133,9 +135,13 @@ def parse_record(raw: bytes, origin: str, default_id: str, image_token: str) -> 
         raise BadSample(f"{origin} is {type(record).__name__}; an object is needed")
     for key in UNREAD_MEDIA_KEYS:
         if record.get(key):
-            raise BadSample(f"{origin} has field {key!r}, which is not read; pictures are named in 'image'")
-    images = _images(record.get("image"), origin)
+            raise BadSample(
+                f"{origin} has field {key!r}, which is not read; pictures are named in 'image', videos in 'video'"
+            )
+    images, videos = _paths(record.get("image"), "image", origin), _paths(record.get("video") or None, "video", origin)
     turns = _turns(record, origin, image_token)
+    if videos:
+        turns = _mark_videos(turns, len(videos), len(images), image_token, origin)
     found = sum(turn.text.count(image_token) for turn in turns)
     if images and not found:
         if any(USUAL_MARKER in turn.text for turn in turns):
@@ -146,15 +152,16 @@ def parse_record(raw: bytes, origin: str, default_id: str, image_token: str) -> 
         message = f"{origin} has {len(images)} image(s) and {found} {image_token} in its text; equal is needed"
         raise BadSample(message, "marker count")
     id_ = record.get("id")
-    return Sample(default_id if id_ is None else str(id_), tuple(turns), images, origin, str(record.get("form", "")))
+    name = default_id if id_ is None else str(id_)
+    return Sample(name, tuple(turns), images, origin, str(record.get("form", "")), videos)
 
 
-def _images(value: Any, origin: str) -> tuple[str, ...]:
+def _paths(value: Any, key: str, origin: str) -> tuple[str, ...]:
     if value is None:
         return ()
     paths = [value] if isinstance(value, str) else value
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise BadSample(f"{origin} field 'image' is {json.dumps(value)[:80]}; a path or a list of paths is needed")
+        raise BadSample(f"{origin} field {key!r} is {json.dumps(value)[:80]}; a path or a list of paths is needed")
     return tuple(paths)
 
 
@@ -196,3 +203,17 @@ def _prepend_markers(turns: list[Turn], count: int, image_token: str) -> list[Tu
     first = next(number for number, turn in enumerate(turns) if turn.role == "user")
     text = f"{image_token}\n" * count + turns[first].text
     return [*turns[:first], Turn("user", text), *turns[first + 1 :]]
+
+
+def _mark_videos(turns: list[Turn], num_videos: int, num_images: int, image_token: str, origin: str) -> list[Turn]:
+    """Each video marked by VIDEO_TOKEN: as the text has it; or where it has image markers for videos alone, as
+    LLaVA-Video's; or, where it has none, in front of the first user turn."""
+    found, found_images = (sum(turn.text.count(token) for turn in turns) for token in (VIDEO_TOKEN, image_token))
+    if found == num_videos:
+        return turns
+    if not found and not num_images and found_images == num_videos:
+        return [Turn(turn.role, turn.text.replace(image_token, VIDEO_TOKEN)) for turn in turns]
+    if found or found_images not in (0, num_images):
+        message = f"{origin} has {num_videos} video(s) and {found} {VIDEO_TOKEN} in its text; equal is needed, or none"
+        raise BadSample(message, "marker count")
+    return _prepend_markers(turns, num_videos, VIDEO_TOKEN)

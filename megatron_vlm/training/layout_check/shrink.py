@@ -2,9 +2,9 @@
 
 Kept: everything that decides how ranks share the work (sizes, sequence parallelism, windows, overlap, recompute,
 distributed optimizer), what trains, heads and groups, tied weights and biases, the vocabulary with its padding, the
-tokenizer and its template. Reduced: layers, widths, the pictures' size, rows, steps. Weights are random, with a spread
-at which attention is not flat, even where the recipe names some: none of the user's is needed to see whether a layout
-computes what one process does. Arithmetic is fp32, and rates are high enough for updates to show.
+tokenizer and its template. Reduced: layers, widths, the pictures' size, frames, rows, steps. Weights are random, with a
+spread at which attention is not flat, even where the recipe names some: none of the user's is needed to see whether a
+layout computes what one process does. Arithmetic is fp32, and rates are high enough for updates to show.
 
 The samples are the shortest real ones of each kind: one picture, several, text alone.
 """
@@ -21,6 +21,8 @@ from megatron_vlm.data.sample import Sample
 from megatron_vlm.data.sources import SOURCES, Extent
 from megatron_vlm.data.templates import TEMPLATES
 from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.video.files import count_frames
+from megatron_vlm.data.video.sampling import place, with_frames
 from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.architectures import load_language_config
@@ -37,6 +39,7 @@ MAX_HIDDEN_SIZE, MAX_HEAD_WIDTH, MAX_FFN_SIZE = 64, 16, 256
 MAX_TOWER_LAYERS, MAX_TOWER_HEADS = 2, 4
 MAX_PATCHES_PER_SIDE = 6
 MAX_MICRO_BATCH_SIZE = 2
+MAX_FRAMES = 4
 MIN_ROWS = 4  # of a global batch, where the recipe's has as many
 INITIALIZER_RANGE = 0.1
 RATES = {"lr": 1e-3, "lr_projector": 3e-3, "lr_vision": 2e-3}  # apart, so that a mix-up of components shows
@@ -71,6 +74,7 @@ def shrink(config: Config, world_size: int) -> tuple[Config, list[Tree]]:
         "shuffle": False,
         "group_by_modality_length": False,
     }  # the picked order: pictures in the first step
+    tree["data"]["video"]["num_frames"] = min(config.data.video.num_frames, MAX_FRAMES)
     if config.data.image_mode == "processor":
         tree["data"]["image_mode"] = "pad"  # the processor's settings stay behind with the tower's path
     tree["precision"] |= {"params": "fp32", "grad_reduce": "fp32"}
@@ -85,9 +89,8 @@ def shrink(config: Config, world_size: int) -> tuple[Config, list[Tree]]:
     small = config_from_tree(tree, "the shrunk recipe")
     num_tokens = survey_tower(small.model.vision).media_spec.tokens_per_image
     samples, longest = pick_samples(small, num_tokens, small.training.global_batch_size * NUM_STEPS)
-    cut = (sizes.ring, sizes.ulysses, sizes.tensor if config.parallel.sequence else 1)
     tree["data"]["source"] = "llava_json"  # as which the samples are written
-    tree["training"]["sequence_length"] = padded_length(max(longest, num_tokens + 1), *cut)
+    tree["training"]["sequence_length"] = max(longest, num_tokens + 1)
     return config_from_tree(tree, "the shrunk recipe"), samples
 
 
@@ -178,17 +181,18 @@ def pick_samples(config: Config, tokens_per_image: int, num_samples: int) -> tup
     data = config.data
     tokenizer = load_tokenizer(config.model.language.tokenizer, data.image_token)
     encoder = ConversationEncoder(tokenizer, data.template, data.image_token, tokens_per_image)
-    file = SOURCES.get(data.source)(data.path, data.image_token)
+    file, root = SOURCES.get(data.source)(data.path, data.image_token), Path(str(data.media_root))
     kinds: dict[int, list[tuple[int, Extent]]] = {1: [], 2: [], 0: []}
     fault: DataError | None = None
     for extent in _spread(file.scan(), NUM_CANDIDATES):
         try:
             sample = file.read(extent)
+            sample = with_frames(sample, count_frames(sample, root, data.video), data.image_token)
             length = len(encoder.encode(sample).ids)
         except DataError as error:
             fault = fault or error
             continue
-        if all((Path(str(data.media_root)) / image).is_file() for image in sample.images):
+        if all(place(image, root).exists() for image in sample.images):
             kinds[min(len(sample.images), 2)].append((length, extent))
     picked = list(_by_turns([sorted(kind) for kind in kinds.values()]))[:num_samples]
     if not picked:
@@ -209,4 +213,4 @@ def _by_turns(kinds: Sequence[Sequence[tuple[int, Extent]]]) -> Iterator[tuple[i
 def _record(sample: Sample) -> Tree:
     """A conversation of any source as a LLaVA file has it."""
     turns = [{"from": turn.role, "value": turn.text} for turn in sample.turns]
-    return {"id": sample.id, "image": list(sample.images), "conversations": turns}
+    return {"id": sample.id, "image": list(sample.images), "video": list(sample.videos), "conversations": turns}

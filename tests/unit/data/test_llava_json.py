@@ -105,7 +105,8 @@ def talk(*roles: str) -> str:
         (talk("system"), "element 1 ends with the system; the last turn must be the assistant's"),
         (one(image=3), "element 1 field 'image' is 3; a path or a list of paths is needed"),
         (one(image=["a", ""]), "element 1 field 'image' is .*; a path or a list of paths is needed"),
-        (one(video="a.mp4"), "element 1 has field 'video', which is not read"),
+        (one(video_id="a"), "element 1 has field 'video_id', which is not read"),
+        (one(video=3), "element 1 field 'video' is 3; a path or a list of paths is needed"),
         (one(conversations=RECORDS[1]["conversations"]), r"element 1 has 0 image\(s\) and 1 <image> in its text"),
         (one(conversations=RECORDS[1]["conversations"], image=["a", "b"]), r"element 1 has 2 image\(s\) and 1 <image>"),
     ],
@@ -173,3 +174,29 @@ def test_whole_escaped_characters_and_missing_ids(tmp_path: Path) -> None:
     file = write(tmp_path / "data.json", json.dumps([{"id": None, "conversations": turns}, {"conversations": turns}]))
     samples = file.read_all()
     assert samples[0].turns[0].text == "\U0001f600" and [sample.id for sample in samples] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("question", "media", "marked"),
+    [
+        ("<video>\nWhat?", {"video": "a.mp4"}, "<video>\nWhat?"),
+        ("<image>\nWhat?", {"video": "a.mp4"}, "<video>\nWhat?"),
+        ("What?", {"video": ["a.mp4", "b"]}, "<video>\n<video>\nWhat?"),
+        ("<image> What?", {"video": "a.mp4", "image": "a.png"}, "<video>\n<image> What?"),
+        ("<video> and <image>", {"video": "a.mp4", "image": "a.png"}, "<video> and <image>"),
+        ("What is <video>?", {"video": ""}, "What is <video>?"),
+    ],
+)
+def test_videos_stand_where_they_are_marked(tmp_path: Path, question: str, media: Any, marked: str) -> None:
+    turns = [{"from": "human", "value": question}, QA[1]]
+    (_, sample) = write(tmp_path / "some.json", one(conversations=turns, **media)).read_all()
+    wanted = media["video"] or []
+    assert sample.turns[0].text == marked
+    assert sample.videos == (tuple(wanted) if isinstance(wanted, list) else (wanted,))
+
+
+@pytest.mark.parametrize("question", ["<video> and <video>", "<image> and <image>"])
+def test_another_number_of_markers_than_of_videos(tmp_path: Path, question: str) -> None:
+    turns = [{"from": "human", "value": question}, QA[1]]
+    with pytest.raises(DataError, match=r"element 1 has 1 video\(s\) and \d <video> in its text"):
+        write(tmp_path / "some.json", one(conversations=turns, video="a.mp4")).read_all()

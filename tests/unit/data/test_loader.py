@@ -157,6 +157,15 @@ def test_text_only_steps(tmp_path: Path) -> None:
     assert batch.num_media == 0 and batch.windows[0].spans == () and batch.windows[0].pixels.shape == (0, 3, 28, 28)
 
 
+def test_a_length_that_the_ranks_cannot_cut_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = "rows of training.sequence_length 79 tokens are padded to 80"
+    for ring, is_told in ((2, True), (1, False)):
+        parallel, training = {"ring": ring}, {"sequence_length": 79}
+        config = tiny_recipe(folder, data={"packing": True}, parallel=parallel, training=training)
+        (batch,) = steps_of(config, GridSizes(ring=ring), count=1)
+        assert batch.length == 79 + is_told and (told in " ".join(capsys.readouterr().out.split())) == is_told
+
+
 def test_too_long_a_sample_is_named_before_the_first_step(folder: Path) -> None:
     config = tiny_recipe(folder, training={"sequence_length": 60})
     message = (

@@ -10,11 +10,22 @@ from megatron_vlm.config.validation import validate
 from megatron_vlm.data.conversation import TEMPLATES
 from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.facts import gather_facts
-from tests.helpers.public_models import CLIP_L_336, QWEN2_7B
+from tests.helpers.public_models import CLIP_B_32, CLIP_L_336, QWEN2_7B
 
 RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
-RANKS = {"quickstart": 4, "llava15_7b_8gpu": 8, "llava_qwen2_7b": 8, "bench_cpu": 2, "bench_cpu_large": 2}
-PUBLIC = {"Qwen/Qwen2-7B-Instruct": QWEN2_7B, "openai/clip-vit-large-patch14-336": CLIP_L_336}
+RANKS = {
+    "quickstart": 4,
+    "llava15_7b_8gpu": 8,
+    "llava_qwen2_7b": 8,
+    "long_video_qwen2_7b": 8,
+    "bench_cpu": 2,
+    "bench_cpu_large": 2,
+}
+PUBLIC = {
+    "Qwen/Qwen2-7B-Instruct": QWEN2_7B,
+    "openai/clip-vit-base-patch32": CLIP_B_32,
+    "openai/clip-vit-large-patch14-336": CLIP_L_336,
+}
 
 
 def without_downloads(config: Config) -> Config:
@@ -39,3 +50,11 @@ def test_a_wrong_number_of_ranks_is_found() -> None:
     config = without_downloads(load_config(RECIPES / "llava_qwen2_7b_phase1.yaml"))
     with pytest.raises(ValueError, match="parallel.tensor"):
         validate(config, gather_facts(config, TEMPLATES.names(), TASKS.names()), 6)
+
+
+def test_the_longest_video_fits_its_rows() -> None:
+    config = without_downloads(load_config(RECIPES / "long_video_qwen2_7b.yaml"))
+    tokens_per_frame = gather_facts(config, TEMPLATES.names(), TASKS.names()).tokens_per_image
+    with_line_breaks = config.data.video.num_frames * (tokens_per_frame + 1)
+    assert tokens_per_frame == 49 and config.data.video.num_frames == 2048
+    assert with_line_breaks + 1000 <= config.training.sequence_length <= with_line_breaks + 4000

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_vlm.config.schema import ParallelConfig
 from megatron_vlm.errors import ParallelError
-from megatron_vlm.parallel.layout import SequenceLayout, length_multiple, padded_length
+from megatron_vlm.parallel.layout import SequenceLayout, length_multiple, padded_length, row_length
 
 degree = st.integers(1, 4)
 
@@ -103,3 +104,17 @@ def test_a_length_is_refused_exactly_where_it_cannot_be_cut(ring: int, ulysses: 
 def test_a_layout_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         SequenceLayout(8).length = 16
+
+
+@pytest.mark.parametrize(
+    ("parallel", "length"),
+    [
+        ({}, 67),
+        ({"ulysses": 2, "ring": 2}, 68),
+        ({"ring": 3}, 72),
+        ({"tensor": 2, "sequence": True}, 68),
+        ({"tensor": 2}, 67),
+    ],
+)
+def test_rows_of_any_length_are_padded_to_what_the_ranks_of_a_recipe_cut(parallel: dict, length: int) -> None:
+    assert row_length(67, ParallelConfig(**parallel)) == length
