@@ -118,7 +118,7 @@ class ParallelConfig(Section):
     virtual_pipeline: PositiveInt = 1  # model chunks per pipeline rank
     sequence: bool = False  # Megatron sequence parallelism, over the tensor ranks
     ulysses: PositiveInt = 1  # ranks that share a sequence and exchange it for heads in attention
-    ring: PositiveInt = 1  # ranks that share a sequence and pass keys and values on in attention
+    ring: PositiveInt = 1  # ranks that share a sequence and send each other keys and values in attention
     context: PositiveInt | None = None  # ulysses * ring where they are left at 1: how it is split is then chosen
     ring_mode: Literal["p2p", "all_gather"] = "p2p"  # all_gather: keys and values all at once, for short rings
     media_group: Literal["replica", "world"] = "replica"  # ranks that share the encoding of their pictures

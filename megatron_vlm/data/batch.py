@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.data.sample import IGNORE, Picture
-from megatron_vlm.parallel.layout import Documents
+from megatron_vlm.parallel.layout import Documents, Interval
 from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan
 
 
@@ -49,10 +49,10 @@ class MicroBatch:
         cut = {name: getattr(self, name)[:, positions] for name in ("ids", "labels", "position_ids")}
         return replace(self, **cut)
 
-    def document_start(self, row: int, position: int) -> int:
-        """First token of the document that a token stands in: with its row, the document's name."""
+    def document(self, row: int, position: int) -> Interval:
+        """Where the document stands that a token is in: its start and its row are the document's name."""
         documents = self.documents[row]
-        return documents.starts[documents.number(position)]
+        return documents.interval(documents.number(position))
 
     def without_documents(self, places: Iterable[tuple[int, int]]) -> "MicroBatch":
         """The same rows with nothing trained in some documents.
@@ -62,7 +62,7 @@ class MicroBatch:
         """
         labels = self.labels.clone()
         for row, position in places:
-            document = self.documents[row].interval(self.documents[row].number(position))
+            document = self.document(row, position)
             labels[row, document.start : document.stop] = IGNORE
         return replace(self, labels=labels)
 
@@ -73,7 +73,7 @@ class MediaSpan:
 
     sample_id: str
     path: Picture
-    item: MediaItem  # its micro_batch is the index in the step, as in StepBatch.micro_batches
+    item: MediaItem
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ b rows; s tokens of every row.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -31,15 +31,15 @@ def collate_rows(rows: Sequence[Sequence[Document]], length: int, packed: bool =
     """
     ids = torch.full((len(rows), length), PLACEHOLDER_ID)
     labels = torch.full((len(rows), length), IGNORE)
-    position_ids = torch.arange(length).repeat(len(rows), 1)
+    position_ids, places = torch.empty_like(ids), torch.arange(length)
     documents = []
     for number, row in enumerate(rows):
         assert packed or len(row) == 1, f"{len(row)} samples in a row that is not packed"
         lengths = [len(encoded.ids) for _, encoded in row]
         assert sum(lengths) <= length, f"{sum(lengths)} tokens in a row of {length}"
         documents.append(Documents.packed(lengths, length) if packed else Documents.whole(length))
-        for start in documents[-1].starts:
-            position_ids[number, start:] = torch.arange(length - start)
+        for start, stop in pairwise((*documents[-1].starts, length)):
+            position_ids[number, start:stop] = places[: stop - start]
         for start, (_, encoded) in zip(accumulate(lengths, initial=0), row, strict=False):
             stop = start + len(encoded.ids)
             ids[number, start:stop] = torch.tensor(encoded.ids)

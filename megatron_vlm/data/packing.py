@@ -70,7 +70,7 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
 
 
 def row_work(lengths: Sequence[int]) -> int:
-    """Work of a row's attention: the sum of the squares of its documents' lengths."""
+    """Work of a row's attention: the sum of the squares of its documents' lengths. Nothing is computed for padding."""
     return sum(length * length for length in lengths)
 
 

@@ -65,6 +65,8 @@ LANGUAGE_MODELS: Registry[LanguageArchitecture] = Registry("language model")
 LANGUAGE_MODELS.register("llama")(LanguageArchitecture())
 LANGUAGE_MODELS.register("qwen2")(LanguageArchitecture())
 
+FULL_ATTENTION = "full_attention"  # as transformers names it
+SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 ROPE_TYPES = ("default", "linear", "llama3")  # those whose frequencies do not depend on the sequence's length
 
 
@@ -91,8 +93,27 @@ def check_architecture(hf_config: PretrainedConfig) -> None:
     if hf_config.model_type not in LANGUAGE_MODELS:
         allowed = ", ".join(LANGUAGE_MODELS.names())
         raise ConfigError(f"model.language: model_type is {hf_config.model_type!r}, allowed: {allowed}")
-    if getattr(hf_config, "use_sliding_window", False):
-        raise ConfigError("model.language: use_sliding_window is true, allowed: false")
+    _check_attention(hf_config)
     rope_type = hf_config.rope_parameters["rope_type"]
     if rope_type not in ROPE_TYPES:
         raise ConfigError(f"model.language: rope_type is {rope_type!r}, allowed: {', '.join(ROPE_TYPES)}")
+
+
+def _check_attention(hf_config: PretrainedConfig) -> None:
+    """Raises ConfigError where a query does not see every token before it, or scores or logits are capped.
+
+    Asked of every model type, since an entry in the table would otherwise train without what its config says.
+    """
+    if getattr(hf_config, "use_sliding_window", False):
+        raise ConfigError("model.language: use_sliding_window is true, allowed: false")
+    others = sorted({kind for kind in getattr(hf_config, "layer_types", None) or () if kind != FULL_ATTENTION})
+    if others:
+        raise ConfigError(f"model.language: layer_types has {', '.join(map(repr, others))}, allowed: {FULL_ATTENTION}")
+    window = getattr(hf_config, "sliding_window", None)
+    if window is not None and getattr(hf_config, "use_sliding_window", True):
+        raise ConfigError(
+            f"model.language: sliding_window is {window}, allowed: null (set it where no row is longer than the window)"
+        )
+    for key in SOFT_CAPS:
+        if getattr(hf_config, key, None) is not None:
+            raise ConfigError(f"model.language: {key} is {getattr(hf_config, key)}, allowed: null")

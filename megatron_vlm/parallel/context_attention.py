@@ -3,8 +3,8 @@
 mcore hands a layer's queries, keys and values over; positions, layout, documents and the kv cache travel in
 `AttentionContext`, which rides in mcore's `packed_seq_params` argument. Its `qkv_format` is 'sbhd' so that mcore
 neither squeezes nor slices anything, and mcore's own position embedding is 'none', so RoPE happens here, from explicit
-positions. Then heads are exchanged for sequence over the Ulysses ranks, keys and values go round the ring, and the
-output comes back the way the queries went.
+positions. Then heads are exchanged for sequence over the Ulysses ranks, every ring rank gets the keys and values it
+reads straight from their owners (docs/decisions/0006), and the output comes back the way the queries went.
 
 In generation context ranks share a prompt like any other rows, and each keeps the keys of its own tokens, all heads of
 them: equally many on every rank, however few heads there are. A token of the answer is every rank's: each attends with
@@ -151,7 +151,8 @@ class AttentionContext(PackedSeqParams):
 
 
 class ContextAttention(MegatronModule):
-    """mcore's `core_attention`: RoPE, kv cache, `ops.attention`, context ranks. It has no parameters.
+    """mcore's `core_attention`: RoPE, then `ops.attention` on whole rows, with generation's kv cache; or, where ranks
+    share rows or rows are packed, the Ulysses exchange, ring attention and the way back. It has no parameters.
 
     Args:
         backend: of `ops.attention`; the other arguments are mcore's.

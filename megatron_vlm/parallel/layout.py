@@ -151,10 +151,12 @@ class Documents:
     Args:
         starts: first position of each, ascending from 0.
         length: of the row.
+        padded: the last one is padding: nothing is computed for it, it sees and is seen by nothing, itself included.
     """
 
     starts: tuple[int, ...]
     length: int
+    padded: bool = False
 
     def __post_init__(self) -> None:
         edges = (*self.starts, self.length)
@@ -171,7 +173,7 @@ class Documents:
         """Documents of the given lengths, one after the other; what they leave of the row is padding."""
         *starts, stop = accumulate(lengths, initial=0)
         assert stop <= length, f"{stop} tokens in a row of {length}"
-        return cls((*starts, stop) if stop < length else tuple(starts), length)
+        return cls((*starts, stop), length, padded=True) if stop < length else cls(tuple(starts), length)
 
     def numbers(self, positions: Tensor) -> Tensor:
         """Which document each global position belongs to: [n] -> [n] int64."""
@@ -187,8 +189,9 @@ class Documents:
         return Interval(self.starts[number], stop)
 
     def shared(self, one: Interval, other: Interval) -> range:
-        """Numbers of the documents with positions in both intervals, neither of them empty."""
-        return range(self.number(max(one.start, other.start)), self.number(min(one.stop, other.stop) - 1) + 1)
+        """Numbers of the documents with positions in both intervals, neither of them empty; padding is left out."""
+        first, last = self.number(max(one.start, other.start)), self.number(min(one.stop, other.stop) - 1)
+        return range(first, min(last + 1, len(self.starts) - self.padded))
 
 
 @dataclass(frozen=True)
@@ -246,7 +249,7 @@ def blocks(queries: Interval, keys: Interval, documents: Documents, causal: bool
 
     Args:
         queries, keys: any intervals of the row. Where they are disjoint there is at most one block; where they are the
-            same there is one square for every document piece.
+            same there is one square for every document piece. Padding has none.
         window: keys that a query sees at most, itself included, before and at its position; None: no limit.
     """
     assert window is None or window > 0, f"window {window}"

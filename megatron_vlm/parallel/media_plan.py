@@ -39,7 +39,7 @@ class MediaItem:
     Args:
         cost: of encoding it, in any unit (`MediaCost`).
         num_tokens: feature rows it becomes.
-        micro_batch: index within the window of the micro-batch it belongs to.
+        micro_batch: the micro-batch it belongs to, by its index in the step (`StepBatch.micro_batches`).
         row: of that micro-batch.
         start: global position of its first token in that row; UNKNOWN where this rank neither encodes nor owns it.
         data: data-parallel rank whose micro-batch it is; of no account in a replica's own plan.
@@ -63,7 +63,7 @@ class Route:
     send_rows: Tensor  # [n_send] which encoded row goes out, in order of destination
     send_splits: list[int]
     recv_splits: list[int]
-    micro_batch: Tensor  # [n_recv] of each received row, within the window
+    micro_batch: Tensor  # [n_recv] of each received row: its index in the step
     row: Tensor  # [n_recv] row of the micro-batch
     position: Tensor  # [n_recv] index in this rank's local slice of the sequence
     grad_send_rows: Tensor  # [n_grad_send] which received row's gradient goes back, in order of destination

@@ -279,12 +279,15 @@ class _TravellingGradients:
 
 
 class _Transfer:
-    """One flat message out and one in, under way. Empty ones are not sent: sender and receiver know their size."""
+    """One flat message out and one in, under way. Empty ones are not sent: sender and receiver know their size.
+
+    The outgoing one is kept until `wait`, after which it is sent, or over NCCL this stream goes on behind its sending.
+    """
 
     def __init__(
         self, outgoing: Tensor, receiver: int, num_incoming: int, sender: int, group: ProcessGroup | None
     ) -> None:
-        self.outgoing = outgoing  # must live until it is sent
+        self.outgoing: Tensor | None = outgoing  # must live until it is sent
         self.incoming = outgoing.new_empty(num_incoming)
         operations = []
         if outgoing.numel():
@@ -297,6 +300,8 @@ class _Transfer:
         """What came in: [num_incoming]."""
         for work in self.works:
             work.wait()
+        self.outgoing = None
+        self.works = []  # which hold it, too
         return self.incoming
 
 
@@ -328,7 +333,13 @@ def _places(share: Share) -> Iterator[tuple[slice, slice]]:
 
 
 def _gathered_keys(k: Tensor, v: Tensor, ring: Ring) -> Iterator[list[_Held]]:
-    """Mode all_gather: all keys in global order, in one step."""
+    """Mode all_gather: all keys in one step."""
+    whole = _gather(k, v, ring)
+    yield [_Held(share, *(x[share.rows] for x in whole)) for share in ring.plan.gathered_shares(ring.rank)]
+
+
+def _gather(k: Tensor, v: Tensor, ring: Ring) -> list[Tensor]:
+    """Keys and values of all ranks in global order: [b, L, kv_heads, d] and [b, L, kv_heads, dv]."""
     flat = torch.cat([k.flatten(), v.flatten()])
     gathered = flat.new_empty(ring.plan.layout.ring * len(flat))
     dist.all_gather_into_tensor(gathered, flat, group=ring.group)
@@ -339,7 +350,7 @@ def _gathered_keys(k: Tensor, v: Tensor, ring: Ring) -> Iterator[list[_Held]]:
         for rank, positions, indices in _chunks(ring):  # [R, b * S * heads * d] -> [b, L, heads, d]
             everything[:, positions] = parts[rank].view(local.shape)[:, indices]
         whole.append(everything)
-    yield [_Held(share, *(x[share.rows] for x in whole)) for share in ring.plan.gathered_shares(ring.rank)]
+    return whole
 
 
 class _GatheredGradients:

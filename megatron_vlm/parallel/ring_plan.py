@@ -14,8 +14,7 @@ Letters: L length, R ring, b rows.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from megatron_vlm.parallel.layout import Block, Documents, Interval, SequenceLayout, blocks, ring_blocks, union
@@ -70,7 +69,8 @@ class Share:
 
 @dataclass(frozen=True)
 class RingPlan:
-    """Who computes what.
+    """Who computes what. Every layer asks the same, forward and backward, so what was worked out is kept here, and goes
+    with the plan's micro-batch.
 
     Args:
         layout: of every row.
@@ -82,17 +82,28 @@ class RingPlan:
     documents: tuple[Documents, ...]
     causal: bool = True
     window: int | None = None
+    _known: "dict[tuple[int, int | None], tuple[Share, ...]]" = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        lengths = {documents.length for documents in self.documents}
+        assert lengths <= {self.layout.length}, f"rows of {sorted(lengths)} tokens in a layout of {self.layout.length}"
 
     def shares(self, reader: int, step: int) -> "tuple[Share, ...]":
         """What ring rank `reader` does at a step, when it has keys of ring rank (reader - step) mod R.
 
         At step 0 the keys are all of its own; later exactly those needed, and rows that need none have no share.
         """
-        return _shares(self, reader, step)
+        if (reader, step) not in self._known:
+            self._known[reader, step] = _shares(self, reader, step)
+        return self._known[reader, step]
 
     def gathered_shares(self, reader: int) -> "tuple[Share, ...]":
         """What ring rank `reader` does in one step with all keys, in global order."""
-        return _gathered_shares(self, reader)
+        if (reader, None) not in self._known:
+            self._known[reader, None] = _gathered_shares(self, reader)
+        return self._known[reader, None]
 
     def equal_rows(self) -> list[tuple[int, int, Documents]]:
         """(first row, stop row, documents) of each run of rows with the same documents."""
@@ -103,7 +114,6 @@ class RingPlan:
         return runs
 
 
-@lru_cache(maxsize=1024)  # every layer of a micro-batch asks the same, forward and backward
 def _shares(plan: RingPlan, reader: int, step: int) -> tuple[Share, ...]:
     layout, owner = plan.layout, (reader - step) % plan.layout.ring
     found = []
@@ -121,7 +131,6 @@ def _shares(plan: RingPlan, reader: int, step: int) -> tuple[Share, ...]:
     return tuple(found)
 
 
-@lru_cache(maxsize=64)
 def _gathered_shares(plan: RingPlan, reader: int) -> tuple[Share, ...]:
     layout, everything = plan.layout, Interval(0, plan.layout.length)
     return tuple(

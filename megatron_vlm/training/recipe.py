@@ -24,8 +24,7 @@ def settle(config: Config, world_size: int, ranks_per_node: int) -> tuple[Config
         The recipe as it runs, its `parallel.context` null, and what is known of its model.
 
     Raises:
-        ConfigError: everything wrong with the recipe, in one error; where the split is chosen, what is wrong with the
-            recipe whatever it is comes before what is wrong because of it.
+        ConfigError: everything wrong with the recipe, in one error.
     """
     facts = gather_facts(config, TEMPLATES.names(), TASKS.names()) if names_its_model(config.model) else None
     validate(config, facts, world_size)
@@ -33,6 +32,5 @@ def settle(config: Config, world_size: int, ranks_per_node: int) -> tuple[Config
     if config.parallel.context is not None:
         parallel, reason = split_context(config.parallel, facts.num_attention_heads, ranks_per_node)
         logger.info("%s", reason)
-        config = config.model_copy(update={"parallel": parallel})
-        validate(config, facts, world_size)
+        config = config.model_copy(update={"parallel": parallel})  # no rule asks how many ranks are of which kind
     return config, facts

@@ -97,11 +97,7 @@ class TrainStep:
         self.optimizer.zero_grad()  # else the last step's gradients, aliased as `.grad`, would be added once more
         clock, sums = PhaseClock(exact_times), ReplicaSums()
         for window in batch.windows:
-            media = self._encode(batch, window, clock)
-            with clock.phase("pipeline"), self._synchronised(last=window is batch.windows[-1]):
-                sums.add(media, self._run_pipeline(batch, window, media))
-            with clock.phase("encoder_backward"):
-                self._backward_media(media)
+            self._train_window(batch, window, clock, sums)
         with clock.phase("update"):
             num_tokens = self._finalize()
             updated, grad_norm, _ = self.optimizer.step()
@@ -117,9 +113,21 @@ class TrainStep:
         for chunk in [*self.language, self.vision]:
             chunk.eval()
         for window in batch.windows:
-            media = self._encode(batch, window, clock)
-            sums.add(media, self._run_pipeline(batch, window, media, forward_only=True))
+            self._evaluate_window(batch, window, clock, sums)
         return sums.over_world(self.model.grid)
+
+    def _train_window(self, batch: StepBatch, window: MediaWindow, clock: PhaseClock, sums: "ReplicaSums") -> None:
+        """All three phases of a window. Its features are dropped on return: `training.media_window` bounds them."""
+        media = self._encode(batch, window, clock)
+        with clock.phase("pipeline"), self._synchronised(last=window is batch.windows[-1]):
+            sums.add(media, self._run_pipeline(batch, window, media))
+        with clock.phase("encoder_backward"):
+            self._backward_media(media)
+
+    def _evaluate_window(self, batch: StepBatch, window: MediaWindow, clock: PhaseClock, sums: "ReplicaSums") -> None:
+        """The first two phases, forward only; features are dropped on return here, too."""
+        media = self._encode(batch, window, clock)
+        sums.add(media, self._run_pipeline(batch, window, media, forward_only=True))
 
     def _encode(self, batch: StepBatch, window: MediaWindow, clock: PhaseClock) -> EncodedMedia:
         """Phase 1. A rank with no picture still joins the exchange."""
@@ -145,8 +153,7 @@ class TrainStep:
             if not fault or (plan.over_world and item.data != grid.coordinates.data):
                 continue
             rows = batch.micro_batches[item.micro_batch]
-            documents = rows.documents[item.row]
-            document = documents.interval(documents.number(item.start))
+            document = rows.document(item.row, item.start)
             if (rows.labels[item.row, document.start : document.stop] != IGNORE).any():
                 faulty.setdefault((item.micro_batch, item.row, document.start), fault)
         return faulty

@@ -1,5 +1,6 @@
 """The step and the loop out of the ordinary: a gradient that is not finite, a rate of zero, nothing left to do."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_vlm.training.hooks import showing_hooks
 from megatron_vlm.training.job import build_job
 from megatron_vlm.training.loop import train
 from megatron_vlm.training.peak import Peak
+from megatron_vlm.training.step import EncodedMedia
 from tests.distributed.test_master import base_recipe, merged
 from tests.helpers.jobs import train_steps
 from tests.helpers.master import trained
@@ -122,3 +124,31 @@ def test_gradients_are_clipped_as_asked(ranks: RankPool, tmp_path: Path) -> None
     )
     assert off == far_off
     assert hard[0] == off[0] and hard[2] > off[2] + 0.01
+
+
+def features_still_held(recipe: dict[str, Any]) -> tuple[list[int], int]:
+    """Rows of earlier windows, encoded and received, that live when a window is encoded: one training step's windows,
+    then one evaluation's. And how many were watched."""
+    job = build_job(Config.model_validate(recipe), torch.distributed.get_world_size())
+    encode = job.step._encode
+    watched: list[weakref.ref[Tensor]] = []
+    held = []
+
+    def watch(*arguments: Any) -> EncodedMedia:
+        media = encode(*arguments)
+        held.append(sum(ref() is not None for ref in watched))
+        watched.extend(weakref.ref(rows) for rows in (media.encoded, *(local.rows for local in media.features)))
+        return media
+
+    job.step._encode = watch
+    (batch,) = job.batches(1)
+    job.step(batch)
+    job.step.evaluate(batch)
+    return held, len(watched)
+
+
+def test_a_window_holds_no_other_windows_features(ranks: RankPool, tmp_path: Path) -> None:
+    recipe = merged(base_recipe(tmp_path), {"training": {"media_window": 2}})
+    held, num_watched = ranks.run(1, features_still_held, recipe)[0]
+    assert len(held) >= 4 and num_watched == 3 * len(held), "windows of two micro-batches, in training and evaluation"
+    assert not any(held)

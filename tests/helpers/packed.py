@@ -20,6 +20,8 @@ def visible(documents: Documents, causal: bool, window: int | None) -> Tensor:
     number = documents.numbers(position)
     query, key = position[:, None], position
     seen = number[:, None] == number
+    if documents.padded:
+        seen &= number < len(documents.starts) - 1
     if causal:
         seen &= key <= query
     if window is not None:

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from megatron_vlm.data.batch import MicroBatch
 from megatron_vlm.data.collate import Document, collate_rows, list_spans
@@ -64,7 +65,11 @@ def test_a_packed_row_restarts_in_every_document_and_its_padding() -> None:
     assert batch.ids.tolist() == [[3, 4, 5, 6, 7, 8, 0], [4, 5, 6, 7, 8, 4, 5], [6, 7, 8, 0, 0, 0, 0]]
     assert batch.labels.tolist() == [[X, 5, X, 7, 8, X, X], [5, X, 7, 8, X, 5, X], [7, 8, X, X, X, X, X]]
     assert batch.position_ids.tolist() == [[0, 0, 1, 0, 1, 2, 0], [0, 1, 0, 1, 2, 0, 1], [0, 1, 2, 0, 1, 2, 3]]
-    assert batch.documents == (Documents((0, 1, 3, 6), 7), Documents((0, 2, 5), 7), Documents((0, 3), 7))
+    assert batch.documents == (
+        Documents((0, 1, 3, 6), 7, padded=True),
+        Documents((0, 2, 5), 7),
+        Documents((0, 3), 7, padded=True),
+    )
     assert batch.sample_ids == ("one", "two", "three", "two", "three", "two", "three")
     assert batch.to(torch.device("cpu")).documents == batch.documents
 
@@ -72,12 +77,33 @@ def test_a_packed_row_restarts_in_every_document_and_its_padding() -> None:
 def test_one_document_can_be_left_out() -> None:
     """Every other of the row keeps its labels."""
     batch = packed()
-    starts = {(row, at): batch.document_start(row, at) for row, at in ((0, 0), (0, 2), (1, 6), (2, 1), (2, 6))}
+    starts = {(row, at): batch.document(row, at).start for row, at in ((0, 0), (0, 2), (1, 6), (2, 1), (2, 6))}
     assert list(starts.values()) == [0, 1, 5, 0, 3]
     blanked = batch.without_documents([(0, 4), (1, 0), (1, 6)])
     assert blanked.labels.tolist() == [[X, 5, X, X, X, X, X], [X, X, 7, 8, X, X, X], [7, 8, X, X, X, X, X]]
     assert batch.labels[0, 3] == 7, "the batch itself is as it was"
     assert torch.equal(batch.without([1]).labels[1], torch.full((7,), X))
+
+
+class Written(TorchFunctionMode):
+    """Counts the elements that are assigned to parts of tensors."""
+
+    elements = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__setitem__:
+            self.elements += args[2].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def test_many_documents_cost_no_more_than_one() -> None:
+    """Each element is written once: not the rest of the row for every document."""
+    length = 4096
+    rows = [[(sample(str(number)), EncodedSample([1] * 4, [1] * 4, [])) for number in range(length // 4)]]
+    with Written() as written:
+        batch = collate_rows(rows, length, packed=True)
+    assert len(batch.documents[0].starts) == length // 4
+    assert written.elements <= 3 * length, "ids, labels and position ids"
 
 
 @pytest.mark.parametrize("seed", range(20))

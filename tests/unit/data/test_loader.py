@@ -355,7 +355,7 @@ def test_packed_documents_are_the_unpacked_samples(folder: Path) -> None:
         assert len(window.spans) == batch.num_media
         for span in window.spans:
             item, micro_batch = span.item, batch.micro_batches[span.item.micro_batch]
-            at = item.start - micro_batch.document_start(item.row, item.start)
+            at = item.start - micro_batch.document(item.row, item.start).start
             assert all(id_ == 0 for id_ in found[span.sample_id][0][at : at + item.num_tokens])
             picture = Path(span.path).stem.partition("-")
             assert span.sample_id == f"sample-{picture[0]}"

@@ -20,6 +20,7 @@ RANKS = {
     "long_video_qwen2_7b": 8,
     "bench_cpu": 2,
     "bench_cpu_large": 2,
+    "bench_packing": 1,
 }
 PUBLIC = {
     "Qwen/Qwen2-7B-Instruct": QWEN2_7B,

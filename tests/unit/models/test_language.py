@@ -209,6 +209,51 @@ def test_an_architecture_we_do_not_build_is_refused(changes, message):
         load_language_config(LanguageConfig(config={**LLAMA, **changes}))
 
 
+NO_CAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+ALL_FULL = {"sliding_window": None, "layer_types": ["full_attention"] * LLAMA["num_hidden_layers"]}
+
+
+@pytest.fixture
+def extended(monkeypatch):
+    """The table with a user's entries for model types that have windows and soft-caps."""
+    from megatron_vlm.models import architectures
+
+    table = architectures.Registry("language model")
+    for model_type in ("mistral", "gemma2", "qwen2"):
+        table.register(model_type)(architectures.LanguageArchitecture())
+    monkeypatch.setattr(architectures, "LANGUAGE_MODELS", table)
+    return architectures
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window is 4096, allowed: null"),
+        ({"model_type": "gemma2"}, "layer_types has 'sliding_attention', allowed: full_attention"),
+        ({"model_type": "gemma2", **ALL_FULL}, "attn_logit_softcapping is 50.0, allowed: null"),
+        (
+            {"model_type": "gemma2", **ALL_FULL, "attn_logit_softcapping": None, "final_logit_softcapping": 20.0},
+            "final_logit_softcapping is 20.0, allowed: null",
+        ),
+    ],
+)
+def test_attention_that_would_be_left_out_is_refused_of_extensions_too(extended, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        extended.load_language_config(LanguageConfig(config={**LLAMA, **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "gemma2", **ALL_FULL, **NO_CAPS},
+        {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096},
+    ],
+)
+def test_attention_without_windows_and_caps_is_allowed(extended, changes):
+    extended.load_language_config(LanguageConfig(config={**LLAMA, **changes}))
+
+
 def test_a_path_without_a_config_is_refused(tmp_path):
     from megatron_vlm.models.architectures import load_language_config
 

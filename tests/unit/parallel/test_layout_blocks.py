@@ -1,6 +1,7 @@
 """Blocks, documents and work of the layout against masks computed position by position."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ degree = st.integers(1, 8)
 def documents_of(draw: st.DrawFn, length: int) -> Documents:
     """From one document to as many as tokens, mostly with short ones among long ones."""
     number = draw(st.integers(0, min(length - 1, 40)) | st.just(length - 1))
-    return random_documents(length, number + 1, draw(st.integers(0, 2**32)))
+    documents = random_documents(length, number + 1, draw(st.integers(0, 2**32)))
+    return replace(documents, padded=draw(st.booleans()))
 
 
 @st.composite
@@ -124,8 +126,17 @@ def test_chunks_apart_share_one_block_at_most(
         found = blocks(queries, keys, documents, causal, window)
         assert len(found) <= 1 and not (found and causal and keys.start > queries.start)
     found = blocks(queries, queries, documents, causal, window)
-    assert len(found) == int(documents.numbers(torch.tensor([queries.start, queries.stop - 1])).diff()) + 1
-    assert sum(len(block.queries) for block in found) == len(queries)
+    numbers = documents.numbers(torch.arange(queries.start, queries.stop))
+    read = numbers[numbers < len(documents.starts) - documents.padded]
+    assert len(found) == len(read.unique())
+    assert sum(len(block.queries) for block in found) == len(read)
+
+
+def test_padding_is_no_work() -> None:
+    """As `data.packing.row_work` counts it, and wherever the padding stands."""
+    for lengths in ([1762, 572], [4095], [4096], [1] * 1000):
+        pairs = work(SequenceLayout(4096, ring=4), Documents.packed(lengths, 4096), causal=True, window=None)
+        assert pairs.sum() == sum(length * (length + 1) // 2 for length in lengths)
 
 
 @given(st.integers(1, LONGEST_ROW), degree, degree, st.integers(1, 4), st.none() | st.integers(1, LONGEST_ROW))

@@ -1,6 +1,7 @@
 """The ring's calls against the visible matrix: what they compute, with which keys, in how many calls."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def plans(draw: st.DrawFn) -> RingPlan:
     rows = []
     for _ in range(draw(st.integers(1, 3))):
         number = draw(st.integers(1, min(length, 6)) | st.just(length))
-        rows += [random_documents(length, number, draw(st.integers(0, 99)))] * draw(st.integers(1, 2))
+        documents = random_documents(length, number, draw(st.integers(0, 99)))
+        rows += [dataclasses.replace(documents, padded=draw(st.booleans()))] * draw(st.integers(1, 2))
     window = draw(st.none() | st.integers(1, length))
     return RingPlan(SequenceLayout(length, ring), tuple(rows), draw(st.booleans()), window)
 
@@ -114,6 +116,22 @@ def test_a_window_reaches_into_the_neighbouring_chunk_only() -> None:
     assert with_keys == {(1, 1): 2, (2, 1): 2, (3, 1): 2, (0, 3): 2, (1, 3): 2, (2, 3): 2}
 
 
+def test_a_plan_keeps_what_it_worked_out_and_nothing_else_does() -> None:
+    """Every layer asks for the same; with the micro-batch it is gone."""
+    plan = RingPlan(SequenceLayout(64, ring=4), (Documents.whole(64),))
+    shares = [*plan.shares(1, 0), *plan.shares(1, 1), *plan.gathered_shares(1)]
+    again = [*plan.shares(1, 0), *plan.shares(1, 1), *plan.gathered_shares(1)]
+    assert len(shares) == 3 and all(one is other for one, other in zip(shares, again, strict=True))
+    watched = [weakref.ref(share) for share in shares]
+    del plan, shares, again
+    assert not any(ref() for ref in watched)
+
+
+def test_rows_are_as_long_as_the_layout() -> None:
+    with pytest.raises(AssertionError, match=r"rows of \[60, 64\] tokens in a layout of 64"):
+        RingPlan(SequenceLayout(64, ring=4), (Documents.whole(64), Documents.whole(60)))
+
+
 def always_joined(upper: Call, lower: Call) -> Call:
     """A fault: calls are joined that are not neighbours."""
     return dataclasses.replace(lower, queries=Interval(upper.queries.start, lower.queries.stop), offset=upper.offset)
@@ -122,8 +140,6 @@ def always_joined(upper: Call, lower: Call) -> Call:
 @pytest.mark.parametrize("name", ["_beside", "_below"])
 def test_wrong_joins_are_noticed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     plan = RingPlan(SequenceLayout(32, ring=2), (Documents((0, 5, 20), 32),))
-    ring_plan._shares.cache_clear()
     monkeypatch.setattr(ring_plan, name, always_joined)
     with pytest.raises((AssertionError, IndexError, ValueError)):
         check(plan)
-    ring_plan._shares.cache_clear()
