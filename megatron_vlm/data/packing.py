@@ -10,8 +10,9 @@ batch of 64 mixed samples packed by itself fills 13 or 14 rows of 4,096 tokens, 
 Rows of equal length differ in work, which for attention is the sum of the squares of the documents' lengths. Two orders
 make up for that, neither of which depends on the number of ranks, so every layout trains the same rows:
 
-- `deal_work` orders a step's rows, so that micro-batches, and the shares of data-parallel ranks, are of nearly equal
-  work. (64 rows of tests/helpers/draws.py over 8 ranks: the slowest has 1.01 times the mean, in random order 1.3.)
+- `deal_work` orders a step's rows, so that micro-batches, and the shares of a power of two of data-parallel ranks, are
+  of nearly equal work. (64 rows of tests/helpers/draws.py over 8 ranks: the slowest has 1.01 times the mean, in random
+  order 1.3. Other numbers of ranks get less even shares: 48 rows over 3 ranks 1.09, 96 rows over 24 ranks 1.35.)
 - `pack_rows` puts a row's longest document last, the second longest first and the others between, shortest first:
   under the zigzag of the ring (`parallel.layout`) the slowest of 2, 4, 8 ranks then has 1.11, 1.13, 1.15 times the
   mean (the same draw), in random order 1.19, 1.29, 1.35, and in the best of 30 random orders 1.10, 1.13, 1.13.
@@ -76,7 +77,7 @@ def row_work(lengths: Sequence[int]) -> int:
 
 def deal_work(work: Sequence[int], micro_batch_size: int) -> list[int]:
     """An order of rows in which micro-batches are of nearly equal work, and so are the ranks' shares for any number of
-    ranks that is a power of two (micro-batches are dealt to ranks in turn).
+    ranks that is a power of two, and for no other (micro-batches are dealt to ranks in turn).
 
     Args:
         work: of each row; their number is a multiple of `micro_batch_size`.

@@ -59,6 +59,7 @@ HEAD = ("language backward", "gradient of language.output_layer.weight")
 NORM = ("language backward", "gradient of language.decoder.final_layernorm.weight")
 MERGED = ("exchange", "value of language.embedding")
 LAYER = ("language forward", "value of language.decoder.layers.0")
+TOKEN_LOSS = ("loss", "value of language.output_layer")
 LAST_QKV = (
     "language backward",
     "gradient of language.decoder.layers.1.self_attention.linear_qkv.weight (model.layers.1.self_attn.v_proj.weight)",
@@ -73,7 +74,7 @@ FAULTS_FOUND = [  # fault, layout; phase, what is found first, ranks
     ("partial_sums_not_reduced", TP2, *LAYER, (0, 1)),
     ("one_rate_for_all", DP2, *TOWER_UPDATE, (0, 1)),
     ("local_positions", RING2, *LAYER, (0, 1)),
-    ("labels_shifted_after_the_cut", RING2, *TOWER_UPDATE, (0, 1)),
+    ("labels_shifted_after_the_cut", RING2, *TOKEN_LOSS, (0, 1)),
     ("ring_block_gradient_dropped", RING2, *LAST_QKV, (0, 1)),
 ]
 FAULTS_FOUND_SLOW = [
@@ -156,7 +157,8 @@ def expect_found(check: Check, fault: str, chosen: Layout, *expected: Any) -> No
 
 
 def test_every_fault_has_an_expectation() -> None:
-    assert {case[0] for case in FAULTS_FOUND} | {HANGING_FAULT} == set(faults.FAULTS)
+    unfound = {"documents_not_isolated"}  # the one process packs alike: test_master_seams.py has one that does not
+    assert {case[0] for case in FAULTS_FOUND} | {HANGING_FAULT} | unfound == set(faults.FAULTS)
 
 
 def test_a_hang_is_named_by_its_phase(check: Check) -> None:

@@ -1,7 +1,10 @@
 """Attention over Ulysses groups and a ring (DESIGN D6) against one process in fp64, its leaks, and what it sends."""
 
+import contextlib
 import dataclasses
 import functools
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -11,7 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_vlm.parallel import ring as ring_module
-from megatron_vlm.parallel.ring import _TravellingGradients
+from megatron_vlm.parallel.ring import _GatheredGradients, _TravellingGradients
 from tests.helpers.attention_cases import (
     LENGTH,
     ROWS,
@@ -19,10 +22,11 @@ from tests.helpers.attention_cases import (
     assembled,
     distance,
     expected,
+    expected_of_rotated,
     groups_of,
     local_results,
-    masked_softmax,
     run_cases,
+    run_core_attention,
 )
 from tests.helpers.ranks import RankPool
 
@@ -40,14 +44,6 @@ SAMPLE = [  # every head count, kind of row, mask and mode
     Case(3, 3, "spanning", window=30, mode="all_gather"),
     Case(8, 2, "packed", softcap=1.5, v_width=3),
 ]
-EVERYTHING = [
-    Case(heads, kv_heads, rows, causal, window, mode)
-    for heads, kv_heads in HEADS
-    for rows in ROWS
-    for causal in (True, False)
-    for window in (None, 5)
-    for mode in ("p2p", "all_gather")
-]
 
 
 def check(ranks: RankPool, ulysses: int, ring: int, cases: list[Case]) -> None:
@@ -62,20 +58,56 @@ def check(ranks: RankPool, ulysses: int, ring: int, cases: list[Case]) -> None:
 
 @pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS)
 def test_it_is_the_attention_of_one_process(ranks: RankPool, ulysses: int, ring: int) -> None:
-    check(ranks, ulysses, ring, SAMPLE)
+    check(ranks, ulysses, ring, [dataclasses.replace(case, seed=10 * ulysses + ring) for case in SAMPLE])
+
+
+def every_case(heads: int, kv_heads: int, first_seed: int) -> list[Case]:
+    """All kinds of rows, masks and modes, each with documents of its own."""
+    kinds = itertools.product(ROWS, (True, False), (None, 5), ("p2p", "all_gather"))
+    return [Case(heads, kv_heads, *kind, seed=first_seed + number) for number, kind in enumerate(kinds)]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS)
-def test_every_case_is_the_attention_of_one_process(ranks: RankPool, ulysses: int, ring: int) -> None:
-    check(ranks, ulysses, ring, EVERYTHING)
+def test_every_case_is_the_attention_of_one_process(
+    ranks: RankPool, ulysses: int, ring: int, heads: int, kv_heads: int
+) -> None:
+    check(ranks, ulysses, ring, every_case(heads, kv_heads, 1000 * ulysses + 100 * ring + heads))
+
+
+@pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS)
+def test_the_layers_attend_so(ranks: RankPool, ulysses: int, ring: int) -> None:
+    """mcore's `core_attention` as the layers call it, with its rotation by the documents' own positions."""
+    case = Case(6, 3, "packed", mode="all_gather" if ulysses == 2 else "p2p", seed=10 * ulysses + ring)
+    slices = ranks.run(ulysses * ring, run_core_attention, ulysses, ring, case)
+    found = assembled(slices, case.layout(ulysses, ring))
+    for name, wanted in expected_of_rotated(case).items():
+        assert distance(found[name], wanted) < 1e-5, name
 
 
 def test_one_rank_needs_no_ring(ranks: RankPool) -> None:
     check(ranks, 1, 1, SAMPLE)
 
 
-def run_faulty(fault: str, ulysses: int, ring: int, case: Case) -> list[dict[str, Tensor]]:
+@contextlib.contextmanager
+def key_gradients_in_half() -> Iterator[None]:
+    """dk and dv are summed, and sent, in the inputs' precision."""
+
+    def narrow(original: Callable[..., None]) -> Callable[..., None]:
+        def init(gradients: Any, *arguments: Any) -> None:
+            with mock.patch.object(ring_module, "_wide", lambda tensor: tensor.dtype):
+                original(gradients, *arguments)
+
+        return init
+
+    with contextlib.ExitStack() as stack:
+        for kind in (_TravellingGradients, _GatheredGradients):
+            stack.enter_context(mock.patch.object(kind, "__init__", narrow(kind.__init__)))
+        yield
+
+
+def run_faulty(fault: str, ulysses: int, ring: int, cases: list[Case]) -> list[dict[str, Tensor]]:
     """`run_cases` with one line of the ring wrong."""
 
     def overwrite(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
@@ -86,6 +118,10 @@ def run_faulty(fault: str, ulysses: int, ring: int, case: Case) -> list[dict[str
         merge(out, lse.clone(), block_out, block_lse)
         lse.copy_(block_lse)
 
+    def round_out(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+        merge(out, lse, block_out, block_lse)
+        out.copy_(out.bfloat16())
+
     def wait_only(gradients: _TravellingGradients, under_way: Any) -> None:
         if under_way is not None:
             under_way[1].wait()
@@ -95,9 +131,11 @@ def run_faulty(fault: str, ulysses: int, ring: int, case: Case) -> list[dict[str
         "blocks overwrite": mock.patch.object(ring_module, "_merge", overwrite),
         "last block's lse": mock.patch.object(ring_module, "_merge", keep_out),
         "dk dropped": mock.patch.object(_TravellingGradients, "_take_in", wait_only),
+        "output in half": mock.patch.object(ring_module, "_merge", round_out),
+        "key gradients in half": key_gradients_in_half(),
     }
     with faults[fault]:
-        return run_cases(ulysses, ring, [case])
+        return run_cases(ulysses, ring, cases)
 
 
 @pytest.mark.parametrize(
@@ -110,22 +148,63 @@ def run_faulty(fault: str, ulysses: int, ring: int, case: Case) -> list[dict[str
 )
 def test_wrong_rings_are_noticed(ranks: RankPool, fault: str, wrong: set[str]) -> None:
     case = Case(4, 2)
-    by_rank = ranks.run(4, run_faulty, fault, 1, 4, case)
+    by_rank = ranks.run(4, run_faulty, fault, 1, 4, [case])
     found = assembled([results[0] for results in by_rank], case.layout(1, 4))
     assert {name for name, wanted in expected(case).items() if distance(found[name], wanted) > 1e-2} == wrong
 
 
+RING_LIMIT = 1.4  # under it are the errors of a ring that sums in fp32, over it those of one that does not
+HALF = [
+    Case(heads, kv_heads, rows, mode=mode, dtype=torch.bfloat16, width=16, v_width=16)
+    for heads, kv_heads in ((8, 2), (8, 8), (7, 1), (28, 4))
+    for rows in ("whole", "packed")
+    for mode in ("p2p", "all_gather")
+]
+Errors = dict[tuple[Case, str], float]  # of each tensor of a case
+
+
+def errors(by_rank: list[list[dict[str, Tensor]]], ulysses: int, ring: int) -> Errors:
+    """Distances of HALF's cases from fp64."""
+    found: Errors = {}
+    for case, slices in zip(HALF, zip(*by_rank, strict=True), strict=True):
+        tensors = assembled(list(slices), case.layout(ulysses, ring))
+        assert all(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+        found |= {(case, name): distance(tensors[name], wanted) for name, wanted in expected(case).items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: RankPool) -> Errors:
+    """What the same kernels err by in one process in half precision."""
+    return errors(ranks.run(1, run_cases, 1, 1, HALF), 1, 1)
+
+
 @pytest.mark.parametrize(("ulysses", "ring"), [(1, 2), (1, 8), (2, 4), (8, 1)])
-@pytest.mark.parametrize("rows", ["whole", "packed"])
-def test_half_precision(ranks: RankPool, ulysses: int, ring: int, rows: str) -> None:
-    """Errors are at most twice those of one process in the same precision."""
-    case = Case(8, 2, rows, dtype=torch.bfloat16, width=16, v_width=16)
-    slices = [results[0] for results in ranks.run(ulysses * ring, run_cases, ulysses, ring, [case])]
-    found = assembled(slices, case.layout(ulysses, ring))
-    alone = masked_softmax(case, case.inputs())
-    for name, wanted in expected(case).items():
-        assert found[name].dtype == torch.bfloat16
-        assert distance(found[name], wanted) <= 2 * distance(alone[name], wanted), name
+def test_half_precision(ranks: RankPool, alone: Errors, ulysses: int, ring: int) -> None:
+    """Errors are at most twice those of one process in the same precision.
+
+    A ring alone makes at most 1.29 times those. Ulysses ranks that share a kv head each send their part of its gradient
+    home in half precision: up to 1.56 times.
+    """
+    found = errors(ranks.run(ulysses * ring, run_cases, ulysses, ring, HALF), ulysses, ring)
+    limit = RING_LIMIT if ulysses == 1 else 2.0
+    for key, error in found.items():
+        assert error <= limit * alone[key], key
+
+
+@pytest.mark.parametrize(
+    ("fault", "mode", "wrong"),
+    [  # measured: 1.7 to 1.8; 2.5 to 2.6; 1.6 to 1.7
+        ("output in half", "p2p", "out"),
+        ("key gradients in half", "p2p", "dv"),
+        ("key gradients in half", "all_gather", "dv"),
+    ],
+)
+def test_sums_in_half_precision_are_noticed(ranks: RankPool, alone: Errors, fault: str, mode: str, wrong: str) -> None:
+    found = errors(ranks.run(8, run_faulty, fault, 1, 8, HALF), 1, 8)
+    for case in HALF:
+        if case.rows == "whole" and case.mode == mode:
+            assert found[case, wrong] > RING_LIMIT * alone[case, wrong], case
 
 
 def run_changed(

@@ -2,10 +2,11 @@
 
 In phase 1 a rank receives the rows of the visual tokens it owns, its own encoding included, and nothing else; in phase
 3 it sends back as many with sequence parallelism, and a T-th of them without. Over context-parallel ranks no tensor has
-more rows than a rank has tokens.
+more rows than a rank has tokens, in the exchange, the merge, and the embedding of real steps.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.models import vlm
+from megatron_vlm.models.language import LanguageModel
 from megatron_vlm.models.merge import merge_features
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.layout import SequenceLayout
@@ -91,6 +93,40 @@ def gather_all_rows(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return send
 
 
+class MostRows(TorchDispatchMode):
+    """The most elements of any floating-point tensor made inside, in whatever shape, as rows of `hidden`."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.hidden, self.rows = hidden, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        made = function(*arguments, **(named or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                self.rows = max(self.rows, -(-tensor.numel() // self.hidden))
+        return made
+
+
+@contextlib.contextmanager
+def watched_embedding(seen: MostRows, gathers: bool) -> Iterator[None]:
+    """The language model's embedding and merge are watched; with `gathers` they make the whole sequence, as a plain
+    re-shard would have it."""
+    original = LanguageModel._embed
+
+    def embed(model: LanguageModel, *arguments: Any) -> Tensor:
+        with seen:
+            hidden = original(model, *arguments)
+            if gathers:
+                parts = [torch.empty_like(hidden) for _ in range(model.grid.ring.size())]
+                dist.all_gather(parts, hidden.detach(), group=model.grid.ring)
+                torch.cat(parts)
+        return hidden
+
+    with mock.patch.object(LanguageModel, "_embed", embed):
+        yield
+
+
 def owned_tokens(batch: StepBatch, grid: Any) -> list[int]:
     """Visual tokens that this rank owns, by window, counted one by one."""
     at, layout = grid.coordinates, batch.windows[0].plan.layout
@@ -107,15 +143,23 @@ def owned_tokens(batch: StepBatch, grid: Any) -> list[int]:
     ]
 
 
-def count_steps(recipe: dict[str, Any], wasteful: bool = False) -> tuple[int, int, int]:
-    """Two steps; checks this rank's bytes. Returns (tokens owned, bytes received, bytes of gradients sent): bytes -1
-    where the media group is one rank, and so nothing may be sent at all."""
+def count_steps(recipe: dict[str, Any], waste: str | None = None) -> tuple[int, int, int]:
+    """Two steps; checks this rank's bytes and rows. Returns (tokens owned, bytes received, bytes of gradients sent):
+    bytes -1 where the media group is one rank, and so nothing may be sent at all. `waste`: exchange | embedding."""
     job = build_job(Config.model_validate(recipe), dist.get_world_size())
     total = [0, 0, 0]
     for batch in job.batches(2):
-        send = gather_all_rows(vlm.send_features) if wasteful else vlm.send_features
-        with counted_by_phase() as calls, mock.patch.object(vlm, "send_features", send):
+        send = gather_all_rows(vlm.send_features) if waste == "exchange" else vlm.send_features
+        seen = MostRows(HIDDEN)
+        with (
+            counted_by_phase() as calls,
+            mock.patch.object(vlm, "send_features", send),
+            watched_embedding(seen, waste == "embedding"),
+        ):
             job.step(batch)
+        at, share = job.grid.coordinates, batch.length // job.grid.sizes.context
+        assert (seen.rows > 0) == (at.pipeline == 0)
+        assert seen.rows <= share, f"{seen.rows} rows of {HIDDEN} in the embedding; a rank has {share} tokens"
         tokens = owned_tokens(batch, job.grid)
         if batch.windows[0].plan.num_ranks == 1:
             assert not any(calls.values())
@@ -141,12 +185,18 @@ LAYOUTS = {
     "dp2-world": (2, {"media_group": "world"}),
     "tp2-dp2-world": (4, {"tensor": 2, "media_group": "world"}),
 }
+CONTEXT_STEPS = {
+    "ring2": (2, {"ring": 2}),
+    "ulysses2": (2, {"ulysses": 2}),
+    "ring2-tp2-sp": (4, {"ring": 2, "tensor": 2, "sequence": True}),
+}
 
 
-@pytest.mark.parametrize("window", [None, 2])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "window"), [*itertools.product(LAYOUTS, (None, 2)), *((name, 2) for name in CONTEXT_STEPS)]
+)
 def test_bytes_of_a_step(ranks: RankPool, tmp_path: Path, name: str, window: int | None) -> None:
-    num_ranks, parallel = LAYOUTS[name]
+    num_ranks, parallel = (LAYOUTS | CONTEXT_STEPS)[name]
     recipe = tiny_recipe(tmp_path, parallel=parallel, training={"media_window": window}).model_dump(mode="json")
     found = ranks.run(num_ranks, count_steps, recipe)
     copies = 1 if parallel.get("sequence") else parallel.get("tensor", 1)
@@ -162,26 +212,17 @@ def test_bytes_of_a_step(ranks: RankPool, tmp_path: Path, name: str, window: int
 def test_bytes_that_nobody_needs_are_noticed(ranks: RankPool, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, parallel={"tensor": 2}).model_dump(mode="json")
     with pytest.raises(RankFailure, match="all_gather"):
-        ranks.run(2, count_steps, recipe, True)
+        ranks.run(2, count_steps, recipe, "exchange")
 
 
-class LongestTensor(TorchDispatchMode):
-    """The most rows (first dimension) of any tensor made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        made = function(*arguments, **(named or {}))
-        for tensor in made if isinstance(made, tuple | list) else [made]:
-            if isinstance(tensor, Tensor) and tensor.dim():
-                self.rows = max(self.rows, tensor.shape[0])
-        return made
+def test_a_step_that_embeds_the_whole_sequence_is_noticed(ranks: RankPool, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, parallel={"ring": 2}).model_dump(mode="json")
+    with pytest.raises(RankFailure, match="rows of 64 in the embedding; a rank has"):
+        ranks.run(2, count_steps, recipe, "embedding")
 
 
-def longest_tensor(sizes: GridSizes, sequence_parallel: bool, wasteful: bool) -> tuple[int, int]:
-    """A row full of frames through exchange, merge and back; returns the most rows of any tensor, and s/cp."""
+def most_rows(sizes: GridSizes, sequence_parallel: bool, wasteful: bool) -> tuple[int, int]:
+    """A row full of frames through exchange, merge and back; returns the most rows made at once, and s/cp."""
     from megatron_vlm.parallel.groups import build_grid
 
     length, hidden, num_frames, tokens = 96, 4, 12, 8
@@ -192,10 +233,10 @@ def longest_tensor(sizes: GridSizes, sequence_parallel: bool, wasteful: bool) ->
     model = VisionLanguageModel(torch.nn.Linear(1, 1), [], grid)  # type: ignore[arg-type]
     group = media_group(grid, route.over_world)
     calls: list[Call] = []
-    with LongestTensor() as seen, counting(calls):
+    with MostRows(hidden) as seen, counting(calls):
         features = model.place(model.exchange(encoded, route), route, 0)
         if wasteful:
-            torch.zeros(length, 1, hidden)  # the whole sequence, as others' re-shard has it
+            torch.zeros(1, length, hidden)  # the whole sequence, as others' re-shard has it
         if grid.coordinates.pipeline == 0:
             merged = merge_features(torch.zeros(layout.local_length, 1, hidden), features)
             merged.square().sum().backward()
@@ -223,10 +264,10 @@ CONTEXT_LAYOUTS = {
 @pytest.mark.parametrize("name", CONTEXT_LAYOUTS)
 def test_no_tensor_is_longer_than_a_ranks_share_of_the_sequence(ranks: RankPool, name: str) -> None:
     sizes, sequence_parallel = CONTEXT_LAYOUTS[name]
-    for most, share in ranks.run(sizes.world, longest_tensor, sizes, sequence_parallel, False):
+    for most, share in ranks.run(sizes.world, most_rows, sizes, sequence_parallel, False):
         assert 0 < most <= share
 
 
 def test_a_tensor_of_the_whole_sequence_is_noticed(ranks: RankPool) -> None:
-    found = ranks.run(2, longest_tensor, GridSizes(ring=2), False, True)
+    found = ranks.run(2, most_rows, GridSizes(ring=2), False, True)
     assert all(most == 2 * share for most, share in found)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vlm.ops.rope import apply_rope, rope_tables
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.ring import Ring, ring_attention
 from megatron_vlm.parallel.ring_plan import RingPlan
@@ -20,17 +21,24 @@ from megatron_vlm.parallel.ulysses import HeadSplit, to_heads, to_sequence
 from tests.helpers.packed import random_documents, visible
 
 LENGTH = 48  # every factorisation of 2, 4 and 8 ranks can cut it; chunks of 3 tokens on a ring of 8
-ROWS = {  # documents of two rows
-    "whole": (Documents.whole(LENGTH),) * 2,
-    "packed": (random_documents(LENGTH, 7, seed=0), random_documents(LENGTH, 20, seed=1)),
-    "length 1": (Documents((0, 1, 2, 20, 21, 47), LENGTH), Documents(tuple(range(LENGTH)), LENGTH)),
-    "spanning": (Documents((0, 1, 47), LENGTH), Documents.whole(LENGTH)),  # one document over all chunks
-}
+ROWS = ("whole", "packed", "length 1", "spanning")
+
+
+def two_rows(name: str, seed: int) -> tuple[Documents, ...]:
+    """The documents of two rows of one of ROWS; those of "packed" are drawn, few in the one and many in the other."""
+    if name == "packed":
+        few, many = 7 + seed % 12, 20 - seed % 12
+        return random_documents(LENGTH, few, 2 * seed), random_documents(LENGTH, many, 2 * seed + 1)
+    return {
+        "whole": (Documents.whole(LENGTH),) * 2,
+        "length 1": (Documents((0, 1, 2, 20, 21, 47), LENGTH), Documents(tuple(range(LENGTH)), LENGTH)),
+        "spanning": (Documents((0, 1, 47), LENGTH), Documents.whole(LENGTH)),  # one document over all chunks
+    }[name]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One attention: `rows` is a key of ROWS; `width` and `v_width` are head widths."""
+    """One attention: `rows` is one of ROWS; `width` and `v_width` are head widths; `seed` draws documents, inputs."""
 
     heads: int
     kv_heads: int
@@ -42,11 +50,12 @@ class Case:
     width: int = 4
     v_width: int = 4
     dtype: torch.dtype = torch.float32
+    seed: int = 0
 
     @property
     def documents(self) -> tuple[Documents, ...]:
         """Of each row."""
-        return ROWS[self.rows]
+        return two_rows(self.rows, self.seed)
 
     @property
     def softmax_scale(self) -> float:
@@ -59,7 +68,7 @@ class Case:
 
     def inputs(self) -> dict[str, Tensor]:
         """q, k, v [b, L, heads or kv_heads, d or dv] and the gradient of the output, in the case's precision."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(self.seed)
         shape = len(self.documents), self.documents[0].length
         sizes = {
             "q": (self.heads, self.width),
@@ -106,6 +115,60 @@ def local_results(
     out = to_sequence(out, split, ulysses_group)
     out.backward(dout)
     return {"out": out.detach(), **{f"d{name}": leaf.grad for name, leaf in zip("qkv", leaves, strict=True)}}
+
+
+def run_core_attention(ulysses: int, ring: int, case: Case) -> dict[str, Tensor]:
+    """As `run_cases` for one causal case, by the layers' core attention, which rotates queries and keys first."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_vlm.parallel.context_attention import AttentionContext, ContextAttention, SharedSequence
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=case.heads * case.width,
+        num_attention_heads=case.heads,
+        num_query_groups=case.kv_heads,
+        kv_channels=case.width,
+        attention_dropout=0.0,
+    )
+    core = ContextAttention(config=config, layer_number=1, softmax_scale=case.softmax_scale)
+    ulysses_group, ring_group = groups_of(ulysses, ring)
+    layout = case.layout(ulysses, ring)
+    positions, inputs = layout.positions(ring_group.rank(), ulysses_group.rank()), case.inputs()
+    context = AttentionContext(
+        position_ids=position_ids(case)[:, positions],
+        inverse_frequencies=inverse_frequencies(case),
+        shared=SharedSequence(ulysses_group, Ring(RingPlan(layout, case.documents), ring_group, case.mode)),
+    )
+    leaves = {name: inputs[name][:, positions].clone().requires_grad_() for name in "qkv"}
+    by_place = (leaf.transpose(0, 1) for leaf in leaves.values())  # [b, s, ...] -> [s, b, ...]
+    out = core(*by_place, None, packed_seq_params=context)
+    out = out.unflatten(2, (case.heads, case.width)).transpose(0, 1)  # [s, b, heads * d] -> [b, s, heads, d]
+    out.backward(inputs["dout"][:, positions])
+    return {"out": out.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
+
+
+def position_ids(case: Case) -> Tensor:
+    """Of whole rows: from 0 in every document, [b, L]."""
+    numbers = [
+        torch.cat([torch.arange(len(documents.interval(number))) for number in range(len(documents.starts))])
+        for documents in case.documents
+    ]
+    return torch.stack(numbers)
+
+
+def inverse_frequencies(case: Case) -> Tensor:
+    """[d/2] of RoPE."""
+    return 10.0 ** -torch.arange(case.width // 2)
+
+
+def expected_of_rotated(case: Case) -> dict[str, Tensor]:
+    """What `run_core_attention` should give, whole, in fp64. A gradient is rotated back."""
+    cos, sin = rope_tables(position_ids(case), inverse_frequencies(case))
+    inputs = {name: tensor.double() for name, tensor in case.inputs().items()}
+    inputs |= {name: apply_rope(inputs[name], cos, sin) for name in "qk"}
+    found = masked_softmax(case, inputs)
+    return found | {name: apply_rope(found[name], cos, -sin) for name in ("dq", "dk")}
 
 
 def assembled(slices: list[dict[str, Tensor]], layout: SequenceLayout) -> dict[str, Tensor]:

@@ -159,6 +159,16 @@ def ring_block_gradient_dropped() -> list[Any]:
     return [mock.patch.object(_TravellingGradients, "_take_in", wait)]
 
 
+def documents_not_isolated() -> list[Any]:
+    """The samples of a packed row attend to each other."""
+    from megatron_vlm.models.language import LanguageModel
+
+    original = LanguageModel._shared_sequence
+    return [
+        mock.patch.object(LanguageModel, "_shared_sequence", lambda model, at, _documents: original(model, at, None))
+    ]
+
+
 FAULTS = {
     "vision_gradient_not_over_model_ranks": lambda: vision_gradient_over("data"),
     "vision_gradient_not_over_data": lambda: vision_gradient_over("replica"),
@@ -171,4 +181,5 @@ FAULTS = {
     "local_positions": local_positions,
     "labels_shifted_after_the_cut": labels_shifted_after_the_cut,
     "ring_block_gradient_dropped": ring_block_gradient_dropped,
+    "documents_not_isolated": documents_not_isolated,
 }

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from megatron_vlm.config.schema import Config
+from megatron_vlm.data import loader
 from megatron_vlm.runtime.distributed import Launch
 from megatron_vlm.training.check_layout import LayoutReport, check_layout, place_in
 from megatron_vlm.training.job import Job, build_job
@@ -21,6 +23,27 @@ def run_layout(recipe: dict[str, Any], steps: int = 5, fault: str | None = None)
     config = Config.model_validate(recipe)
     with faults.planted(fault):
         return observe(build_job(config, torch.distributed.get_world_size()), steps)
+
+
+@dataclass(frozen=True)
+class FixedRows:
+    """A plan of the test's own: the samples of each row, by step; from the first step again after the last."""
+
+    rows: list[list[tuple[int, ...]]]
+    packed_length: int | None
+
+    def samples_by_row(self, step: int) -> list[tuple[int, ...]]:
+        return self.rows[step % len(self.rows)]
+
+
+def run_rows(recipe: dict[str, Any], rows: list[list[tuple[int, ...]]], steps: int, fault: str | None = None) -> Record:
+    """`run_layout` over chosen rows of sample numbers; where the recipe does not pack, a row for each of their samples,
+    in the same order."""
+    packed_length = recipe["training"]["sequence_length"] if recipe["data"]["packing"] else None
+    if packed_length is None:
+        rows = [[(sample,) for row in of_step for sample in row] for of_step in rows]
+    with mock.patch.object(loader, "make_plan", lambda config, samples: FixedRows(rows, packed_length)):
+        return run_layout(recipe, steps, fault)
 
 
 def trained(job: Job) -> list[tuple[str, torch.nn.Parameter]]:

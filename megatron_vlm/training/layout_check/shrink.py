@@ -6,11 +6,14 @@ tokenizer and its template. Reduced: layers, widths, the pictures' size, frames,
 spread at which attention is not flat, even where the recipe names some: none of the user's is needed to see whether a
 layout computes what one process does. Arithmetic is fp32, and rates are high enough for updates to show.
 
-The samples are the shortest real ones of each kind: one picture, several, text alone.
+The samples are the shortest real ones of each kind: one picture, several, text alone. Short answers at the ends of rows
+would leave the cuts between ranks to tokens that are not trained, and what goes wrong there to later steps: so one of
+the first step's samples has its answer lengthened until it is as long as the longest.
 """
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +91,7 @@ def shrink(config: Config, world_size: int) -> tuple[Config, list[Tree]]:
     model["freeze"] = matching_patterns(tree)
     small = config_from_tree(tree, "the shrunk recipe")
     num_tokens = survey_tower(small.model.vision).media_spec.tokens_per_image
-    samples, longest = pick_samples(small, num_tokens, small.training.global_batch_size * NUM_STEPS)
+    samples, longest = pick_samples(small, num_tokens, small.training.global_batch_size)
     tree["data"]["source"] = "llava_json"  # as which the samples are written
     tree["training"]["sequence_length"] = max(longest, num_tokens + 1)
     return config_from_tree(tree, "the shrunk recipe"), samples
@@ -172,8 +175,11 @@ def matching_patterns(tree: Tree) -> list[str]:
     return [pattern for pattern in patterns if any(re.search(pattern, name) for name in names)]
 
 
-def pick_samples(config: Config, tokens_per_image: int, num_samples: int) -> tuple[list[Tree], int]:
+def pick_samples(config: Config, tokens_per_image: int, num_rows: int) -> tuple[list[Tree], int]:
     """The shortest samples with one, several and no pictures, by turns, and the longest one's tokens.
+
+    Args:
+        num_rows: of a step. Among the first so many samples, the first of those with the fewest pictures is lengthened.
 
     Raises:
         DataError: none can be used; the first one's fault.
@@ -194,10 +200,25 @@ def pick_samples(config: Config, tokens_per_image: int, num_samples: int) -> tup
             continue
         if all(place(image, root).exists() for image in sample.images):
             kinds[min(len(sample.images), 2)].append((length, extent))
-    picked = list(_by_turns([sorted(kind) for kind in kinds.values()]))[:num_samples]
+    picked = list(_by_turns([sorted(kind) for kind in kinds.values()]))[: num_rows * NUM_STEPS]
     if not picked:
         raise fault or DataError(f"{data.path}: none of its first samples has all its pictures in {data.media_root}")
-    return [_record(file.read(extent)) for _, extent in picked], max(length for length, _ in picked)
+    samples, longest = [file.read(extent) for _, extent in picked], max(length for length, _ in picked)
+    number = min(range(min(num_rows, len(samples))), key=lambda number: len(samples[number].images))
+    samples[number] = lengthen(samples[number], longest - picked[number][0], encoder)
+    longest = max(longest, len(encoder.encode(samples[number]).ids))
+    return [_record(sample) for sample in samples], longest
+
+
+def lengthen(sample: Sample, num_tokens: int, encoder: ConversationEncoder) -> Sample:
+    """The sample with about `num_tokens` more to its last answer: 0123456789101112..., since in a text that repeats
+    itself one token passes for another."""
+    *turns, answer = sample.turns
+    digits = "".join(map(str, range(3 * num_tokens)))  # a token may have three of them
+    tokens = encoder.tokenizer(digits, add_special_tokens=False, return_offsets_mapping=True)
+    *_, stop = (0, *(end for _, end in tokens["offset_mapping"][:num_tokens]))
+    text = f"{answer.text} {digits[:stop]}" if stop else answer.text
+    return replace(sample, turns=(*turns, replace(answer, text=text)))
 
 
 def _spread(extents: Sequence[Extent], number: int) -> Sequence[Extent]:

@@ -141,7 +141,7 @@ def shares(values: np.ndarray, ranks: int, micro_batch: int) -> float:
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
 def test_work_is_even_over_ranks_and_micro_batches(micro_batch: int) -> None:
-    """Over any number of ranks; random order beside it. A row of one long document is more than two average rows."""
+    """Over powers of two of ranks; random order beside it. A row of one long document is more than two average rows."""
     tokens = drawn_tokens()
     plan = PackedPlan(tokens, 0, 64, SEQUENCE_LENGTH, micro_batch)
     steps = [
@@ -153,6 +153,16 @@ def test_work_is_even_over_ranks_and_micro_batches(micro_batch: int) -> None:
         assert np.mean([shares(works, ranks, micro_batch) for works in shuffled]) > 1.03
     even, uneven = (np.mean([shares(w, 64 // micro_batch, micro_batch) for w in of]) for of in (steps, shuffled))
     assert micro_batch == 1 or even < {2: 1.4, 4: 1.06}[micro_batch] < uneven - 0.2
+
+
+@pytest.mark.parametrize(("rows", "ranks", "found"), [(48, 3, 1.09), (96, 24, 1.35)])
+def test_work_is_less_even_over_other_numbers_of_ranks(rows: int, ranks: int, found: float) -> None:
+    """The numbers that packing.py tells."""
+    tokens = drawn_tokens()
+    plan = PackedPlan(tokens, 0, rows, SEQUENCE_LENGTH, 1)
+    steps = (plan.samples_by_row(step) for step in range(20))
+    works = [np.array([row_work(tokens[list(row)].tolist()) for row in step]) for step in steps]
+    assert np.mean([shares(of_one, ranks, 1) for of_one in works]) == pytest.approx(found, abs=0.01)
 
 
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=40), st.integers(1, 4))

@@ -5,15 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import CLIPConfig, Qwen2Config
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.config.validation import validate
+from megatron_vlm.data.conversation import ConversationEncoder
+from megatron_vlm.data.sample import IGNORE
+from megatron_vlm.data.sources.llava_json import LlavaFile
 from megatron_vlm.data.templates import TEMPLATES
+from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.facts import gather_facts
 from megatron_vlm.models.vision.survey import survey_tower
+from megatron_vlm.parallel.layout import SequenceLayout, padded_length
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.training.layout_check.shrink import pick_samples, shrink, shrink_batch
 from tests.helpers.public_models import CLIP_L_336, QWEN2_7B
@@ -113,7 +119,7 @@ def write_samples(directory: Path, *changes: dict[str, Any]) -> Path:
 def test_samples_that_cannot_be_used_are_passed_over(tmp_path: Path) -> None:
     path = write_samples(tmp_path, {"conversations": []}, {"image": "nowhere.png"}, {}, {"id": None})
     recipe = tiny_recipe(tmp_path, data={"path": str(path), "media_root": str(tmp_path)})
-    samples, longest = pick_samples(recipe, 16, 10)
+    samples, longest = pick_samples(recipe, 16, 4)
     assert [sample["id"] for sample in samples] == ["3", "sample-2"]  # one picture before three
     assert longest > 3 * 16
 
@@ -122,4 +128,29 @@ def test_no_usable_sample_is_the_users_error(tmp_path: Path) -> None:
     path = write_samples(tmp_path, {"conversations": []})
     recipe = tiny_recipe(tmp_path, data={"path": str(path), "media_root": str(tmp_path)})
     with pytest.raises(DataError, match="changed.json element 0"):
-        pick_samples(recipe, 16, 10)
+        pick_samples(recipe, 16, 4)
+
+
+@pytest.mark.parametrize(
+    "parallel", [{"ring": 2}, {"ring": 4}, {"ulysses": 2}, {"ring": 2, "ulysses": 2}, {"ring": 2, "tensor": 2}]
+)
+def test_trained_tokens_stand_at_the_cuts_of_the_first_step(tmp_path: Path, parallel: dict[str, int]) -> None:
+    """At all of them but those that the question of the longest text stands at: what a cut spoils is seen at once."""
+    recipe = tiny_recipe(tmp_path, parallel=parallel | {"sequence": "tensor" in parallel})
+    small, samples = shrink(recipe, GridSizes(**parallel).world)
+    path = tmp_path / "picked.json"
+    path.write_text(json.dumps(samples[: small.training.global_batch_size]))
+    encoder = ConversationEncoder(load_tokenizer(tiny_tokenizer(tmp_path), "<image>"), "auto", "<image>", 16)
+    file = LlavaFile(path, "<image>")
+    encoded = [encoder.encode(file.read(extent)) for extent in file.scan()]
+    length = max(len(of_one.ids) for of_one in encoded)
+    cut = (parallel.get("ring", 1), parallel.get("ulysses", 1), parallel.get("tensor", 1))
+    layout = SequenceLayout(padded_length(length, *cut), *cut)
+    owners = torch.stack(layout.owners(torch.arange(layout.length)))  # [3, length]
+    cuts = (owners[:, 1:] != owners[:, :-1]).any(0).nonzero().flatten().tolist()  # last token before each
+    trained = {at for at in cuts for labels in (of_one.labels for of_one in encoded) if is_trained(labels, at + 1)}
+    assert {at for at in cuts if at >= 12} <= trained and len(trained) > len(cuts) / 2
+
+
+def is_trained(labels: list[int], at: int) -> bool:
+    return at < len(labels) and labels[at] != IGNORE
