@@ -8,8 +8,8 @@
 #
 # The image brings torch with CUDA, triton and the usual libraries; `python3` there is the one with torch (PYTHON names
 # another). Results go to OUT, else to docs/benchmarks/: gpu_suite.md (machine, versions, each stage's outcome),
-# gpu_suite.log, throughput_gpu.{md,json,png}, attention_gpu.{md,json,png}, quickstart_gpu.{json,png}. A stage that fails or outruns its time is
-# recorded and the next one runs; the exit code is the number of stages that failed.
+# gpu_suite.log, throughput_gpu.{md,json,png}, attention_gpu.{md,json,png}, quickstart_gpu.{json,png}. A stage that fails
+# or outruns its time is recorded and the next one runs; the exit code is the number of stages that failed.
 #
 #   PYTHON_VERSION   of the GPU machine, for --collect (default 3.12)
 #   BENCH_RECIPE     default examples/recipes/bench_cpu_large.yaml

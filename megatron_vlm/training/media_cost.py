@@ -53,6 +53,8 @@ def measure_encoder(encoder: VisionEncoder) -> MediaCost:
     points = []
     for scale in SIZES if resizes else (1.0,):
         height, width = (round(scale * side) for side in (survey.media_spec.height, survey.media_spec.width))
+        if not count_patches(survey.hf_config, height, width):
+            continue  # half of a tower's only patch
         pixels = torch.zeros(PICTURES, 3, height, width, device=device)
         seconds = fastest_seconds(partial(encode_pictures, encoder, pixels, resizes), device)
         points.append((count_patches(survey.hf_config, height, width), seconds / PICTURES))

@@ -8,7 +8,6 @@ and save. Memory is the anonymous memory of all processes of a side, summed, at 
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import statistics
@@ -17,8 +16,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +68,8 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
 
 def measure(folder: Path, size_gigabytes: float, rounds: int) -> dict[str, Any]:
     """All sides, taking turns."""
+    from . import report
+
     source, copied, ours, exported, saved = (folder / n for n in ("source", "copied", "ours", "exported", "saved"))
     make_model(source, size_gigabytes)
     make_model(folder / "tiny", 0.0)
@@ -93,12 +92,7 @@ def measure(folder: Path, size_gigabytes: float, rounds: int) -> dict[str, Any]:
             shutil.rmtree(path)
     seconds = {name: statistics.median(cost.seconds for cost in of_side) for name, of_side in costs.items()}
     peaks = {name: max(cost.peak_anonymous_bytes for cost in of_side) for name, of_side in costs.items()}
-    return {
-        "benchmark": "conversion",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["tools/bench.py", *sys.argv[1:]]),
-        "machine": {"cores": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total},
-        "versions": {name: version(name) for name in ("torch", "transformers", "safetensors", "megatron-core")},
+    return report.header("conversion", "CPU") | {
         "model_bytes": sum(path.stat().st_size for path in folder.glob("source/*")),
         "rounds": rounds,
         "all_seconds": {name: [cost.seconds for cost in of_side] for name, of_side in costs.items()},

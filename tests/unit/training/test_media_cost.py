@@ -86,6 +86,16 @@ def test_a_tower_of_one_size_is_measured_there(tmp_path: Any) -> None:
     assert cost.quadratic == 0 and cost.linear > 0
 
 
+def test_half_of_a_towers_only_patch_is_not_measured(tmp_path: Any) -> None:
+    settings = tiny_recipe(tmp_path).model.vision.config
+    assert settings is not None
+    tested = encoder(tmp_path, config={**settings, "image_size": settings["patch_size"]})
+    measured: list[list[tuple[int, float]]] = []
+    with mock.patch.object(media_cost, "fit_cost", lambda found: measured.append(found) or fit_cost(found)):
+        measure_encoder(tested)
+    assert [patches for patches, _ in measured[0]] == [1, 1]
+
+
 @pytest.mark.parametrize("cost", [{"linear": 0}, {"quadratic": 1.0}, {"linear": 1.0, "quadratic": -1.0}])
 def test_a_cost_of_nothing_or_less_is_refused(cost: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
