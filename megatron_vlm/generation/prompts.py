@@ -84,8 +84,10 @@ class PromptBatch:
     def documents(self) -> tuple[Documents, ...]:
         """Of each row, for attention that is told of them instead of `valid`: padding is a document of its own."""
         length = self.ids.shape[1]
+        padding = (length - self.valid.sum(1)).tolist()
         return tuple(
-            Documents.packed([number] if number else [], length) for number in (length - self.valid.sum(1)).tolist()
+            Documents.packed([number, length - number], length) if number else Documents.whole(length)
+            for number in padding
         )
 
     def lengthened(self, multiple: int) -> "PromptBatch":
