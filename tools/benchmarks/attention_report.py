@@ -1,7 +1,6 @@
 """What the attention benchmark measured, told: table, JSON, picture, a section for docs/benchmarks."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,10 @@ from .attention_sides import PRODUCT
 def tell(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Prints the table and writes the files asked for."""
     result |= summary(result)
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    report.keep(result, markdown(result), arguments)
     if arguments.png is not None:
         arguments.png.parent.mkdir(parents=True, exist_ok=True)
         draw(result, arguments.png)
-    if arguments.markdown is not None:
-        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.markdown.open("a") as file:
-            file.write(markdown(result))
     for row in rows(result):
         print(" | ".join(row))
     for line in lines(result):

@@ -10,7 +10,6 @@ the least over the batch sizes.
 import argparse
 import contextlib
 import gc
-import json
 import multiprocessing
 import tempfile
 import time
@@ -80,13 +79,7 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
         "batches": batches,
         "ratio": min(batch["ratio"] for batch in batches.values()),
     }
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.markdown is not None:
-        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.markdown.open("a") as file:
-            file.write(markdown(result))
+    report.keep(result, markdown(result), arguments)
     for row in rows(result):
         print(" | ".join(row))
     print(f"ratio {result['ratio']:.2f}: transformers' time per token over megatron_vlm's, the least")

@@ -9,7 +9,6 @@ contiguous. The ratio is the slowest rank's time by count over that by cost, on 
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -90,13 +89,7 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
         "imbalance": {name: summarise([one[name]["imbalance"] for one in batches]) for name in (BY_COST, BY_COUNT)},
         "ratio": statistics.fmean(max(one[BY_COUNT]["seconds"]) / max(one[BY_COST]["seconds"]) for one in batches),
     }
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.markdown is not None:
-        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.markdown.open("a") as file:
-            file.write(markdown(result))
+    report.keep(result, markdown(result), arguments)
     for row in rows(result):
         print(" | ".join(row))
     print(f"ratio {result['ratio']:.2f}: the slowest rank's seconds by count over those by cost, on the mean")

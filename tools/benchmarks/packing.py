@@ -11,7 +11,6 @@ of a row, so packed rows of isolated samples can gain more than that.
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +67,8 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
     }
     lines = table(result)
     print("\n".join(lines))
-    if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.markdown is not None:
-        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
-        heading = f"\n### {Path(arguments.recipe).stem}\n\n{report.origin(result)}; {arguments.rounds} rounds.\n"
-        with arguments.markdown.open("a") as file:
-            file.write("\n".join([heading, f"    {result['command']}\n", *lines, ""]))
+    heading = f"\n### {Path(arguments.recipe).stem}\n\n{report.origin(result)}; {arguments.rounds} rounds.\n"
+    report.keep(result, "\n".join([heading, f"    {result['command']}\n", *lines, ""]), arguments)
 
 
 def requests(config: Config, arguments: argparse.Namespace, launch: Launch) -> list[SideRequest]:

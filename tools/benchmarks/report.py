@@ -70,6 +70,17 @@ def header(benchmark: str, device: str) -> dict[str, Any]:
     }
 
 
+def keep(result: dict[str, Any], section: str, arguments: argparse.Namespace) -> None:
+    """Writes what --json and --markdown ask for: everything measured, and a section of docs/benchmarks, appended."""
+    if arguments.json is not None:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.markdown is not None:
+        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
+        with arguments.markdown.open("a") as file:
+            file.write(section)
+
+
 def origin(result: dict[str, Any]) -> str:
     """The same in a sentence, without the command."""
     host = result["machine"]
@@ -202,16 +213,10 @@ def show(result: dict[str, Any]) -> None:
 
 def write(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     """The files asked for."""
-    for path in (arguments.json, arguments.png, arguments.markdown):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, markdown(result), arguments)
     if arguments.png is not None:
+        arguments.png.parent.mkdir(parents=True, exist_ok=True)
         draw(result, arguments.png)
-    if arguments.markdown is not None:
-        with arguments.markdown.open("a") as file:
-            file.write(markdown(result))
 
 
 def markdown(result: dict[str, Any]) -> str:
