@@ -229,7 +229,7 @@ def _yunchang_ring(shape: Shape, num_ranks: int) -> Attend:
 
 def _yunchang(shape: Shape, ulysses: int, ring: int) -> Any:
     if shape.device.type == "cpu":  # asked all the same, one rank fails within an exchange and the other waits
-        raise NotImplementedError("its kernels (0.6.4) need CUDA, forward or backward")
+        raise RuntimeError("its kernels (0.6.4) need CUDA, forward or backward")
     yunchang = importlib.import_module("yunchang")
     yunchang.set_seq_parallel_pg(ulysses, ring, dist.get_rank(), ulysses * ring)
     return yunchang

@@ -113,7 +113,7 @@ def seconds(side: Measured) -> float:
 def table(result: dict[str, Any]) -> list[str]:
     """In Markdown."""
     lines = [
-        "| rows | tokens of them | padding | s/step (min..max) | real tokens/s |",
+        "| side | tokens of its rows | padding | s/step (min..max) | real tokens/s |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, side in result["sides"].items():
