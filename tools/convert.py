@@ -11,6 +11,7 @@ The formats are described in docs/formats.md. Each command prints its own --help
 """
 
 import argparse
+import gc
 import logging
 import sys
 import threading
@@ -21,11 +22,13 @@ from megatron_vlm.runtime.command_line import CommandLine, whole_number
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs
     from megatron_vlm.conversion.formats import ForeignModel
+    from megatron_vlm.runtime.progress import Progress
 
 PAIR_OPTIONS = ("projector", "select_layer", "select_feature", "seed")
 
 
 def main() -> None:
+    gc.disable()  # looking through the million objects that stay costs a fifth of importing torch and transformers
     parser = CommandLine(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, add_arguments) in {
@@ -84,12 +87,17 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    _prepare()
-    from megatron_vlm.conversion.importing import import_model, size_bytes
+    from megatron_vlm.conversion.destination import first_checkpoint
+    from megatron_vlm.conversion.head_start import guess_plan
 
-    foreign = _open(arguments)
-    with _Bytes(f"importing {arguments.source}", size_bytes(foreign)) as written:
-        checkpoint = import_model(foreign, arguments.destination, written.advance)
+    with _Bytes() as written, first_checkpoint(arguments.destination, written.advance) as writer:
+        writer.start(guess_plan(Path(arguments.source)))  # while what follows is imported, which takes seconds
+        _prepare()
+        from megatron_vlm.conversion.importing import complete_import, size_bytes
+
+        foreign = _open(arguments)
+        written.show(f"importing {arguments.source}", size_bytes(foreign))
+        checkpoint = complete_import(foreign, arguments.destination, writer)
     print(f"{arguments.source} ({foreign.format}) -> {checkpoint}")
 
 
@@ -121,7 +129,8 @@ def _export(arguments: argparse.Namespace) -> None:
     from megatron_vlm.conversion.exporting import plan_export
 
     plan = plan_export(arguments.checkpoint, arguments.format, arguments.dtype)
-    with _Bytes(f"exporting {arguments.checkpoint}", plan.size_bytes) as written:
+    with _Bytes() as written:
+        written.show(f"exporting {arguments.checkpoint}", plan.size_bytes)
         plan.write(arguments.destination, written.advance)
     print(f"{arguments.checkpoint} -> {arguments.destination} ({plan.format})")
 
@@ -152,24 +161,29 @@ def _prepare() -> None:
 
 
 class _Bytes:
-    """A progress bar over bytes, told of by several threads, in MB; on stdout only where that is a terminal."""
+    """Counts bytes written, told of by several threads; `show` makes it a progress bar, where stdout is a terminal."""
 
-    def __init__(self, description: str, size_bytes: int) -> None:
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._lock, self._done = threading.Lock(), 0
+
+    def show(self, description: str, size_bytes: int) -> None:
         from megatron_vlm.runtime.progress import Progress
 
         self._bar = Progress(description, size_bytes // 10**6, enabled=sys.stdout.isatty())
-        self._lock, self._done = threading.Lock(), 0
 
     def advance(self, num_bytes: int) -> None:
         with self._lock:
             self._done += num_bytes
-            self._bar.update(self._done // 10**6, "MB")
+            if self._bar is not None:
+                self._bar.update(self._done // 10**6, "MB")
 
     def __enter__(self) -> "_Bytes":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, cast
-
-from torch.distributed import ProcessGroup
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from megatron_vlm.checkpoint.integrity import sync_directory
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.errors import CheckpointError
-from megatron_vlm.runtime.collectives import broadcast_object
+
+if TYPE_CHECKING:  # names and paths need no torch
+    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 LATEST = "latest"
@@ -137,12 +137,14 @@ def tidy(root: Path) -> None:
             os.rename(replaced, final)
 
 
-def on_rank_zero(action: Callable[[], T], world: ProcessGroup, problem: str) -> T:
+def on_rank_zero(action: Callable[[], T], world: "ProcessGroup", problem: str) -> T:
     """What `action` returns on rank 0 (picklable), on every rank; a collective call.
 
     Raises:
         CheckpointError: on every rank, what `action` raised, an OSError as `problem` and its message.
     """
+    from megatron_vlm.runtime.collectives import broadcast_object
+
     outcome: tuple[T | None, CheckpointError | None] | None = None
     if world.rank() == 0:
         try:

@@ -4,11 +4,12 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-
-from torch.distributed import ProcessGroup
+from typing import TYPE_CHECKING
 
 from megatron_vlm.checkpoint.manifest import FileRecord, Manifest
-from megatron_vlm.runtime.collectives import all_gather_objects
+
+if TYPE_CHECKING:  # hashing needs no torch
+    from torch.distributed import ProcessGroup
 
 
 def record_of(file: Path) -> FileRecord:
@@ -48,9 +49,11 @@ def sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def find_damage(directory: Path, manifest: Manifest, world: ProcessGroup) -> str | None:
+def find_damage(directory: Path, manifest: Manifest, world: "ProcessGroup") -> str | None:
     """The first file that is not what the manifest says, and why; None where all are. A collective call: the ranks
     share the reading, and all get the same answer."""
+    from megatron_vlm.runtime.collectives import all_gather_objects
+
     by_size = sorted(manifest.files, key=lambda name: (-manifest.files[name].size_bytes, name))
     own = by_size[world.rank() :: world.size()]
     found = [f"{name} {why}" for name in own if (why := _damage(directory / name, manifest.files[name]))]

@@ -23,6 +23,7 @@ from megatron_vlm.checkpoint.integrity import sync_directory
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config.loading import config_from_tree
 from megatron_vlm.config.schema import VisionConfig
+from megatron_vlm.conversion.destination import refuse_taken
 from megatron_vlm.conversion.export_plan import (
     TOWER_FILE,
     ShardPlan,
@@ -34,7 +35,6 @@ from megatron_vlm.conversion.export_plan import (
 from megatron_vlm.conversion.files import INDEXES, SAFETENSORS_INDEX
 from megatron_vlm.conversion.formats.base import FORMATS, Format, Target, read_json
 from megatron_vlm.conversion.formats.llava import TOWER_INSIDE
-from megatron_vlm.conversion.importing import refuse_taken
 from megatron_vlm.conversion.mappings import EMBEDDING, HEAD
 from megatron_vlm.conversion.native_reading import NativeSource, check_files
 from megatron_vlm.conversion.origin import SENTENCEPIECE_FILE, Origin, reading_of

@@ -2,7 +2,8 @@
 
 Everything about the files is checked before any tensor is read: every shard is there and whole, the index names what
 the shards hold, and nothing lies outside the directory. Tensors are views of the mapped file, so they cost no memory
-of the process until something is computed from them.
+of the process until something is computed from them. Where they are is known without torch, which takes seconds to be
+imported, so that copying can begin before.
 
 Hazards: a pickle runs code, so one is read by torch's unpickler for plain data only; a tensor of a mapped file must not
 be written to.
@@ -10,33 +11,101 @@ be written to.
 
 import json
 import mmap
+import os
 import pickle
 from collections.abc import Collection
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_vlm.errors import ConversionError
+
+if TYPE_CHECKING:  # imported where a tensor is made
+    from torch import Tensor
 
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 INDEXES = (SAFETENSORS_INDEX, PICKLE_INDEX)
-SAFETENSORS_DTYPES = {  # by their names in a header
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+SAFETENSORS_DTYPES = {  # their names in a header, and torch's
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+ITEM_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
 }
 _ZIP = b"PK\x03\x04"  # what torch.save writes since 1.6, and alone can be mapped
 _LENGTH_BYTES = 8  # of the number that heads a safetensors file
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes of a file."""
+
+    path: Path
+    start: int
+    size_bytes: int
+
+    def part(self, start: int, size_bytes: int) -> "Span":
+        """Some of them."""
+        return Span(self.path, self.start + start, size_bytes)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes are, row by row without gaps: in a file or in memory.
+
+    Args:
+        dtype: torch's name for it ("bfloat16").
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Span | memoryview
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all rows."""
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def read(self) -> bytes | memoryview:
+        """All of them. Raises OSError."""
+        if not isinstance(self.data, Span):
+            return self.data
+        with open(self.data.path, "rb") as file:
+            return os.pread(file.fileno(), self.data.size_bytes, self.data.start)
+
+    def rows(self, start: int, stop: int) -> Span | memoryview:
+        """The bytes of some of its rows, the elements of its first dimension."""
+        row_bytes = prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
+        if isinstance(self.data, Span):
+            return self.data.part(start * row_bytes, (stop - start) * row_bytes)
+        return self.data[start * row_bytes : stop * row_bytes]
+
+
+def stored_in_memory(tensor: "Tensor") -> StoredTensor:
+    """A tensor's place; it must not change before the bytes are read."""
+    import torch
+
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return StoredTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat.numpy().data)
 
 
 class WeightFile(Protocol):
@@ -45,7 +114,8 @@ class WeightFile(Protocol):
     @property
     def path(self) -> Path: ...
     def names(self) -> Collection[str]: ...
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> "Tensor": ...
+    def stored(self, name: str) -> StoredTensor: ...
 
 
 class SafetensorsFile:
@@ -77,15 +147,22 @@ class SafetensorsFile:
         """In the order of their bytes."""
         return sorted(self._places, key=lambda name: self._places[name][2])
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> "Tensor":
         """A view of the file."""
-        dtype, shape, start, _ = self._places[name]
-        count = torch.Size(shape).numel()
+        import torch
+
+        kind, shape, start, _ = self._places[name]
+        dtype, count = getattr(torch, kind), prod(shape)
         if count == 0:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=len(self.header) + start).view(shape)
 
-    def _place(self, name: str, entry: dict[str, Any]) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    def stored(self, name: str) -> StoredTensor:
+        """Where it is."""
+        dtype, shape, start, end = self._places[name]
+        return StoredTensor(dtype, shape, Span(self.path, len(self.header) + start, end - start))
+
+    def _place(self, name: str, entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
         start, end = entry["data_offsets"]
         if entry["dtype"] not in SAFETENSORS_DTYPES:
             known = ", ".join(SAFETENSORS_DTYPES)
@@ -96,7 +173,7 @@ class SafetensorsFile:
         expected = 0
         for name in self.names():
             dtype, shape, start, end = self._places[name]
-            if start != expected or end - start != torch.Size(shape).numel() * dtype.itemsize:
+            if start != expected or end - start != prod(shape) * ITEM_BYTES[dtype]:
                 raise ConversionError(f"{self.path}: the header gives {name} bytes {start} to {end}, which do not fit")
             expected = end
         if expected != size_bytes:
@@ -119,6 +196,8 @@ class PickleFile:
     """
 
     def __init__(self, path: Path) -> None:
+        import torch
+
         self.path = path
         try:
             with open(path, "rb") as file:
@@ -132,7 +211,7 @@ class PickleFile:
         except Exception as error:  # damaged bytes make torch and the unpickler raise almost anything
             reason = (str(error) or repr(error)).partition("\n")[0]
             raise ConversionError(f"{path}: cannot be read: {reason}") from error
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
             raise ConversionError(f"{path}: holds no dictionary of tensors")
         self._tensors: dict[str, Tensor] = tensors
 
@@ -140,9 +219,13 @@ class PickleFile:
         """In the file's order."""
         return self._tensors.keys()
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> "Tensor":
         """A view of the file."""
         return self._tensors[name].detach()
+
+    def stored(self, name: str) -> StoredTensor:
+        """Where it is in the mapped file."""
+        return stored_in_memory(self._tensors[name])
 
 
 def open_weight_file(path: Path) -> WeightFile:

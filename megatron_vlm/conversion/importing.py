@@ -1,29 +1,28 @@
 """A model directory of another system -> a checkpoint of ours, which training and generation take as any other.
 
 The language model's weights are written, beside the checkpoint's place, while the other parts are still compared with
-their files; whatever is found wrong ends the writing and removes it. Only a whole checkpoint is renamed into its place,
-and `latest` moves last.
+their files (`head_start`: even before torch is imported); whatever is found wrong ends the writing and removes it. Only
+a whole checkpoint is renamed into its place, and `latest` moves last.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_vlm.checkpoint.directory import checkpoint_path, create_partial, partial_path, publish
+from megatron_vlm.checkpoint.directory import checkpoint_path, publish
 from megatron_vlm.checkpoint.integrity import records_of
 from megatron_vlm.checkpoint.manifest import FileRecord, Manifest
 from megatron_vlm.config.loading import config_hash
 from megatron_vlm.config.schema import Config
+from megatron_vlm.conversion.destination import first_checkpoint, refusals_of_the_disk
 from megatron_vlm.conversion.formats.base import ForeignModel
 from megatron_vlm.conversion.formats.recipe import check_selection, config_of, parameter_format
 from megatron_vlm.conversion.mappings import language_mappings
-from megatron_vlm.conversion.native_writing import NativeWriter
+from megatron_vlm.conversion.native_writing import NativeWriter, lay_out
 from megatron_vlm.conversion.origin import write_origin
 from megatron_vlm.conversion.table import model_mappings
 from megatron_vlm.conversion.weights import check_fit, check_part
 from megatron_vlm.data.tokenizer import check_vocabulary, load_tokenizer
-from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.architectures import check_architecture
 from megatron_vlm.models.vision.preprocessing import write_pixel_format
 from megatron_vlm.models.vision.survey import survey_tower
@@ -36,8 +35,7 @@ def import_model(
     """Writes `destination/step_0000000` and `destination/latest`, weights in the dtypes they have.
 
     Args:
-        destination: a directory of checkpoints to be; it does not exist, or is empty but for what a killed import left.
-        advance: told the bytes of each tensor written, perhaps by several threads.
+        destination, advance: as `first_checkpoint` takes them.
 
     Returns:
         The checkpoint.
@@ -47,31 +45,33 @@ def import_model(
             refuses.
         ConfigError: a model this package does not build, or a tokenizer that is not its.
     """
+    with first_checkpoint(destination, advance) as writer:
+        return complete_import(foreign, destination, writer)
+
+
+def complete_import(foreign: ForeignModel, destination: Path, writer: NativeWriter) -> Path:
+    """`import_model` with a writer of `first_checkpoint`, which may have a head start; where that was wrong, it starts
+    again. Raises as `import_model`."""
     final = checkpoint_path(destination, 0)
-    refuse_taken(destination, but=partial_path(final))
     check_architecture(foreign.language)
     language = language_mappings(foreign.language)
     check_part(foreign.source, language)
-    existed = destination.exists()
-    try:
-        partial = create_partial(final)
-        with NativeWriter(partial, foreign.source, advance) as writer:
-            writer.start(language)  # meanwhile: the tower's code takes seconds to be imported
-            table = model_mappings(foreign.language, foreign.vision, foreign.projector)
-            spare = check_fit(foreign.source, table)
-            writer.start(table[len(language) :])
-            config = _recipe(foreign, destination)
-            _write_parts(foreign, config, partial)
-            write_origin(partial, foreign, spare, config)
-            files = writer.finish()
+    plan = lay_out(language, foreign.source.stored)
+    if writer.started != plan:
+        writer.start_again()
+        writer.start(plan)  # meanwhile: the tower's code takes seconds to be imported
+    table = model_mappings(foreign.language, foreign.vision, foreign.projector)
+    spare = check_fit(foreign.source, table)
+    writer.start(lay_out(table[len(language) :], foreign.source.stored))
+    config = _recipe(foreign, destination)
+    with refusals_of_the_disk(final):
+        partial = writer.directory
+        _write_parts(foreign, config, partial)
+        write_origin(partial, foreign, spare, config)
+        files = writer.finish()
         others = [path for path in partial.rglob("*") if path.is_file() and str(path.relative_to(partial)) not in files]
         _manifest(config, foreign, files | records_of(partial, others)).write(partial)
         publish(partial, final)
-    except BaseException as error:
-        shutil.rmtree(partial_path(final) if existed else destination, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ConversionError(f"{final} could not be written: {error}") from error
-        raise
     return final
 
 
@@ -91,12 +91,6 @@ def _write_parts(foreign: ForeignModel, config: Config, partial: Path) -> None:
 def size_bytes(foreign: ForeignModel) -> int:
     """Of all tensors."""
     return sum(foreign.source.read(name).nbytes for name in foreign.source.names())
-
-
-def refuse_taken(destination: Path, but: Path | None = None) -> None:
-    """Raises ConversionError where there is something already, `but` aside: nothing is overwritten."""
-    if destination.exists() and (not destination.is_dir() or any(path != but for path in destination.iterdir())):
-        raise ConversionError(f"{destination} exists already; name a directory that does not, or is empty")
 
 
 def _recipe(foreign: ForeignModel, destination: Path) -> Config:

@@ -7,21 +7,28 @@ bidirectional table is Megatron-Bridge's.
 The hazards live in two classes. `QKV`: mcore keeps the heads interleaved by group (q q k v | q q k v | ...), Hugging
 Face apart. `GatedMLP`: each rank holds its slice of gate above its slice of up, so cutting the concatenation is wrong.
 
+torch is imported where tensors are cut, so that the table is at hand before (`head_start`).
+
 Letters: h hidden, d head width, g kv heads (groups), f MLP width, V vocabulary.
 """
 
+from __future__ import annotations
+
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from megatron_vlm.models.architectures import LANGUAGE_MODELS
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
+
 Shape = tuple[int, ...]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # one where they are tied
+COMPUTED_BUFFERS = re.compile(r"(\.rotary_emb\.inv_freq|embeddings\.position_ids)$")  # old versions stored them
 
 # On-disk and in-memory prefixes of LLaVA checkpoints, old and new, and what they are here; the first that fits counts.
 _PREFIXES = (
@@ -82,6 +89,10 @@ class Mapping(ABC):
     def unshard(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """All shards in rank order -> the sources. Inverse of `shard`."""
 
+    def row_runs(self) -> list[tuple[int, int, int]]:
+        """The whole parameter, as one rank has it, as runs of the sources' rows: (source, first row, row after)."""
+        return [(source, 0, shape[0] if shape else 1) for source, shape in enumerate(self.shapes)]
+
 
 class Replicated(Mapping):
     """The same whole tensor on every rank."""
@@ -100,7 +111,7 @@ class Column(Mapping):
         return _slice(full[0], rank, size, dim=0)
 
     def unshard(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (torch.cat(tuple(shards), dim=0),)
+        return (_joined(shards),)
 
 
 class Row(Mapping):
@@ -110,7 +121,7 @@ class Row(Mapping):
         return _slice(full[0], rank, size, dim=1)
 
     def unshard(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (torch.cat(tuple(shards), dim=1),)
+        return (_joined(shards, dim=1),)
 
 
 class Vocab(Mapping):
@@ -119,21 +130,21 @@ class Vocab(Mapping):
     def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
         rows = -(-full[0].shape[0] // size)
         own = full[0][rank * rows : (rank + 1) * rows]
-        return torch.nn.functional.pad(own, (0, 0, 0, rows - own.shape[0]))
+        return _joined([own, own.new_zeros(rows - own.shape[0], *own.shape[1:])]) if len(own) < rows else own
 
     def unshard(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (torch.cat(tuple(shards), dim=0)[: self.shapes[0][0]],)
+        return (_joined(shards)[: self.shapes[0][0]],)
 
 
 class GatedMLP(Mapping):
     """gate [f, h] and up [f, h] -> [2f/tp, h]: this rank's slice of gate above its slice of up."""
 
     def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
-        return torch.cat([_slice(part, rank, size, dim=0) for part in full])
+        return _joined([_slice(part, rank, size, dim=0) for part in full])
 
     def unshard(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
         halves = [shard.chunk(2, dim=0) for shard in shards]
-        return tuple(torch.cat([half[i] for half in halves]) for i in range(2))
+        return tuple(_joined([half[i] for half in halves]) for i in range(2))
 
 
 @dataclass(frozen=True)
@@ -145,12 +156,20 @@ class QKV(Mapping):
 
     num_groups: int
 
+    def row_runs(self) -> list[tuple[int, int, int]]:
+        widths = [shape[0] // self.num_groups for shape in self.shapes]
+        return [
+            (source, group * width, (group + 1) * width)
+            for group in range(self.num_groups)
+            for source, width in enumerate(widths)
+        ]
+
     def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
         groups = [part.unflatten(0, (self.num_groups, -1)) for part in full]  # [g*x, ...] -> [g, x, ...]
-        return _slice(torch.cat(groups, dim=1).flatten(0, 1), rank, size, dim=0)
+        return _slice(_joined(groups, dim=1).flatten(0, 1), rank, size, dim=0)
 
     def unshard(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        groups = torch.cat(tuple(shards)).unflatten(0, (self.num_groups, -1))  # -> [g, (n+2)*d, ...]
+        groups = _joined(shards).unflatten(0, (self.num_groups, -1))  # -> [g, (n+2)*d, ...]
         widths = [shape[0] // self.num_groups for shape in self.shapes]
         return tuple(part.flatten(0, 1) for part in groups.split(widths, dim=1))
 
@@ -201,6 +220,12 @@ def _layer_mappings(hf_config: PretrainedConfig, layer: int) -> list[Mapping]:
     for name, parameter in LANGUAGE_MODELS.get(hf_config.model_type).parameters(hf_config).items():
         table.append(Replicated(f"{ours}.{name}", (f"{theirs}.{parameter.source}",), ((parameter.size,),)))
     return table
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    import torch
+
+    return torch.cat(tuple(parts), dim=dim)
 
 
 def _slice(tensor: Tensor, rank: int, size: int, dim: int) -> Tensor:

@@ -1,8 +1,12 @@
 """What a checkpoint of torch's distributed format says of the pieces in its files.
 
-Apart from `native_writing` since this part of torch takes a second to be imported, in which writing has begun.
+Apart from `native_writing` since torch takes seconds to be imported, in which writing has begun.
+
+Hazard: megatron-core loads a parameter's checkpoint only where the extra state of its linear layers is there too, empty
+as it is; `EXTRA_STATES` lists those layers.
 """
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +25,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_vlm.checkpoint.safe_reading import COMMON_FILE
-from megatron_vlm.conversion.native_writing import Piece
+from megatron_vlm.conversion.native_writing import HashingFile, Parameter, Piece
 
+EXTRA_STATES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 BACKEND = {  # megatron-core's words for the format (`save_config`)
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -31,39 +36,39 @@ BACKEND = {  # megatron-core's words for the format (`save_config`)
 }
 
 
+def write_extra_states(file: HashingFile, path: Path, parameters: Sequence[Parameter]) -> list[Piece]:
+    """Writes those that the layers of these parameters have. Raises OSError."""
+    empty = io.BytesIO()
+    torch.save([None], empty)
+    pieces = []
+    for parameter in parameters:
+        layer, _, kind = parameter.name.rpartition(".")
+        if kind == "weight" and layer.endswith(EXTRA_STATES):
+            start = file.size_bytes
+            file.write(empty.getbuffer())
+            pieces.append(Piece(f"{layer}._extra_state/shard_0_1", path.name, start, file.size_bytes))
+    return pieces
+
+
 def write_metadata(directory: Path, files: Sequence[Sequence[Piece]]) -> None:
-    """Writes the files that describe the pieces of each file.
-
-    Args:
-        files: the pieces of one entry follow each other and cut it along dimension 0.
-
-    Raises:
-        OSError: the disk.
-    """
-    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    for piece in (piece for pieces in files for piece in pieces):
-        known = entries.get(piece.entry)
-        if piece.place is None:
-            entries[piece.entry] = BytesStorageMetadata()
-        elif isinstance(known, TensorStorageMetadata):
-            known.chunks.append(_chunk(piece))
-            known.size = torch.Size([known.size[0] + piece.shape[0], *known.size[1:]])
-        else:
-            properties = TensorProperties(piece.dtype)
-            entries[piece.entry] = TensorStorageMetadata(properties, torch.Size(piece.shape), [_chunk(piece)])
-    results = [[_result(piece) for piece in pieces] for pieces in files]
-    FileSystemWriter(directory).finish(Metadata(entries), results)
+    """Writes the files that describe the pieces of each file. Raises OSError."""
+    pieces = [piece for of_file in files for piece in of_file]
+    results = [[_result(piece) for piece in of_file] for of_file in files]
+    FileSystemWriter(directory).finish(Metadata({piece.entry: _entry(piece) for piece in pieces}), results)
     torch.save({}, directory / COMMON_FILE)
     (directory / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")
 
 
-def _chunk(piece: Piece) -> ChunkStorageMetadata:
-    assert piece.place is not None
-    return ChunkStorageMetadata(torch.Size(piece.place), torch.Size(piece.shape))
+def _entry(piece: Piece) -> TensorStorageMetadata | BytesStorageMetadata:
+    if piece.dtype is None:
+        return BytesStorageMetadata()
+    size = torch.Size(piece.shape)
+    chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
+    return TensorStorageMetadata(TensorProperties(getattr(torch, piece.dtype)), size, [chunk])
 
 
 def _result(piece: Piece) -> WriteResult:
-    offsets = None if piece.place is None else torch.Size(piece.place)
+    offsets = None if piece.dtype is None else torch.Size([0] * len(piece.shape))
     size_bytes = piece.end - piece.start
     storage = _StorageInfo(piece.file, piece.start, size_bytes)
     return WriteResult(MetadataIndex(piece.entry, offsets), size_in_bytes=size_bytes, storage_data=storage)

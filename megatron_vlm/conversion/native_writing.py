@@ -1,58 +1,95 @@
-"""Writes a checkpoint of ours tensor by tensor, from a source of Hugging Face tensors, without a model or a job.
+"""Writes a checkpoint of ours by copying bytes from where Hugging Face's tensors lie, without a model or a job.
 
 What is written is what a job of one rank saves with its model states alone: the files of torch's distributed
-checkpoint format, one per thread, hashed while they are written. A thread holds one tensor of ours at a time, and most
-of those are views of the source's mapped files.
-
-Hazard: megatron-core loads a parameter's checkpoint only where the extra state of its linear layers is there too, empty
-as it is; `EXTRA_STATES` lists those layers.
+checkpoint format, one per thread, hashed while they are written. A parameter of ours is runs of rows of tensors that
+are there already, so nothing is computed and no tensor is held: bytes go from file to file by pieces. Nor is torch
+needed, whose import takes as long as the disk takes for a gigabyte.
 """
 
 import contextlib
 import fcntl
 import hashlib
-import io
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import IO, cast
-
-import torch
-from torch import Tensor
-from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_vlm.checkpoint.manifest import FileRecord
-from megatron_vlm.conversion.mappings import GatedMLP, Mapping
-from megatron_vlm.conversion.sources import WeightSource
+from megatron_vlm.conversion.files import Span, StoredTensor, stored_in_memory
+from megatron_vlm.conversion.mappings import Mapping
+from megatron_vlm.conversion.torch_archive import around
 
-EXTRA_STATES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 NUM_THREADS = 4  # however few the cores: they wait for the disk in turn
+_LESS_URGENT = 10  # niceness: what runs beside them, importing and comparing, takes longer than they do
 _PIECE_BYTES = 16 * 2**20  # written at a time
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Where a checkpoint has one piece of one of its entries.
+class Parameter:
+    """A parameter of ours to be written, whole.
 
     Args:
-        entry: its name.
-        place: the piece's first element in the tensor; None for an entry of bytes.
-        shape, dtype: of the piece.
-        start, end: its bytes in the file.
+        name: its entry's in the checkpoint.
+        dtype: torch's name for it.
+        runs: its bytes, from front to back.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    runs: tuple[Span | memoryview, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all runs."""
+        return sum(run.size_bytes if isinstance(run, Span) else run.nbytes for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where a checkpoint has one of its entries: bytes `start` to `end` of `file`.
+
+    Args:
+        dtype: torch's name for it; None for an entry of bytes.
     """
 
     entry: str
     file: str
     start: int
     end: int
-    place: tuple[int, ...] | None = None
     shape: tuple[int, ...] = ()
-    dtype: torch.dtype = torch.uint8
+    dtype: str | None = None
+
+
+def lay_out(table: Sequence[Mapping], stored: Callable[[str], StoredTensor]) -> list[Parameter]:
+    """What a part of the model is made of. Where the dtypes of a parameter's sources differ, it takes one that holds
+    the values of each, and its bytes are in memory."""
+    parameters = []
+    for entry in table:
+        sources = [stored(name) for name in entry.sources]
+        if len({source.dtype for source in sources}) > 1:
+            sources = _promoted(sources)
+        runs = tuple(sources[source].rows(start, stop) for source, start, stop in entry.row_runs())
+        shape = sources[0].shape
+        if len(sources) > 1:
+            shape = (sum(source.shape[0] for source in sources), *shape[1:])
+        parameters.append(Parameter(entry.name, sources[0].dtype, shape, runs))
+    return parameters
+
+
+def _promoted(sources: Sequence[StoredTensor]) -> list[StoredTensor]:
+    import torch
+
+    tensors = [
+        torch.frombuffer(bytearray(source.read()), dtype=getattr(torch, source.dtype)).view(source.shape)
+        for source in sources
+    ]
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return [stored_in_memory(tensor.to(dtype)) for tensor in tensors]
 
 
 class HashingFile:
@@ -65,27 +102,28 @@ class HashingFile:
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._set_direct(True)
         self._hash = hashlib.sha256()
-        self._piece = mmap.mmap(-1, _PIECE_BYTES)  # aligned, as such writes need it
+        self._piece = memoryview(mmap.mmap(-1, _PIECE_BYTES))  # aligned, as such writes need it
         self._num_waiting = 0
         self.size_bytes = 0
 
-    def write(self, data: bytes | memoryview) -> int:
+    def write(self, data: bytes | memoryview) -> None:
         """All of it, though its end may wait for `close`."""
-        view = memoryview(data).cast("B")
-        self._hash.update(view)
-        rest = view
+        rest = memoryview(data).cast("B")
         while rest:
-            taken = rest[: _PIECE_BYTES - self._num_waiting]
-            self._piece[self._num_waiting : self._num_waiting + len(taken)] = taken
-            self._num_waiting += len(taken)
-            rest = rest[len(taken) :]
-            if self._num_waiting == _PIECE_BYTES:
-                self._write_waiting()
-        self.size_bytes += len(view)
-        return len(view)
+            space = self._space(len(rest))
+            space[:] = rest[: len(space)]
+            rest = rest[len(space) :]
+            self._filled(len(space))
 
-    def flush(self) -> None:
-        """Nothing that `close` would not do."""
+    def copy(self, handle: int, start: int, size_bytes: int) -> None:
+        """As `write`, bytes of an open file."""
+        end = start + size_bytes
+        while start < end:
+            num_read = os.preadv(handle, [self._space(end - start)], start)
+            if num_read == 0:
+                raise OSError(f"a source file ended {end - start} bytes before a tensor did")
+            start += num_read
+            self._filled(num_read)
 
     def close(self) -> FileRecord:
         """Brings it to the disk."""
@@ -95,11 +133,21 @@ class HashingFile:
         os.close(self._handle)
         return FileRecord(self.size_bytes, self._hash.hexdigest())
 
+    def _space(self, num_wanted: int) -> memoryview:
+        """Where the next bytes go."""
+        return self._piece[self._num_waiting : self._num_waiting + num_wanted]
+
+    def _filled(self, num_bytes: int) -> None:
+        self._hash.update(self._piece[self._num_waiting : self._num_waiting + num_bytes])
+        self._num_waiting += num_bytes
+        self.size_bytes += num_bytes
+        if self._num_waiting == _PIECE_BYTES:
+            self._write_waiting()
+
     def _write_waiting(self) -> None:
-        with memoryview(self._piece) as piece:
-            rest = piece[: self._num_waiting]
-            while rest:
-                rest = rest[os.write(self._handle, rest) :]
+        rest = self._piece[: self._num_waiting]
+        while rest:
+            rest = rest[os.write(self._handle, rest) :]
         self._num_waiting = 0
 
     def _set_direct(self, direct: bool) -> None:
@@ -109,38 +157,49 @@ class HashingFile:
 
 
 class NativeWriter:
-    """Writes a table's parameters into a checkpoint's directory, in the background.
+    """Writes parameters into a checkpoint's directory, in the background.
 
-    Within the context: `start` for each part of the model as soon as it is known to be whole, then `finish`. Leaving it
-    by an error ends the writing; the directory is then of no use.
+    Within the context: `start` for each part of the model as soon as it is known, then `finish`. Leaving it by an error
+    ends the writing; the directory is then of no use.
 
     Args:
         advance: told the bytes of each tensor written; may be called by several threads.
     """
 
-    def __init__(self, directory: Path, source: WeightSource, advance: Callable[[int], None]) -> None:
-        self._directory, self._source, self._advance = directory, source, advance
+    def __init__(self, directory: Path, advance: Callable[[int], None]) -> None:
+        self.directory = directory
+        self._advance = advance
+        self._begin()
+
+    def _begin(self) -> None:
+        self.started: list[Parameter] = []
         self._pool = ThreadPoolExecutor(NUM_THREADS)
         self._shares: list[Future[tuple[list[Piece], FileRecord]]] = []
-        self._table: list[Mapping] = []
         self._is_given_up = threading.Event()
-        self._checksums = contextlib.ExitStack()
 
     def __enter__(self) -> "NativeWriter":
-        self._checksums.enter_context(_no_second_checksum())
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._give_up()
+
+    def _give_up(self) -> None:
         self._is_given_up.set()
         self._pool.shutdown(cancel_futures=True)
-        self._checksums.close()
 
-    def start(self, table: Sequence[Mapping]) -> None:
-        """Begins with a part of the model; the source has its tensors, in their shapes."""
-        self._table += table
-        for share in _shares(table, self._source, NUM_THREADS):
-            path = self._directory / f"__{len(self._shares)}_0.distcp"
+    def start(self, parameters: Sequence[Parameter]) -> None:
+        """Begins with a part of the model."""
+        self.started += parameters
+        for share in _shares(parameters, NUM_THREADS):
+            path = self._path(len(self._shares))
             self._shares.append(self._pool.submit(self._write_share, path, share))
+
+    def start_again(self) -> None:
+        """Gives up what was started and removes it."""
+        self._give_up()
+        for number in range(len(self._shares)):
+            self._path(number).unlink(missing_ok=True)
+        self._begin()
 
     def finish(self) -> dict[str, FileRecord]:
         """Waits for all and writes what the checkpoint says of them -> size and hash of every file of tensors.
@@ -148,84 +207,53 @@ class NativeWriter:
         Raises:
             OSError: the disk.
         """
-        from megatron_vlm.conversion.native_metadata import write_metadata  # takes a second, while the threads write
+        from megatron_vlm.conversion.native_metadata import write_extra_states, write_metadata  # with torch
 
         written = [share.result() for share in self._shares]
-        written.append(_write_extra_states(self._directory / "__extra_0.distcp", self._table))
-        write_metadata(self._directory, [pieces for pieces, _ in written])
-        return {pieces[0].file: record for pieces, record in written}
+        extra = self._path(len(written))
+        file = HashingFile(extra)
+        written.append((write_extra_states(file, extra, self.started), file.close()))
+        write_metadata(self.directory, [pieces for pieces, _ in written])
+        return {self._path(number).name: record for number, (_, record) in enumerate(written)}
 
-    def _write_share(self, path: Path, share: Sequence[Mapping]) -> tuple[list[Piece], FileRecord]:
+    def _path(self, number: int) -> Path:
+        """As torch calls the file of one rank's writer."""
+        return self.directory / f"__{number}_0.distcp"
+
+    def _write_share(self, path: Path, share: Sequence[Parameter]) -> tuple[list[Piece], FileRecord]:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LESS_URGENT)  # of this thread alone, on Linux
         file = HashingFile(path)
         pieces = []
-        for entry in share:
-            for row, tensor in _chunks(entry, self._source):
+        with contextlib.ExitStack() as opened:
+            sources = {run.path for parameter in share for run in parameter.runs if isinstance(run, Span)}
+            handles = {source: opened.enter_context(open(source, "rb")).fileno() for source in sources}
+            for parameter in share:
                 if self._is_given_up.is_set():
                     raise CancelledError
-                start, place = file.size_bytes, (row, *(0 for _ in tensor.shape[1:]))[: tensor.dim()]
-                torch.save(tensor, cast(IO[bytes], file))
-                shape = tuple(tensor.shape)
-                pieces.append(Piece(entry.name, path.name, start, file.size_bytes, place, shape, tensor.dtype))
-                self._advance(tensor.nbytes)
+                pieces.append(_write_parameter(file, path.name, parameter, handles))
+                self._advance(parameter.size_bytes)
         return pieces, file.close()
 
 
-@contextlib.contextmanager
-def _no_second_checksum() -> Iterator[None]:
-    """torch.save computes a CRC-32 of what is hashed already, at half the cost of the hash."""
-    computed = get_crc32_options()
-    set_crc32_options(False)
-    try:
-        yield
-    finally:
-        set_crc32_options(computed)
+def _write_parameter(file: HashingFile, name: str, parameter: Parameter, handles: dict[Path, int]) -> Piece:
+    start = file.size_bytes
+    before, after = around(parameter.dtype, parameter.shape, parameter.size_bytes)
+    file.write(before)
+    for run in parameter.runs:
+        if isinstance(run, Span):
+            file.copy(handles[run.path], run.start, run.size_bytes)
+        else:
+            file.write(run)
+    file.write(after)
+    return Piece(parameter.name, name, start, file.size_bytes, parameter.shape, parameter.dtype)
 
 
-def _shares(table: Sequence[Mapping], source: WeightSource, number: int) -> list[list[Mapping]]:
-    """The table in as many parts of about as many bytes, each in the table's order."""
-    sizes = {entry.name: sum(source.read(name).nbytes for name in entry.sources) for entry in table}
-    shares: list[list[Mapping]] = [[] for _ in range(number)]
+def _shares(parameters: Sequence[Parameter], number: int) -> list[list[Parameter]]:
+    """As many parts of about as many bytes, each in the order given."""
+    shares: list[list[int]] = [[] for _ in range(number)]
     loads = [0] * number
-    for entry in sorted(table, key=lambda entry: -sizes[entry.name]):
+    for index in sorted(range(len(parameters)), key=lambda index: -parameters[index].size_bytes):
         lightest = loads.index(min(loads))
-        shares[lightest].append(entry)
-        loads[lightest] += sizes[entry.name]
-    order = {entry.name: place for place, entry in enumerate(table)}
-    return [sorted(share, key=lambda entry: order[entry.name]) for share in shares if share]
-
-
-def _chunks(entry: Mapping, source: WeightSource) -> Iterable[tuple[int, Tensor]]:
-    """Our parameter in pieces along dimension 0, each a tensor of its own memory or mapping, with its first row.
-
-    All are of one dtype: where the sources' differ, one that holds the values of each.
-    """
-    full = [source.read(name) for name in entry.sources]
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in full))
-    full = [tensor.to(dtype) for tensor in full]
-    if not isinstance(entry, GatedMLP):
-        yield 0, _alone(entry.shard(full, 0, 1))
-        return
-    offset = 0
-    for part in full:  # gate above up, as they are
-        yield offset, _alone(part)
-        offset += part.shape[0]
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """torch writes all the memory that a view is of."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _write_extra_states(path: Path, table: Sequence[Mapping]) -> tuple[list[Piece], FileRecord]:
-    file = HashingFile(path)
-    empty = io.BytesIO()
-    torch.save([None], empty)
-    pieces = []
-    for entry in table:
-        layer, _, kind = entry.name.rpartition(".")
-        if kind == "weight" and layer.endswith(EXTRA_STATES):
-            start = file.size_bytes
-            file.write(empty.getbuffer())
-            pieces.append(Piece(f"{layer}._extra_state/shard_0_1", path.name, start, file.size_bytes))
-    return pieces, file.close()
+        shares[lightest].append(index)
+        loads[lightest] += parameters[index].size_bytes
+    return [[parameters[index] for index in sorted(share)] for share in shares if share]

@@ -15,7 +15,7 @@ from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from megatron_vlm.conversion.files import WeightFolder
+from megatron_vlm.conversion.files import StoredTensor, WeightFolder, stored_in_memory
 from megatron_vlm.conversion.mappings import Mapping as Entry
 from megatron_vlm.errors import ConversionError
 
@@ -24,12 +24,13 @@ VISION_PREFIXES = ("model.vision_tower.", "vision_tower.", "vision_model.")
 
 
 class WeightSource(Protocol):
-    """Tensors by canonical name; `origin` says whose, for messages."""
+    """Tensors by canonical name, and where their bytes are; `origin` says whose, for messages."""
 
     @property
     def origin(self) -> str: ...
     def names(self) -> Collection[str]: ...
     def read(self, name: str) -> Tensor: ...
+    def stored(self, name: str) -> StoredTensor: ...
 
 
 class StateSource:
@@ -46,6 +47,10 @@ class StateSource:
     def read(self, name: str) -> Tensor:
         """The tensor itself, not a copy."""
         return self._state[name]
+
+    def stored(self, name: str) -> StoredTensor:
+        """Its memory."""
+        return stored_in_memory(self._state[name])
 
 
 class FolderSource:
@@ -82,6 +87,11 @@ class FolderSource:
         disk_name = self.disk_names[name]
         return self.weights.places[disk_name].read(disk_name)
 
+    def stored(self, name: str) -> StoredTensor:
+        """Where it is in its file."""
+        disk_name = self.disk_names[name]
+        return self.weights.places[disk_name].stored(disk_name)
+
 
 class JoinedSource:
     """Several sources as one. Raises ConversionError where two have the same name."""
@@ -102,6 +112,10 @@ class JoinedSource:
         """As the part that has it."""
         return self._parts[name].read(name)
 
+    def stored(self, name: str) -> StoredTensor:
+        """As the part that has it."""
+        return self._parts[name].stored(name)
+
 
 class PartSource:
     """The tensors of a source whose names `is_part` accepts."""
@@ -109,7 +123,7 @@ class PartSource:
     def __init__(self, whole: WeightSource, is_part: Callable[[str], bool]) -> None:
         self.origin = whole.origin
         self._names = [name for name in whole.names() if is_part(name)]
-        self.read = whole.read
+        self.read, self.stored = whole.read, whole.stored
 
     def names(self) -> Collection[str]:
         """The canonical names of the part."""
@@ -138,6 +152,10 @@ class RandomSource:
             return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
         generator = torch.Generator().manual_seed(named_seed(self._seed, name))
         return torch.randn(shape, generator=generator) * self._std
+
+    def stored(self, name: str) -> StoredTensor:
+        """In memory."""
+        return stored_in_memory(self.read(name))
 
 
 def named_seed(seed: int, name: str) -> int:

@@ -4,7 +4,6 @@ Strict in both directions: a tensor the model needs and the source lacks, one of
 no known buffer is an error that names it. A silent mismatch would train from noise.
 """
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,14 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.conversion.mappings import HEAD, canonical_name, language_mappings, projector_name, tower_name
+from megatron_vlm.conversion.mappings import (
+    COMPUTED_BUFFERS,
+    HEAD,
+    canonical_name,
+    language_mappings,
+    projector_name,
+    tower_name,
+)
 from megatron_vlm.conversion.mappings import Mapping as Entry
 from megatron_vlm.conversion.sources import (
     FolderSource,
@@ -33,8 +39,6 @@ if TYPE_CHECKING:  # they bring megatron-core in, which takes seconds and which 
     from megatron_vlm.models.vlm import VisionLanguageModel
     from megatron_vlm.parallel.groups import Grid
 
-# Stored by old versions, computed here.
-COMPUTED_BUFFERS = re.compile(r"(\.rotary_emb\.inv_freq|embeddings\.position_ids)$")
 VISION_PARTS = ("vision_tower.", "multi_modal_projector.")  # canonical prefixes of what `VisionEncoder` holds
 _NUM_SHOWN = 4  # names per error
 

@@ -11,15 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import PretrainedConfig
-
-from megatron_vlm.config.schema import LanguageConfig
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.hf_config import config_from_dict, config_from_path
 from megatron_vlm.registry import Registry
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # reading the table needs none of them, and transformers takes seconds to be imported
     from megatron.core.transformer.spec_utils import ModuleSpec
+    from transformers import PretrainedConfig
+
+    from megatron_vlm.config.schema import LanguageConfig
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def _llama_layer(backend: str) -> "ModuleSpec":
     return layer_spec(backend)
 
 
-def _nothing(hf_config: PretrainedConfig) -> dict[str, Any]:
+def _nothing(hf_config: "PretrainedConfig") -> dict[str, Any]:
     return {}
 
 
@@ -57,8 +56,8 @@ class LanguageArchitecture:
     """
 
     layer: Callable[[str], "ModuleSpec"] = _llama_layer
-    settings: Callable[[PretrainedConfig], Mapping[str, Any]] = _nothing
-    parameters: Callable[[PretrainedConfig], Mapping[str, LayerParameter]] = _nothing
+    settings: Callable[["PretrainedConfig"], Mapping[str, Any]] = _nothing
+    parameters: Callable[["PretrainedConfig"], Mapping[str, LayerParameter]] = _nothing
 
 
 LANGUAGE_MODELS: Registry[LanguageArchitecture] = Registry("language model")
@@ -70,12 +69,14 @@ SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 ROPE_TYPES = ("default", "linear", "llama3")  # those whose frequencies do not depend on the sequence's length
 
 
-def load_language_config(language: LanguageConfig) -> PretrainedConfig:
+def load_language_config(language: "LanguageConfig") -> "PretrainedConfig":
     """The Hugging Face config of `model.language`, from its path or from the recipe.
 
     Raises:
         ConfigError: unreadable, an unknown model type or key values, or an architecture this package does not build.
     """
+    from megatron_vlm.models.hf_config import config_from_dict, config_from_path
+
     if language.config is not None:
         hf_config = config_from_dict("model.language.config", language.config)
     else:
@@ -85,7 +86,7 @@ def load_language_config(language: LanguageConfig) -> PretrainedConfig:
     return hf_config
 
 
-def check_architecture(hf_config: PretrainedConfig) -> None:
+def check_architecture(hf_config: "PretrainedConfig") -> None:
     """Raises ConfigError, naming key and value, for a model or position encoding that the layers here do not compute.
 
     Biases and activations are `config.megatron.transformer_config`'s to refuse.
@@ -99,7 +100,7 @@ def check_architecture(hf_config: PretrainedConfig) -> None:
         raise ConfigError(f"model.language: rope_type is {rope_type!r}, allowed: {', '.join(ROPE_TYPES)}")
 
 
-def _check_attention(hf_config: PretrainedConfig) -> None:
+def _check_attention(hf_config: "PretrainedConfig") -> None:
     """Raises ConfigError where a query does not see every token before it, or scores or logits are capped.
 
     Asked of every model type, since an entry in the table would otherwise train without what its config says.

@@ -1,4 +1,4 @@
-"""The file that is hashed while it is written past the page cache."""
+"""Copying bytes into a checkpoint: the file that is hashed on the way past the page cache, and what goes into it."""
 
 import errno
 import fcntl
@@ -10,10 +10,12 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megatron_vlm.conversion import native_writing
-from megatron_vlm.conversion.mappings import Replicated
-from megatron_vlm.conversion.native_writing import HashingFile, NativeWriter
+from megatron_vlm.conversion.files import SafetensorsFile
+from megatron_vlm.conversion.mappings import QKV, Column, GatedMLP, Replicated, Row, Vocab
+from megatron_vlm.conversion.native_writing import HashingFile, NativeWriter, lay_out
 from megatron_vlm.conversion.sources import StateSource
 
 
@@ -32,8 +34,13 @@ def test_what_is_written_is_in_the_file_and_in_the_hash(tmp_path, monkeypatch, s
         monkeypatch.setattr(fcntl, "fcntl", refuse)
     pieces = [random.Random(size).randbytes(size) for size in sizes]
     file = HashingFile(tmp_path / "file")
-    for piece in pieces:
-        assert file.write(piece) == len(piece)
+    for number, piece in enumerate(pieces):
+        if number % 2 == 0:
+            file.write(piece)
+            continue
+        (tmp_path / "source").write_bytes(b"before" + piece + b"after")
+        with open(tmp_path / "source", "rb") as source:
+            file.copy(source.fileno(), len(b"before"), len(piece))
     record = file.close()
     content = (tmp_path / "file").read_bytes()
     assert content == b"".join(pieces)
@@ -42,8 +49,9 @@ def test_what_is_written_is_in_the_file_and_in_the_hash(tmp_path, monkeypatch, s
 
 def test_leaving_by_an_error_ends_the_writing(tmp_path):
     """Most of the tensors are never written."""
-    table = [Replicated(f"vision.{number}", (str(number),), (4,)) for number in range(1000)]
+    table = [Replicated(f"vision.{number}", (str(number),), ((4,),)) for number in range(1000)]
     source = StateSource("a test", {str(number): torch.zeros(4) for number in range(1000)}, str)
+    plan = lay_out(table, source.stored)
     begun, written = threading.Event(), []
 
     def advance(num_bytes):
@@ -51,8 +59,52 @@ def test_leaving_by_an_error_ends_the_writing(tmp_path):
         written.append(num_bytes)
         time.sleep(0.01)
 
-    with pytest.raises(KeyError), NativeWriter(tmp_path, source, advance) as writer:
-        writer.start(table)
+    with pytest.raises(KeyError), NativeWriter(tmp_path, advance) as writer:
+        writer.start(plan)
         assert begun.wait(10)
         raise KeyError
     assert len(written) < len(table) / 2
+
+
+def test_a_source_that_shrinks_is_told(tmp_path):
+    (tmp_path / "source").write_bytes(b"short")
+    with open(tmp_path / "source", "rb") as source, pytest.raises(OSError, match="ended 3 bytes before"):
+        HashingFile(tmp_path / "file").copy(source.fileno(), 0, 8)
+
+
+ENTRIES = [
+    Replicated("scalar", ("a",), ((),)),
+    Replicated("norm", ("a",), ((6,),)),
+    Column("column", ("a",), ((4, 6),)),
+    Row("row", ("a",), ((4, 6),)),
+    Vocab("vocabulary", ("a",), ((5, 6),)),
+    GatedMLP("mlp", ("a", "b"), ((4, 6), (4, 6))),
+    QKV("qkv", ("a", "b", "c"), ((12, 6), (4, 6), (4, 6)), 2),
+    QKV("biases", ("a", "b", "c"), ((12,), (4,), (4,)), 2),
+]
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one dtype", "two"])
+@pytest.mark.parametrize("where", ["memory", "file"])
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_runs_of_rows_are_the_shard_of_one_rank(tmp_path, entry, where, mixed):
+    """Bytes laid one after the other equal what the mapping computes of the tensors."""
+    tensors = {name: torch.randn(shape) for name, shape in zip(entry.sources, entry.shapes, strict=True)}
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    if mixed:
+        tensors["a"] = tensors["a"].float()
+    if where == "file":
+        save_file(tensors, tmp_path / "model.safetensors")
+        stored = SafetensorsFile(tmp_path / "model.safetensors").stored
+    else:
+        stored = StateSource("a test", tensors, str).stored
+    (parameter,) = lay_out([entry], stored)
+    dtype = torch.float32 if mixed else torch.bfloat16
+    expected = entry.shard([tensors[name].to(dtype) for name in entry.sources], 0, 1)
+    with NativeWriter(tmp_path, lambda num_bytes: None) as writer:
+        writer.start([parameter])
+        files = writer.finish()
+    (name,) = (name for name in files if name.startswith("__0"))
+    written = torch.load(tmp_path / name, weights_only=True)
+    assert written.dtype == expected.dtype
+    assert torch.equal(written, expected)

@@ -1,0 +1,63 @@
+"""An import's head start: the language model's weights begin to move while torch and transformers are imported.
+
+Their import takes as long as the disk takes for several gigabytes. What the weights of a model like Llama become is
+told by their names and shapes but for two numbers, heads and groups of heads, which config.json has where they are not
+the defaults. So the plan is guessed from headers, and compared with the one made from the model's own config when that
+is known (`importing`); where they differ, the import starts again.
+"""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_vlm.conversion.files import WeightFolder
+from megatron_vlm.conversion.mappings import COMPUTED_BUFFERS, EMBEDDING, HEAD, canonical_name, language_mappings
+from megatron_vlm.conversion.native_writing import Parameter, lay_out
+from megatron_vlm.errors import ConversionError
+
+LLAMA_HEADS = 32  # where a config does not say
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def guess_plan(folder: Path) -> list[Parameter]:
+    """What most likely becomes of a directory's language model; nothing where it is none like Llama, in safetensors.
+
+    Whatever is wrong with the directory is left to those who open it.
+    """
+    if not any(folder.glob("*.safetensors")):
+        return []
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        places = WeightFolder(folder).places
+        stored = {canonical_name(name): file.stored(name) for name, file in places.items()}
+        shapes = {name: tensor.shape for name, tensor in stored.items()}
+        table = language_mappings(_sizes(settings.get("text_config") or settings, shapes))
+    except (ConversionError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
+    expected = {name: shape for entry in table for name, shape in zip(entry.sources, entry.shapes, strict=True)}
+    given = {
+        name: shape
+        for name, shape in shapes.items()
+        if name in expected or (_LAYER.match(name) and not COMPUTED_BUFFERS.search(name))
+    }
+    return lay_out(table, stored.__getitem__) if given == expected else []
+
+
+def _sizes(settings: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Any:
+    """What `language_mappings` asks of a config."""
+    layer = "model.layers.0"
+    queries, hidden = shapes[f"{layer}.self_attn.q_proj.weight"]
+    heads = settings.get("num_attention_heads") or LLAMA_HEADS
+    return SimpleNamespace(
+        model_type="qwen2" if f"{layer}.self_attn.q_proj.bias" in shapes else "llama",
+        vocab_size=shapes[EMBEDDING][0],
+        hidden_size=hidden,
+        intermediate_size=shapes[f"{layer}.mlp.gate_proj.weight"][0],
+        num_hidden_layers=1 + max(int(found[1]) for name in shapes if (found := _LAYER.match(name))),
+        num_attention_heads=heads,
+        num_key_value_heads=settings.get("num_key_value_heads") or heads,
+        head_dim=queries // heads,
+        tie_word_embeddings=HEAD not in shapes,
+    )

@@ -1,0 +1,93 @@
+"""What an import begins with before torch is there: the right plan where it can be told, and no harm where not."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from megatron_vlm.checkpoint.manifest import Manifest
+from megatron_vlm.conversion import head_start
+from megatron_vlm.conversion.destination import first_checkpoint
+from megatron_vlm.conversion.formats import open_foreign
+from megatron_vlm.conversion.head_start import guess_plan
+from megatron_vlm.conversion.importing import complete_import, import_model
+from megatron_vlm.conversion.mappings import language_mappings
+from megatron_vlm.conversion.native_writing import lay_out
+from tests.helpers.foreign_models import Kind, llava, llava_hf, with_old_names
+
+WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+from megatron_vlm.conversion.destination import first_checkpoint
+from megatron_vlm.conversion.head_start import guess_plan
+with first_checkpoint(Path(sys.argv[2]), lambda num_bytes: None) as writer:
+    writer.start(guess_plan(Path(sys.argv[1])))
+    [share.result() for share in writer._shares]
+    print(len(writer.started), *(name for name in ("torch", "transformers", "numpy") if name in sys.modules))
+"""
+
+
+def real_plan(folder):
+    foreign = open_foreign(folder)
+    return lay_out(language_mappings(foreign.language), foreign.source.stored)
+
+
+@pytest.mark.parametrize("write", [llava, llava_hf, lambda path, kind: with_old_names(llava_hf(path, kind))])
+@pytest.mark.parametrize("kind", [Kind(), Kind(language="qwen2"), Kind(tied=True), Kind(dtype="fp32")], ids=str)
+def test_the_guess_is_the_plan(tmp_path, write, kind):
+    folder = write(tmp_path / "model", kind)
+    assert guess_plan(folder) == real_plan(folder) != []
+
+
+def test_it_begins_without_torch(tmp_path):
+    folder = llava_hf(tmp_path / "model")
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(folder), str(tmp_path / "ours")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert told == [str(len(real_plan(folder)))]
+
+
+def test_a_wrong_guess_is_begun_again(tmp_path, monkeypatch):
+    """Heads that config.json does not say, and that are not the default's: the same checkpoint all the same."""
+    folder = llava_hf(tmp_path / "model")
+    right = Manifest.read(import_model(open_foreign(folder), tmp_path / "right"))
+    sizes = head_start._sizes
+
+    def wrong(settings, shapes):
+        guess = sizes(settings, shapes)
+        guess.num_key_value_heads = 1
+        guess.head_dim *= shapes["model.layers.0.self_attn.k_proj.weight"][0] // guess.head_dim
+        guess.num_attention_heads = shapes["model.layers.0.self_attn.q_proj.weight"][0] // guess.head_dim
+        return guess
+
+    monkeypatch.setattr(head_start, "_sizes", wrong)
+    with first_checkpoint(tmp_path / "ours", lambda num_bytes: None) as writer:
+        writer.start(guess_plan(folder))
+        assert writer.started and writer.started != real_plan(folder)
+        checkpoint = complete_import(open_foreign(folder), tmp_path / "ours", writer)
+    files = Manifest.read(checkpoint).files
+    assert {name: files[name] for name in files if name.endswith(".distcp")} == {
+        name: right.files[name] for name in right.files if name.endswith(".distcp")
+    }
+    assert {path.name for path in checkpoint.iterdir()} == {
+        path.name for path in (tmp_path / "right/step_0000000").iterdir()
+    }
+
+
+@pytest.mark.parametrize("change", ["spare", "missing", "config", "header", "pickle"])
+def test_what_is_no_plain_model_is_left_to_its_opening(tmp_path, change):
+    folder = llava_hf(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    if change == "spare":
+        save_file(tensors | {"language_model.model.layers.0.self_attn.q_norm.weight": tensors.popitem()[1]}, weights)
+    elif change == "missing":
+        save_file({name: x for name, x in tensors.items() if not name.endswith("layers.0.mlp.up_proj.weight")}, weights)
+    elif change == "config":
+        (folder / "config.json").write_text(json.dumps([1]))
+    elif change == "header":
+        weights.write_bytes(weights.read_bytes()[:100])
+    else:
+        weights.rename(folder / "pytorch_model.bin")
+    assert guess_plan(folder) == []
