@@ -9,6 +9,7 @@ contiguous. The ratio is the slowest rank's time by count over that by cost, on 
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ def measure_batch(
     found: dict[str, Any] = {"seed": seed, "pictures": len(patches), "patches": sum(patches)}
     for way in ways:
         shares = share_out(patches, cost, arguments.ranks, way)
-        measured = Shares([encode_seconds(encoder, share, arguments.rounds) for share in shares])
+        measured = Shares(encode_seconds(encoder, shares, arguments.rounds))
         found[way] = {
             "seconds": measured.seconds,
             "imbalance": measured.imbalance,
@@ -165,17 +166,26 @@ def split_by_count(num_items: int, num_ranks: int) -> list[int]:
     return [item * num_ranks // num_items for item in range(num_items)]
 
 
-def encode_seconds(encoder: "VisionEncoder", patches: Sequence[int], rounds: int) -> float:
-    """Processor time of encoding square pictures of so many patches each."""
+def encode_seconds(encoder: "VisionEncoder", shares: Sequence[Sequence[int]], rounds: int) -> list[float]:
+    """Processor time by rank of encoding square pictures of so many patches each.
+
+    Each round takes all calls of all ranks, so that what slows the machine for some seconds slows one round of a call.
+    """
     import torch
 
     from megatron_vlm.training.media_cost import encode_pictures, fastest_seconds
 
     cpu = torch.device("cpu")
-    return sum(
-        fastest_seconds(partial(encode_pictures, encoder, pixels, resizes=True), cpu, rounds, warm=False)
-        for pixels in calls_of(patches)
-    )
+    calls = [(rank, pixels) for rank, share in enumerate(shares) for pixels in calls_of(share)]
+    fastest = [math.inf] * len(calls)
+    for _ in range(rounds):
+        for place, (_, pixels) in enumerate(calls):
+            seconds = fastest_seconds(partial(encode_pictures, encoder, pixels, resizes=True), cpu, 1, warm=False)
+            fastest[place] = min(fastest[place], seconds)
+    by_rank = [0.0] * len(shares)
+    for (rank, _), seconds in zip(calls, fastest, strict=True):
+        by_rank[rank] += seconds
+    return by_rank
 
 
 def calls_of(patches: Sequence[int]) -> "Iterator[Any]":
