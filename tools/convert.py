@@ -11,7 +11,6 @@ The formats are described in docs/formats.md. Each command prints its own --help
 """
 
 import argparse
-import gc
 import logging
 import sys
 import threading
@@ -28,7 +27,6 @@ PAIR_OPTIONS = ("projector", "select_layer", "select_feature", "seed")
 
 
 def main() -> None:
-    gc.disable()  # looking through the million objects that stay costs a fifth of importing torch and transformers
     parser = CommandLine(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (summary, add_arguments) in {
