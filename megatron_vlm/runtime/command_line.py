@@ -15,8 +15,8 @@ from megatron_vlm.errors import ConfigError, ParallelError
 from megatron_vlm.runtime.failure import fail_together
 from megatron_vlm.runtime.launch import Launch, read_launch
 
-# Python's own are (700, 10, 10): importing torch and transformers makes a million objects that stay, and looking through
-# them time and again for garbage takes a fifth of it.
+# Python's own are (700, 10, 10): importing torch and transformers makes a million objects that stay, and looking
+# through them time and again for garbage takes a fifth of it.
 GARBAGE_THRESHOLDS = (100_000, 20, 20)
 
 
