@@ -67,17 +67,17 @@ LAST_QKV = (
 TOWER_UPDATE = ("optimizer", "update of vision.embeddings.class_embedding")
 FAULTS_FOUND = [  # fault, layout; phase, what is found first, ranks
     ("vision_gradient_not_over_model_ranks", TP2, *PROJECTOR, (0, 1)),
-    ("vision_gradient_not_over_data", DP2, *PROJECTOR, (0, 1)),
-    ("local_token_count", DP2, *HEAD, (0, 1)),
     ("swapped_feature_rows", TP2, *MERGED, (0, 1)),
-    ("norm_gradients_not_reduced", TP2_SP, *NORM, (0, 1)),
     ("partial_sums_not_reduced", TP2, *LAYER, (0, 1)),
     ("one_rate_for_all", DP2, *TOWER_UPDATE, (0, 1)),
-    ("local_positions", RING2, *LAYER, (0, 1)),
-    ("labels_shifted_after_the_cut", RING2, *TOKEN_LOSS, (0, 1)),
     ("ring_block_gradient_dropped", RING2, *LAST_QKV, (0, 1)),
 ]
 FAULTS_FOUND_SLOW = [
+    ("vision_gradient_not_over_data", DP2, *PROJECTOR, (0, 1)),
+    ("local_token_count", DP2, *HEAD, (0, 1)),
+    ("norm_gradients_not_reduced", TP2_SP, *NORM, (0, 1)),
+    ("local_positions", RING2, *LAYER, (0, 1)),
+    ("labels_shifted_after_the_cut", RING2, *TOKEN_LOSS, (0, 1)),
     ("vision_gradient_not_over_model_ranks", PP2, *PROJECTOR, (0, 1)),
     ("vision_gradient_not_over_model_ranks", TP2_SP_PP2, *PROJECTOR, (0, 1, 2, 3)),
     ("swapped_feature_rows", TP2_SP_PP2, *MERGED, (0, 1)),

@@ -27,6 +27,7 @@ LAYOUTS = {
     "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
     "pp2-virtual2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
 }
+SLOW = ("dp2", "pp2-virtual2")
 
 
 def train_and_save(recipe: dict[str, Any]) -> list[float]:
@@ -61,7 +62,9 @@ def saved(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[di
     return recipe, losses[0]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in LAYOUTS]
+)
 def test_any_layout_continues(ranks: RankPool, saved: Any, name: str) -> None:
     recipe, undisturbed = saved
     num_ranks, parallel = LAYOUTS[name]

@@ -192,8 +192,13 @@ CONTEXT_STEPS = {
 }
 
 
+FAST = {("tp2", None), ("tp2-sp", 2), ("tp2-pp2-sp", 2), ("tp2-dp2-world", None)}
+FAST |= {(name, 2) for name in CONTEXT_STEPS}
+CASES = [*itertools.product(LAYOUTS, (None, 2)), *((name, 2) for name in CONTEXT_STEPS)]
+
+
 @pytest.mark.parametrize(
-    ("name", "window"), [*itertools.product(LAYOUTS, (None, 2)), *((name, 2) for name in CONTEXT_STEPS)]
+    ("name", "window"), [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]
 )
 def test_bytes_of_a_step(ranks: RankPool, tmp_path: Path, name: str, window: int | None) -> None:
     num_ranks, parallel = (LAYOUTS | CONTEXT_STEPS)[name]
