@@ -224,8 +224,12 @@ class PickleFile:
         return self._tensors[name].detach()
 
     def stored(self, name: str) -> StoredTensor:
-        """Where it is in the mapped file."""
-        return stored_in_memory(self._tensors[name])
+        """Where it is in the mapped file. Raises ConversionError for a dtype that no model here has."""
+        stored = stored_in_memory(self._tensors[name])
+        if stored.dtype not in ITEM_BYTES:
+            known = ", ".join(ITEM_BYTES)
+            raise ConversionError(f"{self.path}: {name} is of dtype {stored.dtype}, needs one of {known}")
+        return stored
 
 
 def open_weight_file(path: Path) -> WeightFile:

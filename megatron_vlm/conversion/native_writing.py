@@ -24,7 +24,7 @@ from megatron_vlm.conversion.mappings import Mapping
 from megatron_vlm.conversion.torch_archive import around
 
 NUM_THREADS = 4  # however few the cores: they wait for the disk in turn
-_LESS_URGENT = 10  # niceness: what runs beside them, importing and comparing, takes longer than they do
+_LESS_URGENT = 10  # niceness they add: what runs beside them, importing and comparing, takes longer than they do
 _PIECE_BYTES = 16 * 2**20  # written at a time
 
 
@@ -221,7 +221,7 @@ class NativeWriter:
         return self.directory / f"__{number}_0.distcp"
 
     def _write_share(self, path: Path, share: Sequence[Parameter]) -> tuple[list[Piece], FileRecord]:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LESS_URGENT)  # of this thread alone, on Linux
+        os.nice(_LESS_URGENT)  # on Linux, of this thread alone
         file = HashingFile(path)
         pieces = []
         with contextlib.ExitStack() as opened:

@@ -173,6 +173,15 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_dtype_that_no_model_here_has_is_named(tmp_path):
+    folder = llava(tmp_path / "pickles", pickles=True)
+    shard = folder / "pytorch_model-00002-of-00002.bin"
+    tensors = torch.load(shard)
+    name = sorted(tensors)[0]
+    torch.save(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, shard)
+    assert f"{name} is of dtype float8_e4m3fn, needs one of float64" in refused(folder, tmp_path / "ours")
+
+
 CONFIGS = {
     "image_aspect_ratio": ("anyres", "needs pad or square"),
     "mm_vision_select_feature": ("slicefour", "needs patch or cls_patch"),
