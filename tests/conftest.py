@@ -1,13 +1,12 @@
 """What every test gets: no CUDA unless asked for with `-m gpu`, one thread per process, the pool of ranks."""
 
-import gc
 import os
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
-from megatron_vlm.runtime.command_line import GARBAGE_THRESHOLDS
+from megatron_vlm.runtime.garbage import spare_imports
 from tests.helpers.ranks import RankPool
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
@@ -22,7 +21,7 @@ def wants_gpu(config: pytest.Config) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test module, and so before torch, is imported."""
-    gc.set_threshold(*GARBAGE_THRESHOLDS)
+    spare_imports()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never download

@@ -163,18 +163,19 @@ class _Bytes:
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
-        self._lock, self._done = threading.Lock(), 0
+        self._lock, self._done, self._total = threading.Lock(), 0, 0
 
     def show(self, description: str, size_bytes: int) -> None:
         from megatron_vlm.runtime.progress import Progress
 
-        self._bar = Progress(description, size_bytes // 10**6, enabled=sys.stdout.isatty())
+        self._total = size_bytes // 10**6
+        self._bar = Progress(description, self._total, enabled=sys.stdout.isatty())
 
     def advance(self, num_bytes: int) -> None:
         with self._lock:
             self._done += num_bytes
             if self._bar is not None:
-                self._bar.update(self._done // 10**6, "MB")
+                self._bar.update(min(self._done // 10**6, self._total), "MB")  # a wrong guess is written twice
 
     def __enter__(self) -> "_Bytes":
         return self

@@ -29,14 +29,17 @@ def first_checkpoint(destination: Path, advance: Callable[[int], None]) -> Itera
     """
     final = checkpoint_path(destination, 0)
     refuse_taken(destination, but=partial_path(final))
-    existed = destination.exists()
+    new = [folder for folder in (destination, *destination.parents) if not folder.exists()]  # innermost first
     try:
         with refusals_of_the_disk(final):
             partial = create_partial(final)
         with NativeWriter(partial, advance) as writer:
             yield writer
     except BaseException:
-        shutil.rmtree(partial_path(final) if existed else destination, ignore_errors=True)
+        shutil.rmtree(destination if destination in new else partial_path(final), ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody else uses it by now
+            for folder in new[1:]:
+                folder.rmdir()
         raise
 
 

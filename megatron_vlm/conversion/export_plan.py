@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.checkpoint.integrity import send_to_disk, write_at
-from megatron_vlm.conversion.files import SAFETENSORS_DTYPES
+from megatron_vlm.conversion.dtypes import DTYPES
 from megatron_vlm.conversion.mappings import COMPUTED_BUFFERS, HEAD
 from megatron_vlm.conversion.origin import Origin, is_as_referenced
 from megatron_vlm.errors import ConversionError
@@ -27,7 +27,7 @@ TOWER_FILE = "model-vision-tower.safetensors"  # of a tower that was only named 
 MAX_THREADS = 4  # further ones would wait for the disk
 _ALIGNMENT_BYTES = 8
 _RUN_BYTES = 2**26  # that a thread writes at a time, of neighbours: what ours is made of is read once
-_CODES = {getattr(torch, dtype): code for code, dtype in SAFETENSORS_DTYPES.items()}
+_CODES = {getattr(torch, name): dtype.code for name, dtype in DTYPES.items()}
 
 
 class Readable(Protocol):

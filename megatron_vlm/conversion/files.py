@@ -19,6 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megatron_vlm.conversion.dtypes import BY_CODE, DTYPES
 from megatron_vlm.errors import ConversionError
 
 if TYPE_CHECKING:  # imported where a tensor is made
@@ -27,45 +28,32 @@ if TYPE_CHECKING:  # imported where a tensor is made
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 INDEXES = (SAFETENSORS_INDEX, PICKLE_INDEX)
-SAFETENSORS_DTYPES = {  # their names in a header, and torch's
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
-ITEM_BYTES = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-}
 _ZIP = b"PK\x03\x04"  # what torch.save writes since 1.6, and alone can be mapped
 _LENGTH_BYTES = 8  # of the number that heads a safetensors file
 
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes of a file."""
+    """Bytes of a file.
+
+    Args:
+        version: of the file, as `file_version` gives it: it may be replaced between two looks.
+    """
 
     path: Path
+    version: tuple[int, ...]
     start: int
-    size_bytes: int
+    num_bytes: int
 
-    def part(self, start: int, size_bytes: int) -> "Span":
+    def part(self, start: int, num_bytes: int) -> "Span":
         """Some of them."""
-        return Span(self.path, self.start + start, size_bytes)
+        return Span(self.path, self.version, self.start + start, num_bytes)
+
+
+def file_version(handle: int) -> tuple[int, ...]:
+    """What differs where a file of this name has been written again or replaced."""
+    status = os.fstat(handle)
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -80,32 +68,27 @@ class StoredTensor:
     shape: tuple[int, ...]
     data: Span | memoryview
 
-    @property
-    def size_bytes(self) -> int:
-        """Of all rows."""
-        return prod(self.shape) * ITEM_BYTES[self.dtype]
-
-    def read(self) -> bytes | memoryview:
-        """All of them. Raises OSError."""
-        if not isinstance(self.data, Span):
-            return self.data
-        with open(self.data.path, "rb") as file:
-            return os.pread(file.fileno(), self.data.size_bytes, self.data.start)
-
     def rows(self, start: int, stop: int) -> Span | memoryview:
         """The bytes of some of its rows, the elements of its first dimension."""
-        row_bytes = prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
+        row_bytes = prod(self.shape[1:]) * DTYPES[self.dtype].num_bytes
         if isinstance(self.data, Span):
             return self.data.part(start * row_bytes, (stop - start) * row_bytes)
         return self.data[start * row_bytes : stop * row_bytes]
 
 
-def stored_in_memory(tensor: "Tensor") -> StoredTensor:
-    """A tensor's place; it must not change before the bytes are read."""
+def stored_in_memory(tensor: "Tensor", name: str, origin: str | Path) -> StoredTensor:
+    """A tensor's place; it must not change before the bytes are read. One with gaps between its rows is copied.
+
+    Raises:
+        ConversionError: a dtype that no model here has.
+    """
     import torch
 
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise ConversionError(f"{origin}: {name} is of dtype {dtype}, needs one of {', '.join(DTYPES)}")
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    return StoredTensor(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat.numpy().data)
+    return StoredTensor(dtype, tuple(tensor.shape), flat.numpy().data)
 
 
 class WeightFile(Protocol):
@@ -127,7 +110,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map = _mapped(path)
+        self._map, self._version = _mapped(path)
         length = int.from_bytes(self._map[:_LENGTH_BYTES], "little")
         end = _LENGTH_BYTES + length
         if len(self._map) < _LENGTH_BYTES or end > len(self._map):
@@ -160,30 +143,32 @@ class SafetensorsFile:
     def stored(self, name: str) -> StoredTensor:
         """Where it is."""
         dtype, shape, start, end = self._places[name]
-        return StoredTensor(dtype, shape, Span(self.path, len(self.header) + start, end - start))
+        return StoredTensor(dtype, shape, Span(self.path, self._version, len(self.header) + start, end - start))
 
     def _place(self, name: str, entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
         start, end = entry["data_offsets"]
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
-            known = ", ".join(SAFETENSORS_DTYPES)
+        if entry["dtype"] not in BY_CODE:
+            known = ", ".join(BY_CODE)
             raise ConversionError(f"{self.path}: {name} is of dtype {entry['dtype']}, needs one of {known}")
-        return SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]), start, end
+        return BY_CODE[entry["dtype"]], tuple(entry["shape"]), start, end
 
     def _check(self, size_bytes: int) -> None:
         expected = 0
         for name in self.names():
             dtype, shape, start, end = self._places[name]
-            if start != expected or end - start != prod(shape) * ITEM_BYTES[dtype]:
+            if start != expected or end - start != prod(shape) * DTYPES[dtype].num_bytes:
                 raise ConversionError(f"{self.path}: the header gives {name} bytes {start} to {end}, which do not fit")
             expected = end
         if expected != size_bytes:
             raise ConversionError(f"{self.path}: {size_bytes} bytes of tensors, the header needs {expected}")
 
 
-def _mapped(path: Path) -> mmap.mmap:
+def _mapped(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
+    """The file, and which version of it."""
     try:
         with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a tensor must think that it can be written
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a tensor must think that it can be written
+            return mapped, file_version(file.fileno())
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path}: cannot be opened: {error}") from error
 
@@ -225,11 +210,7 @@ class PickleFile:
 
     def stored(self, name: str) -> StoredTensor:
         """Where it is in the mapped file. Raises ConversionError for a dtype that no model here has."""
-        stored = stored_in_memory(self._tensors[name])
-        if stored.dtype not in ITEM_BYTES:
-            known = ", ".join(ITEM_BYTES)
-            raise ConversionError(f"{self.path}: {name} is of dtype {stored.dtype}, needs one of {known}")
-        return stored
+        return stored_in_memory(self._tensors[name], name, self.path)
 
 
 def open_weight_file(path: Path) -> WeightFile:

@@ -8,12 +8,20 @@ is known (`importing`); where they differ, the import starts again.
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_vlm.conversion.files import WeightFolder
-from megatron_vlm.conversion.mappings import COMPUTED_BUFFERS, EMBEDDING, HEAD, canonical_name, language_mappings
+from megatron_vlm.conversion.files import StoredTensor, WeightFolder
+from megatron_vlm.conversion.mappings import (
+    COMPUTED_BUFFERS,
+    EMBEDDING,
+    HEAD,
+    Mapping,
+    canonical_name,
+    language_mappings,
+)
 from megatron_vlm.conversion.native_writing import Parameter, lay_out
 from megatron_vlm.errors import ConversionError
 
@@ -32,24 +40,32 @@ def guess_plan(folder: Path) -> list[Parameter]:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         places = WeightFolder(folder).places
         stored = {canonical_name(name): file.stored(name) for name, file in places.items()}
-        shapes = {name: tensor.shape for name, tensor in stored.items()}
-        table = language_mappings(_sizes(settings.get("text_config") or settings, shapes))
+        table = language_mappings(_sizes(settings.get("text_config") or settings, stored))
+        return lay_out(table, stored.__getitem__) if _fits(table, stored) else []
     except (ConversionError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return []
+
+
+def _fits(table: Sequence[Mapping], stored: dict[str, StoredTensor]) -> bool:
+    """Whether it takes every tensor of a layer, in its shape, and has nothing to convert, which needs torch."""
     expected = {name: shape for entry in table for name, shape in zip(entry.sources, entry.shapes, strict=True)}
     given = {
-        name: shape
-        for name, shape in shapes.items()
+        name: tensor.shape
+        for name, tensor in stored.items()
         if name in expected or (_LAYER.match(name) and not COMPUTED_BUFFERS.search(name))
     }
-    return lay_out(table, stored.__getitem__) if given == expected else []
+    return given == expected and all(len({stored[name].dtype for name in entry.sources}) == 1 for entry in table)
 
 
-def _sizes(settings: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Any:
+def _sizes(settings: dict[str, Any], stored: dict[str, StoredTensor]) -> Any:
     """What `language_mappings` asks of a config."""
     layer = "model.layers.0"
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
     queries, hidden = shapes[f"{layer}.self_attn.q_proj.weight"]
     heads = settings.get("num_attention_heads") or LLAMA_HEADS
+    groups = settings.get("num_key_value_heads") or heads
+    if not (isinstance(heads, int) and isinstance(groups, int)):
+        raise TypeError("heads that are no whole number")
     return SimpleNamespace(
         model_type="qwen2" if f"{layer}.self_attn.q_proj.bias" in shapes else "llama",
         vocab_size=shapes[EMBEDDING][0],
@@ -57,7 +73,7 @@ def _sizes(settings: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Any:
         intermediate_size=shapes[f"{layer}.mlp.gate_proj.weight"][0],
         num_hidden_layers=1 + max(int(found[1]) for name in shapes if (found := _LAYER.match(name))),
         num_attention_heads=heads,
-        num_key_value_heads=settings.get("num_key_value_heads") or heads,
+        num_key_value_heads=groups,
         head_dim=queries // heads,
         tie_word_embeddings=HEAD not in shapes,
     )

@@ -53,19 +53,18 @@ def complete_import(foreign: ForeignModel, destination: Path, writer: NativeWrit
     """`import_model` with a writer of `first_checkpoint`, which may have a head start; where that was wrong, it starts
     again. Raises as `import_model`."""
     final = checkpoint_path(destination, 0)
-    check_architecture(foreign.language)
-    language = language_mappings(foreign.language)
-    check_part(foreign.source, language)
-    plan = lay_out(language, foreign.source.stored)
-    if writer.started != plan:
-        writer.start_again()
-        writer.start(plan)  # meanwhile: the tower's code takes seconds to be imported
-    table = model_mappings(foreign.language, foreign.vision, foreign.projector)
-    spare = check_fit(foreign.source, table)
-    writer.start(lay_out(table[len(language) :], foreign.source.stored))
-    config = _recipe(foreign, destination)
     with refusals_of_the_disk(final):
-        partial = writer.directory
+        check_architecture(foreign.language)
+        language = language_mappings(foreign.language)
+        check_part(foreign.source, language)
+        plan = lay_out(language, foreign.source.stored)
+        if writer.started != plan:
+            writer.start_again()
+            writer.start(plan)  # meanwhile: the tower's code takes seconds to be imported
+        table = model_mappings(foreign.language, foreign.vision, foreign.projector)
+        spare = check_fit(foreign.source, table)
+        writer.start(lay_out(table[len(language) :], foreign.source.stored))
+        config, partial = _recipe(foreign, destination), writer.directory
         _write_parts(foreign, config, partial)
         write_origin(partial, foreign, spare, config)
         files = writer.finish()

@@ -12,8 +12,6 @@ torch is imported where tensors are cut, so that the table is at hand before (`h
 Letters: h hidden, d head width, g kv heads (groups), f MLP width, V vocabulary.
 """
 
-from __future__ import annotations
-
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -82,11 +80,11 @@ class Mapping(ABC):
     shapes: tuple[Shape, ...]
 
     @abstractmethod
-    def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
+    def shard(self, full: "Sequence[Tensor]", rank: int, size: int) -> "Tensor":
         """The sources -> the shard of tensor-parallel rank `rank` of `size`."""
 
     @abstractmethod
-    def unshard(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def unshard(self, shards: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
         """All shards in rank order -> the sources. Inverse of `shard`."""
 
     def row_runs(self) -> list[tuple[int, int, int]]:
@@ -97,52 +95,52 @@ class Mapping(ABC):
 class Replicated(Mapping):
     """The same whole tensor on every rank."""
 
-    def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
+    def shard(self, full: "Sequence[Tensor]", rank: int, size: int) -> "Tensor":
         return full[0]
 
-    def unshard(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def unshard(self, shards: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
         return (shards[0],)
 
 
 class Column(Mapping):
     """Cut over outputs, dimension 0: [out, ...] -> [out/tp, ...]."""
 
-    def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
+    def shard(self, full: "Sequence[Tensor]", rank: int, size: int) -> "Tensor":
         return _slice(full[0], rank, size, dim=0)
 
-    def unshard(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def unshard(self, shards: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
         return (_joined(shards),)
 
 
 class Row(Mapping):
     """Cut over inputs, dimension 1: [out, in] -> [out, in/tp]."""
 
-    def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
+    def shard(self, full: "Sequence[Tensor]", rank: int, size: int) -> "Tensor":
         return _slice(full[0], rank, size, dim=1)
 
-    def unshard(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def unshard(self, shards: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
         return (_joined(shards, dim=1),)
 
 
 class Vocab(Mapping):
     """Cut over the vocabulary, padded with zero rows to a multiple of the ranks: [V, h] -> [ceil(V/tp), h]."""
 
-    def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
+    def shard(self, full: "Sequence[Tensor]", rank: int, size: int) -> "Tensor":
         rows = -(-full[0].shape[0] // size)
         own = full[0][rank * rows : (rank + 1) * rows]
         return _joined([own, own.new_zeros(rows - own.shape[0], *own.shape[1:])]) if len(own) < rows else own
 
-    def unshard(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def unshard(self, shards: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
         return (_joined(shards)[: self.shapes[0][0]],)
 
 
 class GatedMLP(Mapping):
     """gate [f, h] and up [f, h] -> [2f/tp, h]: this rank's slice of gate above its slice of up."""
 
-    def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
+    def shard(self, full: "Sequence[Tensor]", rank: int, size: int) -> "Tensor":
         return _joined([_slice(part, rank, size, dim=0) for part in full])
 
-    def unshard(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def unshard(self, shards: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
         halves = [shard.chunk(2, dim=0) for shard in shards]
         return tuple(_joined([half[i] for half in halves]) for i in range(2))
 
@@ -164,17 +162,17 @@ class QKV(Mapping):
             for source, width in enumerate(widths)
         ]
 
-    def shard(self, full: Sequence[Tensor], rank: int, size: int) -> Tensor:
+    def shard(self, full: "Sequence[Tensor]", rank: int, size: int) -> "Tensor":
         groups = [part.unflatten(0, (self.num_groups, -1)) for part in full]  # [g*x, ...] -> [g, x, ...]
         return _slice(_joined(groups, dim=1).flatten(0, 1), rank, size, dim=0)
 
-    def unshard(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def unshard(self, shards: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
         groups = _joined(shards).unflatten(0, (self.num_groups, -1))  # -> [g, (n+2)*d, ...]
         widths = [shape[0] // self.num_groups for shape in self.shapes]
         return tuple(part.flatten(0, 1) for part in groups.split(widths, dim=1))
 
 
-def language_mappings(hf_config: PretrainedConfig) -> list[Mapping]:
+def language_mappings(hf_config: "PretrainedConfig") -> list[Mapping]:
     """The table of a Llama-architecture language model (Llama; Qwen2 with its biases on q, k and v)."""
     vocabulary, hidden = hf_config.vocab_size, hf_config.hidden_size
     table: list[Mapping] = [
@@ -188,7 +186,7 @@ def language_mappings(hf_config: PretrainedConfig) -> list[Mapping]:
     return table
 
 
-def _layer_mappings(hf_config: PretrainedConfig, layer: int) -> list[Mapping]:
+def _layer_mappings(hf_config: "PretrainedConfig", layer: int) -> list[Mapping]:
     ours, theirs = f"language.decoder.layers.{layer}", f"model.layers.{layer}"
     hidden, width = hf_config.hidden_size, hf_config.intermediate_size
     head = getattr(hf_config, "head_dim", None) or hidden // hf_config.num_attention_heads
@@ -222,12 +220,12 @@ def _layer_mappings(hf_config: PretrainedConfig, layer: int) -> list[Mapping]:
     return table
 
 
-def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+def _joined(parts: "Sequence[Tensor]", dim: int = 0) -> "Tensor":
     import torch
 
     return torch.cat(tuple(parts), dim=dim)
 
 
-def _slice(tensor: Tensor, rank: int, size: int, dim: int) -> Tensor:
+def _slice(tensor: "Tensor", rank: int, size: int, dim: int) -> "Tensor":
     assert tensor.shape[dim] % size == 0, f"{tensor.shape[dim]} does not divide into {size}"
     return tensor.chunk(size, dim=dim)[rank]

@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_vlm.checkpoint.safe_reading import COMMON_FILE
-from megatron_vlm.conversion.native_writing import HashingFile, Parameter, Piece
+from megatron_vlm.conversion.byte_files import HashingFile
+from megatron_vlm.conversion.native_writing import Parameter, Piece
 
 EXTRA_STATES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 BACKEND = {  # megatron-core's words for the format (`save_config`)
@@ -36,7 +37,7 @@ BACKEND = {  # megatron-core's words for the format (`save_config`)
 }
 
 
-def write_extra_states(file: HashingFile, path: Path, parameters: Sequence[Parameter]) -> list[Piece]:
+def write_extra_states(file: HashingFile, parameters: Sequence[Parameter]) -> list[Piece]:
     """Writes those that the layers of these parameters have. Raises OSError."""
     empty = io.BytesIO()
     torch.save([None], empty)
@@ -46,7 +47,7 @@ def write_extra_states(file: HashingFile, path: Path, parameters: Sequence[Param
         if kind == "weight" and layer.endswith(EXTRA_STATES):
             start = file.size_bytes
             file.write(empty.getbuffer())
-            pieces.append(Piece(f"{layer}._extra_state/shard_0_1", path.name, start, file.size_bytes))
+            pieces.append(Piece(f"{layer}._extra_state/shard_0_1", file.name, start, file.size_bytes))
     return pieces
 
 

@@ -2,30 +2,51 @@
 
 What is written is what a job of one rank saves with its model states alone: the files of torch's distributed
 checkpoint format, one per thread, hashed while they are written. A parameter of ours is runs of rows of tensors that
-are there already, so nothing is computed and no tensor is held: bytes go from file to file by pieces. Nor is torch
-needed, whose import takes as long as the disk takes for a gigabyte.
+are there already, so bytes go from file to file by pieces, and torch, whose import takes as long as the disk takes for
+a gigabyte, need not be there. Only where one parameter's sources differ in dtype are tensors made, one at a time.
 """
 
-import contextlib
-import fcntl
-import hashlib
-import mmap
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
 from megatron_vlm.checkpoint.manifest import FileRecord
+from megatron_vlm.conversion.byte_files import HashingFile, SourceFiles
+from megatron_vlm.conversion.dtypes import DTYPES
 from megatron_vlm.conversion.files import Span, StoredTensor, stored_in_memory
 from megatron_vlm.conversion.mappings import Mapping
 from megatron_vlm.conversion.torch_archive import around
 
 NUM_THREADS = 4  # however few the cores: they wait for the disk in turn
-_LESS_URGENT = 10  # niceness they add: what runs beside them, importing and comparing, takes longer than they do
-_PIECE_BYTES = 16 * 2**20  # written at a time
+_LESS_URGENT = (
+    10  # niceness, of each thread alone on Linux: what runs beside them, importing, takes longer than they do
+)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Bytes in another dtype than they have. `dtype`, `into`: torch's names."""
+
+    data: Span | memoryview
+    dtype: str
+    into: str
+
+    @property
+    def num_bytes(self) -> int:
+        """When converted."""
+        return num_bytes_of(self.data) // DTYPES[self.dtype].num_bytes * DTYPES[self.into].num_bytes
+
+
+Run = Span | memoryview | Converted
+
+
+def num_bytes_of(run: Run) -> int:
+    """As they are written."""
+    return run.nbytes if isinstance(run, memoryview) else run.num_bytes
 
 
 @dataclass(frozen=True)
@@ -41,12 +62,12 @@ class Parameter:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    runs: tuple[Span | memoryview, ...]
+    runs: tuple[Run, ...]
 
     @property
     def size_bytes(self) -> int:
         """Of all runs."""
-        return sum(run.size_bytes if isinstance(run, Span) else run.nbytes for run in self.runs)
+        return sum(map(num_bytes_of, self.runs))
 
 
 @dataclass(frozen=True)
@@ -67,93 +88,27 @@ class Piece:
 
 def lay_out(table: Sequence[Mapping], stored: Callable[[str], StoredTensor]) -> list[Parameter]:
     """What a part of the model is made of. Where the dtypes of a parameter's sources differ, it takes one that holds
-    the values of each, and its bytes are in memory."""
+    the values of each."""
     parameters = []
     for entry in table:
         sources = [stored(name) for name in entry.sources]
-        if len({source.dtype for source in sources}) > 1:
-            sources = _promoted(sources)
-        runs = tuple(sources[source].rows(start, stop) for source, start, stop in entry.row_runs())
+        dtypes = {source.dtype for source in sources}
+        dtype = sources[0].dtype if len(dtypes) == 1 else _holds_all(dtypes)
+        runs: list[Run] = []
+        for source, start, stop in entry.row_runs():
+            data, has = sources[source].rows(start, stop), sources[source].dtype
+            runs.append(data if has == dtype else Converted(data, has, dtype))
         shape = sources[0].shape
         if len(sources) > 1:
             shape = (sum(source.shape[0] for source in sources), *shape[1:])
-        parameters.append(Parameter(entry.name, sources[0].dtype, shape, runs))
+        parameters.append(Parameter(entry.name, dtype, shape, tuple(runs)))
     return parameters
 
 
-def _promoted(sources: Sequence[StoredTensor]) -> list[StoredTensor]:
+def _holds_all(dtypes: Iterable[str]) -> str:
     import torch
 
-    tensors = [
-        torch.frombuffer(bytearray(source.read()), dtype=getattr(torch, source.dtype)).view(source.shape)
-        for source in sources
-    ]
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    return [stored_in_memory(tensor.to(dtype)) for tensor in tensors]
-
-
-class HashingFile:
-    """A file that is hashed while it is written, past the page cache where the file system allows it.
-
-    Filling the cache with what nobody reads again costs more than the disk: half of a whole import. Raises OSError.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._set_direct(True)
-        self._hash = hashlib.sha256()
-        self._piece = memoryview(mmap.mmap(-1, _PIECE_BYTES))  # aligned, as such writes need it
-        self._num_waiting = 0
-        self.size_bytes = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        """All of it, though its end may wait for `close`."""
-        rest = memoryview(data).cast("B")
-        while rest:
-            space = self._space(len(rest))
-            space[:] = rest[: len(space)]
-            rest = rest[len(space) :]
-            self._filled(len(space))
-
-    def copy(self, handle: int, start: int, size_bytes: int) -> None:
-        """As `write`, bytes of an open file."""
-        end = start + size_bytes
-        while start < end:
-            num_read = os.preadv(handle, [self._space(end - start)], start)
-            if num_read == 0:
-                raise OSError(f"a source file ended {end - start} bytes before a tensor did")
-            start += num_read
-            self._filled(num_read)
-
-    def close(self) -> FileRecord:
-        """Brings it to the disk."""
-        self._set_direct(False)  # the end is of any length
-        self._write_waiting()
-        os.fsync(self._handle)
-        os.close(self._handle)
-        return FileRecord(self.size_bytes, self._hash.hexdigest())
-
-    def _space(self, num_wanted: int) -> memoryview:
-        """Where the next bytes go."""
-        return self._piece[self._num_waiting : self._num_waiting + num_wanted]
-
-    def _filled(self, num_bytes: int) -> None:
-        self._hash.update(self._piece[self._num_waiting : self._num_waiting + num_bytes])
-        self._num_waiting += num_bytes
-        self.size_bytes += num_bytes
-        if self._num_waiting == _PIECE_BYTES:
-            self._write_waiting()
-
-    def _write_waiting(self) -> None:
-        rest = self._piece[: self._num_waiting]
-        while rest:
-            rest = rest[os.write(self._handle, rest) :]
-        self._num_waiting = 0
-
-    def _set_direct(self, direct: bool) -> None:
-        flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
-        with contextlib.suppress(OSError):  # EINVAL: a file system without it, as a memory disk
-            fcntl.fcntl(self._handle, fcntl.F_SETFL, flags | os.O_DIRECT if direct else flags & ~os.O_DIRECT)
+    return str(reduce(torch.promote_types, (getattr(torch, dtype) for dtype in dtypes))).removeprefix("torch.")
 
 
 class NativeWriter:
@@ -173,7 +128,7 @@ class NativeWriter:
 
     def _begin(self) -> None:
         self.started: list[Parameter] = []
-        self._pool = ThreadPoolExecutor(NUM_THREADS)
+        self._pool = ThreadPoolExecutor(NUM_THREADS, initializer=os.nice, initargs=(_LESS_URGENT,))
         self._shares: list[Future[tuple[list[Piece], FileRecord]]] = []
         self._is_given_up = threading.Event()
 
@@ -205,14 +160,14 @@ class NativeWriter:
         """Waits for all and writes what the checkpoint says of them -> size and hash of every file of tensors.
 
         Raises:
+            ConversionError: a source that cannot be read, or is not what it was when the plan was made.
             OSError: the disk.
         """
         from megatron_vlm.conversion.native_metadata import write_extra_states, write_metadata  # with torch
 
         written = [share.result() for share in self._shares]
-        extra = self._path(len(written))
-        file = HashingFile(extra)
-        written.append((write_extra_states(file, extra, self.started), file.close()))
+        with HashingFile(self._path(len(written))) as file:
+            written.append((write_extra_states(file, self.started), file.finish()))
         write_metadata(self.directory, [pieces for pieces, _ in written])
         return {self._path(number).name: record for number, (_, record) in enumerate(written)}
 
@@ -221,31 +176,40 @@ class NativeWriter:
         return self.directory / f"__{number}_0.distcp"
 
     def _write_share(self, path: Path, share: Sequence[Parameter]) -> tuple[list[Piece], FileRecord]:
-        os.nice(_LESS_URGENT)  # on Linux, of this thread alone
-        file = HashingFile(path)
         pieces = []
-        with contextlib.ExitStack() as opened:
-            sources = {run.path for parameter in share for run in parameter.runs if isinstance(run, Span)}
-            handles = {source: opened.enter_context(open(source, "rb")).fileno() for source in sources}
+        with HashingFile(path) as file, SourceFiles() as sources:
             for parameter in share:
                 if self._is_given_up.is_set():
                     raise CancelledError
-                pieces.append(_write_parameter(file, path.name, parameter, handles))
+                start = file.size_bytes
+                before, after = around(parameter.dtype, parameter.shape, parameter.size_bytes)
+                file.write(before)
+                for run in parameter.runs:
+                    _copy(run, sources, file)
+                file.write(after)
+                place = start, file.size_bytes
+                pieces.append(Piece(parameter.name, path.name, *place, parameter.shape, parameter.dtype))
                 self._advance(parameter.size_bytes)
-        return pieces, file.close()
+            return pieces, file.finish()
 
 
-def _write_parameter(file: HashingFile, name: str, parameter: Parameter, handles: dict[Path, int]) -> Piece:
-    start = file.size_bytes
-    before, after = around(parameter.dtype, parameter.shape, parameter.size_bytes)
-    file.write(before)
-    for run in parameter.runs:
-        if isinstance(run, Span):
-            file.copy(handles[run.path], run.start, run.size_bytes)
-        else:
-            file.write(run)
-    file.write(after)
-    return Piece(parameter.name, name, start, file.size_bytes, parameter.shape, parameter.dtype)
+def _copy(run: Run, sources: SourceFiles, file: HashingFile) -> None:
+    """Raises ConversionError, OSError as the two files do."""
+    if isinstance(run, Span):
+        sources.copy(run, file)
+    elif isinstance(run, memoryview):
+        file.write(run)
+    else:
+        file.write(_converted(run, sources.read(run.data) if isinstance(run.data, Span) else bytearray(run.data)))
+
+
+def _converted(run: Converted, content: bytearray) -> memoryview:
+    import torch
+
+    tensor = torch.frombuffer(content, dtype=getattr(torch, run.dtype)) if content else torch.empty(0)
+    data = stored_in_memory(tensor.to(getattr(torch, run.into)), run.into, "memory").data
+    assert isinstance(data, memoryview)
+    return data
 
 
 def _shares(parameters: Sequence[Parameter], number: int) -> list[list[Parameter]]:

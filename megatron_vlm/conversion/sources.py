@@ -50,7 +50,7 @@ class StateSource:
 
     def stored(self, name: str) -> StoredTensor:
         """Its memory."""
-        return stored_in_memory(self._state[name])
+        return stored_in_memory(self._state[name], name, self.origin)
 
 
 class FolderSource:
@@ -155,7 +155,7 @@ class RandomSource:
 
     def stored(self, name: str) -> StoredTensor:
         """In memory."""
-        return stored_in_memory(self.read(name))
+        return stored_in_memory(self.read(name), name, self.origin)
 
 
 def named_seed(seed: int, name: str) -> int:

@@ -13,18 +13,8 @@ import struct
 import zlib
 from math import prod
 
-STORAGES = {  # by the name of the dtype: torch's legacy storage classes, which its pickles name
-    "float64": "DoubleStorage",
-    "float32": "FloatStorage",
-    "float16": "HalfStorage",
-    "bfloat16": "BFloat16Storage",
-    "int64": "LongStorage",
-    "int32": "IntStorage",
-    "int16": "ShortStorage",
-    "int8": "CharStorage",
-    "uint8": "ByteStorage",
-    "bool": "BoolStorage",
-}
+from megatron_vlm.conversion.dtypes import DTYPES
+
 _ROOT = "archive"
 _IS_64_BIT = 0xFFFFFFFF  # of a 32-bit field: look in the 64-bit one
 _NEEDS_64_BIT = 45  # version of the zip specification
@@ -35,7 +25,7 @@ def around(dtype: str, shape: tuple[int, ...], size_bytes: int) -> tuple[bytes, 
     """What comes before and after a tensor's bytes, contiguous, little-endian, in an archive that torch.load reads.
 
     Args:
-        dtype: a key of `STORAGES`.
+        dtype: a key of `DTYPES`.
     """
     archive = _Archive()
     archive.add("data.pkl", _pickle(dtype, shape))
@@ -48,7 +38,7 @@ def around(dtype: str, shape: tuple[int, ...], size_bytes: int) -> tuple[bytes, 
 def _pickle(dtype: str, shape: tuple[int, ...]) -> bytes:
     """torch._utils._rebuild_tensor_v2(storage, 0, shape, strides, False, OrderedDict()) by the pickle's own opcodes."""
     strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    kind = _named("torch", STORAGES[dtype])
+    kind = _named("torch", DTYPES[dtype].storage)
     storage = b"(" + _text("storage") + kind + _text("0") + _text("cpu") + _int(prod(shape)) + b"tQ"
     no_hooks = b"\x89" + _named("collections", "OrderedDict") + b")R"
     arguments = storage + _int(0) + _ints(shape) + _ints(strides) + no_hooks

@@ -5,7 +5,6 @@ arguments are read inside `fail_together`. torch is not imported: help comes at 
 """
 
 import argparse
-import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +12,8 @@ from typing import Any, NoReturn
 
 from megatron_vlm.errors import ConfigError, ParallelError
 from megatron_vlm.runtime.failure import fail_together
+from megatron_vlm.runtime.garbage import spare_imports
 from megatron_vlm.runtime.launch import Launch, read_launch
-
-# Python's own are (700, 10, 10): importing torch and transformers makes a million objects that stay, and looking
-# through them time and again for garbage takes a fifth of it.
-GARBAGE_THRESHOLDS = (100_000, 20, 20)
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -62,7 +58,7 @@ class CommandLine(argparse.ArgumentParser):
         Raises:
             SystemExit: code 1, where the process failed.
         """
-        gc.set_threshold(*GARBAGE_THRESHOLDS)
+        spare_imports()
         try:
             launch = read_launch()
         except ParallelError as error:

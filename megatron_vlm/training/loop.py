@@ -14,6 +14,7 @@ from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.errors import ConfigError, NotFiniteError
 from megatron_vlm.runtime.collectives import broadcast_object
 from megatron_vlm.runtime.distributed import Launch
+from megatron_vlm.runtime.garbage import settle
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.signals import StopSignals, maxima, name_of
 from megatron_vlm.training import schedule
@@ -66,6 +67,7 @@ def train(config: Config, launch: Launch, signals: StopSignals | None = None) ->
             return found
         if not config.checkpoint.every_steps:
             logger.info("checkpoint.every_steps is 0: nothing is saved before the last step, or SIGTERM or SIGUSR1")
+        settle()
         maxima([0], job.grid.world)  # all are here: from now on they stop together
         signals.arm()
         return run_steps(job, meter, batches, hooks, signals, held_out)

@@ -180,6 +180,10 @@ def test_a_dtype_that_no_model_here_has_is_named(tmp_path):
     name = sorted(tensors)[0]
     torch.save(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, shard)
     assert f"{name} is of dtype float8_e4m3fn, needs one of float64" in refused(folder, tmp_path / "ours")
+    alone = projector_alone(tmp_path / "alone")
+    tensors = {name: x.to(torch.float8_e4m3fn) for name, x in torch.load(alone / "mm_projector.bin").items()}
+    torch.save(tensors, alone / "mm_projector.bin")
+    assert "is of dtype float8_e4m3fn, needs one of float64" in refused(alone, tmp_path / "ours")
 
 
 CONFIGS = {
@@ -260,12 +264,12 @@ def test_what_a_killed_import_left_is_no_obstacle(whole, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_nothing(whole, tmp_path, monkeypatch):
-    from megatron_vlm.conversion import native_writing
+    from megatron_vlm.conversion import byte_files
 
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(native_writing.os, "fsync", refuse)
+    monkeypatch.setattr(byte_files.os, "fsync", refuse)
     with pytest.raises(ConversionError, match="No space left on device"):
         import_model(open_foreign(whole), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()

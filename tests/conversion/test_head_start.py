@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vlm.checkpoint.manifest import Manifest
@@ -24,7 +25,6 @@ from megatron_vlm.conversion.destination import first_checkpoint
 from megatron_vlm.conversion.head_start import guess_plan
 with first_checkpoint(Path(sys.argv[2]), lambda num_bytes: None) as writer:
     writer.start(guess_plan(Path(sys.argv[1])))
-    [share.result() for share in writer._shares]
     print(len(writer.started), *(name for name in ("torch", "transformers", "numpy") if name in sys.modules))
 """
 
@@ -54,11 +54,11 @@ def test_a_wrong_guess_is_begun_again(tmp_path, monkeypatch):
     right = Manifest.read(import_model(open_foreign(folder), tmp_path / "right"))
     sizes = head_start._sizes
 
-    def wrong(settings, shapes):
-        guess = sizes(settings, shapes)
+    def wrong(settings, stored):
+        guess = sizes(settings, stored)
         guess.num_key_value_heads = 1
-        guess.head_dim *= shapes["model.layers.0.self_attn.k_proj.weight"][0] // guess.head_dim
-        guess.num_attention_heads = shapes["model.layers.0.self_attn.q_proj.weight"][0] // guess.head_dim
+        guess.head_dim *= stored["model.layers.0.self_attn.k_proj.weight"].shape[0] // guess.head_dim
+        guess.num_attention_heads = stored["model.layers.0.self_attn.q_proj.weight"].shape[0] // guess.head_dim
         return guess
 
     monkeypatch.setattr(head_start, "_sizes", wrong)
@@ -75,13 +75,21 @@ def test_a_wrong_guess_is_begun_again(tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("change", ["spare", "missing", "config", "header", "pickle"])
+@pytest.mark.parametrize("change", ["spare", "missing", "mixed", "config", "heads", "header", "pickle"])
 def test_what_is_no_plain_model_is_left_to_its_opening(tmp_path, change):
     folder = llava_hf(tmp_path / "model")
     weights = folder / "model.safetensors"
     tensors = load_file(weights)
     if change == "spare":
-        save_file(tensors | {"language_model.model.layers.0.self_attn.q_norm.weight": tensors.popitem()[1]}, weights)
+        save_file(tensors | {"language_model.model.layers.0.self_attn.q_norm.weight": torch.ones(8)}, weights)
+    elif change == "mixed":
+        save_file({name: x.float() if name.endswith("k_proj.weight") else x for name, x in tensors.items()}, weights)
+    elif change == "heads":
+        settings = json.loads((folder / "config.json").read_text())
+        text = {
+            key: float(x) if "heads" in key else x for key, x in settings["text_config"].items() if key != "head_dim"
+        }
+        (folder / "config.json").write_text(json.dumps(settings | {"text_config": text}))
     elif change == "missing":
         save_file({name: x for name, x in tensors.items() if not name.endswith("layers.0.mlp.up_proj.weight")}, weights)
     elif change == "config":
@@ -91,3 +99,33 @@ def test_what_is_no_plain_model_is_left_to_its_opening(tmp_path, change):
     else:
         weights.rename(folder / "pytorch_model.bin")
     assert guess_plan(folder) == []
+
+
+def test_sources_of_several_dtypes_are_converted_one_by_one(tmp_path):
+    folder = llava_hf(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    mixed = {name: x.float() if name.endswith("k_proj.weight") else x for name, x in tensors.items()}
+    save_file(mixed, folder / "model.safetensors", {"format": "pt"})
+    whole = llava_hf(tmp_path / "whole")
+    save_file({name: x.float() for name, x in tensors.items()}, whole / "model.safetensors", {"format": "pt"})
+    found = [parts_of(import_model(open_foreign(one), tmp_path / f"{one.name}_ours")) for one in (folder, whole)]
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor.float(), found[1][name])
+        assert tensor.dtype == (
+            torch.float32 if name.endswith(("linear_qkv.weight", "k_proj.weight")) else torch.bfloat16
+        )
+
+
+def parts_of(checkpoint):
+    """Every tensor of a checkpoint by its entry's name."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if hasattr(entry, "size")
+    }
+    _load_state_dict(state, FileSystemReader(checkpoint), no_dist=True)
+    return state

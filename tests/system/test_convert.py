@@ -1,8 +1,10 @@
 """tools/convert.py as a process: there and back, what it says of directories, and one line for what is wrong."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,25 @@ def test_a_damaged_directory_costs_one_line_and_leaves_nothing(tmp_path):
     shard = source / "model-00002-of-00002.safetensors"
     assert done.returncode != 0 and done.stderr == f"error: {shard}: this shard is missing\n" and not done.stdout
     assert tree(tmp_path) == before
+
+
+def test_a_mistyped_source_leaves_no_directory(tmp_path):
+    done = convert("import", tmp_path / "nosuch", tmp_path / "a" / "b")
+    assert done.returncode != 0 and done.stderr == f"error: {tmp_path}/nosuch: no such directory\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_interrupted_import_leaves_nothing(tmp_path):
+    """Before and after torch is imported."""
+    source = llava_hf(tmp_path / "source")
+    for seconds in (0.5, 3.0):
+        command = [sys.executable, str(ROOT / "tools" / "convert.py"), "import", source, tmp_path / "ours"]
+        process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=LIMIT_SECONDS)
+        assert process.returncode != 0 and not (tmp_path / "ours").exists()
 
 
 @pytest.mark.slow

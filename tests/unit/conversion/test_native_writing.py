@@ -7,22 +7,26 @@ import os
 import random
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_vlm.conversion import native_writing
-from megatron_vlm.conversion.files import SafetensorsFile
+from megatron_vlm.conversion import byte_files
+from megatron_vlm.conversion.byte_files import HashingFile, SourceFiles
+from megatron_vlm.conversion.files import SafetensorsFile, Span, file_version
 from megatron_vlm.conversion.mappings import QKV, Column, GatedMLP, Replicated, Row, Vocab
-from megatron_vlm.conversion.native_writing import HashingFile, NativeWriter, lay_out
+from megatron_vlm.conversion.native_writing import NativeWriter, lay_out
 from megatron_vlm.conversion.sources import StateSource
+from megatron_vlm.errors import ConversionError
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "refused"])
 @pytest.mark.parametrize("sizes", [[], [1], [4096], [4095, 2, 4097], [10_000, 0, 3], [8192, 8192]], ids=str)
 def test_what_is_written_is_in_the_file_and_in_the_hash(tmp_path, monkeypatch, sizes, direct):
-    monkeypatch.setattr(native_writing, "_PIECE_BYTES", 8192)
+    monkeypatch.setattr(byte_files, "_PIECE_BYTES", 8192)
     if not direct:  # as a file system does that has no such writes
         change = fcntl.fcntl
 
@@ -33,15 +37,13 @@ def test_what_is_written_is_in_the_file_and_in_the_hash(tmp_path, monkeypatch, s
 
         monkeypatch.setattr(fcntl, "fcntl", refuse)
     pieces = [random.Random(size).randbytes(size) for size in sizes]
-    file = HashingFile(tmp_path / "file")
-    for number, piece in enumerate(pieces):
-        if number % 2 == 0:
-            file.write(piece)
-            continue
-        (tmp_path / "source").write_bytes(b"before" + piece + b"after")
-        with open(tmp_path / "source", "rb") as source:
-            file.copy(source.fileno(), len(b"before"), len(piece))
-    record = file.close()
+    with HashingFile(tmp_path / "file") as file, SourceFiles() as sources:
+        for number, piece in enumerate(pieces):
+            if number % 2 == 0:
+                file.write(piece)
+            else:
+                sources.copy(span_of(tmp_path / f"source{number}", b"before", piece, b"after"), file)
+        record = file.finish()
     content = (tmp_path / "file").read_bytes()
     assert content == b"".join(pieces)
     assert (record.size_bytes, record.sha256) == (len(content), hashlib.sha256(content).hexdigest())
@@ -66,14 +68,59 @@ def test_leaving_by_an_error_ends_the_writing(tmp_path):
     assert len(written) < len(table) / 2
 
 
-def test_a_source_that_shrinks_is_told(tmp_path):
-    (tmp_path / "source").write_bytes(b"short")
-    with open(tmp_path / "source", "rb") as source, pytest.raises(OSError, match="ended 3 bytes before"):
-        HashingFile(tmp_path / "file").copy(source.fileno(), 0, 8)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda path: os.truncate(path, 10), "it has changed since it was first looked at"),
+        (lambda path: path.unlink(), "No such file or directory"),
+        (lambda path: path.rename(path.with_name("old")) and path.write_bytes(bytes(16)), "it has changed since"),
+    ],
+    ids=["shorter", "gone", "another"],
+)
+def test_a_source_that_is_not_what_it_was_is_named(tmp_path, change, said):
+    span = span_of(tmp_path / "source", b"", bytes(16), b"")
+    time.sleep(0.01)  # for the time of writing to differ
+    change(tmp_path / "source")
+    with HashingFile(tmp_path / "file") as file, SourceFiles() as sources, pytest.raises(ConversionError) as error:
+        sources.copy(span, file)
+    assert str(error.value).startswith(f"{tmp_path}/source: cannot be read: {said}")
+
+
+def test_a_source_that_is_too_short_is_named(tmp_path):
+    span = span_of(tmp_path / "source", b"", bytes(16), b"")
+    with HashingFile(tmp_path / "file") as file, SourceFiles() as sources:
+        with pytest.raises(ConversionError, match="source: cannot be read: it ends at byte 16"):
+            sources.copy(replace(span, num_bytes=17), file)
+        assert sources.read(span) == bytes(16)
+
+
+def span_of(path, before, content, after):
+    path.write_bytes(before + content + after)
+    with open(path, "rb") as file:
+        return Span(path, file_version(file.fileno()), len(before), len(content))
+
+
+def test_giving_up_closes_and_removes_what_was_written(tmp_path):
+    source = StateSource("a test", {"a": torch.zeros(1000)}, str)
+    plan = lay_out([Replicated("vision.a", ("a",), ((1000,),))], source.stored)
+    may_end = threading.Event()
+
+    def advance(num_bytes):
+        may_end.wait(10)
+
+    with NativeWriter(tmp_path, advance) as writer:
+        writer.start(plan * 2)
+        may_end.set()
+        writer.start_again()
+        assert not list(tmp_path.iterdir()) and writer.started == []
+        writer.start(plan)
+        writer.finish()
+    assert not [link for link in Path("/proc/self/fd").iterdir() if str(tmp_path) in str(link.resolve())]
 
 
 ENTRIES = [
     Replicated("scalar", ("a",), ((),)),
+    Replicated("empty", ("a",), ((0, 6),)),
     Replicated("norm", ("a",), ((6,),)),
     Column("column", ("a",), ((4, 6),)),
     Row("row", ("a",), ((4, 6),)),
