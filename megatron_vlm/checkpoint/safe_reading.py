@@ -57,7 +57,7 @@ class _CodeFoundError(pickle.UnpicklingError):
 
 
 def _member(kind: Any, name: Any) -> Enum:
-    """Stands for `getattr`, by which early versions of Python 3.11 (3.11.2, Debian 12's) pickle the member of an enum."""
+    """Stands for `getattr`, by which early versions of Python 3.11 (3.11.2, Debian 12's) pickle members of enums."""
     if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
         raise _CodeFoundError("builtins.getattr")
     return kind[name]
