@@ -158,7 +158,7 @@ def expect_found(check: Check, fault: str, chosen: Layout, *expected: Any) -> No
 
 def test_every_fault_has_an_expectation() -> None:
     unfound = {"documents_not_isolated"}  # the one process packs alike: test_master_seams.py has one that does not
-    assert {case[0] for case in FAULTS_FOUND} | {HANGING_FAULT} | unfound == set(faults.FAULTS)
+    assert {case[0] for case in [*FAULTS_FOUND, *FAULTS_FOUND_SLOW]} | {HANGING_FAULT} | unfound == set(faults.FAULTS)
 
 
 def test_a_hang_is_named_by_its_phase(check: Check) -> None:
