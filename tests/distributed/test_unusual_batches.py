@@ -21,7 +21,6 @@ from megatron_vlm.parallel.layout import SequenceLayout
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.training.layout_check.compare import compare
 from megatron_vlm.training.layout_check.record import Record
-from megatron_vlm.training.layout_check.shrink import MIN_EPS
 from tests.distributed.test_master import Recipe, base_recipe, merged
 from tests.helpers.master import run_layout
 from tests.helpers.ranks import RankPool
@@ -140,12 +139,7 @@ def test_layout(ranks: RankPool, short_reference: Reference, name: str) -> None:
 
 @pytest.fixture(scope="module")
 def long_reference(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """Frames of one token each, and its line break, beside a row of text; one step.
-
-    Adam's eps is that of `--check-layout`: with 1e-8 one element of 2,048, whose gradient is 3e-6 of the others' root
-    mean square, so rounding, made the update of a tensor differ by 1.1e-4, while its gradient agreed to 3.1e-7
-    (measured at tp2-sp-ulysses2; the other two layouts hold with 1e-8 too).
-    """
+    """Frames of one token each, and its line break, beside a row of text; one step."""
     folder = tmp_path_factory.mktemp("long")
     make_video(folder / "long.mp4", NUM_LONG_FRAMES, g="50", crf="30")
     records = [record("long", "<video>\nhow many", "yes near", video="long.mp4"), record("text", "what", "no")]
@@ -153,7 +147,6 @@ def long_reference(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) ->
         "model": {"vision": {"config": tiny_clip() | {"image_size": 7}, "cost": {"linear": 1.0}}},
         "data": {"video": {"num_frames": NUM_LONG_FRAMES}},
         "training": {"global_batch_size": 2, "sequence_length": 4111, "steps": 1},
-        "optimizer": {"eps": MIN_EPS},
     }
     return reference(ranks, recipe_over(folder, records, changes))
 
