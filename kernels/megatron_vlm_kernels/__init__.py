@@ -3,3 +3,10 @@
 The folder above has no `__init__.py` on purpose: `kernels` is the import name of Hugging Face's kernels package, which
 `transformers` probes.
 """
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when the process started): on the CPU, slowly."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

@@ -2,9 +2,11 @@
 
 A backend states what hinders it on given inputs; nobody probes by trying. `auto` takes the first one without an
 obstacle, in the order of registration, and logs once what it took; a backend asked for by name either runs or raises
-with the reason. The hazard this removes is the silent fallback to a slow or less exact path.
+with the reason. The hazard this removes is the silent fallback to a slow or less exact path. A backend may run where
+`auto` should never take it, as our kernels under Triton's interpreter on a CPU: that is its `objection`.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -17,6 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 Obstacle = Callable[..., str | None]
 
 AUTO = "auto"
+TRITON = "triton"
 
 
 def no_obstacle(*inputs: Any) -> str | None:
@@ -24,13 +27,42 @@ def no_obstacle(*inputs: Any) -> str | None:
     return None
 
 
+def triton_obstacle(*tensors: Any) -> str | None:
+    """Why our Triton kernels cannot run on these tensors; anything with a `device` counts as one."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    from megatron_vlm_kernels import is_interpreted
+
+    needed = "cpu" if is_interpreted() else "cuda"
+    for tensor in tensors:
+        if tensor.device.type != needed:
+            where = "Triton's interpreter needs tensors on the CPU" if needed == "cpu" else "it needs a CUDA device"
+            return f"{where}, found {tensor.device}"
+    return None
+
+
+def interpreter_objection(*tensors: Any) -> str | None:
+    """Why `auto` passes over kernels that Triton's interpreter runs: it is a thousand times too slow."""
+    from megatron_vlm_kernels import is_interpreted
+
+    return "Triton's interpreter is for tests" if is_interpreted() else None
+
+
 @dataclass(frozen=True)
 class Backend(Generic[F]):
-    """One implementation; `obstacle(*inputs)` is the reason it cannot run on them, or None."""
+    """One implementation; `obstacle(*inputs)` is the reason it cannot run on them, or None.
+
+    `objection(*inputs)`, asked where nothing hinders it, is the reason `auto` should pass it over all the same, or None.
+    """
 
     name: str
     function: F
     obstacle: Obstacle
+    objection: Obstacle = no_obstacle
+
+    def unfit(self, *inputs: Any) -> str | None:
+        """Why `auto` does not take it, or None."""
+        return self.obstacle(*inputs) or self.objection(*inputs)
 
 
 class Operation(Generic[F]):
@@ -46,11 +78,13 @@ class Operation(Generic[F]):
         self._order: list[Backend[F]] = []
         self._announced: set[str] = set()
 
-    def backend(self, name: str, obstacle: Obstacle = no_obstacle) -> Callable[[F], F]:
+    def backend(
+        self, name: str, obstacle: Obstacle = no_obstacle, objection: Obstacle = no_obstacle
+    ) -> Callable[[F], F]:
         """Decorator that registers an implementation; the first registered is the first choice of `auto`."""
 
         def store(function: F) -> F:
-            self._order.append(self._registry.register(name)(Backend(name, function, obstacle)))
+            self._order.append(self._registry.register(name)(Backend(name, function, obstacle, objection)))
             return function
 
         return store
@@ -84,7 +118,7 @@ class Operation(Generic[F]):
     def _first_able(self, *inputs: Any) -> Backend[F]:
         reasons = []
         for backend in self._order:
-            reason = backend.obstacle(*inputs)
+            reason = backend.unfit(*inputs)
             if reason is None:
                 return backend
             reasons.append(f"{backend.name}: {reason}")
