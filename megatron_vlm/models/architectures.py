@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
 
-from megatron_vlm.config.schema import LanguageConfig
+from megatron_vlm.config.schema import LanguageConfig, OpsConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.hf_config import config_from_dict, config_from_path
 from megatron_vlm.registry import Registry
@@ -35,10 +35,10 @@ class LayerParameter:
     size: int
 
 
-def _llama_layer(backend: str) -> "ModuleSpec":
+def _llama_layer(ops: OpsConfig) -> "ModuleSpec":
     from megatron_vlm.models.specs import layer_spec  # with megatron-core, which reading a table does not need
 
-    return layer_spec(backend)
+    return layer_spec(ops)
 
 
 def _nothing(hf_config: PretrainedConfig) -> dict[str, Any]:
@@ -50,13 +50,13 @@ class LanguageArchitecture:
     """How a model type is built where it departs from Llama.
 
     Args:
-        layer: attention backend -> one decoder layer.
+        layer: the recipe's backends -> one decoder layer.
         settings: fields of megatron-core's TransformerConfig that differ.
         parameters: what a layer has more: name within our layer ("self_attention.q_layernorm.weight") -> where it comes
             from. Which of them tensor or sequence parallelism must sum is megatron-core's to know.
     """
 
-    layer: Callable[[str], "ModuleSpec"] = _llama_layer
+    layer: Callable[[OpsConfig], "ModuleSpec"] = _llama_layer
     settings: Callable[[PretrainedConfig], Mapping[str, Any]] = _nothing
     parameters: Callable[[PretrainedConfig], Mapping[str, LayerParameter]] = _nothing
 

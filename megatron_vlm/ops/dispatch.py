@@ -9,6 +9,7 @@ with the reason. The hazard this removes is the silent fallback to a slow or les
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 from megatron_vlm.errors import ConfigError
@@ -27,13 +28,22 @@ def no_obstacle(*inputs: Any) -> str | None:
     return None
 
 
-def triton_obstacle(*tensors: Any) -> str | None:
-    """Why our Triton kernels cannot run on these tensors; anything with a `device` counts as one."""
+@cache
+def _triton_device() -> str | None:
+    """The kind of device that our kernels run on, which a process does not change; None without triton. Asked by every
+    layer of every step."""
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
+        return None
     from megatron_vlm_kernels import is_interpreted
 
-    needed = "cpu" if is_interpreted() else "cuda"
+    return "cpu" if is_interpreted() else "cuda"
+
+
+def triton_obstacle(*tensors: Any) -> str | None:
+    """Why our Triton kernels cannot run on these tensors; anything with a `device` counts as one."""
+    needed = _triton_device()
+    if needed is None:
+        return "the package triton is not installed"
     for tensor in tensors:
         if tensor.device.type != needed:
             where = "Triton's interpreter needs tensors on the CPU" if needed == "cpu" else "it needs a CUDA device"
@@ -41,18 +51,33 @@ def triton_obstacle(*tensors: Any) -> str | None:
     return None
 
 
+TRITON_DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
+
+
+def triton_layer_obstacle(*tensors: Any) -> str | None:
+    """As `triton_obstacle`, for kernels that compute in fp32 on tensors of one dtype, which is no wider."""
+    reason = triton_obstacle(*tensors)
+    if reason is not None:
+        return reason
+    dtypes = {str(tensor.dtype): None for tensor in tensors}
+    if len(dtypes) > 1:
+        return f"it needs one dtype, found {' and '.join(dtypes)}"
+    for dtype in dtypes:
+        if dtype not in TRITON_DTYPES:
+            return f"it computes in fp32 and needs one of {', '.join(TRITON_DTYPES)}, found {dtype}"
+    return None
+
+
 def interpreter_objection(*tensors: Any) -> str | None:
     """Why `auto` passes over kernels that Triton's interpreter runs: it is a thousand times too slow."""
-    from megatron_vlm_kernels import is_interpreted
-
-    return "Triton's interpreter is for tests" if is_interpreted() else None
+    return "Triton's interpreter is for tests" if _triton_device() == "cpu" else None
 
 
 @dataclass(frozen=True)
 class Backend(Generic[F]):
     """One implementation; `obstacle(*inputs)` is the reason it cannot run on them, or None.
 
-    `objection(*inputs)`, asked where nothing hinders it, is the reason `auto` should pass it over all the same, or None.
+    `objection(*inputs)`, asked where nothing hinders it, is the reason `auto` should pass it over, or None.
     """
 
     name: str
@@ -88,6 +113,11 @@ class Operation(Generic[F]):
             return function
 
         return store
+
+    @property
+    def backends(self) -> tuple[Backend[F], ...]:
+        """All of them, in the order in which `auto` asks them."""
+        return tuple(self._order)
 
     def select(self, requested: str, *inputs: Any) -> F:
         """The function that computes the operation on these inputs.
