@@ -240,11 +240,21 @@ class LoggingConfig(Section):
     ranks_every_steps: NonNegativeInt = 50  # time by phase and memory, compared over the ranks; 0: never
 
 
+LayerBackend = Literal["auto", "reference", "torch", "triton"]
+
+
 class OpsConfig(Section):
     """Backend per hot operation; `auto` takes the fastest that can run and says so once."""
 
     attention: Literal["auto", "reference", "cpu"] = "auto"
+    norm: LayerBackend = "auto"  # RMSNorm, and the residual addition before the one between attention and MLP
+    activation: LayerBackend = "auto"  # the MLP's gate
+    rope: LayerBackend = "auto"
     loss_chunk_tokens: PositiveInt = 1024  # tokens whose logits exist at one time
+
+    def anywhere(self) -> "OpsConfig":
+        """The same with every backend left to the machine: weights may be used on another one than trained them."""
+        return self.model_copy(update={name: "auto" for name, value in self if isinstance(value, str)})
 
 
 class Config(Section):

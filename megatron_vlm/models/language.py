@@ -23,6 +23,7 @@ from megatron_vlm.models.architectures import LANGUAGE_MODELS, check_architectur
 from megatron_vlm.models.head import LanguageHead
 from megatron_vlm.models.merge import LocalFeatures, merge_features
 from megatron_vlm.models.specs import block_spec
+from megatron_vlm.ops import table
 from megatron_vlm.parallel.context_attention import AttentionContext, KVCache, SharedSequence
 from megatron_vlm.parallel.groups import Grid
 from megatron_vlm.parallel.layout import Documents, SequenceLayout, row_length
@@ -96,7 +97,7 @@ class LanguageModel(GPTModel):
         architecture = LANGUAGE_MODELS.get(spec.hf_config.model_type)
         super().__init__(
             config,
-            block_spec(config, architecture.layer(recipe.ops.attention), place.virtual_stage),
+            block_spec(config, architecture.layer(recipe.ops), recipe.ops, place.virtual_stage),
             padded_vocabulary(spec.vocab_size, grid.sizes.tensor),
             row_length(recipe.training.sequence_length, recipe.parallel),
             pre_process=place.first,
@@ -195,11 +196,12 @@ def build_language_chunks(config: Config, hf_config: PretrainedConfig, grid: Gri
     """This rank's chunks of the language model, one per virtual pipeline stage, without weights loaded.
 
     Raises:
-        ConfigError: an architecture this package does not build.
+        ConfigError: an architecture this package does not build, or a backend under `ops` that cannot run here.
     """
     spec = LanguageSpec.from_config(hf_config)
     settings = LANGUAGE_MODELS.get(hf_config.model_type).settings(hf_config)
     mcore_config = transformer_config(config, hf_config, settings)
+    table.check(config.ops.model_dump(), current_device(), mcore_config.params_dtype)
     num_chunks = config.parallel.virtual_pipeline
     first_rank, last_rank = grid.coordinates.pipeline == 0, grid.coordinates.pipeline == grid.sizes.pipeline - 1
     chunks = []
