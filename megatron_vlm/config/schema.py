@@ -243,7 +243,7 @@ class LoggingConfig(Section):
 class OpsConfig(Section):
     """Backend per hot operation; `auto` takes the fastest that can run and says so once."""
 
-    attention: Literal["auto", "reference", "cpu"] = "auto"
+    attention: Literal["auto", "reference", "cpu", "triton", "cudnn", "flash_attn"] = "auto"
     loss_chunk_tokens: PositiveInt = 1024  # tokens whose logits exist at one time
 
 
