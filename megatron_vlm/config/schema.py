@@ -246,7 +246,7 @@ LayerBackend = Literal["auto", "reference", "torch", "triton"]
 class OpsConfig(Section):
     """Backend per hot operation; `auto` takes the fastest that can run and says so once."""
 
-    attention: Literal["auto", "reference", "cpu"] = "auto"
+    attention: Literal["auto", "reference", "cpu", "triton", "cudnn", "flash_attn"] = "auto"
     norm: LayerBackend = "auto"  # RMSNorm, and the residual addition before the one between attention and MLP
     activation: LayerBackend = "auto"  # the MLP's gate
     rope: LayerBackend = "auto"
