@@ -86,7 +86,8 @@ class VisionConfig(Section):
 
 
 class ProjectorConfig(Section):
-    """The projector's registered name: identity | linear | mlpNx_gelu."""
+    """The projector's registered name: identity | linear | mlpNx_gelu | mlp_downsample | mlp_downsample_2x2_fix |
+    mlp_downsample_3x3_fix | cluster."""
 
     type: str = "mlp2x_gelu"
 
@@ -244,6 +245,7 @@ class OpsConfig(Section):
     """Backend per hot operation; `auto` takes the fastest that can run and says so once."""
 
     attention: Literal["auto", "reference", "cpu"] = "auto"
+    projector: Literal["auto", "reference", "torch", "triton"] = "auto"  # of projectors made of several operations
     loss_chunk_tokens: PositiveInt = 1024  # tokens whose logits exist at one time
 
 
