@@ -86,7 +86,8 @@ class VisionConfig(Section):
 
 
 class ProjectorConfig(Section):
-    """The projector's registered name: identity | linear | mlpNx_gelu."""
+    """The projector's registered name: identity | linear | mlpNx_gelu | mlp_downsample | mlp_downsample_2x2_fix |
+    mlp_downsample_3x3_fix | cluster."""
 
     type: str = "mlp2x_gelu"
 
@@ -250,6 +251,7 @@ class OpsConfig(Section):
     norm: LayerBackend = "auto"  # RMSNorm, and the residual addition before the one between attention and MLP
     activation: LayerBackend = "auto"  # the MLP's gate
     rope: LayerBackend = "auto"
+    projector: LayerBackend = "auto"  # of projectors made of several operations
     loss_chunk_tokens: PositiveInt = 1024  # tokens whose logits exist at one time
 
     def anywhere(self) -> "OpsConfig":

@@ -265,9 +265,10 @@ def picture_bytes(config: Config, survey: TowerSurvey, hidden: int, pictures: Pi
     element, spec, train = ELEMENT_BYTES[config.precision.params], survey.media_spec, config.model.train
     trains = train.vision or train.projector
     features = element * hidden * (pictures.encoded * spec.tokens_per_image + pictures.received_rows * (1 + trains))
-    tower_tokens = spec.tokens_per_image + survey.num_dropped_tokens
+    tower_tokens = survey.num_tokens + survey.num_dropped_tokens
     states = element * tower_tokens * survey.hidden_size  # one hidden state
-    projected = element * spec.tokens_per_image * (survey.hidden_size + 2 * hidden) if train.projector else 0
+    in_projector = survey.num_tokens * survey.hidden_size + 2 * spec.tokens_per_image * hidden
+    projected = element * in_projector if train.projector else 0
     kept = projected
     if train.vision:
         ffn = getattr(survey.hf_config, "intermediate_size", 4 * survey.hidden_size)
