@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megatron_vlm.models.transformer_engine import with_transformer_engine
 from megatron_vlm.ops.norm import rms_norm
 from megatron_vlm.parallel.context_attention import ContextAttention
 
@@ -67,4 +68,6 @@ def layer_spec(attention_backend: str) -> ModuleSpec:
 def block_spec(config: TransformerConfig, layer: ModuleSpec, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers of this rank's chunk `vp_stage`, and the final norm of the last one."""
     num_layers = get_num_layers_to_build(config, vp_stage)
+    if config.fp8 is not None:  # by Transformer Engine: only it makes anything of this (models/fp8.py)
+        layer = with_transformer_engine(layer)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
