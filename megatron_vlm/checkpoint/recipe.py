@@ -25,6 +25,8 @@ def inference_config(directory: Path, parallel: ParallelConfig) -> Config:
 
 
 def without_training(config: Config) -> Config:
-    """The recipe with all its parameters frozen: neither gradients nor optimizer states are kept for any."""
+    """The recipe with all its parameters frozen: neither gradients nor optimizer states are kept for any. FP8 is for
+    training, so what it would need is not needed."""
     frozen = TrainableConfig(language=False, vision=False, projector=False)
-    return config.model_copy(update={"model": config.model.model_copy(update={"train": frozen})})
+    model = config.model.model_copy(update={"train": frozen})
+    return config.model_copy(update={"model": model, "precision": config.precision.model_copy(update={"fp8": None})})

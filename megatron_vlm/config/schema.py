@@ -158,11 +158,31 @@ class DataConfig(Section):
     shuffle: bool = True
 
 
+class Fp8ExcludeConfig(Section):
+    """Layers of the language model that are not in FP8: so many of the first and of the last."""
+
+    first: NonNegativeInt = 0
+    last: NonNegativeInt = 0
+
+
 class PrecisionConfig(Section):
-    """Number formats of the parameters and of the gradient reduction."""
+    """Number formats of the parameters, of the gradient reduction, and of the language model's linear layers.
+
+    `fp8`: they multiply in FP8 while training, with one scale per tensor, made from the tensor itself (tensorwise) or
+    from its history (delayed), or with one per block (blockwise). The head, the projector and the tower never do.
+    """
 
     params: Literal["fp32", "bf16"] = "bf16"
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
+    fp8: Literal["tensorwise", "delayed", "blockwise"] | None = None
+    fp8_gradients: Literal["e4m3", "e5m2"] = "e4m3"  # of layers' results; e5m2 has more range and a bit less
+    fp8_exclude: Fp8ExcludeConfig = Fp8ExcludeConfig()
+    fp8_backend: Literal["auto", "native", "transformer_engine"] = "auto"  # native: tensorwise, by our own kernels
+
+    @property
+    def needs_transformer_engine(self) -> bool:
+        """Whether FP8 as asked for cannot do without it."""
+        return self.fp8 is not None and (self.fp8 != "tensorwise" or self.fp8_backend == "transformer_engine")
 
 
 class OptimizerConfig(Section):
@@ -252,6 +272,7 @@ class OpsConfig(Section):
     activation: LayerBackend = "auto"  # the MLP's gate
     rope: LayerBackend = "auto"
     projector: LayerBackend = "auto"  # of projectors made of several operations
+    fp8_quantise: Literal["auto", "triton", "reference"] = "auto"  # of precision.fp8_backend: native
     loss_chunk_tokens: PositiveInt = 1024  # tokens whose logits exist at one time
 
     def anywhere(self) -> "OpsConfig":

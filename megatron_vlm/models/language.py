@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_vlm.config.megatron import transformer_config
+from megatron_vlm.config.megatron import fp8_backend, transformer_config
 from megatron_vlm.config.schema import Config
 from megatron_vlm.models.architectures import LANGUAGE_MODELS, check_architecture
+from megatron_vlm.models.fp8 import counted_tokens, quantise_layers
 from megatron_vlm.models.head import LanguageHead
 from megatron_vlm.models.merge import LocalFeatures, merge_features
 from megatron_vlm.models.specs import block_spec
@@ -108,6 +109,8 @@ class LanguageModel(GPTModel):
         )
         self.spec, self.grid, self.ring_mode = spec, grid, recipe.parallel.ring_mode
         self.inverse_frequencies = spec.inverse_frequencies.to(current_device())
+        is_native = fp8_backend(recipe) == "native"
+        self.fp8_layers = quantise_layers(self.decoder.layers, recipe, config.num_layers) if is_native else []
         if place.last:
             self.output_layer = LanguageHead(self.output_layer, spec.vocab_size, recipe.ops.loss_chunk_tokens)
 
@@ -145,6 +148,7 @@ class LanguageModel(GPTModel):
             rope_scaling=self.spec.rope_scaling,
             cache=cache,
             shared=None if cache is not None and documents is None else self._shared_sequence(position_ids, documents),
+            counted=counted_tokens(labels, documents, self.grid) if self.fp8_layers and labels is not None else None,
         )
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
         if not self.post_process:

@@ -30,6 +30,7 @@ from torch.nn import functional
 
 from megatron_vlm.config.schema import OpsConfig
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.transformer_engine import with_transformer_engine
 from megatron_vlm.ops.activation import gated
 from megatron_vlm.ops.dispatch import AUTO
 from megatron_vlm.ops.norm import add_rms_norm, rms_norm
@@ -156,4 +157,6 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """The layers of this rank's chunk `vp_stage`, and the final norm of the last one."""
     num_layers = get_num_layers_to_build(config, vp_stage)
+    if config.fp8 is not None:  # by Transformer Engine: only it makes anything of this (models/fp8.py)
+        layer = with_transformer_engine(layer)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm_spec(ops))

@@ -134,6 +134,7 @@ class AttentionContext(PackedSeqParams):
         inverse_frequencies: [d/2] of RoPE; `rope_scaling` multiplies cosines and sines.
         cache: the kv cache this forward reads and extends, or None; with `shared` it is extended by a prompt only.
         shared: where the rows are more than this rank's own tokens of one document each.
+        counted: [b, s] bool, the tokens whose activations make FP8 scales (models/fp8.py); None for all.
     """
 
     qkv_format: str = "sbhd"
@@ -142,6 +143,7 @@ class AttentionContext(PackedSeqParams):
     rope_scaling: float = 1.0
     cache: KVCache | None = None
     shared: SharedSequence | None = None
+    counted: Tensor | None = None
 
     @cached_property
     def rope(self) -> tuple[Tensor, Tensor]:
