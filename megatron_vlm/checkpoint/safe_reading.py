@@ -12,6 +12,7 @@ import io
 import pickle
 import re
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -55,8 +56,17 @@ class _CodeFoundError(pickle.UnpicklingError):
     """A pickle names something that is no data; the message is that name."""
 
 
+def _member(kind: Any, name: Any) -> Enum:
+    """Stands for `getattr`, by which early versions of Python 3.11 (3.11.2, Debian 12's) pickle members of enums."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise _CodeFoundError("builtins.getattr")
+    return kind[name]
+
+
 class _DataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) not in _DATA and not is_dtype:
             raise _CodeFoundError(f"{module}.{name}")

@@ -41,6 +41,7 @@ def test_measured_balance_of_some_batches(ranks: RankPool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_measured_balance_of_all_batches(ranks: RankPool) -> None:
     seeds = tuple(range(100))
     (found,) = ranks.run(1, imbalances, seeds, (BY_COST,), timeout=1800)

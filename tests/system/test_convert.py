@@ -47,13 +47,18 @@ def test_a_mistyped_source_leaves_no_directory(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def hears_interrupts() -> None:
+    """What a shell starts in the background does not, and hands that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_an_interrupted_import_leaves_nothing(tmp_path):
     """Before and after torch is imported."""
     source = llava_hf(tmp_path / "source")
     for seconds in (0.5, 3.0):
         command = [sys.executable, str(ROOT / "tools" / "convert.py"), "import", source, tmp_path / "ours"]
-        process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, preexec_fn=hears_interrupts)
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=LIMIT_SECONDS)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_vlm.checkpoint.safe_reading import refuse_code
 from megatron_vlm.errors import CheckpointError
@@ -63,6 +65,28 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_data_passes(checkpoint):
     refuse_code(checkpoint)
+
+
+class Attribute:
+    """Pickled, it is an attribute asked for when it is read, as Python 3.11.2 pickles the member of an enum."""
+
+    def __init__(self, of: object, name: str) -> None:
+        self.of, self.name = of, name
+
+    def __reduce__(self):
+        return getattr, (self.of, self.name)
+
+
+def test_members_of_enums_pass_in_the_words_of_every_python(checkpoint):
+    in_metadata(checkpoint, Attribute(WriteItemType, "TENSOR"))
+    refuse_code(checkpoint)
+
+
+@pytest.mark.parametrize(("of", "name"), [(WriteItemType, "__class__"), (Metadata, "__init__"), ("text", "upper")])
+def test_no_other_attribute_passes(checkpoint, of, name):
+    in_metadata(checkpoint, Attribute(of, name))
+    with pytest.raises(CheckpointError, match=r"\.metadata would run builtins\.getattr"):
+        refuse_code(checkpoint)
 
 
 @pytest.mark.parametrize("plant", [in_metadata, in_common, in_an_object])
