@@ -30,7 +30,7 @@ $(INSTALLED): setup.py constraints-cpu.txt
 	  echo "building .venv with $$found"; "$$found" -m venv --clear .venv; \
 	fi; \
 	$(PYTHON) -m pip install --quiet $(TORCH); \
-	$(PYTHON) -m pip install --quiet -c constraints-cpu.txt -e '.[quickstart,test,dev]'; \
+	$(PYTHON) -m pip install --quiet -c constraints-cpu.txt -e '.[kernels,quickstart,test,dev]'; \
 	touch $@
 
 quickstart: venv

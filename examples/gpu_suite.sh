@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one call on a machine with one GPU and no network: the `gpu` tests, a bf16
-# quickstart, the benchmarks of throughput and of attention over ranks that share a sequence, in turn.
+# Everything that only a GPU can show, in one call on a machine with one GPU and no network: the `gpu` tests (our kernels'
+# among them), a bf16 quickstart, the benchmarks of throughput, of attention over ranks that share a sequence, in turn,
+# and of every operation's backends side by side.
 #
 #   examples/gpu_suite.sh --collect DIR     on a machine with a network: wheels of what a bare GPU image lacks
 #   examples/gpu_suite.sh [--wheels DIR]    on the GPU machine: installs them beside the image's packages, runs all
@@ -8,12 +9,12 @@
 #
 # The image brings torch with CUDA, triton and the usual libraries; `python3` there is the one with torch (PYTHON names
 # another). Results go to OUT, else to docs/benchmarks/: gpu_suite.md (machine, versions, each stage's outcome),
-# gpu_suite.log, throughput_gpu.{md,json,png}, attention_gpu.{md,json,png}, quickstart_gpu.{json,png}. A stage that fails
-# or outruns its time is recorded and the next one runs; the exit code is the number of stages that failed.
+# gpu_suite.log, {throughput,attention,kernels}_gpu.{md,json,png}, quickstart_gpu.{json,png}. A stage that fails or outruns
+# its time is recorded and the next one runs; the exit code is the number of stages that failed.
 #
 #   PYTHON_VERSION   of the GPU machine, for --collect (default 3.12)
 #   BENCH_RECIPE     default examples/recipes/bench_cpu_large.yaml
-#   STAGE_SECONDS    longest time of a stage (default 140: four stages within ten minutes)
+#   STAGE_SECONDS    longest time of a stage (default 115: five stages within ten minutes)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -23,7 +24,7 @@ needed="megatron-core omegaconf pydantic pydantic-core annotated-types typing-in
 python="${PYTHON:-python3}"
 out="${OUT:-docs/benchmarks}"
 recipe="${BENCH_RECIPE:-examples/recipes/bench_cpu_large.yaml}"
-limit="${STAGE_SECONDS:-140}"
+limit="${STAGE_SECONDS:-115}"
 wheels="" dry_run="" failed=0
 
 fail() { echo "error: $1" >&2; exit 1; }
@@ -105,7 +106,7 @@ if [ -z "$dry_run" ]; then
   "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || fail "no CUDA device that torch can use"
   mkdir -p "$out"
   : >"$out/gpu_suite.log"
-  rm -f "$out/throughput_gpu.md" "$out/attention_gpu.md" # the benchmarks append
+  rm -f "$out/throughput_gpu.md" "$out/attention_gpu.md" "$out/kernels_gpu.md" # the benchmarks append
   describe >"$out/gpu_suite.md"
 fi
 
@@ -123,5 +124,8 @@ stage "throughput" "$python" tools/bench.py throughput "$recipe" runtime.device=
 stage "attention" "$python" tools/bench.py attention --lengths 131072 --ranks 2 4 8 --heads 32 --kv-heads 8 --width 128 \
   --device cuda --json "$out/attention_gpu.json" --png "$out/attention_gpu.png" --markdown "$out/attention_gpu.md"
 
-[ -n "$dry_run" ] || printf '\n%s of 4 stages failed; results are in %s\n' "$failed" "$out"
+stage "kernels" "$python" tools/bench.py kernels --device cuda \
+  --json "$out/kernels_gpu.json" --png "$out/kernels_gpu.png" --markdown "$out/kernels_gpu.md"
+
+[ -n "$dry_run" ] || printf '\n%s of 5 stages failed; results are in %s\n' "$failed" "$out"
 exit "$failed"

@@ -8,6 +8,7 @@ python tools/bench.py media [--seeds N]
 python tools/bench.py packing RECIPE [section.key=value ...]
 python tools/bench.py attention [--lengths N ...] [--ranks N ...]                                 (ranks in turn)
 torchrun --nproc-per-node N tools/bench.py attention [--lengths N ...]
+python tools/bench.py kernels [--op NAME ...] [--tiny]
 
 Each benchmark prints its own --help.
 """
@@ -21,7 +22,7 @@ from megatron_vlm.runtime.command_line import CommandLine
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))  # the package `benchmarks`, however this file is run
     sys.path.insert(1, str(Path(__file__).parent.parent))  # tests.helpers.draws, what `media` is measured on
-    from benchmarks import attention, conversion, decoding, media, packing, throughput
+    from benchmarks import attention, conversion, decoding, kernels, media, packing, throughput
 
     parser = CommandLine(__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
@@ -48,6 +49,9 @@ def main() -> None:
         benchmarks.add_parser(
             "attention", description=attention.__doc__, help="attention over ranks that share a sequence"
         )
+    )
+    kernels.add_arguments(
+        benchmarks.add_parser("kernels", description=kernels.__doc__, help="an operation's backends, side by side")
     )
     with parser.run() as (arguments, launch):
         arguments.measure(arguments, launch)

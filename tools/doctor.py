@@ -12,6 +12,7 @@ import ast
 import json
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -25,13 +26,14 @@ sys.path.insert(0, str(ROOT))
 from megatron_vlm.errors import ConfigError  # noqa: E402 (after the checkout is on the path)
 from megatron_vlm.runtime.command_line import CommandLine, whole_number  # noqa: E402
 from megatron_vlm.runtime.environment import Finding, State, accelerators, launcher_variables, machine, meeting  # noqa: E402
+from megatron_vlm.runtime.launch import environment_of_child  # noqa: E402
 
 NOT_USED_YET = "not used yet"
 ENABLES = {  # what is there only with it; a test keeps this to the packages of setup.py's extras
     "transformer-engine": "the fused Adam on GPUs",
     "flash-attn": NOT_USED_YET,
     "nvidia-dali-cuda130": NOT_USED_YET,
-    "triton": NOT_USED_YET,
+    "triton": "our fused kernels on GPUs",
     "deepspeed": NOT_USED_YET,
     "faiss-cpu": NOT_USED_YET,
     "h5py": NOT_USED_YET,
@@ -39,6 +41,18 @@ ENABLES = {  # what is there only with it; a test keeps this to the packages of 
     "scikit-learn": "make quickstart",
 }
 WORKSHOP = {"test": "make test", "dev": "make check"}  # extras told in one line each
+OPERATIONS_SECONDS = 120
+OPERATIONS = """
+import json, sys
+from dataclasses import asdict
+sys.path[:0] = sys.argv[1:]
+import torch
+from megatron_vlm.ops.table import choices
+cuda = torch.cuda.is_available()
+device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
+found = [asdict(one) for one in choices(device, dtype)]
+print(json.dumps({"device": str(device), "dtype": str(dtype)[6:], "ops": found}))
+"""
 MARKS = {"ok": "ok", "note": "note", "absent": "-", "broken": "BROKEN"}
 
 
@@ -107,6 +121,34 @@ def communication(num_gpus: int) -> Iterator[Finding]:
         yield meeting("nccl", min(num_gpus, 2))
 
 
+def operations() -> tuple[list[Finding], dict[str, Any]]:
+    """Of every operation that has several backends: which can run here, what `auto` takes, why not the others; and the
+    same as data. A child asks, as it imports torch."""
+    command = [sys.executable, "-W", "ignore", "-c", OPERATIONS, str(ROOT), str(ROOT / "kernels")]
+    advice = "see what is broken above"
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=OPERATIONS_SECONDS, env=environment_of_child()
+        )
+    except subprocess.TimeoutExpired:
+        return [Finding("ops", "broken", f"not known after {OPERATIONS_SECONDS} s", advice)], {}
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
+        return [Finding("ops", "broken", f"no operation can run: {lines[-1]}", advice)], {}
+    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return [operation(facts["device"], one) for one in facts["ops"]], facts
+
+
+def operation(device: str, choice: dict[str, Any]) -> Finding:
+    """One operation in a line."""
+    reasons = "".join(f"; not {name}: {reason}" for name, reason in choice["passed_over"].items())
+    if choice["taken"] is None:
+        return Finding(f"ops.{choice['name']}", "broken", f"nothing can run on {device}{reasons}")
+    offered = ", ".join(choice["offered"])
+    value = f"auto takes {choice['taken']} on {device}; can run: {offered}{reasons}"
+    return Finding(f"ops.{choice['name']}", "ok", value)
+
+
 def check_recipe(recipe: str, overrides: list[str], world_size: int) -> None:
     """Raises ConfigError with everything that is wrong with the recipe on that many ranks of one machine, or where it
     cannot be checked."""
@@ -150,14 +192,15 @@ def main() -> None:
         found = [*packages(), *machine()]
         imported, num_gpus = accelerators()
         found += [*imported, *communication(num_gpus)]
+        told, backends = operations()
+        found += told
         variables = launcher_variables()
         seen = ", ".join(f"{name}={value}" for name, value in variables.items()) or "none"
         found.append(Finding("variables", "ok", seen))
         show(found)
         if arguments.json:
-            write(
-                arguments.json, {"findings": [asdict(one) for one in found], "variables": variables, "gpus": num_gpus}
-            )
+            report = {"findings": [asdict(one) for one in found], "variables": variables, "gpus": num_gpus}
+            write(arguments.json, report | {"backends": backends})
         if arguments.recipe:
             check_recipe(arguments.recipe, arguments.overrides, arguments.world_size)
             print(f"    ok  {arguments.recipe} is valid on {arguments.world_size} rank(s)")

@@ -13,15 +13,16 @@ in every layout, and reads its weights from `model.language.path` as any other. 
 
 from transformers import PretrainedConfig
 
+from megatron_vlm.config.schema import OpsConfig
 from megatron_vlm.models.architectures import LANGUAGE_MODELS, LanguageArchitecture, LayerParameter
-from megatron_vlm.models.specs import ModuleSpec, RMSNorm, layer_spec
+from megatron_vlm.models.specs import ModuleSpec, layer_spec, norm_spec
 
 
-def qwen3_layer(attention_backend: str) -> ModuleSpec:
+def qwen3_layer(ops: OpsConfig) -> ModuleSpec:
     """Llama's layer, and a norm over each head's queries and keys."""
-    spec = layer_spec(attention_backend)
+    spec = layer_spec(ops)
     attention = spec.submodules.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.q_layernorm = attention.k_layernorm = norm_spec(ops)
     return spec
 
 

@@ -40,6 +40,7 @@ MAY_DIFFER: dict[str, bool] = {
     "data.num_workers": True,
     "data.shuffle": False,
     "precision": False,
+    "precision.fp8_backend": True,  # the recipe is the same
     "optimizer": False,
     "schedule": False,
     "training.mode": True,

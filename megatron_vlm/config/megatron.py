@@ -13,7 +13,7 @@ Hazards, both silent (found by running it):
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
@@ -21,6 +21,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional
 
+from megatron_vlm.config.packages import TRANSFORMER_ENGINE, installed_packages
 from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.device import current_device
@@ -73,6 +74,7 @@ def transformer_config(
         persist_layer_norm=False,
         apply_rope_fusion=False,
         **_parallelism(config),
+        **_fp8(config),
         **_recompute(config),
     )
     return TransformerConfig(**{**settings, **(architecture or {})})
@@ -130,6 +132,38 @@ def _parallelism(config: Config) -> dict[str, Any]:
         "variable_seq_lengths": False,  # all rows of a step have one length
         "deallocate_pipeline_outputs": not interleaved,  # a sent activation is needed by the graph only
     }
+
+
+def fp8_backend(config: Config) -> Literal["native", "transformer_engine"] | None:
+    """What computes the language model's linear layers in FP8; None where they are not in FP8. `auto` takes Transformer
+    Engine where it is installed and can run, that is on a GPU."""
+    precision = config.precision
+    if precision.fp8 is None:
+        return None
+    if precision.fp8_backend != "auto":
+        return precision.fp8_backend
+    if precision.fp8 != "tensorwise":
+        return "transformer_engine"
+    can_run = current_device().type == "cuda" and TRANSFORMER_ENGINE in installed_packages()
+    return "transformer_engine" if can_run else "native"
+
+
+def _fp8(config: Config) -> dict[str, Any]:
+    """Transformer Engine's FP8. Nothing for our own: without Transformer Engine megatron-core would take these fields
+    and quantise nothing."""
+    if fp8_backend(config) != "transformer_engine":
+        return {}
+    precision = config.precision
+    settings = {
+        "fp8": "hybrid" if precision.fp8_gradients == "e5m2" else "e4m3",
+        "fp8_recipe": precision.fp8,
+        "first_last_layers_bf16": precision.fp8_exclude.first + precision.fp8_exclude.last > 0,
+        "num_layers_at_start_in_bf16": precision.fp8_exclude.first,
+        "num_layers_at_end_in_bf16": precision.fp8_exclude.last,
+    }
+    if precision.fp8 == "delayed":  # Transformer Engine's own; megatron-core's are a history of one step
+        settings |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    return settings
 
 
 def _recompute(config: Config) -> dict[str, Any]:

@@ -22,12 +22,21 @@ class Package:
     reason: str
 
 
+TRANSFORMER_ENGINE = "transformer-engine"
+
+
 PACKAGES = (
     Package("psutil", "psutil", lambda config: True, "megatron-core's checkpoints"),
     Package("einops", "einops", lambda config: True, "megatron-core's process groups"),
     Package("pillow", "PIL", lambda config: True, "reading images"),
     Package("matplotlib", "matplotlib", lambda config: config.logging.curves, "logging.curves: true"),
     Package("jinja2", "jinja2", lambda config: config.data.template == "auto", "data.template: auto"),
+    Package(
+        TRANSFORMER_ENGINE,
+        "transformer_engine",
+        lambda config: config.precision.needs_transformer_engine,
+        "precision.fp8 delayed or blockwise, or precision.fp8_backend transformer_engine (tensorwise runs without it)",
+    ),
 )
 
 

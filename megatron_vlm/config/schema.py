@@ -86,7 +86,8 @@ class VisionConfig(Section):
 
 
 class ProjectorConfig(Section):
-    """The projector's registered name: identity | linear | mlpNx_gelu."""
+    """The projector's registered name: identity | linear | mlpNx_gelu | mlp_downsample | mlp_downsample_2x2_fix |
+    mlp_downsample_3x3_fix | cluster."""
 
     type: str = "mlp2x_gelu"
 
@@ -157,11 +158,31 @@ class DataConfig(Section):
     shuffle: bool = True
 
 
+class Fp8ExcludeConfig(Section):
+    """Layers of the language model that are not in FP8: so many of the first and of the last."""
+
+    first: NonNegativeInt = 0
+    last: NonNegativeInt = 0
+
+
 class PrecisionConfig(Section):
-    """Number formats of the parameters and of the gradient reduction."""
+    """Number formats of the parameters, of the gradient reduction, and of the language model's linear layers.
+
+    `fp8`: they multiply in FP8 while training, with one scale per tensor, made from the tensor itself (tensorwise) or
+    from its history (delayed), or with one per block (blockwise). The head, the projector and the tower never do.
+    """
 
     params: Literal["fp32", "bf16"] = "bf16"
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
+    fp8: Literal["tensorwise", "delayed", "blockwise"] | None = None
+    fp8_gradients: Literal["e4m3", "e5m2"] = "e4m3"  # of layers' results; e5m2 has more range and a bit less
+    fp8_exclude: Fp8ExcludeConfig = Fp8ExcludeConfig()
+    fp8_backend: Literal["auto", "native", "transformer_engine"] = "auto"  # native: tensorwise, by our own kernels
+
+    @property
+    def needs_transformer_engine(self) -> bool:
+        """Whether FP8 as asked for cannot do without it."""
+        return self.fp8 is not None and (self.fp8 != "tensorwise" or self.fp8_backend == "transformer_engine")
 
 
 class OptimizerConfig(Section):
@@ -240,11 +261,23 @@ class LoggingConfig(Section):
     ranks_every_steps: NonNegativeInt = 50  # time by phase and memory, compared over the ranks; 0: never
 
 
+LayerBackend = Literal["auto", "reference", "torch", "triton"]
+
+
 class OpsConfig(Section):
     """Backend per hot operation; `auto` takes the fastest that can run and says so once."""
 
-    attention: Literal["auto", "reference", "cpu"] = "auto"
+    attention: Literal["auto", "reference", "cpu", "triton", "cudnn", "flash_attn"] = "auto"
+    norm: LayerBackend = "auto"  # RMSNorm, and the residual addition before the one between attention and MLP
+    activation: LayerBackend = "auto"  # the MLP's gate
+    rope: LayerBackend = "auto"
+    projector: LayerBackend = "auto"  # of projectors made of several operations
+    fp8_quantise: Literal["auto", "triton", "reference"] = "auto"  # of precision.fp8_backend: native
     loss_chunk_tokens: PositiveInt = 1024  # tokens whose logits exist at one time
+
+    def anywhere(self) -> "OpsConfig":
+        """The same with every backend left to the machine: weights may be used on another one than trained them."""
+        return self.model_copy(update={name: "auto" for name, value in self if isinstance(value, str)})
 
 
 class Config(Section):

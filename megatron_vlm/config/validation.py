@@ -19,6 +19,8 @@ from megatron_vlm.config.schema import Config, LanguageConfig, ModelConfig, Visi
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.registry import did_you_mean
 
+FP8_CHANNELS = 16  # what Transformer Engine's FP8 GEMMs need a layer's sides to be multiples of
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -137,6 +139,31 @@ def _grad_reduce(config: Config) -> Iterator[str]:
         )
 
 
+def _fp8(config: Config) -> Iterator[str]:
+    precision, exclude = config.precision, config.precision.fp8_exclude
+    if precision.fp8 not in (None, "tensorwise"):
+        if precision.fp8_backend == "native":
+            yield (
+                f"precision.fp8: found {precision.fp8} with precision.fp8_backend native, which scales each tensor by "
+                "its own largest number, needs tensorwise, or precision.fp8_backend transformer_engine"
+            )
+        elif config.runtime.device == "cpu":
+            yield (
+                f"precision.fp8: found {precision.fp8} with runtime.device cpu, where Transformer Engine cannot run, "
+                "needs tensorwise or null"
+            )
+    elif precision.needs_transformer_engine and config.runtime.device == "cpu":
+        yield (
+            "precision.fp8_backend: found transformer_engine with runtime.device cpu, where it cannot run, "
+            "needs native or auto"
+        )
+    if precision.fp8 == "delayed" and exclude.first + exclude.last:
+        yield (
+            f"precision.fp8_exclude: found first {exclude.first}, last {exclude.last} with precision.fp8 delayed, "
+            "whose history megatron-core keeps for all layers or none, needs 0 and 0, or tensorwise or blockwise"
+        )
+
+
 def _grouping(config: Config) -> Iterator[str]:
     if config.data.group_by_modality_length and not config.data.shuffle:
         yield "data.group_by_modality_length: found true with data.shuffle false, which keeps file order, needs it true"
@@ -250,6 +277,29 @@ def _pipeline_split(config: Config, facts: ModelFacts) -> Iterator[str]:
         )
 
 
+def _fp8_layers(config: Config, facts: ModelFacts) -> Iterator[str]:
+    """What Transformer Engine and megatron-core would say later, each in its own words."""
+    precision, exclude = config.precision, config.precision.fp8_exclude
+    if precision.fp8 is None:
+        return
+    excluded = f"precision.fp8_exclude: found first {exclude.first}, last {exclude.last}"
+    if exclude.first + exclude.last >= facts.num_layers:
+        yield f"{excluded}, the language model has {facts.num_layers} layers, needs fewer, or precision.fp8 null"
+        return
+    if not precision.needs_transformer_engine:
+        return
+    per_stage = facts.num_layers // config.parallel.pipeline
+    if max(exclude.first, exclude.last) > per_stage:
+        yield f"{excluded}, megatron-core allows each at most the {per_stage} layers of a pipeline stage"
+    channels, tensor = facts.ffn_hidden_size, config.parallel.tensor
+    if facts.hidden_size % FP8_CHANNELS or channels % (FP8_CHANNELS * tensor):
+        yield (
+            f"precision.fp8: found {precision.fp8} with a hidden size of {facts.hidden_size} and {channels} "
+            f"feed-forward channels over parallel.tensor {tensor}, Transformer Engine needs multiples of "
+            f"{FP8_CHANNELS} on every rank"
+        )
+
+
 def _images(config: Config, facts: ModelFacts) -> Iterator[str]:
     layer, num_layers = config.model.vision.select_layer, facts.vision_num_layers
     if not -num_layers - 1 <= layer <= num_layers:
@@ -320,6 +370,7 @@ RECIPE_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _context,
     _overlap,
     _grad_reduce,
+    _fp8,
     _grouping,
     _load_states,
     unknown_changes,
@@ -329,6 +380,7 @@ RANK_RULES: tuple[Callable[[Config, int], Iterator[str]], ...] = (_world, _batch
 MODEL_RULES: tuple[Callable[[Config, ModelFacts], Iterator[str]], ...] = (
     _tensor_split,
     _pipeline_split,
+    _fp8_layers,
     _images,
     _names,
     _freezing,

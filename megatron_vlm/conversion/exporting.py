@@ -193,7 +193,7 @@ def _target(checkpoint: Path, manifest: Manifest) -> Target:
         select_layer=config.model.vision.select_layer,
         select_feature=config.model.vision.select_feature,
     )
-    survey = survey_tower(vision)
+    survey = survey_tower(vision, config.model.projector)
     tokenizer = load_tokenizer(checkpoint / "tokenizer", config.data.image_token)
     language = config_from_path("language", str(checkpoint / "language"))
     language.name_or_path = survey.hf_config.name_or_path = ""  # no paths of this machine

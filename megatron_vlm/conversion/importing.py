@@ -78,7 +78,7 @@ def _write_parts(foreign: ForeignModel, config: Config, partial: Path) -> None:
     """Tokenizer and configs. Raises ConfigError, ConversionError where they are not this model's."""
     tokenizer = load_tokenizer(foreign.tokenizer, foreign.image_token)
     check_vocabulary(tokenizer, foreign.image_token, foreign.language.vocab_size)
-    survey = survey_tower(config.model.vision)
+    survey = survey_tower(config.model.vision, config.model.projector)
     check_selection(foreign, survey)
     foreign.language.name_or_path = survey.hf_config.name_or_path = ""  # no paths of this machine
     tokenizer.save_pretrained(partial / "tokenizer")

@@ -16,15 +16,14 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_vlm.models.language import LanguageModel
-from megatron_vlm.models.specs import RMSNorm
+from megatron_vlm.models.specs import DecoderLayer, FusedGateMLP, RMSNorm
+from megatron_vlm.ops.activation import gated
 from megatron_vlm.ops.attention import attention
-from megatron_vlm.ops.norm import rms_norm
+from megatron_vlm.ops.reference import Activation
 from megatron_vlm.ops.rope import apply_rope, rope_tables
 from megatron_vlm.parallel.context_attention import ContextAttention, KVCache
 
@@ -36,13 +35,16 @@ class _Layer:
     number: int
     softmax_scale: float
     backend: str
-    norm: Tensor  # [h]
+    rope_backend: str
+    norm: RMSNorm
     qkv: Tensor  # [g * (r + 2) * d, h]
     qkv_bias: Tensor | None
     out: Tensor  # [h, g * r * d]
-    mlp_norm: Tensor  # [h]
+    mlp_norm: RMSNorm
     gate_up: Tensor  # [2 * f, h]
     down: Tensor  # [h, f]
+    gate: Activation
+    gate_backend: str
 
 
 class TokenStep:
@@ -65,15 +67,7 @@ class TokenStep:
     def describes(chunk: LanguageModel) -> bool:
         """Whether the layers are exactly what is written out here."""
         config = chunk.config
-        plain = (
-            config.gated_linear_unit
-            and not config.add_bias_linear
-            and not config.fp32_residual_connection
-            and not config.attention_output_gate
-            and config.activation_func_clamp_value is None
-            and config.glu_linear_offset == 0.0
-            and config.num_query_groups % chunk.pg_collection.tp.size() == 0
-        )
+        plain = not config.attention_output_gate and config.num_query_groups % chunk.pg_collection.tp.size() == 0
         return plain and all(_is_plain(layer) for layer in chunk.decoder.layers)
 
     def __call__(self, ids: Tensor, position_ids: Tensor, hidden: Tensor | None) -> Tensor:
@@ -98,11 +92,11 @@ class TokenStep:
         """[b, h] -> [b, h], normed where the chunk is the last."""
         chunk = self.chunk
         cos, sin = rope_tables(position_ids, chunk.inverse_frequencies, chunk.spec.rope_scaling)  # [b, 1, d/2]
-        epsilon = self.config.layernorm_epsilon
         for layer in self.layers:
-            hidden = hidden + self._attend(layer, rms_norm(hidden, layer.norm, epsilon), cos, sin)
-            gate, up = functional.linear(rms_norm(hidden, layer.mlp_norm, epsilon), layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + self._summed(functional.linear(self.config.activation_func(gate) * up, layer.down))
+            attended = self._attend(layer, layer.norm(hidden), cos, sin)
+            normed, hidden = layer.mlp_norm.of_sum(attended, hidden)
+            product = gated(functional.linear(normed, layer.gate_up), layer.gate, backend=layer.gate_backend)
+            hidden = hidden + self._summed(functional.linear(product, layer.down))
         norm = chunk.decoder.final_layernorm
         return hidden if norm is None else norm(hidden)
 
@@ -111,7 +105,8 @@ class TokenStep:
         heads = self.heads_per_group
         # [b, h] -> [b, g * (r + 2) * d] -> [b, g, r + 2, d]
         qkv = functional.linear(x, layer.qkv, layer.qkv_bias).view(len(x), self.kv_heads, heads + 2, -1)
-        rotated = apply_rope(qkv[:, :, : heads + 1], cos, sin)  # queries and key of each group
+        # queries and key of each group
+        rotated = apply_rope(qkv[:, :, : heads + 1], cos, sin, backend=layer.rope_backend)
         keys, values = self.cache.extend(layer.number, rotated[:, None, :, heads], qkv[:, None, :, heads + 1])
         # The query heads of a group read the same keys: they are r queries of one head, and all keys come before them.
         out, lse = attention(
@@ -133,26 +128,29 @@ class TokenStep:
         return x
 
 
-def _read(layer: TransformerLayer) -> _Layer:
+def _read(layer: DecoderLayer) -> _Layer:
     attention_module, mlp = layer.self_attention, layer.mlp
     core = attention_module.core_attention
     return _Layer(
         number=core.layer_number,
         softmax_scale=core.softmax_scale,
         backend=core.backend,
-        norm=layer.input_layernorm.weight,
+        rope_backend=core.rope_backend,
+        norm=layer.input_layernorm,
         qkv=attention_module.linear_qkv.weight,
         qkv_bias=attention_module.linear_qkv.bias,
         out=attention_module.linear_proj.weight,
-        mlp_norm=layer.pre_mlp_layernorm.weight,
+        mlp_norm=layer.pre_mlp_layernorm,
         gate_up=mlp.linear_fc1.weight,
         down=mlp.linear_fc2.weight,
+        gate=mlp.gate,
+        gate_backend=mlp.backend,
     )
 
 
 def _is_plain(layer: Any) -> bool:
     """Whether a layer is made of the modules that models/specs.py names, and of nothing else."""
-    if type(layer) is not TransformerLayer or type(layer.self_attention) is not SelfAttention:
+    if type(layer) is not DecoderLayer or type(layer.self_attention) is not SelfAttention:
         return False
     attention_module, mlp = layer.self_attention, layer.mlp
     kinds = (
@@ -161,11 +159,13 @@ def _is_plain(layer: Any) -> bool:
         (attention_module.core_attention, ContextAttention),
         (attention_module.linear_qkv, ColumnParallelLinear),
         (attention_module.linear_proj, RowParallelLinear),
-        (mlp, MLP),
+        (mlp, FusedGateMLP),
     )
     if any(type(module) is not kind for module, kind in kinds):
         return False
     if type(mlp.linear_fc1) is not ColumnParallelLinear or type(mlp.linear_fc2) is not RowParallelLinear:
+        return False
+    if not layer.adds_and_norms or mlp.gate is None:
         return False
     unnormed = attention_module.q_layernorm is None and attention_module.k_layernorm is None
     return unnormed and not any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())

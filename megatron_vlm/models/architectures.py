@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # reading the table needs none of them, and transformers take
     from megatron.core.transformer.spec_utils import ModuleSpec
     from transformers import PretrainedConfig
 
-    from megatron_vlm.config.schema import LanguageConfig
+    from megatron_vlm.config.schema import LanguageConfig, OpsConfig
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class LayerParameter:
     size: int
 
 
-def _llama_layer(backend: str) -> "ModuleSpec":
+def _llama_layer(ops: "OpsConfig") -> "ModuleSpec":
     from megatron_vlm.models.specs import layer_spec  # with megatron-core, which reading a table does not need
 
-    return layer_spec(backend)
+    return layer_spec(ops)
 
 
 def _nothing(hf_config: "PretrainedConfig") -> dict[str, Any]:
@@ -49,13 +49,13 @@ class LanguageArchitecture:
     """How a model type is built where it departs from Llama.
 
     Args:
-        layer: attention backend -> one decoder layer.
+        layer: the recipe's backends -> one decoder layer.
         settings: fields of megatron-core's TransformerConfig that differ.
         parameters: what a layer has more: name within our layer ("self_attention.q_layernorm.weight") -> where it comes
             from. Which of them tensor or sequence parallelism must sum is megatron-core's to know.
     """
 
-    layer: Callable[[str], "ModuleSpec"] = _llama_layer
+    layer: Callable[["OpsConfig"], "ModuleSpec"] = _llama_layer
     settings: Callable[["PretrainedConfig"], Mapping[str, Any]] = _nothing
     parameters: Callable[["PretrainedConfig"], Mapping[str, LayerParameter]] = _nothing
 

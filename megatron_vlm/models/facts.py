@@ -32,7 +32,7 @@ def gather_facts(config: Config, templates: Iterable[str], tasks: Iterable[str])
     """
     assert names_its_model(config.model)
     language = load_language_config(config.model.language)
-    survey = survey_tower(_with_layer_in_range(config.model.vision))
+    survey = survey_tower(_with_layer_in_range(config.model.vision), config.model.projector)
     return ModelFacts(
         num_layers=language.num_hidden_layers,
         hidden_size=language.hidden_size,

@@ -17,12 +17,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_vlm.config.megatron import transformer_config
+from megatron_vlm.config.megatron import fp8_backend, transformer_config
 from megatron_vlm.config.schema import Config
 from megatron_vlm.models.architectures import LANGUAGE_MODELS, check_architecture
+from megatron_vlm.models.fp8 import counted_tokens, quantise_layers
 from megatron_vlm.models.head import LanguageHead
 from megatron_vlm.models.merge import LocalFeatures, merge_features
 from megatron_vlm.models.specs import block_spec
+from megatron_vlm.ops import table
 from megatron_vlm.parallel.context_attention import AttentionContext, KVCache, SharedSequence
 from megatron_vlm.parallel.groups import Grid
 from megatron_vlm.parallel.layout import Documents, SequenceLayout, row_length
@@ -96,7 +98,7 @@ class LanguageModel(GPTModel):
         architecture = LANGUAGE_MODELS.get(spec.hf_config.model_type)
         super().__init__(
             config,
-            block_spec(config, architecture.layer(recipe.ops.attention), place.virtual_stage),
+            block_spec(config, architecture.layer(recipe.ops), recipe.ops, place.virtual_stage),
             padded_vocabulary(spec.vocab_size, grid.sizes.tensor),
             row_length(recipe.training.sequence_length, recipe.parallel),
             pre_process=place.first,
@@ -107,6 +109,8 @@ class LanguageModel(GPTModel):
         )
         self.spec, self.grid, self.ring_mode = spec, grid, recipe.parallel.ring_mode
         self.inverse_frequencies = spec.inverse_frequencies.to(current_device())
+        is_native = fp8_backend(recipe) == "native"
+        self.fp8_layers = quantise_layers(self.decoder.layers, recipe, config.num_layers) if is_native else []
         if place.last:
             self.output_layer = LanguageHead(self.output_layer, spec.vocab_size, recipe.ops.loss_chunk_tokens)
 
@@ -144,6 +148,7 @@ class LanguageModel(GPTModel):
             rope_scaling=self.spec.rope_scaling,
             cache=cache,
             shared=None if cache is not None and documents is None else self._shared_sequence(position_ids, documents),
+            counted=counted_tokens(labels, documents, self.grid) if self.fp8_layers and labels is not None else None,
         )
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
         if not self.post_process:
@@ -195,11 +200,12 @@ def build_language_chunks(config: Config, hf_config: PretrainedConfig, grid: Gri
     """This rank's chunks of the language model, one per virtual pipeline stage, without weights loaded.
 
     Raises:
-        ConfigError: an architecture this package does not build.
+        ConfigError: an architecture this package does not build, or a backend under `ops` that cannot run here.
     """
     spec = LanguageSpec.from_config(hf_config)
     settings = LANGUAGE_MODELS.get(hf_config.model_type).settings(hf_config)
     mcore_config = transformer_config(config, hf_config, settings)
+    table.check(config.ops.model_dump(), current_device(), mcore_config.params_dtype)
     num_chunks = config.parallel.virtual_pipeline
     first_rank, last_rank = grid.coordinates.pipeline == 0, grid.coordinates.pipeline == grid.sizes.pipeline - 1
     chunks = []

@@ -1,8 +1,11 @@
 """Softmax attention over one block of queries and keys -> (output, log-sum-exp): the only door to attention kernels.
 
 The log-sum-exp lets ring attention merge blocks; it carries no gradient, as in the kernels. `attention_backward` gives
-a block's gradients from the output and log-sum-exp over all blocks. Backends:
+a block's gradients from the output and log-sum-exp over all blocks. For many blocks at once, summed in place:
+ops/attention_blocks.py. Backends, in the order in which `auto` asks them:
 
+* cudnn, flash_attn, triton   on CUDA (ops/attention_cuda.py). The libraries come first, made for each generation of
+             matrix instructions; our kernels do what is left: windows, soft-cap, any offset, fp32, hidden keys.
 * cpu        torch's flash kernel for the CPU. It has one causal mask, aligned top-left (offset 0); other masks are
              explicit and additive, [sq, sk]. It has no soft-cap.
 * reference  the plain twin; runs everywhere, holds the whole score matrix.
@@ -12,14 +15,16 @@ writes the log-sum-exp 0, and its backward turns -inf into NaN; its backward in 
 """
 
 from collections.abc import Callable
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_vlm.ops import attention_cuda as on_cuda
 from megatron_vlm.ops import reference
-from megatron_vlm.ops.dispatch import AUTO, Operation
+from megatron_vlm.ops.attention_mask import Asked, asked_of, band_of
+from megatron_vlm.ops.dispatch import AUTO, TRITON, Operation, interpreter_objection
 from megatron_vlm.ops.reference import AttentionRules
 
 ATTENTION: Operation[Callable[..., tuple[Tensor, Tensor]]] = Operation("ops.attention")
@@ -36,7 +41,7 @@ def attention(
     Args:
         q: [b, sq, heads, d].
         k, v: [b, sk, kv_heads, d]; kv_heads divides heads; v may have a head width of its own, dv. Nothing is empty.
-        backend: auto | cpu | reference.
+        backend: auto | cudnn | flash_attn | triton | cpu | reference.
         rules: who sees whom, and how scores are made: the keywords of `AttentionRules`.
 
     Returns:
@@ -47,7 +52,7 @@ def attention(
         ConfigError: the backend asked for cannot run here, with the reason.
     """
     _check(q, k)
-    return ATTENTION.select(backend, q, rules.get("softcap"))(q, k, v, **rules)
+    return ATTENTION.select(backend, q, rules.get("softcap"), asked_of(q, k, v, rules))(q, k, v, **rules)
 
 
 def attention_backward(
@@ -79,7 +84,7 @@ def attention_backward(
         ConfigError: as `attention`.
     """
     _check(q, k)
-    function = ATTENTION_BACKWARD.select(backend, q, rules.get("softcap"))
+    function = ATTENTION_BACKWARD.select(backend, q, rules.get("softcap"), asked_of(q, k, v, rules))
     return function(dout, q, k, v, out, lse, **rules)
 
 
@@ -89,7 +94,54 @@ def _check(q: Tensor, k: Tensor) -> None:
     assert queries[2] % keys[2] == 0, f"{keys[2]} kv heads do not divide {queries[2]} query heads"
 
 
-def _cpu_obstacle(q: Tensor, softcap: float | None) -> str | None:
+class _Joined(torch.autograd.Function):
+    """A forward function and the backward function of the same backend, for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, name: str, rules: AttentionRules) -> tuple[Tensor, Tensor]:
+        out, lse = _GRAPHLESS[name][0](q, k, v, **rules)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.name, ctx.rules = name, rules
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dq, dk, dv = _GRAPHLESS[ctx.name][1](gradients[0], q, k, v, out, lse, **ctx.rules)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+_GRAPHLESS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]] = {
+    "cudnn": (on_cuda.attention_cudnn, on_cuda.attention_backward_cudnn),
+    "flash_attn": (on_cuda.attention_flash, on_cuda.attention_backward_flash),
+    TRITON: (on_cuda.attention_triton, on_cuda.attention_backward_triton),
+}
+
+
+@ATTENTION.backend("cudnn", on_cuda.cudnn_obstacle)
+def _attention_cudnn(q: Tensor, k: Tensor, v: Tensor, **rules: Unpack[AttentionRules]) -> tuple[Tensor, Tensor]:
+    return _Joined.apply(q, k, v, "cudnn", rules)
+
+
+@ATTENTION.backend("flash_attn", on_cuda.flash_obstacle)
+def _attention_flash(q: Tensor, k: Tensor, v: Tensor, **rules: Unpack[AttentionRules]) -> tuple[Tensor, Tensor]:
+    return _Joined.apply(q, k, v, "flash_attn", rules)
+
+
+@ATTENTION.backend(TRITON, on_cuda.triton_attention_obstacle, interpreter_objection)
+def _attention_triton(q: Tensor, k: Tensor, v: Tensor, **rules: Unpack[AttentionRules]) -> tuple[Tensor, Tensor]:
+    return _Joined.apply(q, k, v, TRITON, rules)
+
+
+ATTENTION_BACKWARD.backend("cudnn", on_cuda.cudnn_obstacle)(on_cuda.attention_backward_cudnn)
+ATTENTION_BACKWARD.backend("flash_attn", on_cuda.flash_obstacle)(on_cuda.attention_backward_flash)
+ATTENTION_BACKWARD.backend(TRITON, on_cuda.triton_attention_obstacle, interpreter_objection)(
+    on_cuda.attention_backward_triton
+)
+
+
+def _cpu_obstacle(q: Tensor, softcap: float | None, asked: Asked | None = None) -> str | None:
     if q.device.type != "cpu":
         return f"it needs tensors on the CPU, found {q.device}"
     if q.dtype not in _CPU_DTYPES:
@@ -101,14 +153,9 @@ def _cpu_obstacle(q: Tensor, softcap: float | None) -> str | None:
 
 def _kernel_mask(q: Tensor, k: Tensor, rules: AttentionRules) -> tuple[bool, Tensor | None]:
     """(whether the kernel's own causal mask does, visible keys [b or 1, 1, sq, sk] where it must be told)."""
-    causal, window = rules["causal"], rules.get("window")
-    explicit = rules.get("key_valid") is not None
-    if causal or window is not None:
-        offset = reference.offset_of(q, k, rules)
-        causal = causal and offset < k.shape[1] - 1  # else the first query sees the last key already
-        windowed = window is not None and offset + q.shape[1] > window  # else the last query sees the first key still
-        explicit = explicit or windowed or (causal and offset != 0)
-    return (False, reference.visible_keys(q, k, **rules)) if explicit else (causal, None)
+    lower, upper = band_of(q, k, rules)
+    explicit = rules.get("key_valid") is not None or lower is not None or upper not in (None, 0)
+    return (False, reference.visible_keys(q, k, **rules)) if explicit else (upper is not None, None)
 
 
 def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,11 +2,14 @@
 
 A backend states what hinders it on given inputs; nobody probes by trying. `auto` takes the first one without an
 obstacle, in the order of registration, and logs once what it took; a backend asked for by name either runs or raises
-with the reason. The hazard this removes is the silent fallback to a slow or less exact path.
+with the reason. The hazard this removes is the silent fallback to a slow or less exact path. A backend may run where
+`auto` should never take it, as our kernels under Triton's interpreter on a CPU: that is its `objection`.
 """
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 from megatron_vlm.errors import ConfigError
@@ -17,6 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 Obstacle = Callable[..., str | None]
 
 AUTO = "auto"
+TRITON = "triton"
 
 
 def no_obstacle(*inputs: Any) -> str | None:
@@ -24,13 +28,66 @@ def no_obstacle(*inputs: Any) -> str | None:
     return None
 
 
+@cache
+def _triton_device() -> str | None:
+    """The kind of device that our kernels run on, which a process does not change; None without triton. Asked by every
+    layer of every step."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from megatron_vlm_kernels import is_interpreted
+
+    return "cpu" if is_interpreted() else "cuda"
+
+
+def triton_obstacle(*tensors: Any) -> str | None:
+    """Why our Triton kernels cannot run on these tensors; anything with a `device` counts as one."""
+    needed = _triton_device()
+    if needed is None:
+        return "the package triton is not installed"
+    for tensor in tensors:
+        if tensor.device.type != needed:
+            where = "Triton's interpreter needs tensors on the CPU" if needed == "cpu" else "it needs a CUDA device"
+            return f"{where}, found {tensor.device}"
+    return None
+
+
+TRITON_DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
+
+
+def triton_layer_obstacle(*tensors: Any) -> str | None:
+    """As `triton_obstacle`, for kernels that compute in fp32 on tensors of one dtype, which is no wider."""
+    reason = triton_obstacle(*tensors)
+    if reason is not None:
+        return reason
+    dtypes = {str(tensor.dtype): None for tensor in tensors}
+    if len(dtypes) > 1:
+        return f"it needs one dtype, found {' and '.join(dtypes)}"
+    for dtype in dtypes:
+        if dtype not in TRITON_DTYPES:
+            return f"it computes in fp32 and needs one of {', '.join(TRITON_DTYPES)}, found {dtype}"
+    return None
+
+
+def interpreter_objection(*tensors: Any) -> str | None:
+    """Why `auto` passes over kernels that Triton's interpreter runs: it is a thousand times too slow."""
+    return "Triton's interpreter is for tests" if _triton_device() == "cpu" else None
+
+
 @dataclass(frozen=True)
 class Backend(Generic[F]):
-    """One implementation; `obstacle(*inputs)` is the reason it cannot run on them, or None."""
+    """One implementation; `obstacle(*inputs)` is the reason it cannot run on them, or None.
+
+    `objection(*inputs)`, asked where nothing hinders it, is the reason `auto` should pass it over, or None.
+    """
 
     name: str
     function: F
     obstacle: Obstacle
+    objection: Obstacle = no_obstacle
+
+    def unfit(self, *inputs: Any) -> str | None:
+        """Why `auto` does not take it, or None."""
+        return self.obstacle(*inputs) or self.objection(*inputs)
 
 
 class Operation(Generic[F]):
@@ -46,14 +103,21 @@ class Operation(Generic[F]):
         self._order: list[Backend[F]] = []
         self._announced: set[str] = set()
 
-    def backend(self, name: str, obstacle: Obstacle = no_obstacle) -> Callable[[F], F]:
+    def backend(
+        self, name: str, obstacle: Obstacle = no_obstacle, objection: Obstacle = no_obstacle
+    ) -> Callable[[F], F]:
         """Decorator that registers an implementation; the first registered is the first choice of `auto`."""
 
         def store(function: F) -> F:
-            self._order.append(self._registry.register(name)(Backend(name, function, obstacle)))
+            self._order.append(self._registry.register(name)(Backend(name, function, obstacle, objection)))
             return function
 
         return store
+
+    @property
+    def backends(self) -> tuple[Backend[F], ...]:
+        """All of them, in the order in which `auto` asks them."""
+        return tuple(self._order)
 
     def select(self, requested: str, *inputs: Any) -> F:
         """The function that computes the operation on these inputs.
@@ -84,7 +148,7 @@ class Operation(Generic[F]):
     def _first_able(self, *inputs: Any) -> Backend[F]:
         reasons = []
         for backend in self._order:
-            reason = backend.obstacle(*inputs)
+            reason = backend.unfit(*inputs)
             if reason is None:
                 return backend
             reasons.append(f"{backend.name}: {reason}")

@@ -5,7 +5,9 @@ of ranks, chunks or kernels. Letters: b rows, s positions (q: of queries, k: of 
 v vocabulary.
 """
 
-from typing import Required, TypedDict, Unpack
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -16,6 +18,27 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 inside (Zhang and Sennrich 2019)."""
     wide = x.float() if x.dtype != torch.float64 else x
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual), each in x's dtype; without a residual x itself."""
+    total = x if residual is None else x + residual
+    return rms_norm(total, weight, eps), total
+
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+}
+
+
+def gated(gate_up: Tensor, activation: Activation) -> Tensor:
+    """a(gate) * up of [..., 2f], the gate in front, in fp32 inside -> [..., f] (Shazeer 2020)."""
+    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, dim=-1)
+    return (ACTIVATIONS[activation](gate) * up).to(gate_up.dtype)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

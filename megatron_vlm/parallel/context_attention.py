@@ -134,6 +134,7 @@ class AttentionContext(PackedSeqParams):
         inverse_frequencies: [d/2] of RoPE; `rope_scaling` multiplies cosines and sines.
         cache: the kv cache this forward reads and extends, or None; with `shared` it is extended by a prompt only.
         shared: where the rows are more than this rank's own tokens of one document each.
+        counted: [b, s] bool, the tokens whose activations make FP8 scales (models/fp8.py); None for all.
     """
 
     qkv_format: str = "sbhd"
@@ -142,6 +143,7 @@ class AttentionContext(PackedSeqParams):
     rope_scaling: float = 1.0
     cache: KVCache | None = None
     shared: SharedSequence | None = None
+    counted: Tensor | None = None
 
     @cached_property
     def rope(self) -> tuple[Tensor, Tensor]:
@@ -155,7 +157,7 @@ class ContextAttention(MegatronModule):
     share rows or rows are packed, the Ulysses exchange, ring attention and the way back. It has no parameters.
 
     Args:
-        backend: of `ops.attention`; the other arguments are mcore's.
+        backend, rope_backend: of `ops.attention` and `ops.rope`; the other arguments are mcore's.
     """
 
     def __init__(
@@ -165,6 +167,7 @@ class ContextAttention(MegatronModule):
         layer_number: int,
         softmax_scale: float | None = None,
         backend: str = AUTO,
+        rope_backend: str = AUTO,
         **unused: Any,  # attn_mask_type, attention_type, cp_comm_type, pg_collection: it is causal self-attention
     ) -> None:
         super().__init__(config=config)
@@ -172,7 +175,7 @@ class ContextAttention(MegatronModule):
         assert config.kv_channels is not None
         self.layer_number = layer_number
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
-        self.backend = backend
+        self.backend, self.rope_backend = backend, rope_backend
 
     def forward(
         self,
@@ -190,7 +193,9 @@ class ContextAttention(MegatronModule):
         assert isinstance(context, AttentionContext), "ContextAttention needs an AttentionContext"
         assert attention_mask is None and attention_bias is None, "masks come from the AttentionContext"
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [s, b, ...] -> [b, s, ...]
-        q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
+        q, k = (  # attention's backward makes these gradients, and reads them no more
+            apply_rope(x, *context.rope, backend=self.rope_backend, gradient_in_place=True) for x in (q, k)
+        )
         if context.shared is not None:
             if context.cache is not None:  # a prompt
                 context.cache.extend(self.layer_number, k, v)

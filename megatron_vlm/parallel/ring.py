@@ -6,10 +6,10 @@ neighbour: so a reader gets the keys it reads and no others, gradients have one 
 ring, and a document or a window that ends nearby costs nothing far away. Mode `all_gather`: keys of all ranks at once,
 one call per query chunk and document, nothing to merge; memory grows with L. Both carry kv heads only.
 
-Merging (out, lse) of disjoint keys: out += sigmoid(lse_b - lse) * (out_b - out), lse = logaddexp(lse, lse_b), as in
-ring-flash-attention (Zhu), whose older log(1 + exp()) overflowed. The backward pass takes every block's gradients from
-the final out and lse (FlashAttention, Dao et al. 2022) and merges nothing. Sums are kept, and gradients sent, in fp32:
-in bf16 the error grows with the ring.
+A step's blocks, of all rows and documents, are one call of `ops.attention_blocks`, which adds them to the running out
+and lse, or their gradients to the sums. The backward pass takes every block's gradients from the final out and lse
+(FlashAttention, Dao et al. 2022) and merges nothing. Sums are kept, and gradients sent, in fp32: in bf16 the error
+grows with the ring. A message is the keys of all rows, one row behind the other, and then the values.
 
 Hazards. The ring has a group of its own, on which nothing else is in flight. Over NCCL that group must have run one
 collective before: a rank that needs no keys takes no part in a step, which only a group already connected allows.
@@ -19,7 +19,7 @@ Letters: b rows; L length; R ring; S = L/R; heads and kv_heads of this (tensor a
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Required, TypedDict, Unpack
 
 import torch
@@ -27,10 +27,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_vlm.ops.attention import attention, attention_backward
-from megatron_vlm.ops.dispatch import AUTO
-from megatron_vlm.ops.reference import AttentionRules
-from megatron_vlm.parallel.ring_plan import Call, RingPlan, Share
+from megatron_vlm.ops.attention_blocks import (
+    Answered,
+    Rectangle,
+    Rectangles,
+    Scoring,
+    attention_into,
+    attention_into_backward,
+)
+from megatron_vlm.parallel.ring_plan import RingPlan, Share
 from megatron_vlm.parallel.ulysses import uniform_groups
 
 RingMode = Literal["p2p", "all_gather"]
@@ -49,6 +54,7 @@ class Ring:
     plan: RingPlan
     group: ProcessGroup | None = None
     mode: RingMode = "p2p"
+    _known: dict[int, Rectangles] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         size = 1 if self.group is None else self.group.size()
@@ -64,8 +70,38 @@ class Ring:
         """This ring rank."""
         return 0 if self.group is None else self.group.rank()
 
+    def rectangles(self, step: int) -> Rectangles:
+        """What this rank computes at a step, with the keys as `_steps` gives them."""
+        if step not in self._known:
+            if self.gathers:
+                self._known[step] = _rectangles(self.plan.gathered_shares(self.rank), in_message=False)
+            else:
+                self._known[step] = _rectangles(self.plan.shares(self.rank, step), in_message=step > 0)
+        return self._known[step]
 
-class Scoring(TypedDict, total=False):
+
+def _rectangles(shares: Sequence[Share], in_message: bool) -> Rectangles:
+    """The shares' calls; in a message the keys of every row of every share stand one behind the other."""
+    found, start = [], 0
+    for share in shares:
+        for call in share.calls:
+            found.append(
+                Rectangle(
+                    rows=(share.first_row, share.stop_row),
+                    queries=(call.queries.start, call.queries.stop),
+                    keys=(start + call.keys.start, start + call.keys.stop),
+                    causal=call.causal,
+                    offset=call.offset,
+                    window=call.window,
+                    pitch=share.num_keys if in_message else None,
+                )
+            )
+        if in_message:
+            start += (share.stop_row - share.first_row) * share.num_keys
+    return Rectangles(tuple(found))
+
+
+class ScoringOptions(TypedDict, total=False):
     """Keywords of `ops.attention` that do not concern who sees whom."""
 
     softmax_scale: Required[float]
@@ -80,7 +116,7 @@ def ring_attention(
     ring: Ring,
     *,
     kv_index: Sequence[int],
-    **scoring: Unpack[Scoring],
+    **scoring: Unpack[ScoringOptions],
 ) -> Tensor:
     """Attention of this ring rank's queries over whole rows, differentiable. All ranks of the ring call it.
 
@@ -95,66 +131,57 @@ def ring_attention(
     """
     rows, length = len(ring.plan.documents), ring.plan.layout.length // ring.plan.layout.ring
     assert q.shape[:2] == k.shape[:2] == v.shape[:2] == (rows, length), (q.shape, k.shape, v.shape, rows, length)
-    scores = _Scores(tuple(uniform_groups(kv_index)), **scoring)
-    return _RingAttention.apply(q, k, v, ring, scores)
+    return _RingAttention.apply(q, k, v, ring, uniform_groups(kv_index), Scoring(**scoring))
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """How calls are computed, in runs of (query heads, kv heads) where every kv head has equally many queries."""
-
-    runs: tuple[tuple[slice, slice], ...]
-    softmax_scale: float
-    softcap: float | None = None
-    backend: str = AUTO
-
-    def rules(self, call: Call) -> AttentionRules:
-        """The keywords of `ops.attention`."""
-        return {
-            "causal": call.causal,
-            "window": call.window,
-            "offset": call.offset,
-            "softmax_scale": self.softmax_scale,
-            "softcap": self.softcap,
-        }
+Runs = Sequence[tuple[slice, slice]]  # (query heads, kv heads) where every kv head has equally many queries
 
 
 @dataclass(frozen=True)
 class _Held:
-    """A share's keys and values, or their gradients: [rows, num_keys, kv_heads, d or dv]."""
+    """Keys and values at hand, or their gradients: [b, keys, kv_heads, d or dv], or [1, keys, ...] in a message."""
 
-    share: Share
     k: Tensor
     v: Tensor
 
+    def heads(self, kv_heads: slice) -> tuple[Tensor, Tensor]:
+        """Some of the heads."""
+        return self.k[:, :, kv_heads], self.v[:, :, kv_heads]
+
 
 class _RingAttention(torch.autograd.Function):
-    """Forward merges blocks; backward sums the blocks' gradients and sends those of other ranks' keys home."""
+    """Forward adds blocks; backward sums the blocks' gradients and sends those of other ranks' keys home."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring, scores: _Scores) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring, runs: Runs, scoring: Scoring) -> Tensor:
         rows, length, heads, _ = q.shape
         out = torch.zeros(rows, length, heads, v.shape[3], dtype=_wide(q), device=q.device)
         lse = torch.full((rows, heads, length), -torch.inf, dtype=_wide(q), device=q.device)
-        for step in _steps(k, v, ring):
-            for held in step:
-                _attend(q, held, out, lse, scores)
+        for step, held in enumerate(_steps(k, v, ring)):
+            for of_run, kv_heads in runs:
+                totals = out[:, :, of_run], lse[:, of_run]
+                attention_into(q[:, :, of_run], *held.heads(kv_heads), totals, ring.rectangles(step), scoring)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.ring, ctx.scores = ring, scores
+        ctx.ring, ctx.runs, ctx.scoring = ring, runs, scoring
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, out, lse = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        (dout,), (q, k, v, out, lse), ring = gradients, ctx.saved_tensors, ctx.ring
         dq = torch.zeros_like(q, dtype=_wide(q))
-        home = (_GatheredGradients if ctx.ring.gathers else _TravellingGradients)(k, v, ctx.ring)
-        for number, step in enumerate(_steps(k, v, ctx.ring)):
-            for held, sums in zip(step, home.sums(number), strict=True):
-                _attend_backward(held, (gradients[0], q, out, lse), dq, sums, ctx.scores)
-            home.send(number)
+        answered = [
+            Answered(dout[:, :, heads], q[:, :, heads], out[:, :, heads], lse[:, heads]) for heads, _ in ctx.runs
+        ]
+        home = (_GatheredGradients if ring.gathers else _TravellingGradients)(k, v, ring)
+        for step, held in enumerate(_steps(k, v, ring)):
+            sums = home.sums(step)
+            for of_run, (heads, kv_heads) in zip(answered, ctx.runs, strict=True):
+                totals = dq[:, :, heads], *sums.heads(kv_heads)
+                attention_into_backward(of_run, *held.heads(kv_heads), totals, ring.rectangles(step), ctx.scoring)
+            home.send(step)
         dk, dv = home.total()
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -162,53 +189,12 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _calls(share: Share, scores: _Scores) -> Iterator[tuple[Call, tuple[slice, slice], tuple[slice, slice]]]:
-    """(call, (queries, keys), (query heads, kv heads)) of every attention call of a share."""
-    for call in share.calls:
-        tokens = slice(call.queries.start, call.queries.stop), slice(call.keys.start, call.keys.stop)
-        for heads in scores.runs:
-            yield call, tokens, heads
-
-
-def _attend(q: Tensor, held: _Held, out: Tensor, lse: Tensor, scores: _Scores) -> None:
-    """Merges attention of q [b, S, heads, d] with a share's keys into out [b, S, heads, dv] and lse [b, heads, S]."""
-    rows = held.share.rows
-    for call, (queries, keys), (heads, kv_heads) in _calls(held.share, scores):
-        k, v = held.k[:, keys, kv_heads], held.v[:, keys, kv_heads]
-        block = attention(q[rows, queries, heads], k, v, backend=scores.backend, **scores.rules(call))
-        _merge(out[rows, queries, heads], lse[rows, heads, queries], *block)
-
-
-def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Adds a block in place: out, block_out [b, s, heads, dv]; lse, -inf at first, block_lse, finite [b, heads, s]."""
-    weight = torch.sigmoid(block_lse - lse)  # of the block
-    out.lerp_(block_out.to(out.dtype), weight.transpose(1, 2)[..., None])  # [b, heads, s] -> [b, s, heads, 1]
-    lse.copy_(torch.logaddexp(lse, block_lse))
-
-
-def _attend_backward(
-    held: _Held, of_queries: tuple[Tensor, Tensor, Tensor, Tensor], dq: Tensor, sums: _Held, scores: _Scores
-) -> None:
-    """Adds a share's gradients to dq [b, S, heads, d] and to `sums`, its keys'; `of_queries`: (dout, q, out, lse)."""
-    dout, q, out, lse = of_queries
-    rows = held.share.rows
-    for call, (queries, keys), (heads, kv_heads) in _calls(held.share, scores):
-        block_dout, block_q, block_out = (x[rows, queries, heads] for x in (dout, q, out))
-        k, v = held.k[:, keys, kv_heads], held.v[:, keys, kv_heads]
-        block_lse, options = lse[rows, heads, queries], scores.rules(call)
-        block = attention_backward(block_dout, block_q, k, v, block_out, block_lse, backend=scores.backend, **options)
-        for total, part in zip(
-            (dq[rows, queries, heads], sums.k[:, keys, kv_heads], sums.v[:, keys, kv_heads]), block, strict=True
-        ):
-            total += part
-
-
-def _steps(k: Tensor, v: Tensor, ring: Ring) -> Iterator[list[_Held]]:
+def _steps(k: Tensor, v: Tensor, ring: Ring) -> Iterator[_Held]:
     """The keys and values of each step, to be used before the next is asked for."""
     return _gathered_keys(k, v, ring) if ring.gathers else _travelling_keys(k, v, ring)
 
 
-def _travelling_keys(k: Tensor, v: Tensor, ring: Ring) -> Iterator[list[_Held]]:
+def _travelling_keys(k: Tensor, v: Tensor, ring: Ring) -> Iterator[_Held]:
     """Mode p2p: the next step's are under way while a step's are used."""
     size = ring.plan.layout.ring
     under_way: _Transfer | None = None
@@ -216,10 +202,7 @@ def _travelling_keys(k: Tensor, v: Tensor, ring: Ring) -> Iterator[list[_Held]]:
         used = under_way
         under_way = _fetch(k, v, ring, step + 1) if step + 1 < size else None
         shares = ring.plan.shares(ring.rank, step)
-        if used is None:
-            yield [_Held(share, k[share.rows], v[share.rows]) for share in shares]
-        else:
-            yield _views(used.wait(), shares, k, v)
+        yield _Held(k, v) if used is None else _message(used.wait(), shares, k, v)
 
 
 def _fetch(k: Tensor, v: Tensor, ring: Ring, step: int) -> "_Transfer":
@@ -228,9 +211,8 @@ def _fetch(k: Tensor, v: Tensor, ring: Ring, step: int) -> "_Transfer":
     reader, owner = (ring.rank + step) % size, (ring.rank - step) % size
     sent, received = ring.plan.shares(reader, step), ring.plan.shares(ring.rank, step)
     outgoing = k.new_empty(_num_elements(sent, k, v))
-    for held in _views(outgoing, sent, k, v):
-        for at_home, away in _places(held.share):
-            held.k[:, away], held.v[:, away] = k[held.share.rows, at_home], v[held.share.rows, at_home]
+    for local, message in _pairs(_Held(k, v), _message(outgoing, sent, k, v), sent):
+        message.copy_(local)
     return _Transfer(outgoing, reader, _num_elements(received, k, v), owner, ring.group)
 
 
@@ -239,17 +221,18 @@ class _TravellingGradients:
 
     def __init__(self, k: Tensor, v: Tensor, ring: Ring) -> None:
         self.ring = ring
-        self.dk, self.dv = torch.zeros_like(k, dtype=_wide(k)), torch.zeros_like(v, dtype=_wide(v))
-        self.outgoing = self.dk.new_empty(0)
+        self.own = _Held(torch.zeros_like(k, dtype=_wide(k)), torch.zeros_like(v, dtype=_wide(v)))
+        self.outgoing = self.own.k.new_empty(0)
         self.under_way: tuple[tuple[Share, ...], _Transfer] | None = None
 
-    def sums(self, step: int) -> list[_Held]:
+    def sums(self, step: int) -> _Held:
         """Where the gradients of a step's keys are summed."""
-        shares = self.ring.plan.shares(self.ring.rank, step)
         if step == 0:
-            return [_Held(share, self.dk[share.rows], self.dv[share.rows]) for share in shares]
-        self.outgoing = self.dk.new_zeros(_num_elements(shares, self.dk, self.dv))
-        return _views(self.outgoing, shares, self.dk, self.dv)
+            return self.own
+        dk, dv = self.own.k, self.own.v
+        shares = self.ring.plan.shares(self.ring.rank, step)
+        self.outgoing = dk.new_zeros(_num_elements(shares, dk, dv))
+        return _message(self.outgoing, shares, dk, dv)
 
     def send(self, step: int) -> None:
         """Sends a step's sums to the owner, and takes in what the step before brought."""
@@ -259,23 +242,22 @@ class _TravellingGradients:
         reader, owner = (self.ring.rank + step) % size, (self.ring.rank - step) % size
         shares = self.ring.plan.shares(reader, step)
         before = self.under_way
-        num_incoming = _num_elements(shares, self.dk, self.dv)
+        num_incoming = _num_elements(shares, self.own.k, self.own.v)
         self.under_way = shares, _Transfer(self.outgoing, owner, num_incoming, reader, self.ring.group)
         self._take_in(before)
 
     def total(self) -> tuple[Tensor, Tensor]:
         """(dk [b, S, kv_heads, d], dv [b, S, kv_heads, dv]) from all readers, wide."""
         self._take_in(self.under_way)
-        return self.dk, self.dv
+        return self.own.k, self.own.v
 
     def _take_in(self, under_way: "tuple[tuple[Share, ...], _Transfer] | None") -> None:
         if under_way is None:
             return
         shares, transfer = under_way
-        for held in _views(transfer.wait(), shares, self.dk, self.dv):
-            for at_home, away in _places(held.share):
-                self.dk[held.share.rows, at_home] += held.k[:, away]
-                self.dv[held.share.rows, at_home] += held.v[:, away]
+        arrived = _message(transfer.wait(), shares, self.own.k, self.own.v)
+        for local, message in _pairs(self.own, arrived, shares):
+            local += message
 
 
 class _Transfer:
@@ -311,17 +293,24 @@ def _num_elements(shares: Iterable[Share], k: Tensor, v: Tensor) -> int:
     return sum((share.stop_row - share.first_row) * share.num_keys * of_key for share in shares)
 
 
-def _views(flat: Tensor, shares: Iterable[Share], k: Tensor, v: Tensor) -> list[_Held]:
-    """A message [_num_elements] as its shares' keys and values; k and v give heads and widths."""
-    found, start = [], 0
+def _message(flat: Tensor, shares: Iterable[Share], k: Tensor, v: Tensor) -> _Held:
+    """A message [_num_elements] as keys [1, keys, kv_heads, d] and values [1, keys, kv_heads, dv]; k and v give the
+    heads and widths. Of no heads, it is empty, and its keys are counted all the same."""
+    num_keys = sum((share.stop_row - share.first_row) * share.num_keys for share in shares)
+    keys, values = flat.split([num_keys * math.prod(x.shape[2:]) for x in (k, v)])
+    return _Held(keys.view(1, num_keys, *k.shape[2:]), values.view(1, num_keys, *v.shape[2:]))
+
+
+def _pairs(local: _Held, message: _Held, shares: Iterable[Share]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(where the owner has some of the shares' keys or values, where a message has them): [rows, n, kv_heads, d]."""
+    start = 0
     for share in shares:
-        pair = []
-        for tensor in (k, v):
-            shape = (share.stop_row - share.first_row, share.num_keys, *tensor.shape[2:])
-            pair.append(flat[start : start + math.prod(shape)].view(shape))
-            start += math.prod(shape)
-        found.append(_Held(share, *pair))
-    return found
+        num_rows, at = share.stop_row - share.first_row, start
+        start += num_rows * share.num_keys
+        for at_home, away in _places(share):
+            for own, moved in ((local.k, message.k), (local.v, message.v)):
+                rows = moved[0, at:start].unflatten(0, (num_rows, share.num_keys))
+                yield own[share.rows, at_home], rows[:, away]
 
 
 def _places(share: Share) -> Iterator[tuple[slice, slice]]:
@@ -332,10 +321,9 @@ def _places(share: Share) -> Iterator[tuple[slice, slice]]:
         start += len(interval)
 
 
-def _gathered_keys(k: Tensor, v: Tensor, ring: Ring) -> Iterator[list[_Held]]:
+def _gathered_keys(k: Tensor, v: Tensor, ring: Ring) -> Iterator[_Held]:
     """Mode all_gather: all keys in one step."""
-    whole = _gather(k, v, ring)
-    yield [_Held(share, *(x[share.rows] for x in whole)) for share in ring.plan.gathered_shares(ring.rank)]
+    yield _Held(*_gather(k, v, ring))
 
 
 def _gather(k: Tensor, v: Tensor, ring: Ring) -> list[Tensor]:
@@ -361,10 +349,9 @@ class _GatheredGradients:
         length = ring.plan.layout.length
         self.whole = [torch.zeros(len(x), length, *x.shape[2:], dtype=_wide(x), device=x.device) for x in (k, v)]
 
-    def sums(self, step: int) -> list[_Held]:
+    def sums(self, step: int) -> _Held:
         """Where the gradients of the only step's keys are summed."""
-        shares = self.ring.plan.gathered_shares(self.ring.rank)
-        return [_Held(share, *(x[share.rows] for x in self.whole)) for share in shares]
+        return _Held(*self.whole)
 
     def send(self, step: int) -> None:
         """Nothing: they go at the end."""

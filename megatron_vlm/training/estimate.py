@@ -36,6 +36,7 @@ import torch
 from megatron_vlm.config.schema import Config
 from megatron_vlm.models.language import LanguageSpec, head_width, padded_vocabulary
 from megatron_vlm.models.vision.survey import TowerSurvey
+from megatron_vlm.ops.activation import GATED
 from megatron_vlm.ops.attention import ATTENTION
 from megatron_vlm.parallel.layout import row_length
 from megatron_vlm.parallel.sizes import GridSizes
@@ -182,9 +183,20 @@ def _state(
 
 def attention_backend(config: Config) -> str:
     """The attention backend that the recipe's device gets, where `auto` is taken for a GPU. Raises ConfigError."""
+    return ATTENTION.find(config.ops.attention, _like(config), None).name
+
+
+def gate_bytes(config: Config) -> int:
+    """What autograd keeps of the MLP's gate, per element of the MLP's width. Raises ConfigError."""
+    element = ELEMENT_BYTES[config.precision.params]
+    kept = {"triton": 2 * element, "torch": 3 * element, "reference": 3 * FP32_BYTES}
+    return kept[GATED.find(config.ops.activation, _like(config)).name]
+
+
+def _like(config: Config) -> SimpleNamespace:
+    """Stands for the language model's tensors."""
     device = torch.device("cpu" if config.runtime.device == "cpu" else "cuda")
-    dtype = torch.bfloat16 if config.precision.params == "bf16" else torch.float32
-    return ATTENTION.find(config.ops.attention, SimpleNamespace(device=device, dtype=dtype), None).name
+    return SimpleNamespace(device=device, dtype=torch.bfloat16 if config.precision.params == "bf16" else torch.float32)
 
 
 def layer_activation_bytes(config: Config, spec: LanguageSpec, num_tokens: int, recompute: str) -> int:
@@ -196,7 +208,7 @@ def layer_activation_bytes(config: Config, spec: LanguageSpec, num_tokens: int, 
         return element * whole
     inputs = 2 * element * whole if trains else 0
     norms = (2 + 2 * trains) * FP32_BYTES if config.runtime.device == "cpu" else 2 * element
-    product = num_tokens * (4 + trains) * hf.intermediate_size // tensor * element
+    product = num_tokens * (gate_bytes(config) + trains * element) * hf.intermediate_size // tensor
     return inputs + norms * whole + product + attention_activation_bytes(config, spec, num_tokens, recompute)
 
 
@@ -253,9 +265,10 @@ def picture_bytes(config: Config, survey: TowerSurvey, hidden: int, pictures: Pi
     element, spec, train = ELEMENT_BYTES[config.precision.params], survey.media_spec, config.model.train
     trains = train.vision or train.projector
     features = element * hidden * (pictures.encoded * spec.tokens_per_image + pictures.received_rows * (1 + trains))
-    tower_tokens = spec.tokens_per_image + survey.num_dropped_tokens
+    tower_tokens = survey.num_tokens + survey.num_dropped_tokens
     states = element * tower_tokens * survey.hidden_size  # one hidden state
-    projected = element * spec.tokens_per_image * (survey.hidden_size + 2 * hidden) if train.projector else 0
+    in_projector = survey.num_tokens * survey.hidden_size + 2 * spec.tokens_per_image * hidden
+    projected = element * in_projector if train.projector else 0
     kept = projected
     if train.vision:
         ffn = getattr(survey.hf_config, "intermediate_size", 4 * survey.hidden_size)

@@ -113,7 +113,7 @@ def model_shape(vision: VisionEncoder, spec: LanguageSpec, model: ModelConfig) -
     *language, head = _language_blocks(spec, model)
     return ModelShape(
         patches=survey.media_spec.num_patches,
-        tower_tokens=survey.media_spec.tokens_per_image + survey.num_dropped_tokens,
+        tower_tokens=survey.num_tokens + survey.num_dropped_tokens,
         media_tokens=survey.media_spec.tokens_per_image,
         embedding=embedding,
         tower=layers,

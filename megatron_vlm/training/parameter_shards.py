@@ -82,7 +82,9 @@ def language_chunks(config: Config, spec: LanguageSpec, sizes: GridSizes, stage:
 def meta_encoder(config: Config, language_size: int) -> VisionEncoder:
     """Tower and projector on the meta device: sizes without weights, frozen as the recipe says."""
     with torch.device("meta"):
-        encoder = VisionEncoder(survey_tower(config.model.vision), config, language_size, rank=0)
+        encoder = VisionEncoder(
+            survey_tower(config.model.vision, config.model.projector), config, language_size, rank=0
+        )
     names = encoder.global_names()
     unreached = {f"vision.{name}" for name in encoder.tower.survey.unreached}
     trained = trainable_names(names.values(), config.model, unreached)

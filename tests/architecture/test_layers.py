@@ -41,7 +41,7 @@ ALLOWED = {  # foreign package -> where it may be imported (a folder, a file or 
         "megatron_vlm/config/megatron.py",
     ),
     "transformers": ("models", "data", "conversion", "tools", "examples"),
-    "megatron_vlm_kernels": ("ops",),
+    "megatron_vlm_kernels": ("ops", "kernels"),
     "triton": ("kernels",),
 }
 PURE = (  # plans and layouts: functions of numbers, tested without a process group

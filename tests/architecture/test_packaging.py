@@ -9,7 +9,7 @@ from setuptools import find_packages
 
 from tests.architecture.sources import ROOT
 
-INSTALLED_BY_MAKE = ("quickstart", "test", "dev")
+INSTALLED_BY_MAKE = ("kernels", "quickstart", "test", "dev")
 
 
 def declared() -> dict[str, list[Requirement]]:

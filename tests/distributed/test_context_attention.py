@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from megatron_vlm.ops import attention_blocks
 from megatron_vlm.parallel import ring as ring_module
 from megatron_vlm.parallel.ring import _GatheredGradients, _TravellingGradients
 from tests.helpers.attention_cases import (
@@ -86,6 +87,15 @@ def test_the_layers_attend_so(ranks: RankPool, ulysses: int, ring: int) -> None:
         assert distance(found[name], wanted) < 1e-5, name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["p2p", "all_gather"])
+def test_a_ring_of_kernels(ranks: RankPool, mode: str) -> None:
+    """The Triton kernels, interpreted: they fold blocks in place, all documents of a step in one launch."""
+    pytest.importorskip("triton")
+    kernel = functools.partial(Case, mode=mode, backend="triton")
+    check(ranks, 1, 2, [kernel(4, 2, "packed"), kernel(4, 2, "spanning", window=30), kernel(3, 3, v_width=3)])
+
+
 def test_one_rank_needs_no_ring(ranks: RankPool) -> None:
     check(ranks, 1, 1, SAMPLE)
 
@@ -126,12 +136,12 @@ def run_faulty(fault: str, ulysses: int, ring: int, cases: list[Case]) -> list[d
         if under_way is not None:
             under_way[1].wait()
 
-    merge = ring_module._merge
+    merge = attention_blocks.merge
     faults = {
-        "blocks overwrite": mock.patch.object(ring_module, "_merge", overwrite),
-        "last block's lse": mock.patch.object(ring_module, "_merge", keep_out),
+        "blocks overwrite": mock.patch.object(attention_blocks, "merge", overwrite),
+        "last block's lse": mock.patch.object(attention_blocks, "merge", keep_out),
         "dk dropped": mock.patch.object(_TravellingGradients, "_take_in", wait_only),
-        "output in half": mock.patch.object(ring_module, "_merge", round_out),
+        "output in half": mock.patch.object(attention_blocks, "merge", round_out),
         "key gradients in half": key_gradients_in_half(),
     }
     with faults[fault]:
@@ -271,7 +281,7 @@ def run_counted(ring: int, case: Case) -> tuple[dict[torch.dtype, int], str]:
     """(elements sent by precision, order of transfers T and attention calls A) of this rank."""
     sent = {torch.bfloat16: 0, torch.float32: 0}
     order: list[str] = []
-    batch, attend = dist.batch_isend_irecv, ring_module.attention
+    batch, attend = dist.batch_isend_irecv, attention_blocks.attention
 
     def counted(operations: list[dist.P2POp]) -> list[dist.Work]:
         for operation in operations:
@@ -284,7 +294,7 @@ def run_counted(ring: int, case: Case) -> tuple[dict[torch.dtype, int], str]:
         order.append("A")
         return attend(*arguments, **options)
 
-    with mock.patch.object(dist, "batch_isend_irecv", counted), mock.patch.object(ring_module, "attention", noted):
+    with mock.patch.object(dist, "batch_isend_irecv", counted), mock.patch.object(attention_blocks, "attention", noted):
         run_cases(1, ring, [case])
     return sent, "".join(order)
 

@@ -80,6 +80,7 @@ FROZEN = {"model": {"train": {"language": False}}}
 ACTIVATIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "fp32": (1, LONG),
     "bf16": (1, {**LONG, "precision": {"params": "bf16"}}),
+    "gate's twin bf16": (1, {**LONG, "ops": {"activation": "reference"}, "precision": {"params": "bf16"}}),
     "selective": (1, {"training": {**LONG["training"], "recompute": {"language": "selective"}}}),
     "full": (1, {"training": {**LONG["training"], "recompute": {"language": "full"}}}),
     "tp2": (2, {**LONG, "parallel": {"tensor": 2}}),

@@ -38,6 +38,7 @@ def parallel(ranks: int, **keys: Any) -> tuple[int, dict[str, dict[str, Any]]]:
 PROJECTOR_ONLY = {"train": {"language": False, "vision": False, "projector": True}}
 TIED = {"language": {"config": {"tie_word_embeddings": True}}}
 PACKED = {"packing": True}
+FUSED_OPS = {"norm": "triton", "activation": "triton", "rope": "triton"}  # by Triton's interpreter
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
 FAST = {
@@ -49,6 +50,7 @@ FAST = {
     "packed-ulysses2-ring2": layout(
         4, parallel={"ulysses": 2, "ring": 2}, data=PACKED, training={"sequence_length": 79}
     ),  # a prime
+    "fused-ops": layout(2, parallel={"tensor": 2}, ops=FUSED_OPS, training={"micro_batch_size": 8}),
     "projector-only-tp2-pp2": layout(4, parallel={"tensor": 2, "pipeline": 2}, model=PROJECTOR_ONLY),
 }
 SLOW = {

@@ -23,13 +23,14 @@ LENGTH = 48
 PADDED = Documents.packed((5, 20, 9), LENGTH), Documents.packed((30,), LENGTH), Documents.packed((3, 45), LENGTH)
 
 
+FORWARD, BACKWARD = "attention_into", "attention_into_backward"  # of blocks, as the ring calls them
 PATIENCE_SECONDS = 2.0  # gloo's threads hold what they sent a moment longer than its receiver waits
 
 
 def run_watched(mode: RingMode, allowed: dict[str, int]) -> dict[str, int]:
     """How many messages of this rank live at most, once they were handed over, when attention is computed."""
     messages: list[StorageWeakRef] = []
-    most: dict[str, int] = {"attention": 0, "attention_backward": 0}
+    most: dict[str, int] = {FORWARD: 0, BACKWARD: 0}
 
     def watch(*tensors: Tensor) -> None:
         messages.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
@@ -59,7 +60,7 @@ def run_watched(mode: RingMode, allowed: dict[str, int]) -> dict[str, int]:
         gather(output, own, **options)
 
     watched = {"batch_isend_irecv": watched_send, "all_gather_into_tensor": watched_gather}
-    with mock.patch.multiple(dist, **watched), counting("attention"), counting("attention_backward"):
+    with mock.patch.multiple(dist, **watched), counting(FORWARD), counting(BACKWARD):
         run_cases(1, RING, [Case(4, 2, mode=mode)])
     assert messages
     return most
@@ -68,8 +69,8 @@ def run_watched(mode: RingMode, allowed: dict[str, int]) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("mode", "most"),
     [
-        ("p2p", {"attention": 1, "attention_backward": 2}),  # the next step's keys; the gradients of the step before
-        ("all_gather", {"attention": 0, "attention_backward": 0}),  # all keys once, in global order
+        ("p2p", {FORWARD: 1, BACKWARD: 2}),  # the next step's keys; the gradients of the step before
+        ("all_gather", {FORWARD: 0, BACKWARD: 0}),  # all keys once, in global order
     ],
 )
 def test_messages_go_when_they_are_sent(ranks: RankPool, mode: RingMode, most: dict[str, int]) -> None:

@@ -51,6 +51,7 @@ class Case:
     v_width: int = 4
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    backend: str = "auto"
 
     @property
     def documents(self) -> tuple[Documents, ...]:
@@ -111,6 +112,7 @@ def local_results(
         kv_index=split.kv_index(ulysses_group.rank()),
         softmax_scale=case.softmax_scale,
         softcap=case.softcap,
+        backend=case.backend,
     )
     out = to_sequence(out, split, ulysses_group)
     out.backward(dout)

@@ -11,6 +11,7 @@ from megatron_vlm.config import to_yaml
 from tests.helpers.processes import ROOT
 from tests.helpers.tiny import tiny_recipe
 from tests.system.test_tools import tool
+from tools.doctor import operation, operations
 
 
 @pytest.mark.slow
@@ -25,6 +26,7 @@ def test_this_machine_and_a_recipe(tmp_path: Path) -> None:
     states = {one["name"]: one["state"] for one in report["findings"]}
     assert {states[name] for name in ("Python", "required", "imports", "gloo, 2 processes")} == {"ok"}
     assert report["gpus"] == 0 and states["GPU"] == "absent"
+    assert {states[f"ops.{choice['name']}"] for choice in report["backends"]["ops"]} == {"ok"}
 
 
 def test_where_nothing_is_installed_that_is_what_it_finds(tmp_path: Path) -> None:
@@ -36,5 +38,39 @@ def test_where_nothing_is_installed_that_is_what_it_finds(tmp_path: Path) -> Non
     assert done.returncode == 1 and done.stderr.startswith("error: recipe.yaml: cannot be checked here"), done.stderr
     assert done.stderr.count("\n") == 1
     marks = {line.split()[1]: line.split()[0] for line in done.stdout.splitlines()}
-    assert {marks[name] for name in ("packaging", "torch", "megatron-core", "rich", "imports", "gloo,")} == {"BROKEN"}
+    broken = ("packaging", "torch", "megatron-core", "rich", "imports", "gloo,", "ops")
+    assert {marks[name] for name in broken} == {"BROKEN"}
+    assert "no operation can run: ModuleNotFoundError: No module named 'torch'" in done.stdout
     assert marks["required"] == "note" and marks["Python"] == marks["cores"] == "ok"
+
+
+def test_what_each_operation_takes_on_a_bare_cpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    lines, facts = operations()
+    assert (facts["device"], facts["dtype"]) == ("cpu", "float32")
+    told = {line.name: line.value for line in lines}
+    assert {line.state for line in lines} == {"ok"}
+    for name in ("norm", "activation", "rope"):
+        reason = "not triton: it needs a CUDA device, found cpu"
+        assert told[f"ops.{name}"] == f"auto takes torch on cpu; can run: torch, reference; {reason}"
+    assert told["ops.attention"].startswith("auto takes cpu on cpu; can run: ")
+
+
+def test_what_each_operation_takes_without_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`sitecustomize` is what Python imports first."""
+    hidden = """
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else found(name, *rest)
+"""
+    (tmp_path / "sitecustomize.py").write_text(hidden)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    lines, _ = operations()
+    assert lines[1].name == "ops.norm"
+    assert lines[1].value.endswith("can run: torch, reference; not triton: the package triton is not installed")
+
+
+def test_an_operation_that_nothing_can_run_is_broken() -> None:
+    choice = {"name": "own", "taken": None, "offered": [], "passed_over": {"fast": "it needs wings"}}
+    found = operation("cuda", choice)
+    assert (found.state, found.value) == ("broken", "nothing can run on cuda; not fast: it needs wings")

@@ -34,9 +34,10 @@ def test_the_plan() -> None:
         "quickstart",
         "throughput",
         "attention",
+        "kernels",
     ]
     named = re.findall(r"(?:examples|tools)/[\w/]+\.\w+", done.stdout)
-    assert len(named) == 4 and all((ROOT / path).is_file() for path in named)
+    assert len(named) == 5 and all((ROOT / path).is_file() for path in named)
 
 
 def test_what_is_refused() -> None:
@@ -54,7 +55,7 @@ def test_a_failing_stage_is_recorded_and_the_next_one_runs(tmp_path: Path) -> No
     done = suite(PYTHON=str(python), OUT=str(out), STAGE_SECONDS="1", TESTS_CODE="1")
     assert done.returncode == 2, done
     rows = re.findall(r"^\| (\w+) \| (\d+) \|", (out / "gpu_suite.md").read_text(), re.MULTILINE)
-    assert rows == [("tests", "1"), ("quickstart", "124"), ("throughput", "0"), ("attention", "0")]
+    assert rows == [("tests", "1"), ("quickstart", "124"), ("throughput", "0"), ("attention", "0"), ("kernels", "0")]
     log = (out / "gpu_suite.log").read_text()
     assert "tests ran" in log and "benchmark ran: tools/bench.py throughput" in log
     assert os.listdir(out).count("quickstart_gpu.json") == 0  # nothing of an older run is passed off

@@ -43,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, type=whole_number(1), default=one, metavar="N", help=f"{what} (default {one})")
     parser.add_argument("--rounds", type=whole_number(1), default=3, metavar="N", help="default 3")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    backends = ("auto", "cudnn", "flash_attn", "triton", "cpu", "reference")
+    parser.add_argument("--backend", choices=backends, default="auto", help="of ops.attention, for our layouts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything measured")
     parser.add_argument("--png", type=Path, metavar="FILE", help="efficiency over length")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="a section of docs/benchmarks, appended")
@@ -63,12 +65,13 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
 
     torch.set_num_threads(1)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    shape = Shape(arguments.heads, arguments.kv_heads, arguments.width, dtype, device)
+    shape = Shape(arguments.heads, arguments.kv_heads, arguments.width, dtype, device, arguments.backend)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     result = report.header("attention", name) | {
         "measured": TURNS if launch.world_size == 1 else EXCHANGE,
         "world_size": launch.world_size,
         "shape": {"heads": shape.heads, "kv_heads": shape.kv_heads, "width": shape.width, "dtype": str(dtype)[6:]},
+        "backend": shape.backend,
         "rounds": arguments.rounds,
         "threads_per_rank": torch.get_num_threads(),
         "others": {},

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from megatron_vlm.ops.attention import attention, attention_backward
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
+from megatron_vlm.parallel.ring import Ring
 from megatron_vlm.parallel.ring_plan import RingPlan
 from megatron_vlm.parallel.ulysses import HeadSplit
 from megatron_vlm.runtime.collectives import all_gather_objects
@@ -104,7 +105,7 @@ def _one_process(shape: Shape, inputs: list[Tensor], documents: Documents) -> tu
     for number in range(len(documents.starts)):
         document = documents.interval(number)
         at = slice(document.start, document.stop)
-        rules: Any = {"causal": True, "softmax_scale": shape.scale}
+        rules: Any = {"causal": True, "softmax_scale": shape.scale, "backend": shape.backend}
         part, lse = attention(q[:, at], k[:, at], v[:, at], **rules)
         out[:, at] = part
         dq[:, at] = attention_backward(dout[:, at], q[:, at], k[:, at], v[:, at], part, lse, **rules)[0].to(q.dtype)
@@ -186,7 +187,8 @@ def _ours(shape: Shape, ulysses: int, ring: int) -> Side:
 
     def build(documents: Documents) -> Attend:
         plan = RingPlan(SequenceLayout(documents.length, ring, ulysses), (documents,))
-        return lambda q, k, v: attend(q, k, v, split, plan, groups, shape.scale)
+        of_ring = Ring(plan, groups[1])
+        return lambda q, k, v: attend(q, k, v, shape, split, of_ring, groups[0])
 
     return Side(PRODUCT, ulysses, ring, build, packed=True)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_vlm.ops.attention import attention, attention_backward
+from megatron_vlm.ops.dispatch import AUTO
 from megatron_vlm.parallel import ring, ulysses
 from megatron_vlm.parallel.layout import Documents, Interval, SequenceLayout, blocks, work
 from megatron_vlm.parallel.ring import Ring, ring_attention
@@ -31,13 +32,14 @@ LEAST_DOCUMENT, MOST_DOCUMENT = 64, 4  # of a packed row: from L/64 to L/4 token
 
 @dataclass(frozen=True)
 class Shape:
-    """An attention layer, and where it runs."""
+    """An attention layer, where it runs, and by which backend of `ops.attention`."""
 
     heads: int
     kv_heads: int
     width: int
     dtype: torch.dtype
     device: torch.device
+    backend: str = AUTO
 
     def random(self, num_tokens: int, heads: int) -> Tensor:
         """[1, num_tokens, heads, d], normally distributed."""
@@ -106,7 +108,7 @@ def single_device(shape: Shape, documents: Documents, rounds: int) -> Seconds:
     squares = [
         (slice(block.queries.start, block.queries.stop), block) for block in blocks(whole, whole, documents, True, None)
     ]
-    rules: Any = {"causal": True, "softmax_scale": shape.scale}
+    rules: Any = {"causal": True, "softmax_scale": shape.scale, "backend": shape.backend}
 
     def once() -> Seconds:
         started = clock(shape.device)
@@ -128,13 +130,12 @@ def in_turn(shape: Shape, layout: SequenceLayout, documents: Documents, rounds: 
     found = []
     with absent_ranks() as post:
         for r, u in places:
-            times = []
+            times, of_ulysses, of_rank = [], _alone(u, layout.ulysses), Ring(plan, _alone(r, layout.ring))
             for _ in range(rounds):
                 post.sent_bytes = 0
                 q, k, v, dout = shape.inputs(layout.local_length)
-                groups = _alone(u, layout.ulysses), _alone(r, layout.ring)
                 started = clock(shape.device)
-                out = attend(q, k, v, split, plan, groups, shape.scale)
+                out = attend(q, k, v, shape, split, of_rank, of_ulysses)
                 middle, forward_bytes = clock(shape.device), post.sent_bytes
                 torch.autograd.grad(out, (q, k, v), dout)
                 times.append(Seconds(middle - started, clock(shape.device) - middle))
@@ -147,20 +148,16 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    shape: Shape,
     split: HeadSplit,
-    plan: RingPlan,
-    groups: tuple[ProcessGroup | None, ProcessGroup | None],
-    scale: float,
+    of_ring: Ring,
+    of_ulysses: ProcessGroup | None,
 ) -> Tensor:
-    """What `ContextAttention` does with a rank's tokens [1, L/RU, heads or kv_heads, d] after RoPE.
-
-    Args:
-        groups: of the Ulysses ranks and of the ring ranks.
-    """
-    of_ulysses, of_ring = groups
+    """What `ContextAttention` does with a rank's tokens [1, L/RU, heads or kv_heads, d] after RoPE."""
     kv_index = split.kv_index(0 if of_ulysses is None else of_ulysses.rank())
     by_heads = to_heads(q, k, v, split, of_ulysses)
-    out = ring_attention(*by_heads, Ring(plan, of_ring), kv_index=kv_index, softmax_scale=scale)
+    scoring: Any = {"softmax_scale": shape.scale, "backend": shape.backend}
+    out = ring_attention(*by_heads, of_ring, kv_index=kv_index, **scoring)
     return to_sequence(out, split, of_ulysses)
 
 

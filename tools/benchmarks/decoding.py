@@ -217,7 +217,7 @@ def _theirs(config: Config) -> Generate:
 
     prepare(config.runtime.device)
     language = load_language_config(config.model.language)
-    model = build_llava(config, language, survey_tower(config.model.vision), 0).train(False)
+    model = build_llava(config, language, survey_tower(config.model.vision, config.model.projector), 0).train(False)
     model.config.text_config.use_cache = True  # off for training
     model.generation_config.eos_token_id = None
 

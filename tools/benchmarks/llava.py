@@ -49,7 +49,10 @@ class LlavaSide:
     def __init__(self, config: Config, launch: Launch, num_batches: int) -> None:
         _refuse_other_training(config, launch.world_size)
         self.config, self.launch = config, launch
-        language, survey = load_language_config(config.model.language), survey_tower(config.model.vision)
+        language, survey = (
+            load_language_config(config.model.language),
+            survey_tower(config.model.vision, config.model.projector),
+        )
         started = time.perf_counter()
         tokenizer = load_tokenizer(
             config.model.language.tokenizer or config.model.language.path, config.data.image_token

@@ -115,7 +115,7 @@ def prepare() -> "tuple[VisionEncoder, MediaCost]":
         "checkpoint": {"directory": "none"},
     }
     config = Config.model_validate(tree)
-    encoder = VisionEncoder(survey_tower(config.model.vision), config, HIDDEN, rank=0).eval()
+    encoder = VisionEncoder(survey_tower(config.model.vision, config.model.projector), config, HIDDEN, rank=0).eval()
     return encoder, measure_encoder(encoder)
 
 

@@ -81,7 +81,10 @@ def requests(config: Config, arguments: argparse.Namespace, launch: Launch) -> l
 
     from .synthetic import SampleSize
 
-    per_picture, length = survey_tower(config.model.vision).media_spec.tokens_per_image, config.training.sequence_length
+    per_picture, length = (
+        survey_tower(config.model.vision, config.model.projector).media_spec.tokens_per_image,
+        config.training.sequence_length,
+    )
     sizes = []
     for sample in draw(arguments.seed, arguments.samples):
         text = max(FEWEST_TEXT_TOKENS, round(sample.text_tokens * length / SEQUENCE_LENGTH))

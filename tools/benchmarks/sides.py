@@ -179,7 +179,7 @@ def _with_data(request: SideRequest, scratch: Path) -> Config:
             shape = synthetic.Shape(
                 sequence_length=config.training.sequence_length,
                 vocab_size=load_language_config(config.model.language).vocab_size,
-                spec=survey_tower(config.model.vision).media_spec,
+                spec=survey_tower(config.model.vision, config.model.projector).media_spec,
                 answers=request.answers,
             )
             num_samples = config.training.global_batch_size * request.num_batches

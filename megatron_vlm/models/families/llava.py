@@ -22,7 +22,9 @@ def build_model(config: Config, grid: Grid) -> VisionLanguageModel:
     Raises ConfigError where a part cannot be built.
     """
     language_config = load_language_config(config.model.language)
-    vision = VisionEncoder(survey_tower(config.model.vision), config, language_config.hidden_size, grid.rank)
+    vision = VisionEncoder(
+        survey_tower(config.model.vision, config.model.projector), config, language_config.hidden_size, grid.rank
+    )
     language = build_language_chunks(config, language_config, grid)
     device = current_device()
     model = VisionLanguageModel(vision.to(device), [chunk.to(device) for chunk in language], grid)

@@ -1,22 +1,50 @@
 """The table of projectors: how a tower's features become rows of the language model's width.
 
-A projector is built from (vision width, language width) and maps [..., vision] -> [..., language]. Its module names are
-LLaVA's own (`0.weight`, `2.weight`), so that weights move by name.
+A projector is built from (vision width, language width) and maps [n, t, vision] -> [n, t', language]; t' is t, or fewer
+where it joins neighbouring patches. What t' is, one trial on the meta device tells (`count_rows`). Its parameters have
+their published names, so that weights move by name: LLaVA's `0.weight`, `2.weight`, VILA's `layers.1.weight`.
 """
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
+from megatron_vlm.ops.dispatch import AUTO
 from megatron_vlm.registry import Registry
 
 ProjectorBuilder = Callable[[int, int], nn.Module]
 PROJECTORS: Registry[ProjectorBuilder] = Registry("projector")
 
 
-def build_projector(name: str, vision_size: int, language_size: int) -> nn.Module:
-    """The projector of that name, mapping [..., vision_size] -> [..., language_size], random weights.
+class OpsProjector(nn.Module):
+    """A projector made of operations that have backends; `backend` is the recipe's `ops.projector`."""
 
-    Raises ConfigError for an unknown name, or where the projector cannot join the two sizes.
+    backend: str = AUTO
+
+
+def build_projector(name: str, vision_size: int, language_size: int, backend: str = AUTO) -> nn.Module:
+    """The projector of that name, mapping [n, t, vision_size] -> [n, t', language_size], random weights.
+
+    Args:
+        backend: of its operations, where it has any.
+
+    Raises:
+        ConfigError: an unknown name, or the projector cannot join the two sizes.
     """
-    return PROJECTORS.get(name)(vision_size, language_size)
+    projector = PROJECTORS.get(name)(vision_size, language_size)
+    if isinstance(projector, OpsProjector):
+        projector.backend = backend
+    return projector
+
+
+def count_rows(name: str, num_tokens: int, vision_size: int) -> int:
+    """Rows that a picture of so many tokens becomes.
+
+    Raises:
+        ConfigError: as `build_projector`, or the projector does not take that number of tokens.
+    """
+    with torch.device("meta"):
+        projector = build_projector(name, vision_size, vision_size)
+        rows: int = projector(torch.empty(1, num_tokens, vision_size)).shape[1]
+    return rows

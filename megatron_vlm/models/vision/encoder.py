@@ -37,15 +37,19 @@ class VisionEncoder(MegatronModule):
         self.rank = rank
         self.language_size = language_size
         self.tower = VisionTower(survey, recompute=config.training.recompute.vision == "full")
-        self.projector = build_projector(config.model.projector.type, survey.hidden_size, language_size)
+        self.projector = build_projector(
+            config.model.projector.type, survey.hidden_size, language_size, config.ops.projector
+        )
         self.to(DTYPES[config.precision.params])
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [n, 3, H, W] -> [n, tokens_per_image, h]; n may be 0, and then nothing runs."""
+        tokens = self.tower.survey.media_spec.tokens_per_image
         if pixels.shape[0] == 0:
-            tokens = self.tower.survey.media_spec.tokens_per_image
             return pixels.new_empty(0, tokens, self.language_size, dtype=self.config.params_dtype)
-        return self.projector(self.tower(pixels))
+        rows: Tensor = self.projector(self.tower(pixels))
+        assert rows.shape[1] == tokens, f"the projector gives {rows.shape[1]} rows, surveyed {tokens}"
+        return rows
 
     def global_name(self, name: str) -> str:
         """This module's name of a tensor -> its global one: `vision.<transformers name>` or `projector.<name>`."""

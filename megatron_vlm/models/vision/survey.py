@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig
 
-from megatron_vlm.config.schema import VisionConfig
+from megatron_vlm.config.schema import ProjectorConfig, VisionConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.hf_config import config_from_dict, config_from_path
+from megatron_vlm.models.projectors import PROJECTORS, count_rows
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.preprocessing import pixel_format
 from megatron_vlm.parallel.media_plan import MediaCost
@@ -38,6 +39,7 @@ class TowerSurvey:
         num_layers: in the whole tower.
         selected: index of the hidden state taken, 0..L.
         num_dropped_tokens: leading tokens dropped from it.
+        num_tokens: of an image, that are left, and go into the projector.
         hidden_size: its width.
         media_spec: its images.
         parameter_names: all of them, as transformers names them in memory.
@@ -49,6 +51,7 @@ class TowerSurvey:
     num_layers: int
     selected: int
     num_dropped_tokens: int
+    num_tokens: int
     hidden_size: int
     media_spec: MediaSpec
     parameter_names: tuple[str, ...]
@@ -82,11 +85,15 @@ def build_hf_tower(hf_config: PretrainedConfig) -> nn.Module:
         raise ConfigError(f"model.vision: transformers cannot build {hf_config.model_type!r}: {reason}") from error
 
 
-def survey_tower(vision: VisionConfig) -> TowerSurvey:
+def survey_tower(vision: VisionConfig, projector: ProjectorConfig | None = None) -> TowerSurvey:
     """Finds a tower's facts on the meta device.
 
-    Raises ConfigError where the config cannot be read, the layers cannot be found, `select_layer` is out of range, or
-    the model does not take pixels of one fixed size.
+    Args:
+        projector: what joins it to a language model, and may make fewer rows of its tokens; None for the tower alone.
+
+    Raises:
+        ConfigError: the config cannot be read, the layers cannot be found, `select_layer` is out of range, the model
+            does not take pixels of one fixed size, or the projector does not take its tokens.
     """
     hf_config = load_vision_config(vision)
     pixels = pixel_format(vision.path, hf_config)
@@ -108,15 +115,24 @@ def survey_tower(vision: VisionConfig) -> TowerSurvey:
             "a tower must give [images, leading tokens + patches, width]"
         )
     num_dropped = num_leading if vision.select_feature == "patch" else 0
+    num_tokens = hidden.shape[1] - num_dropped
     spec = MediaSpec(
-        hidden.shape[1] - num_dropped, num_patches, pixels.height, pixels.width,
+        _num_rows(projector, num_tokens, hidden.shape[2]), num_patches, pixels.height, pixels.width,
         mean=pixels.mean, std=pixels.std, processor=pixels.processor,
         cost=MediaCost() if vision.cost is None else MediaCost(vision.cost.linear, vision.cost.quadratic),
     )  # fmt: skip
     return TowerSurvey(
-        hf_config, layers_path, num_layers, selected, num_dropped, hidden.shape[2], spec, names,
+        hf_config, layers_path, num_layers, selected, num_dropped, num_tokens, hidden.shape[2], spec, names,
         unreached=frozenset(names) - reached,
     )  # fmt: skip
+
+
+def _num_rows(projector: ProjectorConfig | None, num_tokens: int, hidden_size: int) -> int:
+    """That the projector gives per image. An unknown one gives as many as tokens: validation reports its name with the
+    recipe's other faults."""
+    if projector is None or projector.type not in PROJECTORS:
+        return num_tokens
+    return count_rows(projector.type, num_tokens, hidden_size)
 
 
 def find_layers(model: nn.Module, num_layers: int) -> str:

@@ -90,7 +90,7 @@ def shrink(config: Config, world_size: int) -> tuple[Config, list[Tree]]:
     tree["logging"] = {"progress": False, "curves": False, "tensorboard": False, "ranks_every_steps": 0}
     model["freeze"] = matching_patterns(tree)
     small = config_from_tree(tree, "the shrunk recipe")
-    num_tokens = survey_tower(small.model.vision).media_spec.tokens_per_image
+    num_tokens = survey_tower(small.model.vision, small.model.projector).media_spec.tokens_per_image
     samples, longest = pick_samples(small, num_tokens, small.training.global_batch_size)
     tree["data"]["source"] = "llava_json"  # as which the samples are written
     tree["training"]["sequence_length"] = max(longest, num_tokens + 1)

@@ -6,7 +6,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
-from megatron_vlm.config.megatron import ddp_config, optimizer_config, transformer_config, vision_ddp_config
+from megatron_vlm.config import megatron
+from megatron_vlm.config.megatron import (
+    ddp_config,
+    fp8_backend,
+    optimizer_config,
+    transformer_config,
+    vision_ddp_config,
+)
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime import device
 from tests.unit.config.recipes import recipe
@@ -92,3 +99,41 @@ def test_optimizer() -> None:
     assert (built.lr, built.adam_beta1, built.adam_beta2, built.adam_eps) == (1e-3, 0.8, 0.95, 1e-9)
     assert (built.weight_decay, built.clip_grad, built.use_distributed_optimizer) == (0.1, 0.5, True)
     assert built.optimizer == "adam" and built.decoupled_weight_decay
+
+
+@pytest.mark.parametrize(
+    ("precision", "device_type", "is_installed", "expected"),
+    [
+        ({}, "cuda", True, None),
+        ({"fp8": "tensorwise"}, "cpu", True, "native"),
+        ({"fp8": "tensorwise"}, "cuda", False, "native"),
+        ({"fp8": "tensorwise"}, "cuda", True, "transformer_engine"),
+        ({"fp8": "tensorwise", "fp8_backend": "native"}, "cuda", True, "native"),
+        ({"fp8": "delayed"}, "cuda", True, "transformer_engine"),
+    ],
+)
+def test_who_computes_in_fp8(
+    monkeypatch: pytest.MonkeyPatch, precision: Any, device_type: str, is_installed: bool, expected: str | None
+) -> None:
+    monkeypatch.setattr(megatron, "current_device", lambda: torch.device(device_type))
+    monkeypatch.setattr(megatron, "installed_packages", lambda: {"transformer-engine"} if is_installed else set())
+    assert fp8_backend(recipe(precision=precision)) == expected
+
+
+def test_our_own_fp8_leaves_megatron_cores_off() -> None:
+    assert transformer_config(recipe(precision__fp8="tensorwise"), LlamaConfig(**SIZES)).fp8 is None
+
+
+@pytest.mark.parametrize("name", ["tensorwise", "delayed", "blockwise"])
+def test_transformer_engines_fp8_is_megatron_cores(name: str) -> None:
+    exclude = {"first": 0, "last": 0} if name == "delayed" else {"first": 1, "last": 2}
+    precision = {"fp8": name, "fp8_backend": "transformer_engine", "fp8_exclude": exclude}
+    built = transformer_config(recipe(precision=precision), LlamaConfig(**SIZES))
+    assert (built.fp8, built.fp8_recipe) == ("e4m3", name)
+    assert built.first_last_layers_bf16 == (name != "delayed")
+    assert (built.num_layers_at_start_in_bf16, built.num_layers_at_end_in_bf16) == tuple(exclude.values())
+    assert (built.fp8_amax_history_len, built.fp8_amax_compute_algo) == (
+        (1024, "max") if name == "delayed" else (1, "most_recent")
+    )
+    wide = transformer_config(recipe(precision={**precision, "fp8_gradients": "e5m2"}), LlamaConfig(**SIZES))
+    assert wide.fp8 == "hybrid"

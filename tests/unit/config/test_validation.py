@@ -1,5 +1,6 @@
 """Every rule: a recipe that breaks it, named with key, value found and values allowed, and one that just keeps it."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,49 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
         {"precision": {"params": "fp32", "grad_reduce": "bf16"}},
         1,
         ["precision.grad_reduce: found bf16 with precision.params fp32, needs fp32"],
+    ),
+    (
+        "history of our own",
+        {"precision": {"fp8": "delayed", "fp8_backend": "native", "fp8_exclude": {"first": 1}}},
+        1,
+        [
+            "precision.fp8: found delayed with precision.fp8_backend native, which scales each tensor by its own",
+            "precision.fp8_exclude: found first 1, last 0 with precision.fp8 delayed, whose history megatron-core",
+            "package transformer-engine is missing, install it: pip install transformer-engine",
+        ],
+    ),
+    (
+        "blocks on the CPU",
+        {"precision__fp8": "blockwise", "runtime__device": "cpu"},
+        1,
+        [
+            "precision.fp8: found blockwise with runtime.device cpu, where Transformer Engine cannot run, needs",
+            "package transformer-engine is missing",
+        ],
+    ),
+    (
+        "blocks without Transformer Engine",
+        {"precision__fp8": "blockwise"},
+        1,
+        [
+            "precision.fp8 delayed or blockwise, or precision.fp8_backend transformer_engine (tensorwise runs without "
+            "it): package transformer-engine is missing, install it: pip install transformer-engine"
+        ],
+    ),
+    (
+        "Transformer Engine on the CPU",
+        {"precision": {"fp8": "tensorwise", "fp8_backend": "transformer_engine"}, "runtime__device": "cpu"},
+        1,
+        [
+            "precision.fp8_backend: found transformer_engine with runtime.device cpu, where it cannot run, needs",
+            "package transformer-engine is missing",
+        ],
+    ),
+    (
+        "no layer left for FP8",
+        {"precision": {"fp8": "tensorwise", "fp8_exclude": {"first": 4, "last": 4}}},
+        1,
+        ["precision.fp8_exclude: found first 4, last 4, the language model has 8 layers, needs fewer"],
     ),
     (
         "grouped in file order",
@@ -173,6 +217,8 @@ def test_each_violation_is_named(changes: dict[str, Any], world_size: int, expec
 
 VALID: list[tuple[str, dict[str, Any], int]] = [
     ("one rank", {}, 1),
+    ("FP8 of our own", {"precision": {"fp8": "tensorwise", "fp8_exclude": {"first": 1, "last": 1}}}, 1),
+    ("FP8 switched off", {"precision": {"fp8": None, "fp8_backend": "transformer_engine"}}, 1),
     ("everything", {"parallel": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True}}, 8),
     ("a split to be chosen", {"parallel": {"context": 4, "tensor": 2, "ulysses": 1, "ring": 1}}, 8),
     ("overlap", {"parallel": {"overlap_param_gather": True, "overlap_grad_reduce": True}}, 2),
@@ -221,6 +267,33 @@ def test_all_violations_come_at_once() -> None:
 def test_feed_forward_channels_are_split_too() -> None:
     with pytest.raises(ConfigError, match="190 feed-forward channels, allowed: 1, 2$"):
         validate(recipe(parallel__tensor=4), facts(ffn_hidden_size=190), 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "expected"),
+    [
+        (
+            {"precision": {"fp8": "blockwise", "fp8_exclude": {"last": 5}}, "parallel__pipeline": 2},
+            2,
+            "precision.fp8_exclude: found first 0, last 5, megatron-core allows each at most the 4 layers of a",
+        ),
+        (
+            {"precision__fp8": "delayed", "parallel__tensor": 4},
+            4,
+            "precision.fp8: found delayed with a hidden size of 64 and 200 feed-forward channels over parallel.tensor "
+            "4, Transformer Engine needs multiples of 16 on every rank",
+        ),
+    ],
+)
+def test_what_transformer_engine_would_refuse(changes: dict[str, Any], world_size: int, expected: str) -> None:
+    """Where it is installed; our own FP8 takes both."""
+    sizes = facts(ffn_hidden_size=200 if "parallel__tensor" in changes else 192)
+    installed = replace(sizes, installed=sizes.installed | {"transformer-engine"})
+    with pytest.raises(ConfigError) as caught:
+        validate(recipe(**changes), installed, world_size)
+    assert expected in str(caught.value) and "; " not in str(caught.value)
+    own = recipe(**{**changes, "precision": {"fp8": "tensorwise", "fp8_exclude": {"last": 5}}})
+    validate(own, sizes, world_size)
 
 
 def test_missing_packages_are_those_the_recipe_needs() -> None:

@@ -15,6 +15,7 @@ from tests.helpers.public_models import CLIP_B_32, CLIP_L_336, QWEN2_7B
 RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
 RANKS = {
     "quickstart": 4,
+    "llama3_8b_fp8": 8,
     "llava15_7b_8gpu": 8,
     "llava_qwen2_7b": 8,
     "long_video_qwen2_7b": 8,

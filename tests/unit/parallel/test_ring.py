@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from megatron_vlm.ops.attention_blocks import merge
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
-from megatron_vlm.parallel.ring import Ring, _merge, ring_attention
+from megatron_vlm.parallel.ring import Ring, ring_attention
 from megatron_vlm.parallel.ring_plan import RingPlan
 from tests.helpers.attention_cases import ROWS, Case, distance, expected
 
@@ -55,7 +56,7 @@ def test_blocks_merge_whatever_their_weights(lse: float, block_lse: float) -> No
     """Against fp64 with the larger taken out; log(1 + exp()) in fp32 overflows from 89 on."""
     out, block_out = torch.randn(2, 1, 1, 1, 4).double()
     found, found_lse = out.float(), torch.full((1, 1, 1), lse)
-    _merge(found, found_lse, block_out.float(), torch.full((1, 1, 1), block_lse))
+    merge(found, found_lse, block_out.float(), torch.full((1, 1, 1), block_lse))
     weights = torch.tensor([lse, block_lse], dtype=torch.float64).softmax(0)
     torch.testing.assert_close(found.double(), weights[0] * out + weights[1] * block_out, rtol=1e-5, atol=1e-6)
     wanted_lse = torch.tensor([lse, block_lse], dtype=torch.float64).logsumexp(0)

@@ -1,0 +1,117 @@
+"""The operations that have backends: what each would take on a machine, which `tools/doctor.py` tells, and whether a
+recipe's choices can run there.
+
+An operation shows up by one line in `TABLE`: its name, where its `Operation` is, and what its obstacle functions are
+asked about, made from an `Example` (device, dtype, shape) in the place of each tensor:
+
+    Entry("attention", "megatron_vlm.ops.attention", "ATTENTION", lambda like: (like(1, 4096, 32, 128), None)),
+
+The inputs are the positional arguments with which the operation calls `select` after the backend's name. Nothing is
+computed. A test keeps the table to the operations there are.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.ops.dispatch import AUTO, Operation
+
+
+@dataclass(frozen=True)
+class Example:
+    """Stands for a tensor of which only this is asked; it is called with a shape to give another one of its kind."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape: tuple[int, ...] = ()
+
+    def __call__(self, *shape: int) -> "Example":
+        return Example(self.device, self.dtype, shape)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An operation of the table.
+
+    Args:
+        name: as the recipe's key under `ops` where there is one.
+        module, attribute: where its `Operation` is; imported when it is asked about.
+        inputs: of `Operation.select`, of the size they have in an 8B model.
+    """
+
+    name: str
+    module: str
+    attribute: str
+    inputs: Callable[[Example], tuple[Any, ...]]
+
+    @property
+    def operation(self) -> Operation[Any]:
+        """Itself."""
+        operation = getattr(importlib.import_module(self.module), self.attribute)
+        assert isinstance(operation, Operation)
+        return operation
+
+
+TABLE = (
+    Entry("attention", "megatron_vlm.ops.attention", "ATTENTION", lambda like: (like(1, 4096, 32, 128), None)),
+    Entry("norm", "megatron_vlm.ops.norm", "NORM", lambda like: (like(4096, 1, 4096), like(4096))),
+    Entry("activation", "megatron_vlm.ops.activation", "GATED", lambda like: (like(4096, 1, 28672),)),
+    Entry("rope", "megatron_vlm.ops.rope", "ROPE", lambda like: (like(1, 4096, 32, 128),)),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an operation has on a device.
+
+    Args:
+        taken: what `auto` takes, or None where nothing can run.
+        offered: backends that can run, in `auto`'s order.
+        passed_over: backend -> why `auto` does not take it though it stands before what it takes; of those that cannot
+            run, all.
+    """
+
+    name: str
+    taken: str | None
+    offered: tuple[str, ...]
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+
+def choices(device: torch.device, dtype: torch.dtype) -> Iterator[Choice]:
+    """Of every operation in the table, for tensors of that kind."""
+    for entry in TABLE:
+        yield _choice(entry, Example(device, dtype))
+
+
+def check(requested: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+    """Whether the backends asked for by name can run, before anything is built or loaded.
+
+    Args:
+        requested: operation -> backend; other keys are not looked at.
+
+    Raises:
+        ConfigError: the first one that cannot, with the reason.
+    """
+    for entry in TABLE:
+        backend = requested.get(entry.name, AUTO)
+        if backend != AUTO:
+            entry.operation.find(backend, *entry.inputs(Example(device, dtype)))
+
+
+def _choice(entry: Entry, like: Example) -> Choice:
+    operation, inputs = entry.operation, entry.inputs(like)
+    try:
+        taken = operation.find(AUTO, *inputs).name
+    except ConfigError:  # none can run: the reasons are in `passed_over`
+        taken = None
+    reasons = {backend.name: backend.unfit(*inputs) for backend in operation.backends}
+    return Choice(
+        entry.name,
+        taken,
+        tuple(backend.name for backend in operation.backends if backend.obstacle(*inputs) is None),
+        {name: reason for name, reason in reasons.items() if reason is not None},
+    )

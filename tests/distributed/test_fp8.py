@@ -1,0 +1,111 @@
+"""FP8 over ranks: every layout learns what one process does, and checkpoints with and without it are of one kind.
+
+Scales are powers of two, so a shard's own changes nothing but its smallest numbers: layouts differ far less from each
+other than FP8 does from fp32, and that is what is asked.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vlm.checkpoint.directory import find_checkpoint
+from megatron_vlm.checkpoint.manifest import Manifest
+from megatron_vlm.config.schema import Config
+from megatron_vlm.training.job import build_job
+from tests.helpers.jobs import save, train_steps
+from tests.helpers.ranks import RankPool
+from tests.helpers.tiny import merge, tiny_recipe
+
+STEPS = 3
+LAYOUTS = {
+    "tp2": (2, {"tensor": 2}),
+    "tp2-sp": (2, {"tensor": 2, "sequence": True}),
+    "tp2-pp2-sp": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+    "ulysses2": (2, {"ulysses": 2}),
+}
+Outcome = tuple[list[float], list[float]]  # losses, gradient norms
+
+
+def outcome(recipe: dict[str, Any]) -> Outcome:
+    """Of some steps."""
+    job = build_job(Config.model_validate(recipe), torch.distributed.get_world_size())
+    return train_steps(job, STEPS)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("fp8")
+    made = tiny_recipe(
+        directory, precision={"fp8": "tensorwise"}, data={"packing": True}, training={"steps": 2 * STEPS}
+    )
+    return made.model_dump(mode="json")
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: RankPool, recipe: dict[str, Any]) -> dict[str, Outcome]:
+    """In one process, in FP8 and in fp32."""
+    plain = merge(recipe, {"precision": {"fp8": None}})
+    return {"fp8": ranks.run(1, outcome, recipe)[0], "fp32": ranks.run(1, outcome, plain)[0]}
+
+
+def relative(found: list[float], expected: list[float]) -> float:
+    return max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "tp2-sp" else pytest.mark.slow) for name in LAYOUTS]
+)
+def test_a_layout_computes_what_one_process_does(
+    ranks: RankPool, recipe: dict[str, Any], alone: Any, name: str
+) -> None:
+    """The first step, which knows no optimizer: Adam makes full steps of gradients that are nothing but rounding. The
+    losses after it still differ less than they do from fp32's."""
+    num_ranks, parallel = LAYOUTS[name]
+    for outcome_here in ranks.run(num_ranks, outcome, merge(recipe, {"parallel": parallel})):
+        for found, in_fp8, in_fp32 in zip(outcome_here, alone["fp8"], alone["fp32"], strict=True):
+            assert relative(found[:1], in_fp8[:1]) < 0.1 * relative(in_fp32[:1], in_fp8[:1]), (found, in_fp8, in_fp32)
+            assert relative(found, in_fp8) < relative(in_fp32, in_fp8), (found, in_fp8, in_fp32)
+
+
+def weights_after(recipe: dict[str, Any], steps: int, saves: bool) -> tuple[int, list[float], dict[str, torch.Tensor]]:
+    """From `checkpoint.load`, where there is one: the updates made before, the next losses, the weights at the end."""
+    job = build_job(Config.model_validate(recipe), 1)
+    before = job.start_step
+    losses = train_steps(job, steps)[0] if steps else []
+    if saves:
+        save(job, before + steps)
+    return before, losses, {name: p.detach().clone() for name, p in job.model.language[0].named_parameters()}
+
+
+@pytest.mark.parametrize(("first", "then"), [("tensorwise", None), (None, "tensorwise")])
+def test_a_checkpoint_loads_with_fp8_on_or_off(
+    ranks: RankPool, recipe: dict[str, Any], tmp_path: Path, first: str | None, then: str | None
+) -> None:
+    recipe = merge(recipe, {"checkpoint": {"directory": str(tmp_path)}, "precision": {"fp8": first}})
+    ((_, _, saved),) = ranks.run(1, weights_after, recipe, STEPS, True)
+    assert {weight.dtype for weight in saved.values()} == {torch.float32}
+    recipe = merge(recipe, {"checkpoint": {"load": str(tmp_path), "accept_changes": ["precision.fp8"]}})
+    losses = {}
+    for fp8 in (first, then):
+        changed = merge(recipe, {"precision": {"fp8": fp8}})
+        ((before, _, loaded),) = ranks.run(1, weights_after, changed, 0, False)
+        assert before == STEPS and saved.keys() == loaded.keys()
+        for name, weight in saved.items():
+            torch.testing.assert_close(loaded[name], weight, rtol=0, atol=0, msg=name)
+        ((_, losses[fp8], _),) = ranks.run(1, weights_after, changed, 1, False)
+    assert 0 < relative(losses[then], losses[first]) < 0.05
+
+
+def test_checkpoints_hold_the_same_files(ranks: RankPool, recipe: dict[str, Any], tmp_path: Path) -> None:
+    sizes = []
+    for fp8 in ("tensorwise", None):
+        directory = tmp_path / str(fp8)
+        changes = {"checkpoint": {"directory": str(directory)}, "precision": {"fp8": fp8}}
+        ranks.run(1, weights_after, merge(recipe, changes), 1, True)
+        found = find_checkpoint(directory)
+        assert found is not None
+        files = Manifest.read(found).files
+        sizes.append({name: record.size_bytes for name, record in files.items() if name.endswith(".distcp")})
+    assert sizes[0] == sizes[1]

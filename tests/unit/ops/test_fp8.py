@@ -1,0 +1,180 @@
+"""FP8 linear layers against fp64: every number within the error that the formats allow, padding in no scale.
+
+The bound is no tolerance: rounding a number to FP8 errs by at most half a unit of its last place, or half the smallest
+number times the scale where that is more; a product's error follows, and is asserted of every element.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.ops import fp8, reference_fp8
+from megatron_vlm.ops.fp8 import E4M3, E5M2, fp8_linear, matmul, quantise
+
+SHAPES = {"aligned": (32, 64, 48), "ragged": (13, 20, 37), "one token": (1, 16, 16)}  # tokens, inputs, outputs
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rounding(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest error of each number of x, fp64, once it is in the format."""
+    scale = reference_fp8.fp8_scale(x.abs().amax().float(), dtype).double()
+    return torch.maximum(
+        x.abs() * torch.finfo(dtype).eps / 2, scale * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+    )
+
+
+def allowed(a: Tensor, b: Tensor, a_format: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """The largest error of each number of a @ b: of its factors, of fp32 sums, and of the result's dtype."""
+    error_a, error_b = rounding(a, a_format), rounding(b, E4M3)
+    sizes = (a.abs() + error_a) @ (b.abs() + error_b)
+    return (
+        error_a @ b.abs()
+        + a.abs() @ error_b
+        + error_a @ error_b
+        + sizes * (a.shape[1] * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps)
+    )
+
+
+def run(
+    x: Tensor, weight: Tensor, dy: Tensor, gradient_format: torch.dtype = E4M3, counted: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, dx, dW."""
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    y = fp8_linear(x, weight, gradient_format=gradient_format, counted=counted)
+    y.backward(dy)
+    assert x.grad is not None and weight.grad is not None
+    return y.detach(), x.grad, weight.grad
+
+
+def check(shape: tuple[int, int, int], dtype: torch.dtype, gradient_format: torch.dtype, factor: float = 1.0) -> None:
+    tokens, inputs, outputs = shape
+    x, weight, dy = (
+        draw(*size, seed=seed).to(dtype)
+        for seed, size in enumerate(((tokens, inputs), (outputs, inputs), (tokens, outputs)))
+    )
+    x = x * factor
+    y, dx, dw = run(x, weight, dy, gradient_format)
+    assert (y.dtype, dx.dtype, dw.dtype) == (dtype,) * 3
+    x, weight, dy = (value.double() for value in (x, weight, dy))
+    products = {
+        "y": (y, x, weight.T, E4M3),
+        "dx": (dx, dy, weight, gradient_format),
+        "dw": (dw, dy.T, x, gradient_format),
+    }
+    for name, (found, left, right, left_format) in products.items():
+        excess = (found.double() - left @ right).abs() - allowed(left, right, left_format, dtype)
+        assert bool((excess <= 0).all()), f"{name}: off by {float(excess.max()):.2e} more than the formats allow"
+
+
+@pytest.mark.parametrize("gradient_format", (E4M3, E5M2))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_all_three_products_are_as_exact_as_the_formats_allow(
+    shape: str, dtype: torch.dtype, gradient_format: torch.dtype
+) -> None:
+    check(SHAPES[shape], dtype, gradient_format)
+    check(SHAPES[shape], dtype, gradient_format, factor=1000.0)
+
+
+@pytest.mark.parametrize("fault", ("scales of 1", "x not transposed", "scale of the gradient dropped"))
+def test_a_wrong_linear_fails(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    shape, factor = (32, 32, 32), 1.0
+    if fault == "scales of 1":
+        factor = 1000.0
+        monkeypatch.setattr(reference_fp8, "fp8_scale", lambda amax, dtype: torch.ones(1))
+    elif fault == "x not transposed":
+        monkeypatch.setattr(
+            fp8,
+            "transposed",
+            lambda matrix: (
+                matrix
+                if matrix.rows is not None
+                else fp8.Fp8Matrix(matrix.columns.T.contiguous(), None, matrix.scale, matrix.shape)
+            ),
+        )
+    else:
+        plain = fp8.quantise
+
+        def dropped(x: Tensor, *arguments: object, **options: object) -> fp8.Fp8Matrix:
+            found = plain(x, *arguments, **options)
+            unit = torch.ones_like(found.scale)
+            return fp8.Fp8Matrix(found.rows, found.columns, unit, found.shape) if "counted" not in options else found
+
+        monkeypatch.setattr(fp8, "quantise", dropped)
+    with pytest.raises(AssertionError, match="more than the formats allow"):
+        check(shape, torch.float32, E4M3, factor)
+
+
+@pytest.mark.parametrize("formats", ((E4M3, E4M3), (E5M2, E4M3)))
+def test_the_gemm_of_torch_equals_its_twin(formats: tuple[torch.dtype, torch.dtype]) -> None:
+    left, right = quantise(draw(20, 40).float(), formats[0]), quantise(draw(50, 40, seed=1).float(), formats[1])
+    ours, twin = (matmul(left, right, torch.float32, backend=backend) for backend in ("scaled_mm", "reference"))
+    assert ours.shape == (20, 50)
+    torch.testing.assert_close(ours, twin, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_tokens_that_do_not_count_change_nothing(dtype: torch.dtype) -> None:
+    """Padding of any size, among the others: not one bit of the others' results, of their gradients or the weight's."""
+    x, weight, dy = draw(13, 32).to(dtype), draw(16, 32, seed=1).to(dtype), draw(13, 16, seed=2).to(dtype)
+    counted = torch.ones(16, dtype=torch.bool)
+    counted[[4, 14, 15]] = False
+    padded_x, padded_dy = torch.full((16, 32), 3e4, dtype=dtype), torch.zeros(16, 16, dtype=dtype)
+    padded_x[counted], padded_dy[counted] = x, dy
+    y, dx, dw = run(x, weight, dy)
+    found_y, found_dx, found_dw = run(padded_x, weight, padded_dy, counted=counted)
+    torch.testing.assert_close(found_y[counted], y, rtol=0, atol=0)
+    torch.testing.assert_close(found_dx[counted], dx, rtol=0, atol=0)
+    torch.testing.assert_close(found_dw, dw, rtol=1e-5, atol=1e-6)  # summed in another order
+    assert float((run(padded_x, weight, padded_dy)[0][counted] - y).abs().max()) > 1e-3, "the test sees nothing"
+
+
+def test_filling_up_to_16_changes_nothing() -> None:
+    """13 tokens, and the same with three of zeros: the same scales and results to the bit."""
+    x, weight, dy = draw(13, 32).float(), draw(16, 32, seed=1).float(), draw(13, 16, seed=2).float()
+    zeros = torch.zeros(3, 32), torch.zeros(3, 16)
+    alone, filled = run(x, weight, dy), run(torch.cat([x, zeros[0]]), weight, torch.cat([dy, zeros[1]]))
+    torch.testing.assert_close(filled[0][:13], alone[0], rtol=0, atol=0)
+    torch.testing.assert_close(filled[1][:13], alone[1], rtol=0, atol=0)
+    torch.testing.assert_close(filled[2], alone[2], rtol=0, atol=0)
+    assert quantise(x, E4M3).scale == quantise(torch.cat([x, zeros[0]]), E4M3).scale
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("where", ("x", "dy"))
+def test_what_is_not_finite_stays_so(value: float, where: str) -> None:
+    """The optimizer must see it, and leave the update out."""
+    tensors = {"x": draw(16, 32).float(), "weight": draw(16, 32, seed=1).float(), "dy": draw(16, 16, seed=2).float()}
+    tensors[where][3, 5] = value
+    _, _, dw = run(**tensors)
+    assert not bool(dw.isfinite().all())
+
+
+def test_nothing_is_kept_for_a_frozen_weight() -> None:
+    x, weight = draw(16, 32).float().requires_grad_(), draw(16, 32, seed=1).float()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        y = fp8_linear(x, weight)
+    assert all(tensor is weight or tensor.numel() == 1 for tensor in saved)
+    y.sum().backward()
+    assert x.grad is not None and weight.grad is None
+
+
+def test_activations_are_kept_in_one_byte() -> None:
+    x, weight = draw(16, 32).bfloat16(), draw(16, 32, seed=1).bfloat16().requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        fp8_linear(x, weight)
+    assert sum(tensor.nbytes for tensor in saved if tensor is not weight) == x.numel() + 2 * 4  # and two scales
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="ops.fp8_quantise"):
+        quantise(draw(4, 4).float(), E4M3, backend="none")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert "found 8.0" in str(fp8.fp8_obstacle(torch.device("cuda")))
+    assert fp8.fp8_obstacle(torch.device("cpu")) is None
