@@ -1,0 +1,57 @@
+"""One process whose own rounding is out of the way, where it would be further from the truth than a layout may be from
+it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from megatron_vlm.training.layout_check.record import Record
+from tests.helpers.master import run_layout
+
+aten = torch.ops.aten
+PRODUCTS = (
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+)
+
+
+class ExactProducts(TorchDispatchMode):
+    """Matrix products and attention of fp32 numbers, forward and backward: in fp64, the result rounded once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_widened = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in PRODUCTS:
+            return func(*args, **kwargs)
+        self.num_widened += 1
+        args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
+        return tree_map_only(Tensor, _rounded, func(*args, **kwargs))
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.double() if x.dtype == torch.float32 else x
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float64 else x
+
+
+def run_exactly(recipe: dict[str, Any], steps: int) -> Record:
+    """`run_layout` under `ExactProducts`; for one process, in fp32."""
+    with ExactProducts() as products:
+        record = run_layout(recipe, steps)
+    assert products.num_widened > 0
+    return record
