@@ -4,10 +4,11 @@ recipe's choices can run there.
 An operation shows up by one line in `TABLE`: its name, where its `Operation` is, and what its obstacle functions are
 asked about, made from an `Example` (device, dtype, shape) in the place of each tensor:
 
-    Entry("attention", "megatron_vlm.ops.attention", "ATTENTION", lambda like: (like(1, 4096, 32, 128), None)),
+    Entry("attention", "attention", "ATTENTION", lambda like: (like(1, 4096, 32, 128), None)),
 
 The inputs are the positional arguments with which the operation calls `select` after the backend's name. Nothing is
-computed. A test keeps the table to the operations there are.
+computed. An operation's backward pass has the forward's backends, and no line. A test keeps the table to the operations
+there are.
 """
 
 import importlib
@@ -38,29 +39,51 @@ class Entry:
     """An operation of the table.
 
     Args:
-        name: as the recipe's key under `ops` where there is one.
-        module, attribute: where its `Operation` is; imported when it is asked about.
-        inputs: of `Operation.select`, of the size they have in an 8B model.
+        name: for people; as the recipe's key under `ops` where that is of this operation alone.
+        module, attribute: of `megatron_vlm.ops`, where its `Operation` is; imported when it is asked about.
+        inputs: of `Operation.select`, of the size they have in an 8B model with a tower of 1,152 channels.
+        key: the recipe's under `ops`, where several operations have one.
     """
 
     name: str
     module: str
     attribute: str
     inputs: Callable[[Example], tuple[Any, ...]]
+    key: str = ""
 
     @property
     def operation(self) -> Operation[Any]:
         """Itself."""
-        operation = getattr(importlib.import_module(self.module), self.attribute)
+        operation = getattr(importlib.import_module(f"megatron_vlm.ops.{self.module}"), self.attribute)
         assert isinstance(operation, Operation)
         return operation
 
 
+def _queries(like: Example) -> tuple[Any, ...]:
+    return like(1, 4096, 32, 128), None
+
+
 TABLE = (
-    Entry("attention", "megatron_vlm.ops.attention", "ATTENTION", lambda like: (like(1, 4096, 32, 128), None)),
-    Entry("norm", "megatron_vlm.ops.norm", "NORM", lambda like: (like(4096, 1, 4096), like(4096))),
-    Entry("activation", "megatron_vlm.ops.activation", "GATED", lambda like: (like(4096, 1, 28672),)),
-    Entry("rope", "megatron_vlm.ops.rope", "ROPE", lambda like: (like(1, 4096, 32, 128),)),
+    Entry("attention", "attention", "ATTENTION", _queries),
+    Entry("attention of blocks", "attention_blocks", "ATTENTION_INTO", _queries),
+    Entry("norm", "norm", "NORM", lambda like: (like(4096, 1, 4096), like(4096))),
+    Entry("activation", "activation", "GATED", lambda like: (like(4096, 1, 28672),)),
+    Entry("rope", "rope", "ROPE", lambda like: (like(1, 4096, 32, 128),)),
+    Entry(
+        "space to depth", "projector", "SPACE_TO_DEPTH", lambda like: (like(8, 729, 1152), like(4608), 2), "projector"
+    ),
+    Entry("bias and GELU", "projector", "BIAS_GELU", lambda like: (like(1568, 4096), like(4096)), "projector"),
+    Entry(
+        "linear into rows",
+        "projector",
+        "LINEAR_ROWS",
+        lambda like: (like(1568, 4096), like(4096, 4096), like(4096, 4096)),
+        "projector",
+    ),
+    Entry("prototypes", "prototypes", "PROTOTYPES", lambda like: (like(8, 576, 1024),), "projector"),
+    Entry("frames", "frames", "FRAMES", lambda like: (like(8, 720, 1280, 3),)),
+    Entry("fp8_quantise", "fp8", "QUANTISE", lambda like: (like(4096, 4096),)),
+    Entry("fp8_matmul", "fp8", "MATMUL", lambda like: (like(4096, 4096), like(4096, 4096))),
 )
 
 
@@ -91,14 +114,16 @@ def check(requested: Mapping[str, Any], device: torch.device, dtype: torch.dtype
     """Whether the backends asked for by name can run, before anything is built or loaded.
 
     Args:
-        requested: operation -> backend; other keys are not looked at.
+        requested: key under `ops` -> backend; other keys are not looked at. Of operations that share a key, those are
+            meant that have the backend.
 
     Raises:
         ConfigError: the first one that cannot, with the reason.
     """
     for entry in TABLE:
-        backend = requested.get(entry.name, AUTO)
-        if backend != AUTO:
+        backend = requested.get(entry.key or entry.name, AUTO)
+        meant = not entry.key or backend in {one.name for one in entry.operation.backends}
+        if backend != AUTO and meant:
             entry.operation.find(backend, *entry.inputs(Example(device, dtype)))
 
 

@@ -22,20 +22,40 @@ def on(device, dtype):
     return {choice.name: choice for choice in choices(device, dtype)}
 
 
-def test_every_operation_is_in_the_table():
-    """By its key; one key may have several, as attention's two directions."""
+def operations():
+    """Name in its module -> operation, of all modules of `ops`."""
     names = [one.name for one in pkgutil.iter_modules(megatron_vlm.ops.__path__)]
     modules = [importlib.import_module(f"megatron_vlm.ops.{name}") for name in names]
-    keys = {value.key for module in modules for value in vars(module).values() if isinstance(value, Operation)}
-    assert {entry.operation.key for entry in TABLE} == keys and len(keys) == len(TABLE)
+    return {name: value for module in modules for name, value in vars(module).items() if isinstance(value, Operation)}
+
+
+def test_every_operation_is_in_the_table():
+    found = operations()
+    assert {entry.attribute for entry in TABLE} == {name for name in found if not name.endswith("_BACKWARD")}
+    assert all(entry.operation is found[entry.attribute] for entry in TABLE)
+    for name, backward in found.items():
+        if name.endswith("_BACKWARD"):
+            forward = found[name.removesuffix("_BACKWARD")]
+            assert [one.name for one in backward.backends] == [one.name for one in forward.backends], name
 
 
 def test_every_backend_of_the_recipe_exists():
+    offered = {}
     for entry in TABLE:
-        known = OpsConfig.model_fields.get(entry.name)
-        if known is not None:
-            names = {backend.name for backend in entry.operation.backends}
-            assert set(known.annotation.__args__) == {"auto", *names}, entry.name
+        offered.setdefault(entry.key or entry.name, set()).update(one.name for one in entry.operation.backends)
+    for key, field in OpsConfig.model_fields.items():
+        if key != "loss_chunk_tokens":
+            assert set(field.annotation.__args__) == {"auto", *offered[key]}, key
+            meant = [entry for entry in TABLE if key in (entry.key, entry.name)]
+            assert {entry.operation.key for entry in meant} == {f"ops.{key}"}
+
+
+def test_operations_that_share_a_key(monkeypatch):
+    """Prototypes have no kernel of ours: it is asked of the projector's other operations."""
+    monkeypatch.setattr(dispatch, "_triton_device", lambda: "cuda")
+    check({"projector": "triton"}, *CUDA)
+    with pytest.raises(ConfigError, match="ops.projector: 'triton' cannot run: it needs a CUDA device, found cpu"):
+        check({"projector": "triton"}, *CPU)
 
 
 def test_a_bare_cpu_machine(monkeypatch):
@@ -47,7 +67,13 @@ def test_a_bare_cpu_machine(monkeypatch):
     assert found["attention"].taken == "cpu"
 
 
-def test_without_triton(monkeypatch):
+@pytest.fixture
+def layer_ops_alone(monkeypatch):
+    """Others ask a CUDA device what it can, and there is none."""
+    monkeypatch.setattr(table, "TABLE", [entry for entry in TABLE if entry.name in LAYER_OPS])
+
+
+def test_without_triton(monkeypatch, layer_ops_alone):
     monkeypatch.setattr(dispatch, "_triton_device", lambda: None)
     for kind in (CPU, CUDA):
         for name in LAYER_OPS:
@@ -61,7 +87,7 @@ def test_under_the_interpreter():
     assert choice.passed_over == {"triton": "Triton's interpreter is for tests"}
 
 
-def test_a_gpu(monkeypatch):
+def test_a_gpu(monkeypatch, layer_ops_alone):
     monkeypatch.setattr(dispatch, "_triton_device", lambda: "cuda")
     for name in LAYER_OPS:
         assert on(*CUDA)[name].taken == "triton" and not on(*CUDA)[name].passed_over
