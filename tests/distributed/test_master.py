@@ -39,6 +39,7 @@ PROJECTOR_ONLY = {"train": {"language": False, "vision": False, "projector": Tru
 TIED = {"language": {"config": {"tie_word_embeddings": True}}}
 PACKED = {"packing": True}
 FUSED_OPS = {"norm": "triton", "activation": "triton", "rope": "triton"}  # by Triton's interpreter
+ALL_FUSED = {**FUSED_OPS, "attention": "triton", "projector": "triton"}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 
 FAST = {
@@ -97,6 +98,9 @@ SLOW = {
     ),
     "recompute-selective": layout(2, parallel={"tensor": 2}, training={"recompute": {"language": "selective"}}),
     "virtual2-overlap-dp2": parallel(4, pipeline=2, virtual_pipeline=2, **OVERLAP),
+    "all-fused-tp2-pp2-sp": layout(4, parallel={"tensor": 2, "pipeline": 2, "sequence": True}, ops=ALL_FUSED),
+    "all-fused-packed-ulysses2-ring2": layout(4, parallel={"ulysses": 2, "ring": 2}, data=PACKED, ops=ALL_FUSED),
+    "all-fused-squares-dp2": layout(2, parallel={}, model={"projector": {"type": "mlp_downsample"}}, ops=ALL_FUSED),
 }
 FAULTS = {
     "vision_gradient_not_over_model_ranks-tp2": ("vision_gradient_not_over_model_ranks", parallel(2, tensor=2)),
@@ -188,7 +192,7 @@ def check(
 ) -> None:
     """Runs a layout and compares it with one process; the data-parallel replicas must agree with each other too."""
     recipe, one = reference(sections)
-    timeout_seconds = 30 if fault == HANGING_FAULT else 120
+    timeout_seconds = 30 if fault == HANGING_FAULT else 900 if "ops" in sections else 120  # Triton's interpreter
     records = ranks.run(num_ranks, run_layout, merged(recipe, sections), STEPS, fault, timeout=timeout_seconds)
     assert len(one.losses) == STEPS
     comparisons = compare(one, records, Config.model_validate(merged(recipe, sections)))

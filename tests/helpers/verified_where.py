@@ -42,6 +42,8 @@ FEATURES = (
         "attention",
         "attention",
     ),  # fmt: skip
+    Feature("fused kernels; on the CPU by Triton's interpreter", ("kernels",), "tests", "kernels"),
+    Feature("FP8, native", ("distributed/test_fp8.py", "distributed/test_fp8_training.py")),
     Feature("checkpoints between layouts, exact resume", ("distributed/test_checkpoint.py", "system/test_kills.py")),
     Feature("two nodes: one lost, one joining", ("system/test_two_nodes.py",)),
     Feature("weights in and out", ("conversion",)),
