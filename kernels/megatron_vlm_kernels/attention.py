@@ -33,7 +33,6 @@ from megatron_vlm_kernels.attention_tiles import UNBOUNDED, RectangleList
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-MAX_WIDTH = 256  # of a head: wider ones do not fit a program's registers
 NOT_SPECIALIZED = ["tiles_per_row", "q_len", "k_len", "lower", "upper"]  # or every new length would be compiled anew
 
 

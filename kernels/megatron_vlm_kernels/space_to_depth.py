@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_vlm_kernels.limits import MAX_SQUARE_NUMBERS, square_numbers
 from megatron_vlm_kernels.outputs import stored_dtype
 
-MAX_TILE = 65536
 SUM_TOKENS, SUM_CHANNELS = 32, 128  # the tile of the second pass
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
@@ -198,15 +198,11 @@ def _weight_kernel(
     tl.store(grad_bias_ptr + at, grad_bias, mask=channel_inside)
 
 
-def tile_elements(num_channels: int, factor: int) -> int:
-    """Numbers in the tile of a square; at most MAX_TILE can be computed."""
-    return triton.next_power_of_2(factor * factor) * triton.next_power_of_2(num_channels)
-
-
 def _plan(num_channels: int, factor: int, row_major: bool) -> dict[str, Any]:
     """Tile and warps for a square: 32 numbers a thread where 16 warps allow."""
-    elements = tile_elements(num_channels, factor)
-    assert elements <= MAX_TILE, f"{factor} x {factor} patches of {num_channels} channels, at most {MAX_TILE} numbers"
+    elements = square_numbers(num_channels, factor)
+    needed = f"{factor} x {factor} patches of {num_channels} channels, at most {MAX_SQUARE_NUMBERS} numbers"
+    assert elements <= MAX_SQUARE_NUMBERS, needed
     return {
         "FACTOR": factor,
         "ROW_MAJOR": row_major,

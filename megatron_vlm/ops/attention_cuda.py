@@ -91,10 +91,10 @@ def triton_attention_obstacle(q: Tensor, softcap: float | None, asked: Asked | N
         return reason
     if q.dtype not in _TRITON_DTYPES:
         return f"it needs one of {', '.join(map(str, _TRITON_DTYPES))}, found {q.dtype}"
-    from megatron_vlm_kernels.attention import MAX_WIDTH
+    from megatron_vlm_kernels.limits import MAX_HEAD_WIDTH
 
-    if asked is not None and max(asked.widths) > MAX_WIDTH:
-        return f"it needs head widths up to {MAX_WIDTH}, found {asked.widths}"
+    if asked is not None and max(asked.widths) > MAX_HEAD_WIDTH:
+        return f"it needs head widths up to {MAX_HEAD_WIDTH}, found {asked.widths}"
     return None
 
 

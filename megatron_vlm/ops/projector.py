@@ -24,7 +24,6 @@ SPACE_TO_DEPTH: Operation[Callable[[Tensor, Blocks, Tensor, Tensor, float], Tens
 BIAS_GELU: Operation[Callable[[Tensor, Tensor, Gelu], Tensor]] = Operation(KEY)
 LINEAR_ROWS: Operation[Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]] = Operation(KEY)
 
-MAX_TRITON_TILE = 65536
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -145,9 +144,9 @@ def _space_to_depth_obstacle(x: Tensor, weight: Tensor, factor: int) -> str | No
     reason = _obstacle(x, weight)
     if reason is not None:
         return reason
-    from megatron_vlm_kernels.space_to_depth import tile_elements
+    from megatron_vlm_kernels.limits import MAX_SQUARE_NUMBERS, square_numbers
 
-    if tile_elements(x.shape[2], factor) > MAX_TRITON_TILE:
+    if square_numbers(x.shape[2], factor) > MAX_SQUARE_NUMBERS:
         return f"a square of {factor} x {factor} patches of {x.shape[2]:,} channels is too large for it"
     return None
 

@@ -142,17 +142,18 @@ def test_missing_tokens(tokens: int, rows: int, multiple: int, missing: int) -> 
 
 
 def test_they_take_the_place_of_megatron_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_vlm.config.schema import OpsConfig
     from megatron_vlm.errors import ConfigError
     from megatron_vlm.models.specs import layer_spec
     from megatron_vlm.models.transformer_engine import PaddedTokens, with_transformer_engine
 
-    plain = layer_spec("auto")
+    plain = layer_spec(OpsConfig())
     with installed():
         changed = with_transformer_engine(plain)
     attention, mlp = changed.submodules.self_attention.submodules, changed.submodules.mlp.submodules
     for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
         assert issubclass(linear, PaddedTokens)
-    assert changed.submodules.input_layernorm is plain.submodules.input_layernorm
+    assert changed.submodules.input_layernorm == plain.submodules.input_layernorm
     assert not issubclass(plain.submodules.mlp.submodules.linear_fc1, PaddedTokens), "the spec given is left as it was"
     plain.submodules.mlp.submodules.linear_fc1 = SimpleNamespace
     with installed(), pytest.raises(ConfigError, match="linear_fc1 is .*SimpleNamespace"):

@@ -163,14 +163,20 @@ def test_evaluation_holds_what_a_layer_needs_and_no_gradients(tmp_path: Path) ->
 
 
 def test_the_backend_that_attention_is_counted_for_is_said(tmp_path: Path) -> None:
-    """On a GPU today the reference, which keeps scores; in the table and on the page."""
+    """In the table and on the page; on a GPU none keeps scores, but the reference where it is asked for."""
     config = load_config(LLAVA)
     fields = {"recompute": config.training.recompute.model_copy(update={"language": "none"})}
     config = config.model_copy(update={"training": config.training.model_copy(update=fields)})
-    views = {device: gather("llava", config.model_copy(update={"runtime": config.runtime.model_copy(
-        update={"device": device})}), 8) for device in ("cpu", "cuda")}  # fmt: skip
-    for device, backend in (("cpu", "cpu"), ("cuda", "reference")):
-        assert f"attention's backend '{backend}'" in str(needed(views[device]).title)
-        assert f"attention as its backend &#x27;{backend}&#x27; keeps it" in page(views[device])
+    views = {}
+    for device, asked in (("cpu", "auto"), ("cuda", "auto"), ("cuda", "reference")):
+        changes = {
+            "runtime": config.runtime.model_copy(update={"device": device}),
+            "ops": config.ops.model_copy(update={"attention": asked}),
+        }
+        views[device, asked] = gather("llava", config.model_copy(update=changes), 8)
+    for place, backend in ((("cpu", "auto"), "cpu"), (("cuda", "auto"), "cudnn"), (("cuda", "reference"), "reference")):
+        assert f"attention's backend '{backend}'" in str(needed(views[place]).title)
+        assert f"attention as its backend &#x27;{backend}&#x27; keeps it" in page(views[place])
     scores = 3 * 4 * 2048 * 32 * 2048 * 4 // 2  # three times, fp32: tokens, heads, keys, rows, over tensor ranks
-    assert views["cuda"].ranks[0].memory.activations > 16 * scores
+    assert views["cuda", "reference"].ranks[0].memory.activations > 16 * scores
+    assert views["cuda", "auto"].ranks[0].memory.activations < 16 * scores
