@@ -42,6 +42,7 @@ MAY_DIFFER: dict[str, bool] = {
     "precision": False,
     "precision.fp8_backend": True,  # the recipe is the same
     "optimizer": False,
+    "loss": False,
     "schedule": False,
     "training.mode": True,
     "training.sequence_length": False,

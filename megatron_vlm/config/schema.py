@@ -42,7 +42,10 @@ RowLength = Annotated[int, Field(ge=2), Number]  # a token, and one that it pred
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False), Number]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False), Number]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0), Number]
+Share = Annotated[float, Field(ge=0.0, lt=1.0), Number]  # 1 would leave nothing for the rest
 Beta = Annotated[float, Field(ge=0.0, lt=1.0), Number]  # 1 would divide by zero in Adam's bias correction
+
+TIME_TOKEN_NUMBER = "{t}"
 
 
 class Section(BaseModel):
@@ -199,6 +202,36 @@ class OptimizerConfig(Section):
     distributed: bool = True  # states sharded over the data-parallel ranks
 
 
+def _numbered(value: str) -> str:
+    if TIME_TOKEN_NUMBER not in value:
+        raise PydanticCustomError(
+            "no_number", "must have {t} where the token's number stands", {"t": TIME_TOKEN_NUMBER}
+        )
+    return value
+
+
+class TimeTokensConfig(Section):
+    """Tokens that stand for moments, which the tokenizer has with consecutive ids: a label among them is trained as a
+    normal distribution over all of them (LITA, VILA)."""
+
+    format: Annotated[str, AfterValidator(_numbered)] = "<t{t}>"  # the name of token t, 0 .. count - 1
+    count: PositiveInt
+    std: PositiveFloat = 1.0  # of the distribution, in tokens
+
+    def names(self) -> tuple[str, ...]:
+        """Of all tokens, in order."""
+        return tuple(self.format.replace(TIME_TOKEN_NUMBER, str(t)) for t in range(self.count))
+
+
+class LossConfig(Section):
+    """How the training loss, which is also the one that is logged, departs from the plain cross entropy per token.
+    Held-out losses and scores are always the plain one."""
+
+    z_loss: NonNegativeFloat = 0.0  # this much of logsumexp(logits)^2 is added; PaLM: 1e-4
+    label_smoothing: Share = 0.0  # this share of the target is spread evenly over the vocabulary
+    time_tokens: TimeTokensConfig | None = None
+
+
 class ScheduleConfig(Section):
     """The learning rate over the steps, after a linear warm-up."""
 
@@ -290,6 +323,7 @@ class Config(Section):
     data: DataConfig
     precision: PrecisionConfig = PrecisionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig
     checkpoint: CheckpointConfig

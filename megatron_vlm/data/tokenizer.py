@@ -11,6 +11,7 @@ from typing import TypeAlias
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_vlm.config.schema import TimeTokensConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.hf_config import refuse_missing_directory
 
@@ -71,3 +72,27 @@ def check_vocabulary(tokenizer: Tokenizer, image_token: str, vocab_size: int) ->
             f"model.language.tokenizer: {len(outside)} of its tokens lie outside the language model's vocabulary of "
             f"{vocab_size}, the first is {token!r} with id {number}; needs a tokenizer of that model"
         )
+
+
+def first_time_token(tokenizer: Tokenizer, time_tokens: TimeTokensConfig) -> int:
+    """The id of the first time token, which the others follow.
+
+    Raises:
+        ConfigError: a time token that the tokenizer lacks, or that does not follow the one before.
+    """
+    known, names = tokenizer.get_vocab(), time_tokens.names()
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise ConfigError(
+            f"loss.time_tokens: found {time_tokens.count} tokens {names[0]!r} to {names[-1]!r}, of which the tokenizer "
+            f"lacks {len(missing)}, the first is {missing[0]!r}; needs a tokenizer that has them all, with consecutive "
+            "ids, and a language model with rows for them"
+        )
+    first = known[names[0]]
+    for place, name in enumerate(names):
+        if known[name] != first + place:
+            raise ConfigError(
+                f"loss.time_tokens: found {name!r} with id {known[name]} in the tokenizer, where {names[0]!r} has "
+                f"{first}; needs {first + place}: the ids of time tokens are consecutive"
+            )
+    return first

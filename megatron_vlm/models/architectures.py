@@ -44,6 +44,10 @@ def _nothing(hf_config: "PretrainedConfig") -> dict[str, Any]:
     return {}
 
 
+def _no_softcap(hf_config: "PretrainedConfig") -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class LanguageArchitecture:
     """How a model type is built where it departs from Llama.
@@ -53,11 +57,13 @@ class LanguageArchitecture:
         settings: fields of megatron-core's TransformerConfig that differ.
         parameters: what a layer has more: name within our layer ("self_attention.q_layernorm.weight") -> where it comes
             from. Which of them tensor or sequence parallelism must sum is megatron-core's to know.
+        logit_softcap: the final logits become this much * tanh(logits / this much); None: they stay.
     """
 
     layer: Callable[["OpsConfig"], "ModuleSpec"] = _llama_layer
     settings: Callable[["PretrainedConfig"], Mapping[str, Any]] = _nothing
     parameters: Callable[["PretrainedConfig"], Mapping[str, LayerParameter]] = _nothing
+    logit_softcap: Callable[["PretrainedConfig"], float | None] = _no_softcap
 
 
 LANGUAGE_MODELS: Registry[LanguageArchitecture] = Registry("language model")
@@ -65,7 +71,7 @@ LANGUAGE_MODELS.register("llama")(LanguageArchitecture())
 LANGUAGE_MODELS.register("qwen2")(LanguageArchitecture())
 
 FULL_ATTENTION = "full_attention"  # as transformers names it
-SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+ATTENTION_SOFTCAP, LOGIT_SOFTCAP = "attn_logit_softcapping", "final_logit_softcapping"
 ROPE_TYPES = ("default", "linear", "llama3")  # those whose frequencies do not depend on the sequence's length
 
 
@@ -115,6 +121,11 @@ def _check_attention(hf_config: "PretrainedConfig") -> None:
         raise ConfigError(
             f"model.language: sliding_window is {window}, allowed: null (set it where no row is longer than the window)"
         )
-    for key in SOFT_CAPS:
-        if getattr(hf_config, key, None) is not None:
-            raise ConfigError(f"model.language: {key} is {getattr(hf_config, key)}, allowed: null")
+    computed = {
+        ATTENTION_SOFTCAP: None,
+        LOGIT_SOFTCAP: LANGUAGE_MODELS.get(hf_config.model_type).logit_softcap(hf_config),
+    }
+    for key, allowed in computed.items():
+        found = getattr(hf_config, key, None)
+        if found != allowed:
+            raise ConfigError(f"model.language: {key} is {found}, allowed: {'null' if allowed is None else allowed}")

@@ -25,6 +25,7 @@ from megatron_vlm.models.head import LanguageHead
 from megatron_vlm.models.merge import LocalFeatures, merge_features
 from megatron_vlm.models.specs import block_spec
 from megatron_vlm.ops import table
+from megatron_vlm.ops.reference import LossRules
 from megatron_vlm.parallel.context_attention import AttentionContext, KVCache, SharedSequence
 from megatron_vlm.parallel.groups import Grid
 from megatron_vlm.parallel.layout import Documents, SequenceLayout, row_length
@@ -112,7 +113,8 @@ class LanguageModel(GPTModel):
         is_native = fp8_backend(recipe) == "native"
         self.fp8_layers = quantise_layers(self.decoder.layers, recipe, config.num_layers) if is_native else []
         if place.last:
-            self.output_layer = LanguageHead(self.output_layer, spec.vocab_size, recipe.ops.loss_chunk_tokens)
+            softcap = architecture.logit_softcap(spec.hf_config)
+            self.output_layer = LanguageHead(self.output_layer, spec.vocab_size, recipe.ops.loss_chunk_tokens, softcap)
 
     def forward(
         self,
@@ -157,6 +159,11 @@ class LanguageModel(GPTModel):
             hidden = hidden[-1:]  # [s, b, h] -> [1, b, h]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         return self.output_layer(hidden, labels, weight)
+
+    def train_by(self, rules: LossRules) -> None:
+        """What the loss is in training mode; in evaluation mode it stays the plain cross entropy."""
+        if self.post_process:
+            self.output_layer.training_rules = rules
 
     def _shared_sequence(self, position_ids: Tensor, documents: tuple[Documents, ...] | None) -> SharedSequence | None:
         sizes = self.grid.sizes

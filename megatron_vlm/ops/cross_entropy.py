@@ -1,10 +1,16 @@
 """Output projection and cross entropy in one, vocab-parallel and in pieces: the logits never exist whole (DESIGN D7).
 
 Only rows that are trained are projected; the ranks of the group have the same labels and so the same rows. Each rank
-holds some rows of the weight. Forward needs two numbers per token from the others, its log-sum-exp and the label's
-log-probability: one max and two sum all-reduces for all pieces together. Up to `chunk_tokens` tokens keep their
-log-probabilities for the backward pass, which computes the others' logits again. Twin:
-`reference.linear_cross_entropy`. After Liger-Kernel's fused linear cross entropy and Megatron-LM's vocab-parallel one.
+holds some rows of the weight. With q the target distribution of a token and z its logits, the loss is
+logsumexp(z) - sum_j q_j z_j, so forward needs two numbers per token from the others, whatever the target: one max and
+one sum all-reduce for all pieces together. Up to `chunk_tokens` tokens keep their log-probabilities for the backward
+pass, which computes the others' logits again. Twin: `reference.linear_cross_entropy`. After Liger-Kernel's fused
+linear cross entropy and Megatron-LM's vocab-parallel one.
+
+Where megatron-core's DDP has given the weight an fp32 `main_grad`, the pieces' products are added to it as they come
+and the weight is marked `grad_added_to_main_grad`, as megatron-core's linear layers do. Autograd gets zeros for the
+weight: where it is the embedding's too, the embedding's gradient is added to them, and megatron-core's hook, which for
+such a weight (`zero_out_wgrad`) does not skip what comes by autograd, adds that to `main_grad`.
 
 Hazards: rows past `vocab_size` are padding and take no part, or they would draw probability. The gradient of `hidden`
 is this rank's share only; the caller sums it over the group (all-reduce, or reduce-scatter under sequence parallelism).
@@ -12,17 +18,19 @@ Which rows are trained is data: on a GPU the host waits for the labels once per 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vlm.ops.reference import LossRules, SoftTargets
 from megatron_vlm.runtime.collectives import all_reduce_
 
 # On the CPU a larger piece costs more: the C library maps it anew each time, and the page faults take twice as long as
 # the log-softmax itself (docs/benchmarks/throughput_cpu.md).
 CPU_PIECE_BYTES = 2**25
+PRODUCT_BYTES = 2**28  # of the weight's gradient by one piece in fp32, before it is added
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class _Shard:
 
     first: int
     num_rows: int
+    vocab_size: int
     group: dist.ProcessGroup | None
     chunk_tokens: int
 
@@ -45,13 +54,27 @@ class _Shard:
         """Whether this rank holds the whole vocabulary."""
         return self.group is None or self.group.size() == 1
 
-    def log_share(self, lse: Tensor) -> Tensor:
-        """Log-sum-exp over this shard [t] -> the logarithm of the shard's probability [t]."""
+    def combine(self, lse: Tensor, target_logs: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Over all shards.
+
+        Args:
+            lse: [t], log-sum-exp over this shard.
+            target_logs: [t], sum of q_j log p_j over this shard, p the softmax within it.
+            mass: [t], sum of q_j over this shard.
+
+        Returns:
+            Cross entropy, log-sum-exp, and the logarithm of this shard's probability; each [t], the first two the same
+            on every rank.
+        """
         if self.alone:
-            return torch.zeros_like(lse)
+            return -target_logs, lse, torch.zeros_like(lse)
         assert self.group is not None
         maximum = all_reduce_(lse.clone(), self.group, dist.ReduceOp.MAX)
-        return lse - maximum - all_reduce_((lse - maximum).exp(), self.group).log()
+        offset = lse - maximum  # -inf where this rank holds only padding rows
+        of_targets = (target_logs + mass * offset).masked_fill(mass == 0, 0.0)
+        total, target = all_reduce_(torch.stack([offset.exp(), of_targets]), self.group)  # [2, t]
+        log_total = total.log()
+        return log_total - target, maximum + log_total, offset - log_total
 
     def pieces(self, num_tokens: int, like: Tensor) -> list[slice]:
         """The token slices to work through; none where this rank holds only padding rows."""
@@ -63,6 +86,64 @@ class _Shard:
         return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
+@dataclass(frozen=True)
+class _Rules:
+    """LossRules with their defaults."""
+
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    soft_targets: SoftTargets | None = None
+
+
+class _Targets:
+    """The target distributions q of all tokens, as far as they lie in this shard: `uniform` at every row, `weights` [t]
+    more at row `rows` [t], and what `band_weights` says more at the rows `band`."""
+
+    def __init__(self, labels: Tensor, shard: _Shard, rules: _Rules, dtype: torch.dtype) -> None:
+        self.labels, self.shard, self.soft, self.dtype = labels, shard, rules.soft_targets, dtype
+        self.sharp = 1.0 - rules.label_smoothing
+        self.uniform = rules.label_smoothing / shard.vocab_size
+        self.rows, here = shard.local_labels(labels)
+        self.band = slice(0, 0)
+        if self.soft is not None:
+            here = here & ~self._is_soft(labels, self.soft)
+            first = min(max(self.soft.first - shard.first, 0), shard.num_rows)
+            self.band = slice(first, max(first, min(self.soft.first + self.soft.count - shard.first, shard.num_rows)))
+        self.weights = here.to(dtype) * self.sharp
+
+    @staticmethod
+    def _is_soft(labels: Tensor, soft: SoftTargets) -> Tensor:
+        return (labels >= soft.first) & (labels < soft.first + soft.count)
+
+    def band_weights(self, piece: slice) -> Tensor:
+        """[p, band]; the whole band of all shards sums to `sharp` where the label is soft, to 0 elsewhere."""
+        assert self.soft is not None
+        labels = self.labels[piece, None]
+        ids = torch.arange(self.soft.first, self.soft.first + self.soft.count, device=labels.device)
+        closeness = ((labels - ids).to(self.dtype) / self.soft.std).square().mul_(-0.5).softmax(-1)
+        own = slice(self.shard.first + self.band.start - self.soft.first, None)
+        own_closeness = closeness[:, own][:, : self.band.stop - self.band.start]
+        return own_closeness * self._is_soft(labels, self.soft) * self.sharp
+
+    def dot(self, piece: slice, logs: Tensor) -> Tensor:
+        """logs [p, own rows] -> sum of q_j logs_j [p]."""
+        found = logs.gather(1, self.rows[piece, None]).squeeze(1) * self.weights[piece]
+        if self.uniform:
+            found += self.uniform * logs.sum(-1)
+        if self.soft is not None:
+            found += (self.band_weights(piece) * logs[:, self.band]).sum(-1)
+        return found
+
+    def mass(self) -> Tensor:
+        """Sum of q_j over this shard [t]."""
+        mass = self.weights + self.uniform * self.shard.num_rows
+        if self.soft is not None and self.shard.num_rows:
+            for piece in self.shard.pieces(len(self.labels), self.weights):
+                mass[piece] += self.band_weights(piece).sum(-1)
+        return mass
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -72,6 +153,7 @@ def linear_cross_entropy(
     group: dist.ProcessGroup | None,
     ignore_index: int = -100,
     chunk_tokens: int = 1024,
+    **rules: Unpack[LossRules],
 ) -> Tensor:
     """Per-token cross entropy of hidden @ weight^T against labels.
 
@@ -82,92 +164,153 @@ def linear_cross_entropy(
         vocab_size: true vocabulary; later rows are padding.
         group: the ranks that share the vocabulary; None for one.
         chunk_tokens: tokens whose logits exist at one time, the backward pass' included.
+        rules: z-loss, label smoothing, soft-cap, soft targets; without them the plain cross entropy.
 
     Returns:
         [t] fp32 (fp64 for fp64), 0 where the label is `ignore_index`; the same on every rank. Gradients: weight's is
-        accumulated over pieces in that precision; hidden's is this rank's share, to be summed over the group.
+        accumulated over pieces in that precision, in `weight.main_grad` where that is of it; hidden's is this rank's
+        share, to be summed over the group.
     """
     assert hidden.dim() == 2 and labels.shape == hidden.shape[:1], f"hidden {hidden.shape}, labels {labels.shape}"
+    chosen = _Rules(**rules)
+    soft = chosen.soft_targets
+    assert soft is None or 0 <= soft.first <= soft.first + soft.count <= vocab_size, f"{soft}, vocabulary {vocab_size}"
     first = 0 if group is None else group.rank() * weight.shape[0]
     num_rows = min(max(vocab_size - first, 0), weight.shape[0])
-    shard = _Shard(first, num_rows, group, chunk_tokens)
+    shard = _Shard(first, num_rows, vocab_size, group, chunk_tokens)
     trained = torch.nonzero(labels != ignore_index).flatten()
     if len(trained) == len(labels):
-        return _valid_loss(hidden, weight, labels, vocab_size, shard)
-    losses = _valid_loss(hidden[trained], weight, labels[trained], vocab_size, shard)
+        return _valid_loss(hidden, weight, labels, shard, chosen)
+    losses = _valid_loss(hidden[trained], weight, labels[trained], shard, chosen)
     return losses.new_zeros(len(labels)).index_copy(0, trained, losses)
 
 
-def _valid_loss(hidden: Tensor, weight: Tensor, labels: Tensor, vocab_size: int, shard: _Shard) -> Tensor:
+def _valid_loss(hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard, rules: _Rules) -> Tensor:
     """Of trained tokens; NaN where the label is no id of the vocabulary."""
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, shard)
-    return loss.masked_fill((labels < 0) | (labels >= vocab_size), torch.nan)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, shard, rules)
+    return loss.masked_fill((labels < 0) | (labels >= shard.vocab_size), torch.nan)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """loss = -log p_label, p = softmax(z), z = hidden @ weight^T;  dz = (p - onehot(label)) * dloss.
+    """loss = -sum q log p + z_loss * lse^2, p = softmax(z), z = hidden @ weight^T, or softcap * tanh of it / softcap.
 
-    On one shard p = p_shard * share: its softmax over its own rows, times its probability among all shards.
+    dz = (p * (1 + 2 * z_loss * lse) - q) * dloss, times the soft-cap's slope 1 - (z / softcap)^2. On one shard
+    p = p_shard * share: its softmax over its own rows, times its probability among all shards.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard, rules: _Rules) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        rows, here = shard.local_labels(labels)
+        targets = _Targets(labels, shard, rules, wide)
+        needs_lse = not shard.alone or rules.z_loss != 0.0 or rules.softcap is not None
         own_rows = weight[: shard.num_rows]
         lse = torch.full(labels.shape, -torch.inf, dtype=wide, device=hidden.device)
-        label_logs = torch.zeros_like(lse)
+        target_logs = torch.zeros_like(lse)
         kept: dict[int, Tensor] = {}  # start of the piece -> log-probabilities on this shard [p, own rows]
         for piece in shard.pieces(len(labels), lse):
-            logits = (hidden[piece] @ own_rows.T).to(wide)
+            logits = _logits(hidden[piece], own_rows, wide, rules.softcap)
             logs = logits.log_softmax(-1)
-            label_logs[piece] = logs.gather(1, rows[piece, None]).squeeze(1)
-            if not shard.alone:
+            target_logs[piece] = targets.dot(piece, logs)
+            if needs_lse:
                 lse[piece] = logits.amax(-1) - logs.amax(-1)
             if piece.start >= len(labels) - shard.chunk_tokens:
                 kept[piece.start] = logs
-        log_share = shard.log_share(lse)
-        loss = -(label_logs + log_share).masked_fill(~here, 0.0)
-        if not shard.alone:
-            assert shard.group is not None
-            all_reduce_(loss, shard.group)
-        ctx.save_for_backward(hidden, weight, labels, log_share)
-        ctx.shard, ctx.kept = shard, kept
+        loss, lse, log_share = shard.combine(lse, target_logs, targets.mass())
+        if rules.z_loss:
+            loss = loss + rules.z_loss * lse.square()
+        ctx.save_for_backward(hidden, weight, lse, log_share)
+        ctx.shard, ctx.rules, ctx.targets, ctx.kept = shard, rules, targets, kept
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, weight, labels, log_share = ctx.saved_tensors
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        hidden, weight, lse, log_share = ctx.saved_tensors
         shard: _Shard = ctx.shard
+        rules: _Rules = ctx.rules
+        targets: _Targets = ctx.targets
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        rows, here = shard.local_labels(labels)
-        scale = grad_loss.to(log_share.dtype)[:, None]
+        scale = grad_loss.to(lse.dtype)[:, None]
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=log_share.dtype, device=weight.device) if wants_weight else None
+        grad_weight, main_grad = None, _main_grad(weight, lse.dtype)
+        if wants_weight:
+            grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if main_grad is None else main_grad
         own_rows = weight[: shard.num_rows]
-        for piece in reversed(shard.pieces(len(labels), log_share)):  # the kept ones first, and free
+        for piece in reversed(shard.pieces(len(lse), lse)):  # the kept ones first, and free
             logs = ctx.kept.pop(piece.start, None)
             if logs is None:
-                logs = (hidden[piece] @ own_rows.T).to(log_share.dtype).log_softmax(-1)
+                logs = _logits(hidden[piece], own_rows, lse.dtype, rules.softcap).log_softmax(-1)
             if not shard.alone:
                 logs += log_share[piece, None]
-            probabilities = logs.exp_().to(hidden.dtype)
+            slope = None if rules.softcap is None else _slope(logs, lse[piece, None], rules.softcap)
+            of_all = _of_all_rows(logs, slope, lse[piece, None], rules, targets.uniform).to(hidden.dtype)
             del logs
+            of_labels, of_band = _of_targets(targets, piece, slope)
             if grad_hidden is not None:
                 # Not in the product: a term of size 1 among many tiny ones costs it a digit where there are few tokens.
-                of_labels = own_rows[rows[piece]] * here[piece, None]
-                grad_hidden[piece] = (probabilities @ own_rows - of_labels) * scale[piece]
+                of_targets = own_rows[targets.rows[piece]] * of_labels
+                if of_band is not None:
+                    of_targets = of_targets + of_band @ own_rows[targets.band].to(of_band.dtype)
+                grad_hidden[piece] = (of_all @ own_rows - of_targets) * scale[piece]
             if grad_weight is not None:
-                grad_logits = probabilities.scatter_add_(1, rows[piece, None], -here[piece, None].to(hidden.dtype))
+                grad_logits = of_all.scatter_add_(1, targets.rows[piece, None], -of_labels.to(hidden.dtype))
+                if of_band is not None:
+                    grad_logits[:, targets.band] -= of_band
                 _add_product(
                     grad_weight[: shard.num_rows], grad_logits.T, (hidden[piece] * scale[piece]).to(hidden.dtype)
                 )
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        if grad_weight is None or main_grad is None:
+            return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+        weight.grad_added_to_main_grad = True
+        return grad_hidden, weight.new_zeros(()).expand(weight.shape), None, None, None
+
+
+def _logits(hidden: Tensor, own_rows: Tensor, wide: torch.dtype, softcap: float | None) -> Tensor:
+    """hidden [p, h] -> z [p, own rows]."""
+    logits = (hidden @ own_rows.T).to(wide)
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _slope(logs: Tensor, lse: Tensor, softcap: float) -> Tensor:
+    """dz by the logits before the soft-cap, from log p [p, own rows] and logsumexp(z) [p, 1]."""
+    return (logs + lse).div_(softcap).square_().neg_().add_(1.0)
+
+
+def _of_all_rows(logs: Tensor, slope: Tensor | None, lse: Tensor, rules: _Rules, uniform: float) -> Tensor:
+    """What of dz every row of the shard has: log p [p, own rows], which is used up -> [p, own rows]."""
+    found = logs.exp_()
+    if rules.z_loss:
+        found *= 1.0 + 2.0 * rules.z_loss * lse
+    if uniform:
+        found -= uniform
+    return found if slope is None else found.mul_(slope)
+
+
+def _of_targets(targets: _Targets, piece: slice, slope: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What is to be taken from dz at the labels' rows [p, 1] and at the soft targets' [p, band], None without such."""
+    of_labels = targets.weights[piece, None]
+    of_band = None if targets.soft is None else targets.band_weights(piece)
+    if slope is not None:
+        of_labels = of_labels * slope.gather(1, targets.rows[piece, None])
+        of_band = None if of_band is None else of_band * slope[:, targets.band]
+    return of_labels, of_band
+
+
+def _main_grad(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """megatron-core's gradient buffer of a parameter, where it accumulates in `dtype`."""
+    buffer: Tensor | None = getattr(weight, "main_grad", None)
+    return buffer if buffer is not None and buffer.dtype == dtype else None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in one kernel where the dtypes are one."""
+    """total [v, h] += left [v, p] @ right [p, h], the product in total's dtype: rounded to bf16 for every piece, it
+    would cost the sum its digits."""
+    if left.device.type == "cpu":  # has no product of bf16 tensors in fp32
+        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+        return
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-    else:
-        total += left @ right
+        return
+    block = max(1, PRODUCT_BYTES // (right.shape[1] * total.element_size()))
+    for start in range(0, len(total), block):
+        rows = slice(start, start + block)
+        total[rows] += torch.mm(left[rows], right, out_dtype=total.dtype)

@@ -6,6 +6,7 @@ v vocabulary.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Required, TypedDict, Unpack
 
@@ -138,8 +139,43 @@ def attention_backward(
     return dq, dk, dv
 
 
+@dataclass(frozen=True)
+class SoftTargets:
+    """Labels that are points on a line: ids `first` .. `first + count - 1`, as the time tokens of LITA and VILA.
+
+    The target of such a label is no single id but a distribution over all of these, w_j ~ exp(-(label - j)^2 / 2 std^2)
+    (VILA's soft cross entropy; Huang et al. 2024).
+    """
+
+    first: int
+    count: int
+    std: float
+
+
+class LossRules(TypedDict, total=False):
+    """The keywords of linear cross entropy beyond the plain one. z: a token's logits, over the true vocabulary.
+
+    Args:
+        z_loss: this much of logsumexp(z)^2 is added, which keeps logits from drifting off (Chowdhery et al. 2022).
+        label_smoothing: this share of the target is spread evenly over the vocabulary (Szegedy et al. 2016).
+        softcap: z becomes softcap * tanh(z / softcap) before anything else (Gemma 2).
+        soft_targets: labels whose target is a distribution.
+    """
+
+    z_loss: float
+    label_smoothing: float
+    softcap: float | None
+    soft_targets: SoftTargets | None
+
+
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_size: int, ignore_index: int = -100
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int,
+    ignore_index: int = -100,
+    **rules: Unpack[LossRules],
 ) -> Tensor:
     """Per-token cross entropy of hidden @ weight^T over the first `vocab_size` rows of the whole weight.
 
@@ -150,4 +186,19 @@ def linear_cross_entropy(
         [t] fp32, 0 where the label is `ignore_index`.
     """
     logits = (hidden @ weight[:vocab_size].T).to(torch.promote_types(hidden.dtype, torch.float32))
-    return functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+    softcap, soft = rules.get("softcap"), rules.get("soft_targets")
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    smoothing = rules.get("label_smoothing", 0.0)
+    losses = functional.cross_entropy(
+        logits, labels, ignore_index=ignore_index, reduction="none", label_smoothing=smoothing
+    )
+    for token, label in enumerate(labels.tolist()):
+        if soft is not None and soft.first <= label < soft.first + soft.count:
+            ids = torch.arange(soft.first, soft.first + soft.count, device=logits.device)
+            closeness = torch.exp(-((label - ids).to(logits.dtype) ** 2) / (2 * soft.std**2))
+            target = torch.zeros_like(logits[token]).index_copy(0, ids, closeness / closeness.sum())
+            loss = functional.cross_entropy(logits[token], target, label_smoothing=smoothing)
+            losses = losses.index_put((torch.tensor(token, device=losses.device),), loss)
+    squares = logits.logsumexp(-1).square().masked_fill(labels == ignore_index, 0.0)
+    return losses + rules.get("z_loss", 0.0) * squares

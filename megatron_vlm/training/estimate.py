@@ -251,12 +251,13 @@ def activation_bytes(config: Config, spec: LanguageSpec, sizes: GridSizes, stage
 
 def loss_head_bytes(config: Config, spec: LanguageSpec, sizes: GridSizes) -> int:
     """On the last stage: the head's gathered input, of all and of trained tokens; logits and log-probabilities of a
-    chunk; the weight's gradient in fp32, where it trains."""
+    chunk; where the weight trains, its gradient beside mcore's buffer, in fp32 where that is narrower."""
     element, hidden = ELEMENT_BYTES[config.precision.params], spec.hf_config.hidden_size
     num_tokens = micro_batch_tokens(config, sizes)
     rows = padded_vocabulary(spec.vocab_size, sizes.tensor) // sizes.tensor
     chunk = min(config.ops.loss_chunk_tokens, num_tokens)
-    gradient = FP32_BYTES * rows * hidden if config.model.train.language else 0
+    element_of_gradient = element if config.precision.grad_reduce == "fp32" else FP32_BYTES
+    gradient = element_of_gradient * rows * hidden if config.model.train.language else 0
     return 2 * element * num_tokens * hidden + chunk * rows * (element + 2 * FP32_BYTES) + gradient
 
 

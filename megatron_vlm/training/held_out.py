@@ -29,7 +29,7 @@ class EvaluationReport:
     """What one evaluation found, equal on every rank."""
 
     step: int  # updates made before it
-    loss: float  # mean cross entropy per trained token
+    loss: float  # mean plain cross entropy per trained token, whatever the recipe's `loss` adds in training
     num_samples: int  # that count: without those left out
     num_tokens: int  # trained ones
     left_out: dict[str, int] = field(default_factory=dict)  # samples, while indexing or for a picture, by reason

@@ -18,19 +18,20 @@ from megatron_vlm.checkpoint.recipe import without_training
 from megatron_vlm.checkpoint.resume import Start, find_start, start_from
 from megatron_vlm.checkpoint.store import TrainingState, load_checkpoint
 from megatron_vlm.config.megatron import ddp_config, vision_ddp_config
-from megatron_vlm.config.schema import Config
+from megatron_vlm.config.schema import Config, LossConfig
 from megatron_vlm.conversion.origin import carry
 from megatron_vlm.conversion.weights import load_weights
 from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.index import SampleIndex
 from megatron_vlm.data.loader import StepFetcher, build_loader
 from megatron_vlm.data.sources import SOURCES
-from megatron_vlm.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_vlm.data.tokenizer import Tokenizer, check_vocabulary, first_time_token, load_tokenizer
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.models.families import build_model
 from megatron_vlm.models.vision.preprocessing import write_pixel_format
 from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.ops.reference import LossRules, SoftTargets
 from megatron_vlm.parallel.groups import Grid, GridSizes, build_grid, vision_process_groups
 from megatron_vlm.runtime.collectives import broadcast_object
 from megatron_vlm.runtime.logging import get_logger
@@ -118,6 +119,7 @@ def build_job(config: Config, world_size: int, resumes: bool = False, ranks_per_
     config, facts = settle(config, world_size, ranks_per_node)
     tokenizer = load_tokenizer(config.model.language.tokenizer or config.model.language.path, config.data.image_token)
     check_vocabulary(tokenizer, config.data.image_token, facts.vocab_size)
+    rules = loss_rules(config.loss, tokenizer)
     grid = build_grid(GridSizes.from_config(config.parallel, world_size), config.parallel.virtual_pipeline)
     owns = resumes and config.training.mode != "eval"
     claim = Claim(Path(config.checkpoint.directory), grid.world) if owns else None
@@ -128,6 +130,8 @@ def build_job(config: Config, world_size: int, resumes: bool = False, ranks_per_
         config = without_training(config)
     seed_everything(config.runtime.seed, grid)
     model = build_model(config, grid)
+    for chunk in model.language:
+        chunk.train_by(rules)
     if start is None:
         load_weights(model, config, grid)
     if config.model.vision.cost is None and grid.sizes.world > 1:
@@ -145,6 +149,19 @@ def build_job(config: Config, world_size: int, resumes: bool = False, ranks_per_
         else:
             logger.info("weights from %s", start.directory)
     return Job(config, grid, model, language, vision, optimizer, tokenizer, step, start_step, start, claim)
+
+
+def loss_rules(loss: LossConfig, tokenizer: Tokenizer) -> LossRules:
+    """What the recipe asks of the training loss, the time tokens looked up.
+
+    Raises:
+        ConfigError: time tokens that the tokenizer lacks or does not number consecutively.
+    """
+    rules = LossRules(z_loss=loss.z_loss, label_smoothing=loss.label_smoothing)
+    if loss.time_tokens is not None:
+        first = first_time_token(tokenizer, loss.time_tokens)
+        rules["soft_targets"] = SoftTargets(first, loss.time_tokens.count, loss.time_tokens.std)
+    return rules
 
 
 def wrap(

@@ -24,7 +24,7 @@ class StepReport:
     """One step in numbers; of the global batch where not said otherwise."""
 
     step: int  # updates made, this one included
-    loss: float  # mean cross entropy of the trained tokens, nats
+    loss: float  # mean training loss of the trained tokens, nats: cross entropy, and what the recipe's `loss` adds
     grad_norm: float
     learning_rates: dict[str, float]  # per component
     trained_tokens: int

@@ -43,7 +43,9 @@ from megatron_vlm.training.phases import PhaseClock
 class StepResult:
     """What one step did, equal on every rank but for `phase_seconds`."""
 
-    loss: float  # summed cross entropy / trained tokens, over the global batch
+    loss: (
+        float  # the optimised one, with what the recipe's `loss` adds: its sum / trained tokens, over the global batch
+    )
     grad_norm: float  # before clipping
     num_trained_tokens: int
     updated: bool  # False where a gradient was not finite: nothing changed
@@ -107,7 +109,7 @@ class TrainStep:
 
     @torch.no_grad()
     def evaluate(self, batch: StepBatch) -> tuple[float, int, dict[str, int]]:
-        """Summed cross entropy, trained tokens and `StepResult.blanked` of one global batch, equal on every rank;
+        """Summed plain cross entropy, trained tokens and `StepResult.blanked` of one global batch, equal on every rank;
         nothing is learnt from it. All parameters are up to date; the chunks are left in evaluation mode."""
         clock, sums = PhaseClock(), ReplicaSums()
         for chunk in [*self.language, self.vision]:

@@ -62,6 +62,13 @@ def test_every_change_of_meaning_is_named_with_both_values() -> None:
     assert accepted in message and "\n" not in message
 
 
+def test_another_loss_is_noticed_whole() -> None:
+    before = changed(loss={"time_tokens": {"count": 5}})
+    now = changed(loss={"z_loss": 1e-4, "time_tokens": {"count": 5, "std": 2.0}})
+    with pytest.raises(ConfigError, match=r"accept_changes=\[loss.time_tokens,loss.z_loss\]"):
+        refuse_drift(before, now, "step_1")
+
+
 @pytest.mark.parametrize(
     ("accepted", "refused"),
     [

@@ -138,6 +138,11 @@ def test_an_override_that_is_not_yaml_is_named(tmp_path: Path) -> None:
         ("optimizer.eps=.nan", "optimizer.eps: found nan, "),
         ("training.steps=true", "training.steps: found True, a number is needed"),
         ("optimizer.lr=false", "optimizer.lr: found False, a number is needed"),
+        ("loss.label_smoothing=1.0", "loss.label_smoothing: found 1.0, "),
+        ("loss.z_loss=-1e-4", "loss.z_loss: found -0.0001, "),
+        ("loss.time_tokens={count: 0}", "loss.time_tokens.count: found 0, "),
+        ("loss.time_tokens={count: 9, std: 0.0}", "loss.time_tokens.std: found 0.0, "),
+        ("loss.time_tokens={count: 9, format: <t>}", "loss.time_tokens.format: found '<t>', must have {t} where"),
         ("model.vision.select_layer=false", "model.vision.select_layer: found False, a number is needed"),
     ],
 )

@@ -1,11 +1,14 @@
 """The marker becomes one special token; what cannot serve is refused with the reason."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from examples.quickstart.make_data import train_tokenizer
-from megatron_vlm.data.tokenizer import check_vocabulary, load_tokenizer
+from megatron_vlm.config.schema import TimeTokensConfig
+from megatron_vlm.data.tokenizer import check_vocabulary, first_time_token, load_tokenizer
 from megatron_vlm.errors import ConfigError
 
 
@@ -60,3 +63,29 @@ def test_tokens_outside_the_models_vocabulary_are_refused(tmp_path: Path) -> Non
     check_vocabulary(tokenizer, "<image>", marker)  # the marker alone may lie outside
     with pytest.raises(ConfigError, match="1 of its tokens lie outside the language model's vocabulary of"):
         check_vocabulary(tokenizer, "<image>", marker - 1)
+
+
+def knowing(**tokens: int) -> Any:
+    """Stands for a tokenizer: the ids of its tokens."""
+    return SimpleNamespace(get_vocab=lambda: tokens)
+
+
+def test_time_tokens_are_found_by_their_names() -> None:
+    tokens = TimeTokensConfig(format="<t{t}>", count=3)
+    assert tokens.names() == ("<t0>", "<t1>", "<t2>")
+    assert first_time_token(knowing(**{"a": 3, "<t0>": 7, "<t1>": 8, "<t2>": 9}), tokens) == 7
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        (
+            {"<t0>": 7, "<t1>": 8},
+            "found 3 tokens '<t0>' to '<t2>', of which the tokenizer lacks 1, the first is '<t2>'",
+        ),
+        ({"<t0>": 7, "<t1>": 9, "<t2>": 8}, "found '<t1>' with id 9 in the tokenizer, where '<t0>' has 7; needs 8"),
+    ],
+)
+def test_time_tokens_that_are_absent_or_scattered_are_refused(known: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^loss.time_tokens: {message}"):
+        first_time_token(knowing(**known), TimeTokensConfig(count=3))
