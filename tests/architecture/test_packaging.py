@@ -1,6 +1,11 @@
 """setup.py's ranges and constraints-cpu.txt's pins belong together, and packaging finds every package."""
 
 import ast
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -9,6 +14,7 @@ from setuptools import find_packages
 
 from tests.architecture.sources import ROOT
 
+CUDA_SOURCES = (".cu", ".cuh", ".c", ".cc", ".cpp", ".h")
 INSTALLED_BY_MAKE = ("kernels", "quickstart", "test", "dev")
 
 
@@ -53,3 +59,26 @@ def test_every_folder_with_code_is_a_package() -> None:
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "megatron_vlm").rglob("*.py")}
     assert {".".join(folder.parts) for folder in folders} == packages
     assert find_packages(str(ROOT / "kernels")) == ["megatron_vlm_kernels"]
+
+
+def test_kernels_are_triton_s_alone() -> None:
+    """Who adds another source adds a slow test that compiles it for sm_90 with nvcc, and keeps the wheel buildable."""
+    others = [path for path in (ROOT / "kernels").rglob("*") if path.suffix in CUDA_SOURCES]
+    assert not others, others
+
+
+def test_the_wheel_builds_without_a_compiler_and_carries_the_kernels(tmp_path: Path) -> None:
+    """No nvcc and no C compiler on PATH; for any platform."""
+    nothing = {name: str(tmp_path / "none") for name in ("PATH", "CUDA_HOME", "CUDA_PATH", "CC", "CXX")}
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "build", "--build-base", tmp_path]
+    command += ["bdist_wheel", "--dist-dir", tmp_path / "dist", "--bdist-dir", tmp_path / "bdist"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **nothing}, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    kernels = {path.relative_to(ROOT / "kernels").as_posix() for path in (ROOT / "kernels").rglob("*.py")}
+    assert len(kernels) > 5 and kernels <= names and "kernels/__init__.py" not in names
+    assert not [name for name in names if name.startswith(("tests/", "tools/")) or name.endswith(".so")]

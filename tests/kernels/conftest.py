@@ -14,6 +14,10 @@ def device(request: pytest.FixtureRequest) -> str:
     values. The twin and the fp64 run may stay on that device; `assert_as_exact` brings everything to the CPU.
     """
     device: str = request.param
+    if device == "cuda":
+        from megatron_vlm_kernels import is_interpreted
+
+        assert not is_interpreted(), "with -m gpu kernels are compiled: unset TRITON_INTERPRET"
     return device
 
 

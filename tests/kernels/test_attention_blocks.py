@@ -23,7 +23,8 @@ from tests.helpers.plain_attention import SCALE, draw, finite, plain
 from tests.helpers.quick_interpreter import quick_interpreter
 from tests.helpers.ring_in_turn import ring_in_turn
 from tests.kernels.accuracy import assert_as_exact
-from tools.benchmarks import kernel_cases_attention
+from tools.benchmarks.kernel_case import Draw
+from tools.benchmarks.kernel_cases_attention import RING_CASE
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
 
@@ -149,15 +150,17 @@ def test_the_ranks_of_a_ring(
 @pytest.mark.slow
 def test_the_benchmark_compares_like_with_like(device: str) -> None:
     """Its sides, the kernels and calls with a merge, give the same numbers."""
-    case, generator = kernel_cases_attention.CASES[0], torch.Generator().manual_seed(0)
-    inputs = case["draw"](case["tiny"][0], lambda *shape: torch.randn(*shape, generator=generator).to(device))
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = RING_CASE.draw(RING_CASE.tiny[0], Draw(torch.device(device), torch.float32, generator))
+    assert RING_CASE.backward is not None
     sides = []
     for backend in ("triton", "calls"):
-        outputs = case["call"](inputs, backend)
-        sides.append([*outputs, *case["backward"](backend)(inputs, outputs, (torch.ones_like(outputs[0]),))])
+        outputs = RING_CASE.call(inputs, backend)
+        gradients = RING_CASE.backward(backend)(inputs, outputs, (torch.ones_like(outputs[0]),))
+        sides.append([*outputs, *gradients])
     torch.testing.assert_close(*sides, rtol=1e-4, atol=1e-5)
-    (num_bytes, flops), (_, backward_flops) = case["work"](case["sizes"][0], 2)
-    assert num_bytes > 0 and backward_flops * 2 == flops * 5
+    forward, backward = RING_CASE.work(RING_CASE.sizes[0], 2)
+    assert forward.num_bytes > 0 and backward.flops * 2 == forward.flops * 5
 
 
 @pytest.mark.parametrize("fault", ["overwrites", "documents see each other", "last block's lse"])

@@ -23,10 +23,11 @@ from megatron_vlm.ops.prototypes import PROTOTYPES, prototype_extract
 from megatron_vlm.ops.reference_frames import FramePlan
 from megatron_vlm.ops.reference_projector import Blocks, PrototypeWeights
 
-from .kernel_cases import Case, Draw, Outputs, Sizes, Tensors, Work
+from .kernel_case import Case, Draw, Outputs, Sizes, Tensors, Work, no_gradients
 
 EPS = 1e-5
 HALVES = (0.5, 0.5, 0.5)
+EAGER = "eager"  # the published module
 
 
 # --- space to depth and LayerNorm -------------------------------------------------------------------------------------
@@ -186,6 +187,7 @@ PROJECTOR_CASE = Case(
     sizes=(_projector_sizes(64, 27, 1152, 3584), _projector_sizes(64, 32, 1152, 4096)),
     tiny=(_projector_sizes(2, 3, 12, 16),),
     exact=_projector_sizes(4, 27, 1152, 3584),
+    others={EAGER: _reference_projector},
 )
 
 # --- the prototype extractor ------------------------------------------------------------------------------------------
@@ -259,10 +261,6 @@ def _frames_work(sizes: Sizes, element: int) -> tuple[Work, Work]:
     return Work(read + between + 3 * sizes["frames"] * sizes["side"] ** 2 * element), Work(0)
 
 
-def _no_gradients(inputs: Tensors, outputs: Outputs, gradients: Outputs) -> Outputs:
-    return ()
-
-
 def _frame_sizes(frames: int, height: int, width: int, side: int, patch: int) -> Sizes:
     return {"frames": frames, "height": height, "width": width, "side": side, "patch": patch}
 
@@ -278,8 +276,8 @@ FRAMES_CASE = Case(
     sizes=(_frame_sizes(64, 720, 1280, 378, 14), _frame_sizes(64, 1080, 1920, 448, 14)),
     tiny=(_frame_sizes(2, 9, 14, 8, 4),),
     exact=_frame_sizes(2, 240, 320, 112, 14),
-    backward=lambda backend: _no_gradients,
-    reference_backward=_no_gradients,
+    backward=lambda backend: no_gradients,
+    reference_backward=no_gradients,
 )
 
 VISION_CASES = (

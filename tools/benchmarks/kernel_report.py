@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_vlm.ops.dispatch import TRITON
 
-from . import report
+from . import kernel_targets, report
 from .kernels import words
 
 MEBIBYTE, TERA = 2**20, 1e12
@@ -16,19 +16,26 @@ WAYS = ("forward", "backward")
 def tell(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Prints the table and writes the files asked for."""
     result["ratio"] = ratios(result["cells"])
+    result["targets"] = kernel_targets.report(result)
     report.keep(result, markdown(result), arguments)
     if arguments.png is not None and result["cells"]:
         arguments.png.parent.mkdir(parents=True, exist_ok=True)
         draw(result, arguments.png)
     for row in rows(result):
         print(" | ".join(row))
-    for line in lines(result):
+    for line in [*map(kernel_targets.words, result["targets"]), *lines(result)]:
         print(line)
 
 
 def place(cell: dict[str, Any]) -> str:
     """Operation and size, in words."""
     return f"{cell['op']} {words(cell['sizes'])}"
+
+
+def short(cell: dict[str, Any]) -> str:
+    """A cell in a line, before the run is over."""
+    times = ", ".join(f"{way} {cell[way]['seconds'] * 1e6:,.1f} us" for way in WAYS)
+    return f"{place(cell)}: {cell['side']}: {times}; error {_error_words(cell)}"
 
 
 def both(cell: dict[str, Any]) -> float:
@@ -67,6 +74,10 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
         rates, shares = [], []
         for way in WAYS:
             least, by_products = ceiling_seconds(cell[way], ceilings)
+            if not least:
+                rates.append("-")
+                shares.append("-")
+                continue
             seconds, done = cell[way]["seconds"], cell[way]["flops" if by_products else "bytes"]
             rates.append(f"{done / seconds / TERA:.3g} {'TFLOP/s' if by_products else 'TB/s'}")
             shares.append(f"{least / seconds:.0%}")
@@ -107,20 +118,36 @@ def lines(result: dict[str, Any]) -> list[str]:
     return told + [f"{where}: {reason}" for where, reason in result["others"].items()]
 
 
+def target_rows(result: dict[str, Any]) -> list[list[str]]:
+    """A heading and a line per target."""
+    table = [["target", "needed", "found", "outcome"]]
+    for line in result["targets"]:
+        found = "-" if line["found"] is None else f"{line['found']:.3g}"
+        reason = f": {line['reason']}" if line["reason"] else ""
+        table.append([line["target"], line["needed"], found, line["outcome"] + reason])
+    return table
+
+
 def markdown(result: dict[str, Any]) -> str:
     """A section for docs/benchmarks."""
-    heading, *body = rows(result)
     return "\n".join(
         [
             f"\n### kernels on {result['machine']['device']}\n",
-            f"{report.origin(result)}; {result['dtype']}; medians of {result['rounds']} rounds.\n",
+            f"{report.origin(result)}; {result['dtype']}; medians of up to {result['rounds']} rounds.\n",
             f"    {result['command']}\n",
-            *("| " + " | ".join(row) + " |" for row in (heading, ["---"] * len(heading), *body)),
+            *_table(rows(result)),
+            "",
+            *_table(target_rows(result)),
             "",
             *(f"- {line}" for line in lines(result)),
             "",
         ]
     )
+
+
+def _table(lines: list[list[str]]) -> list[str]:
+    heading, *body = lines
+    return ["| " + " | ".join(row) + " |" for row in (heading, ["---"] * len(heading), *body)]
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

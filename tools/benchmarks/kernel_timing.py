@@ -6,7 +6,8 @@ is therefore given a long write first, which also empties its cache, so that all
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from megatron_vlm.errors import ConfigError
 
-from .kernel_cases import Backward, Case, Draw, Forward, Outputs, Sizes, Tensors, Work
+from .kernel_case import Backward, Case, Draw, Forward, Outputs, Sizes, Tensors, Work
 
 COMPILED, OURS = "torch.compile", "ours"  # the latter: the product's, where an operation has no backends
 WRITE_BYTES, NUM_WRITES = 2**30, 2  # about half a millisecond of a large GPU's time
@@ -24,6 +25,8 @@ FACTOR = 2.0  # of plain torch's error, by which a kernel is judged (tests/kerne
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 MATRIX = {"cuda": 8192, "cpu": 512}
 TINY_COPY_BYTES, TINY_MATRIX = 2**20, 64
+ADVICE = "; use 'auto' or another backend"  # of dispatch: of no use here
+MIN_ROUNDS, SECONDS_PER_SIZE = 3, 6.0  # after so many seconds no further round begins, from the third on
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def ceilings(bench: Bench) -> dict[str, float]:
 def side_names(case: Case) -> list[str]:
     """Of all its sides, whether they can run here or not."""
     backends = [backend.name for backend in case.operation.backends] if case.operation else []
-    return [*backends, COMPILED, *case.others]
+    return [*backends, *([COMPILED] if case.compiles else []), *case.others]
 
 
 def is_ours(case: Case, name: str) -> bool:
@@ -131,15 +134,16 @@ def _objection(bench: Bench, case: Case, name: str, inputs: Tensors) -> str | No
     return found[0].objection(*inputs.values()) if found else None
 
 
-def _reason(error: Exception) -> str:
-    """Why a side has no numbers; "not run" where that is as it should be."""
+def reason_of(error: Exception) -> str:
+    """Why a side has no numbers; "not run" where that is as it should be, else the traceback goes to stderr."""
     if isinstance(error, ConfigError):
-        return f"not run: {str(error).removesuffix('; use auto or another backend')}"
+        return f"not run: {str(error).removesuffix(ADVICE)}"
     if isinstance(error, ModuleNotFoundError):
         return f"not run: {error.name} is not installed"
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of memory"
-    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    traceback.print_exception(error)
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 def _gradients(outputs: Outputs) -> Outputs:
@@ -162,7 +166,7 @@ def times(
     """(side -> what was measured, side -> why it was not), the sides taking turns."""
     inputs = bench.draw(case, sizes)
     reasons: dict[str, str] = {}
-    peaks: dict[str, int | None] = {}
+    peaks: dict[str, dict[str, int | None]] = {}
     grads: dict[str, Outputs] = {}
     for name, side in sides.items():
         reason = _objection(bench, case, name, inputs)
@@ -171,11 +175,14 @@ def times(
             continue
         try:
             grads[name] = _gradients(_once(side, inputs)[0])  # the first one compiles
-            peaks[name] = _peak(bench, side, inputs, grads[name])
+            peaks[name] = _peaks(bench, side, inputs, grads[name])
         except Exception as error:  # others' code may fail in any way, and so may ours on a new GPU: it is told
-            reasons[name] = _reason(error)
+            reasons[name] = reason_of(error)
     rounds: dict[str, list[list[float]]] = {name: [] for name in peaks}
-    for _ in range(bench.rounds):
+    started = time.perf_counter()
+    for number in range(bench.rounds):
+        if number >= MIN_ROUNDS and time.perf_counter() - started > SECONDS_PER_SIZE:
+            break
         for name in peaks:
             rounds[name].append(_round(bench, sides[name], inputs, grads[name]))
     work = case.work(sizes, bench.dtype.itemsize)
@@ -189,18 +196,34 @@ def _round(bench: Bench, side: Side, inputs: Tensors, grads: Outputs) -> list[fl
     return bench.seconds(lambda: outputs.append(side.forward(inputs)), lambda: side.backward(inputs, outputs[0], grads))
 
 
-def _peak(bench: Bench, side: Side, inputs: Tensors, grads: Outputs) -> int | None:
-    """Most bytes allocated at a time above what was there before a pass in both directions; known on CUDA only."""
+def _peaks(bench: Bench, side: Side, inputs: Tensors, grads: Outputs) -> dict[str, int | None]:
+    """Most bytes allocated at a time above what was there before a pass in both directions; known on CUDA only.
+
+    Work: without the outputs in the forward pass, without outputs and gradients in the backward pass.
+    """
     if bench.device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(bench.device)
+        return {"peak_extra_bytes": None, "peak_work_bytes": None}
     before = torch.cuda.memory_allocated(bench.device)
-    _once(side, inputs, grads)
-    return torch.cuda.max_memory_allocated(bench.device) - before
+    torch.cuda.reset_peak_memory_stats(bench.device)
+    outputs = side.forward(inputs)
+    forward = torch.cuda.max_memory_allocated(bench.device) - before
+    torch.cuda.reset_peak_memory_stats(bench.device)
+    gradients = side.backward(inputs, outputs, grads)
+    backward = torch.cuda.max_memory_allocated(bench.device) - before
+    results = [made_bytes(tensors, inputs.values()) for tensors in (outputs, (*outputs, *gradients))]
+    work = max(forward - results[0], backward - results[1])
+    return {"peak_extra_bytes": max(forward, backward), "peak_work_bytes": work}
 
 
-def _cell(rounds: list[list[float]], work: tuple[Work, Work], peak: int | None) -> dict[str, Any]:
-    cell: dict[str, Any] = {"peak_extra_bytes": peak}
+def made_bytes(results: Outputs, inputs: Iterable[Tensor]) -> int:
+    """Of the memory that results lie in, what lies in the inputs' left out."""
+    given = {x.untyped_storage().data_ptr() for x in inputs}
+    made = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in results}
+    return sum(size for place, size in made.items() if place not in given)
+
+
+def _cell(rounds: list[list[float]], work: tuple[Work, Work], peaks: dict[str, int | None]) -> dict[str, Any]:
+    cell: dict[str, Any] = {**peaks}
     for place, way in enumerate(("forward", "backward")):
         cell[way] = {
             "seconds": statistics.median(one[place] for one in rounds),
@@ -214,8 +237,8 @@ def _cell(rounds: list[list[float]], work: tuple[Work, Work], peak: int | None) 
 def errors(bench: Bench, case: Case, sides: dict[str, Side]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """(side -> its largest error and plain torch's of the same tensor, side -> why none) against the twin in fp64.
 
-    Largest: in units of plain torch's. An error is the norm of the difference over the norm. torch.compile has none: it
-    would compile the twin once more for this size.
+    Largest: in units of what is allowed: twice plain torch's, or the case's tolerance. An error is the norm of the
+    difference over the norm. torch.compile has none: it would compile the twin once more for this size.
     """
     sizes = case.tiny[0] if bench.tiny else case.exact
     twin = Side(case.reference, case.reference_backward or _side_of_twin(case))
@@ -233,12 +256,13 @@ def errors(bench: Bench, case: Case, sides: dict[str, Side]) -> tuple[dict[str, 
         try:
             tensors = _flat(_once(side, inputs, grads))
         except Exception as error:  # as in `times`
-            reasons[name] = _reason(error)
+            reasons[name] = reason_of(error)
             continue
         ours = [_error(one, other) for one, other in zip(tensors, exact, strict=True)]
         floor = torch.finfo(bench.dtype).eps / 2
-        worst = max(range(len(ours)), key=lambda place: ours[place] / max(plain[place], floor))
-        exact_enough = ours[worst] <= max(FACTOR * plain[worst], floor)
+        allowed = [case.tolerance or max(FACTOR * one, floor) for one in plain]
+        worst = max(range(len(ours)), key=lambda place: ours[place] / allowed[place])
+        exact_enough = ours[worst] <= allowed[worst]
         found[name] = {"error": ours[worst], "plain_error": plain[worst], "exact_enough": exact_enough}
     return found, reasons
 
@@ -252,4 +276,5 @@ def _flat(results: tuple[Outputs, Outputs]) -> list[Tensor]:
 
 
 def _error(found: Tensor, exact: Tensor) -> float:
+    exact = exact.double()
     return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-30))

@@ -4,7 +4,8 @@ Sides are the product's backends, torch.compile on the plain twin, and other pac
 cannot run says why. In a round every side runs once, forward and backward, in turn; times are medians over the
 rounds, by CUDA events on a GPU, with its cache emptied before. The ceiling of a pass is the longer of its least traffic
 at the measured bandwidth of a copy and its products at the measured rate of a matrix product, both measured here and
-now. Errors are against the twin in fp64, at a smaller size.
+now. Errors are against the twin in fp64, at a smaller size. Behind the cells stands what they say of the project's
+targets. Every operation is told as soon as it is measured, and an operation that fails stops no other.
 
 --tiny rehearses everything on the CPU; with TRITON_INTERPRET=1 in the environment our kernels take part. Its times mean
 nothing.
@@ -12,6 +13,8 @@ nothing.
 
 import argparse
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +22,13 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
 from megatron_vlm.runtime.launch import Launch
 
+from .kernel_worker import CEILINGS, Message, Settings, Worker
+
 if TYPE_CHECKING:
-    from .kernel_cases import Case
+    from .kernel_case import Case
     from .kernel_timing import Bench
+
+OPERATION_SECONDS = 150.0  # longer than the slowest, compiling included
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", choices=("first", "all", "none"), default="first",
         help="sizes of each operation at which torch.compile takes part (default first: compiling takes long)",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=whole_number(1), default=20, metavar="N", help="default 20")
+    parser.add_argument("--rounds", type=whole_number(1), default=20, metavar="N", help="at most (default 20)")
+    parser.add_argument(
+        "--seconds", type=whole_number(1), metavar="N", help="of the whole run: what is not done then is left out"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything measured")
     parser.add_argument("--png", "--figure", type=Path, metavar="FILE", help="share of the ceiling, by side")
@@ -55,26 +65,50 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
 
     from . import kernel_report, report
     from .kernel_cases import CASES
-    from .kernel_timing import Bench, ceilings
 
     chosen = chosen_cases(arguments, CASES)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    bench = Bench(device, dtype, arguments.rounds, arguments.tiny)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    settings = Settings(
+        device.type, arguments.rounds, arguments.tiny, arguments.compile, arguments.side and tuple(arguments.side)
+    )
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     result = report.header("kernels", name) | {
-        "dtype": str(dtype)[6:],
+        "dtype": "bfloat16" if device.type == "cuda" else "float32",
         "rounds": arguments.rounds,
         "tiny": arguments.tiny,
-        "ceilings": ceilings(bench),
+        CEILINGS: {"bytes_per_second": float("nan"), "flops_per_second": float("nan")},
         "cells": [],
         "others": {},
         "failures": [],
     }
-    for case in chosen:
-        _measure_case(bench, case, arguments, result)
+    _measure([case.op for case in chosen], Worker(settings), arguments, result)
     kernel_report.tell(result, arguments)
     if result["failures"]:
         sys.exit(1)
+
+
+def _measure(ops: list[str], worker: Worker, arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Adds to `result` what the operations give; the JSON file is there after each of them."""
+    from . import kernel_report, report
+
+    deadline = time.monotonic() + (arguments.seconds or float("inf"))
+    try:
+        for op in (CEILINGS, *ops):
+            seconds = min(OPERATION_SECONDS, deadline - time.monotonic())
+            if seconds <= 0:
+                result["others"][op] = "not run: the time is over"
+                continue
+            for name, value in worker.measure(op, seconds):
+                if name == CEILINGS:
+                    result[CEILINGS] = value
+                elif name == "others":
+                    result["others"].update([value])
+                else:
+                    result[name].append(value)
+                if name == "cells":
+                    print(kernel_report.short(value), flush=True)
+            report.keep(result, "", arguments)
+    finally:
+        worker.stop()
 
 
 def chosen_cases(arguments: argparse.Namespace, cases: "tuple[Case, ...]") -> "list[Case]":
@@ -93,29 +127,30 @@ def chosen_cases(arguments: argparse.Namespace, cases: "tuple[Case, ...]") -> "l
     return chosen
 
 
-def _measure_case(bench: "Bench", case: "Case", arguments: argparse.Namespace, result: dict[str, Any]) -> None:
-    """Adds this operation's cells to `result`, and the reasons of the sides that have none."""
-    from .kernel_timing import COMPILED, errors, is_ours, side_names, sides_of, times
+def measure_case(bench: "Bench", case: "Case", settings: Settings) -> Iterator[Message]:
+    """The operation's cells, and the reasons of the sides that have none."""
+    from .kernel_timing import COMPILED, errors, is_ours, reason_of, side_names, sides_of, times
 
-    wanted = [name for name in side_names(case) if arguments.side is None or name in arguments.side]
-    sizes = case.tiny if arguments.tiny else case.sizes
+    wanted = [name for name in side_names(case) if settings.sides is None or name in settings.sides]
+    sizes = case.tiny if settings.tiny else case.sizes
     found: dict[str, dict[str, Any]] = {}
     for number, of_size in enumerate(sizes):
-        compiles = arguments.compile == "all" or (arguments.compile == "first" and number == 0)
+        compiles = settings.compiles == "all" or (settings.compiles == "first" and number == 0)
         sides = sides_of(case, [name for name in wanted if name != COMPILED or compiles])
         cells, reasons = times(bench, case, of_size, sides)
         if number == 0:
-            found, unmeasured = errors(bench, case, sides)
+            try:
+                found, unmeasured = errors(bench, case, sides)
+            except Exception as error:  # the twin's: the times are worth something without it
+                unmeasured = {"the twin": reason_of(error)}
             reasons = unmeasured | reasons
         for side, cell in cells.items():
-            cell |= found.get(side, {})
-            result["cells"].append({"op": case.op, "sizes": dict(of_size), "side": side, **cell})
-            print(f"{case.op} {words(of_size)}: {side}", flush=True)
+            yield "cells", {"op": case.op, "sizes": dict(of_size), "side": side, **cell, **found.get(side, {})}
         for side, reason in reasons.items():
             place = f"{case.op}, {side}" if reason.startswith("not run") else f"{case.op} {words(of_size)}, {side}"
-            result["others"][place] = reason
+            yield "others", (place, reason)
             if is_ours(case, side) and reason.startswith("failed"):
-                result["failures"].append(place)
+                yield "failures", place
 
 
 def words(sizes: Any) -> str:

@@ -60,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--answers", type=share, default=0.5, metavar="SHARE", help="of the words, trained (default 0.5)"
     )
+    parser.add_argument(
+        "--pictures", type=whole_number(1), default=1, metavar="N", help="in a row, where data are made (default 1)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything measured")
     parser.add_argument("--png", type=Path, metavar="FILE", help="a picture of it")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="a section of docs/benchmarks, appended")
@@ -77,6 +80,7 @@ def share(text: str) -> float:
 def run(arguments: argparse.Namespace, launch: Launch) -> None:
     """Measures, and tells on rank 0."""
     from . import report
+    from .synthetic import SampleSize
 
     config = load_config(arguments.recipe, arguments.overrides)
     configs = {PRODUCT: config}
@@ -84,7 +88,9 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
         configs[TRANSFORMERS] = config
     rounds, steps = arguments.rounds, arguments.steps
     num_steps = WARM_UP_STEPS + (rounds + 1) * steps
-    requests = [SideRequest(name, c, launch, steps, num_steps, arguments.answers) for name, c in configs.items()]
+    row = SampleSize(config.training.sequence_length, arguments.pictures)
+    rows = (row,) * (config.training.global_batch_size * steps)
+    requests = [SideRequest(name, c, launch, steps, num_steps, arguments.answers, rows) for name, c in configs.items()]
     measured = measure(requests, rounds)
     if launch.rank == 0:
         result = report.summarise(measured, config, launch.world_size, arguments)

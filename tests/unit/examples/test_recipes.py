@@ -21,6 +21,7 @@ RANKS = {
     "long_video_qwen2_7b": 8,
     "bench_cpu": 2,
     "bench_cpu_large": 2,
+    "bench_gpu_step": 1,
     "bench_packing": 1,
 }
 PUBLIC = {
@@ -60,3 +61,13 @@ def test_the_longest_video_fits_its_rows() -> None:
     with_line_breaks = config.data.video.num_frames * (tokens_per_frame + 1)
     assert tokens_per_frame == 49 and config.data.video.num_frames == 2048
     assert with_line_breaks + 1000 <= config.training.sequence_length <= with_line_breaks + 4000
+
+
+def test_the_benchmarks_whole_step_is_of_the_size_it_names() -> None:
+    """8 pictures of 196 tokens in a row of 8,192; 8 billion parameters, of which tower and projector train."""
+    config = load_config(RECIPES / "bench_gpu_step.yaml")
+    facts = gather_facts(config, TEMPLATES.names(), TASKS.names())
+    assert facts.tokens_per_image == 196 and 8 * 196 < config.training.sequence_length == 8192
+    in_fp8 = load_config(RECIPES / "bench_gpu_step.yaml", ["precision.fp8=tensorwise"])
+    validate(in_fp8, gather_facts(in_fp8, TEMPLATES.names(), TASKS.names()), 1)
+    assert not config.model.train.language and config.model.train.vision and config.model.train.projector

@@ -1,0 +1,120 @@
+"""A process in which a kernel benchmark measures one operation after the other, and tells each number as it has it.
+
+A kernel that writes where it must not spoils its process for good (every later call fails with "CUDA error"), one that
+waits forever its run. Here either costs its own operation only: the next one has a new process.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+END = "end"
+Message = tuple[str, Any]  # "cells" a cell, "others" (place, reason), "failures" a place, END whether it is spoilt
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line's, as the measuring process needs it."""
+
+    device: str
+    rounds: int
+    tiny: bool
+    compiles: str  # first | all | none
+    sides: tuple[str, ...] | None
+
+
+class Worker:
+    """Measures operations in a process of its own, made anew where the last one is no good."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._process: Any = None
+        self._connection: Connection | None = None
+
+    def measure(self, op: str, seconds: float) -> Iterator[Message]:
+        """What the operation gives, as it comes; "others" and "failures" where it was not done within `seconds`."""
+        deadline = time.monotonic() + seconds
+        connection = self._connection or self._start()
+        connection.send(op)
+        while True:
+            if not connection.poll(max(0.0, deadline - time.monotonic())):
+                yield from self._lost(op, f"not done after {seconds:.0f} s")
+                return
+            try:
+                name, value = connection.recv()
+            except EOFError:
+                self._process.join()
+                yield from self._lost(op, f"its process has ended with code {self._process.exitcode}")
+                return
+            if name == END:
+                if value:
+                    self.stop()
+                return
+            yield name, value
+
+    def _lost(self, op: str, reason: str) -> Iterator[Message]:
+        self.stop()
+        yield "others", (op, f"failed: {reason}")
+        yield "failures", op
+
+    def _start(self) -> Connection:
+        spawning = multiprocessing.get_context("spawn")
+        self._connection, there = spawning.Pipe()
+        self._process = spawning.Process(target=serve, args=(self._settings, there), daemon=True)
+        self._process.start()
+        there.close()
+        return self._connection
+
+    def stop(self) -> None:
+        """Ends the process, by force."""
+        if self._connection is not None:
+            self._connection.close()
+            self._process.kill()
+            self._process.join()
+        self._connection = None
+
+
+CEILINGS = "ceilings"
+
+
+def serve(settings: Settings, connection: Connection) -> None:
+    """The process's main function: measures what it is told, an operation or the ceilings, until its parent ends it."""
+    from megatron_vlm.runtime.device import prepare
+
+    device = prepare("cuda" if settings.device == "cuda" else "cpu")
+    import torch
+
+    from .kernel_cases import CASES
+    from .kernel_timing import Bench, ceilings
+    from .kernels import measure_case
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    bench = Bench(device, dtype, settings.rounds, settings.tiny)
+    cases = {case.op: case for case in CASES}
+    while True:
+        try:
+            op = connection.recv()
+        except EOFError:
+            return
+        if op == CEILINGS:
+            connection.send((CEILINGS, ceilings(bench)))
+        else:
+            for message in measure_case(bench, cases[op], settings):
+                connection.send(message)
+        connection.send((END, _is_spoilt(device)))
+
+
+def _is_spoilt(device: Any) -> bool:
+    """Whether nothing can run on the device any more, from this process."""
+    import torch
+
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
