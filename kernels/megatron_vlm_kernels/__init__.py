@@ -4,10 +4,7 @@ The folder above has no `__init__.py` on purpose: `kernels` is the import name o
 `transformers` probes.
 """
 
-import os
-
 INTERPRETED_FACTOR = 16  # of a tile's elements
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")  # as triton reads it
 
 
 def tile_elements(on_a_gpu: int) -> int:
@@ -16,6 +13,7 @@ def tile_elements(on_a_gpu: int) -> int:
 
 
 def is_interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when the process started): on the CPU. Asked by
-    processes that run none of them, so triton, which is slow to import, is not."""
-    return _INTERPRETED
+    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when the process started): on the CPU."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

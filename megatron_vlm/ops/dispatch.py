@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.registry import Registry
+from megatron_vlm.runtime.device import interprets_triton
 from megatron_vlm.runtime.logging import get_logger
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -34,9 +35,7 @@ def _triton_device() -> str | None:
     layer of every step."""
     if importlib.util.find_spec("triton") is None:
         return None
-    from megatron_vlm_kernels import is_interpreted
-
-    return "cpu" if is_interpreted() else "cuda"
+    return "cpu" if interprets_triton() else "cuda"
 
 
 def triton_obstacle(*tensors: Any) -> str | None:

@@ -235,3 +235,9 @@ def _redirect_megatron(torch: Any) -> None:
     ShardedTensor.init_data = init_data_on_cpu
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def interprets_triton() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU: TRITON_INTERPRET, as triton reads it when it is
+    imported. That takes long, and processes ask that run no kernel."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
