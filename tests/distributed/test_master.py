@@ -98,9 +98,22 @@ SLOW = {
     ),
     "recompute-selective": layout(2, parallel={"tensor": 2}, training={"recompute": {"language": "selective"}}),
     "virtual2-overlap-dp2": parallel(4, pipeline=2, virtual_pipeline=2, **OVERLAP),
-    "all-fused-tp2-pp2-sp": layout(4, parallel={"tensor": 2, "pipeline": 2, "sequence": True}, ops=ALL_FUSED),
-    "all-fused-packed-ulysses2-ring2": layout(4, parallel={"ulysses": 2, "ring": 2}, data=PACKED, ops=ALL_FUSED),
-    "all-fused-squares-dp2": layout(2, parallel={}, model={"projector": {"type": "mlp_downsample"}}, ops=ALL_FUSED),
+    "all-fused-tp2-pp2-sp": layout(
+        4,
+        parallel={"tensor": 2, "pipeline": 2, "sequence": True},
+        ops=ALL_FUSED,
+        training={"micro_batch_size": 4, "media_window": 2},
+    ),
+    "all-fused-packed-ulysses2-ring2": layout(
+        4, parallel={"ulysses": 2, "ring": 2}, data=PACKED, ops=ALL_FUSED, training={"micro_batch_size": 8}
+    ),
+    "all-fused-squares-dp2": layout(
+        2,
+        parallel={},
+        model={"projector": {"type": "mlp_downsample"}},
+        ops=ALL_FUSED,
+        training={"micro_batch_size": 4},
+    ),
 }
 FAULTS = {
     "vision_gradient_not_over_model_ranks-tp2": ("vision_gradient_not_over_model_ranks", parallel(2, tensor=2)),
