@@ -45,18 +45,19 @@ def backward_blocks(width: int, dtype: torch.dtype, hopper: bool, of_keys: bool)
     """Sizes by the padded head width. dk and dv hold k, v and two sums of a tile of keys; dq holds q, dout and one.
 
     What passes by is small for dk and dv: of 64 queries the compiler spills registers for Hopper, at width 128 by 670
-    bytes of a thread, of 32 by 270 (Triton 3.9).
+    bytes of a thread, of 32 by 270 (Triton 3.9). Above width 128 what is kept is small, too: of 64 rows it spills 1144
+    bytes for dk and dv and 764 for dq at width 256, of 32 none (Triton 3.6).
     """
     if is_interpreted():
         return Blocks(16, 32, 4, 1) if of_keys else Blocks(32, 16, 4, 1)
     if dtype == torch.float32:  # without tensor cores: registers are what is short
         return Blocks(32, 32, 8, 1) if width <= 128 else Blocks(16, 16, 8, 1)
-    kept, passing = (128, 64) if hopper else (64, 32)
     if width > 128:
-        kept, passing = (64, 32) if hopper else (32, 32)
+        return Blocks(32, 32, 8, 1)
+    kept, passing = (128, 64) if hopper else (64, 32)
     if of_keys:
         passing = 32
-    warps, stages = 8 if kept == 128 or width > 128 else 4, 3 if width <= 64 else 2 if width <= 128 else 1
+    warps, stages = 8 if kept == 128 else 4, 3 if width <= 64 else 2
     return Blocks(passing, kept, warps, stages) if of_keys else Blocks(kept, passing, warps, stages)
 
 

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_vlm_kernels.outputs import stored_dtype
 
@@ -148,6 +149,7 @@ class BiasGelu(torch.autograd.Function):
         return forward(rows, bias.contiguous(), kind).view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows, bias = ctx.saved_tensors
         shape = grad_out.shape

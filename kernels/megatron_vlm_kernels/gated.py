@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_vlm_kernels import tile_elements
 
@@ -26,7 +27,8 @@ def _activate(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "silu":
         gate = 1.0 / (1.0 + tl.exp(-z))
         value = z * gate
-        slope = gate * (1.0 + z - value)
+        rest = 1.0 / (1.0 + tl.exp(z))  # 1 - gate would cancel
+        slope = gate * (1.0 + z * rest)
     elif ACTIVATION == "gelu":
         share = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
         value = z * share
@@ -130,6 +132,7 @@ class Gated(torch.autograd.Function):
         return gated_forward(x.view(-1, x.shape[-1]), activation).view(*x.shape[:-1], x.shape[-1] // 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         rows = grad_out.reshape(-1, grad_out.shape[-1]).contiguous()  # [..., f] -> [t, f]

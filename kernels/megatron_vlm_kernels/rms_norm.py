@@ -8,7 +8,7 @@
 All arithmetic is fp32. The weight's gradient is deterministic: each program sums its rows in order and writes one
 partial row, and torch adds those up. Kept for backward: s (an input, or an output anyway) and r, one number per row.
 
-Hazard: a row must fit one tile, so rows are at most 65,536 wide. Letters: t rows, h columns.
+Hazard: a row must fit one tile, so rows are at most 16,384 wide. Letters: t rows, h columns.
 """
 
 from typing import Any
@@ -17,10 +17,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_vlm_kernels import tile_elements
+from megatron_vlm_kernels.limits import MAX_NORM_COLUMNS
 
-MAX_COLUMNS = 65536
 TILE_ELEMENTS = 4096  # several short rows share a program
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
@@ -105,7 +106,7 @@ def _backward_kernel(
 
 def _plan(num_columns: int) -> dict[str, int]:
     """Tile and warps for rows of that width."""
-    assert num_columns <= MAX_COLUMNS, f"rows of {num_columns}, at most {MAX_COLUMNS}"
+    assert num_columns <= MAX_NORM_COLUMNS, f"rows of {num_columns}, at most {MAX_NORM_COLUMNS}"
     block_columns = triton.next_power_of_2(num_columns)
     block_rows = max(1, tile_elements(TILE_ELEMENTS) // max(block_columns, 256))
     num_warps = min(16, max(4, block_rows * block_columns // 512))
@@ -189,6 +190,7 @@ class AddRMSNorm(torch.autograd.Function):
         return out if residual is None else (out, total)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         total, weight, inverse = ctx.saved_tensors
         _, adds, weight_trains, _ = ctx.needs_input_grad

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_vlm_kernels import tile_elements
 
@@ -115,8 +116,14 @@ def _in_one_piece(x: Tensor) -> Tensor:
 
 
 def _overlaps(x: Tensor) -> bool:
-    """Whether elements share memory, as those of an expanded tensor do."""
-    return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+    """Whether elements may share memory, as those of an expanded tensor or of sliding windows do: unless each dimension
+    steps over all that those with smaller steps reach."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 class Rope(torch.autograd.Function):
@@ -133,6 +140,7 @@ class Rope(torch.autograd.Function):
         return rotate(_in_one_piece(x), cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None, None]:
         in_place = ctx.gradient_in_place and not _overlaps(grad_out)
         return rotate(_in_one_piece(grad_out), *ctx.saved_tensors, backward=True, in_place=in_place), None, None, None

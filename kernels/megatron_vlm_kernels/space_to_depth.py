@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_vlm_kernels.limits import MAX_SQUARE_NUMBERS, square_numbers
 from megatron_vlm_kernels.outputs import stored_dtype
@@ -290,6 +291,7 @@ class SpaceToDepthNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse = ctx.saved_tensors
         sides, factor, row_major = ctx.how

@@ -122,6 +122,25 @@ def _context(config: Config) -> Iterator[str]:
         )
 
 
+def _cudnn_in_a_ring(config: Config) -> Iterator[str]:
+    """What a ring rank has of a document is known only when it is read. `parallel.context` may become a ring."""
+    parallel = config.parallel
+    shared = [f"parallel.{name} {ranks}" for name in ("ring", "context") if (ranks := getattr(parallel, name) or 1) > 1]
+    if config.ops.attention != "cudnn" or not shared:
+        return
+    elsewise = "needs auto, triton or flash_attn, or parallel.ulysses alone"
+    if parallel.ring_mode == "all_gather":
+        yield (
+            f"ops.attention: found cudnn with {' and '.join(shared)} and parallel.ring_mode all_gather, where a rank's "
+            f"queries see more keys than they are, while cuDNN's causal mask is of a square, {elsewise}, or p2p"
+        )
+    elif config.data.packing:
+        yield (
+            f"ops.attention: found cudnn with {' and '.join(shared)} and data.packing true, where a rank's part of a "
+            f"document may be a single token, which cuDNN does not take, {elsewise}"
+        )
+
+
 def _overlap(config: Config) -> Iterator[str]:
     if not config.parallel.overlap_param_gather:
         return
@@ -368,6 +387,7 @@ RECIPE_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (
     _tokenizer,
     _sequence,
     _context,
+    _cudnn_in_a_ring,
     _overlap,
     _grad_reduce,
     _fp8,

@@ -19,6 +19,7 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megatron_vlm.ops import attention_cuda as on_cuda
@@ -40,7 +41,8 @@ def attention(
 
     Args:
         q: [b, sq, heads, d].
-        k, v: [b, sk, kv_heads, d]; kv_heads divides heads; v may have a head width of its own, dv. Nothing is empty.
+        k, v: [b, sk, kv_heads, d], in q's dtype; kv_heads divides heads; v may have a head width of its own, dv.
+            Nothing is empty.
         backend: auto | cudnn | flash_attn | triton | cpu | reference.
         rules: who sees whom, and how scores are made: the keywords of `AttentionRules`.
 
@@ -51,7 +53,7 @@ def attention(
     Raises:
         ConfigError: the backend asked for cannot run here, with the reason.
     """
-    _check(q, k)
+    _check(q, k, v)
     return ATTENTION.select(backend, q, rules.get("softcap"), asked_of(q, k, v, rules))(q, k, v, **rules)
 
 
@@ -83,13 +85,14 @@ def attention_backward(
     Raises:
         ConfigError: as `attention`.
     """
-    _check(q, k)
+    _check(q, k, v)
     function = ATTENTION_BACKWARD.select(backend, q, rules.get("softcap"), asked_of(q, k, v, rules))
     return function(dout, q, k, v, out, lse, **rules)
 
 
-def _check(q: Tensor, k: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     queries, keys = q.shape, k.shape
+    assert q.dtype == k.dtype == v.dtype, f"attention needs one dtype, found q {q.dtype}, k {k.dtype}, v {v.dtype}"
     assert 0 not in queries and 0 not in keys, f"attention of nothing: queries {queries}, keys {keys}"
     assert queries[2] % keys[2] == 0, f"{keys[2]} kv heads do not divide {queries[2]} query heads"
 
@@ -106,6 +109,7 @@ class _Joined(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv = _GRAPHLESS[ctx.name][1](gradients[0], q, k, v, out, lse, **ctx.rules)
@@ -119,7 +123,7 @@ _GRAPHLESS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., 
 }
 
 
-@ATTENTION.backend("cudnn", on_cuda.cudnn_obstacle)
+@ATTENTION.backend("cudnn", on_cuda.cudnn_obstacle, on_cuda.cudnn_objection)
 def _attention_cudnn(q: Tensor, k: Tensor, v: Tensor, **rules: Unpack[AttentionRules]) -> tuple[Tensor, Tensor]:
     return _Joined.apply(q, k, v, "cudnn", rules)
 
@@ -134,7 +138,7 @@ def _attention_triton(q: Tensor, k: Tensor, v: Tensor, **rules: Unpack[Attention
     return _Joined.apply(q, k, v, TRITON, rules)
 
 
-ATTENTION_BACKWARD.backend("cudnn", on_cuda.cudnn_obstacle)(on_cuda.attention_backward_cudnn)
+ATTENTION_BACKWARD.backend("cudnn", on_cuda.cudnn_obstacle, on_cuda.cudnn_objection)(on_cuda.attention_backward_cudnn)
 ATTENTION_BACKWARD.backend("flash_attn", on_cuda.flash_obstacle)(on_cuda.attention_backward_flash)
 ATTENTION_BACKWARD.backend(TRITON, on_cuda.triton_attention_obstacle, interpreter_objection)(
     on_cuda.attention_backward_triton

@@ -155,7 +155,7 @@ def attention_into(
         ConfigError: the backend asked for cannot run here, with the reason.
     """
     if rectangles.items:
-        function = ATTENTION_INTO.find(scoring.of_blocks, q, scoring.softcap, _asked(q, v)).function
+        function = ATTENTION_INTO.select(scoring.of_blocks, q, scoring.softcap, _asked(q, v))
         function(q, k, v, totals, rectangles, scoring)
 
 
@@ -178,7 +178,7 @@ def attention_into_backward(
     """
     if rectangles.items:
         q = queries.q
-        function = ATTENTION_INTO_BACKWARD.find(scoring.of_blocks, q, scoring.softcap, _asked(q, v)).function
+        function = ATTENTION_INTO_BACKWARD.select(scoring.of_blocks, q, scoring.softcap, _asked(q, v))
         function(queries, k, v, gradients, rectangles, scoring)
 
 

@@ -9,12 +9,14 @@ All three give (out, lse) without a graph; `ops.attention` joins forward and bac
 
 Hazards. A library's out and gradients have the inputs' precision: in a ring of many blocks that rounding adds up, which
 is why the ring prefers the kernel that folds in fp32. flash-attn marks a query that sees no key by +inf. cuDNN's
-log-sum-exp is [b, heads, sq, 1], and its backward wants it so.
+log-sum-exp is [b, heads, sq, 1], and its backward wants it so. It builds a graph for every new pair of lengths.
 """
 
 import importlib
 import importlib.metadata
 import importlib.util
+import re
+from functools import cache
 from typing import Any, Unpack
 
 import torch
@@ -27,6 +29,7 @@ from megatron_vlm.ops.reference import AttentionRules
 _HALF = (torch.bfloat16, torch.float16)
 _TRITON_DTYPES = (torch.float32, *_HALF)
 _CUDNN_MAX_WIDTH, _FLASH_MAX_WIDTH = 128, 256
+_CUDNN_MIN_QUERIES = 64
 _FLASH = "flash_attn.flash_attn_interface"
 _FLASH_NEEDED = (2, 7)  # since which `_flash_attn_forward` has the arguments used here
 
@@ -66,14 +69,43 @@ def cudnn_obstacle(q: Tensor, softcap: float | None, asked: Asked | None = None)
     return None
 
 
+def cudnn_objection(q: Tensor, softcap: float | None, asked: Asked | None = None) -> str | None:
+    """Why `auto` passes cuDNN over where it can: answers, token by token, have another number of keys each time."""
+    if asked is None or asked.q_length >= _CUDNN_MIN_QUERIES:
+        return None
+    return (
+        f"its graph is built anew for each length, which fewer than {_CUDNN_MIN_QUERIES} queries are not worth, "
+        f"found {asked.q_length}"
+    )
+
+
+@cache
+def _flash_package_obstacle() -> str | None:
+    """Why the package flash_attn does not do, which no process changes: every layer of every step asks."""
+    try:
+        found = importlib.util.find_spec(_FLASH)  # imports flash_attn itself
+    except ModuleNotFoundError as error:
+        if error.name != "flash_attn":
+            return f"the package flash_attn cannot be imported: {error}"
+        return "the package flash_attn is not installed"
+    except ImportError as error:  # of another torch's binary interface, say
+        return f"the package flash_attn cannot be imported: {error}"
+    needed = ".".join(map(str, _FLASH_NEEDED))
+    if found is None:
+        return f"it needs {_FLASH}, which the package flash_attn found here does not have"
+    try:
+        version = importlib.metadata.version("flash_attn")
+    except importlib.metadata.PackageNotFoundError:
+        return f"it needs flash_attn {needed} or later, found one without metadata that tell its version"
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or tuple(map(int, numbers.groups())) < _FLASH_NEEDED:
+        return f"it needs flash_attn {needed} or later, found {version}"
+    return None
+
+
 def flash_obstacle(q: Tensor, softcap: float | None, asked: Asked | None = None) -> str | None:
     """Why flash-attn cannot. `asked` as in `cudnn_obstacle`."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash_attn is not installed"
-    version = importlib.metadata.version("flash_attn")
-    if tuple(int(part) for part in version.split(".")[:2]) < _FLASH_NEEDED:
-        return f"it needs flash_attn {'.'.join(map(str, _FLASH_NEEDED))} or later, found {version}"
-    reason = _half_on_cuda_obstacle(q, asked, _FLASH_MAX_WIDTH)
+    reason = _half_on_cuda_obstacle(q, asked, _FLASH_MAX_WIDTH) or _flash_package_obstacle()
     if reason is not None or asked is None:
         return reason
     if asked.widths[0] != asked.widths[1]:

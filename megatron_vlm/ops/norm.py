@@ -20,8 +20,6 @@ from megatron_vlm.ops.dispatch import AUTO, TRITON, Operation, interpreter_objec
 Norm = Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
 NORM: Operation[Norm] = Operation("ops.norm")
 
-MAX_TRITON_COLUMNS = 65536
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str = AUTO) -> Tensor:
     """x [..., h] / sqrt(mean(x^2) + eps) * weight [h] -> [..., h] in x's dtype (Zhang and Sennrich 2019).
@@ -50,14 +48,18 @@ def add_rms_norm(
     Raises:
         ConfigError: as `rms_norm`.
     """
-    return NORM.select(backend, x, weight)(x, residual, weight, eps)
+    return NORM.select(backend, x, weight, residual)(x, residual, weight, eps)
 
 
-def _triton_obstacle(x: Tensor, weight: Tensor) -> str | None:
-    reason = triton_layer_obstacle(x, weight)
-    if reason is None and x.shape[-1] > MAX_TRITON_COLUMNS:
-        reason = f"it needs rows of at most {MAX_TRITON_COLUMNS:,}, found {x.shape[-1]:,}"
-    return reason
+def _triton_obstacle(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> str | None:
+    reason = triton_layer_obstacle(x, weight) if residual is None else triton_layer_obstacle(x, residual, weight)
+    if reason is not None:
+        return reason
+    from megatron_vlm_kernels.limits import MAX_NORM_COLUMNS
+
+    if x.shape[-1] > MAX_NORM_COLUMNS:
+        return f"it needs rows of at most {MAX_NORM_COLUMNS:,}, what a program's registers hold, found {x.shape[-1]:,}"
+    return None
 
 
 @NORM.backend(TRITON, _triton_obstacle, interpreter_objection)

@@ -47,7 +47,10 @@ class KVCache:
 
     def __init__(self, capacity: int, prompt_valid: Tensor | None = None) -> None:
         self.capacity = capacity
-        self.prompt_valid = prompt_valid
+        self._valid: Tensor | None = None  # [b, capacity]: an answer's keys are none of them padding
+        if prompt_valid is not None:
+            num_answer_tokens = capacity - prompt_valid.shape[1]
+            self._valid = torch.nn.functional.pad(prompt_valid, (0, num_answer_tokens), value=True)
         self._keys_values: dict[int, Tensor] = {}
         self._lengths: dict[int, int] = {}
 
@@ -66,11 +69,8 @@ class KVCache:
         return seen_keys, seen_values
 
     def key_valid(self, length: int) -> Tensor | None:
-        """[b, length] bool: which of the first `length` keys are no padding; None where all are."""
-        if self.prompt_valid is None:
-            return None
-        num_answer_tokens = length - self.prompt_valid.shape[1]
-        return torch.nn.functional.pad(self.prompt_valid, (0, num_answer_tokens), value=True)
+        """[b, length] bool, a view: which of the first `length` keys are no padding; None where all are."""
+        return None if self._valid is None else self._valid[:, :length]
 
     def over_all_keys(self, out: Tensor, lse: Tensor) -> Tensor:
         """Attention with the keys here, out [b, s, heads, d] and lse [b, heads, s] -> out with all keys there are."""

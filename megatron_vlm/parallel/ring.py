@@ -25,6 +25,7 @@ from typing import Any, Literal, Required, TypedDict, Unpack
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_vlm.ops.attention_blocks import (
@@ -167,6 +168,7 @@ class _RingAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         (dout,), (q, k, v, out, lse), ring = gradients, ctx.saved_tensors, ctx.ring
         dq = torch.zeros_like(q, dtype=_wide(q))

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from megatron_vlm.ops import attention_cuda
 from megatron_vlm.ops.attention import attention, attention_backward
 from megatron_vlm.ops.attention_mask import Band
+from tests.helpers.mutants import mutant
 from tests.helpers.plain_attention import SCALE, draw, finite, sides
 from tests.helpers.quick_interpreter import quick_interpreter
 from tests.kernels.accuracy import assert_as_exact
@@ -61,6 +63,10 @@ def test_it_is_as_exact_as_plain_torch(case: Any, dtype: torch.dtype, device: st
     check(draw(lengths, heads, widths, device, dtype, rows=1), rules)
 
 
+def test_fp16(device: str) -> None:
+    check(draw((35, 50), (4, 2), (20, 16), device, torch.float16, rows=1), dict(causal=True, window=30, softcap=2.0))
+
+
 @pytest.mark.parametrize("case", PADDED, ids=str)
 def test_hidden_keys(case: Any, device: str) -> None:
     """Row 0 ends with five of them, row 1 begins with three and hides every second; some queries see none."""
@@ -97,31 +103,40 @@ def shifted(band: Band) -> Band:
     return Band(band.lower, None if band.upper is None else band.upper + 1)
 
 
-@pytest.mark.parametrize("fault", ["band", "groups", "soft-cap without slope", "a block's own lse"])
-def test_wrong_variants_are_noticed(fault: str, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+FAULTS = {  # what is written in a module of the kernels -> what should have been, and the first number it spoils
+    "groups": ("attention", "        heads // kv_heads,", "        heads,", "out"),
+    "groups of dq": ("attention_backward", "(head // group)", "(head // group * 0)", "dq"),
+    "soft-cap without slope": ("attention_backward", "ds = ds * (1.0 - tangent * tangent)", "ds = ds * 1.0", "dq"),
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "band", "a block's own lse"])
+def test_wrong_variants_are_noticed(fault: str, monkeypatch: pytest.MonkeyPatch, device: str, tmp_path: Path) -> None:
+    import megatron_vlm_kernels
+
     rules: dict[str, Any] = dict(causal=True, softcap=0.7)
-    tensors = draw((20, 20), (2, 2), (16, 16), device, torch.float32, rows=1)
+    tensors = draw((20, 20), (4, 2), (16, 16), device, torch.float32, rows=1)
     expected = sides(tensors, rules)
-    assert_as_exact(results(tensors, rules), *expected)
-    q, k, v, dout = (tensors[name] for name in ("q", "k", "v", "dout"))
     wrong = results(tensors, rules)
-    if fault == "band":
+    assert_as_exact(wrong, *expected)
+    spoilt = "out"
+    if fault in FAULTS:
+        name, right, written, spoilt = FAULTS[fault]
+        module = mutant(f"megatron_vlm_kernels.{name}", right, written, tmp_path)
+        monkeypatch.setattr(megatron_vlm_kernels, name, module)
+        wrong = results(tensors, rules)
+    elif fault == "band":
         original = attention_cuda.band_of
         monkeypatch.setattr(attention_cuda, "band_of", lambda *arguments: shifted(original(*arguments)))
         wrong = results(tensors, rules)
-    elif fault == "groups":
-        wrong = results(tensors | {"k": k.flip(2)}, rules)
     else:
-        options: dict[str, Any] = dict(causal=True, softmax_scale=SCALE, backend="triton", offset=0)
-        if fault == "a block's own lse":
-            options["softcap"] = 0.7
+        q, k, v, dout = (tensors[name] for name in ("q", "k", "v", "dout"))
+        options: dict[str, Any] = dict(causal=True, softmax_scale=SCALE, backend="triton", offset=0, softcap=0.7)
         out, lse = attention(q, k[:, :9], v[:, :9], **options)
-        if fault == "soft-cap without slope":
-            out, lse = attention(q, k, v, softmax_scale=SCALE, backend="triton", **rules)
-            lse = torch.zeros_like(lse) + lse
         gradients = attention_backward(dout, q, k, v, out, lse, **options)
         wrong |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
-    with pytest.raises(AssertionError, match="error"):
+        spoilt = "dq"
+    with pytest.raises(AssertionError, match=f"{spoilt}: error"):
         assert_as_exact(wrong, *expected)
 
 

@@ -83,6 +83,12 @@ def test_key_blocks_fold_into_one_call(softcap: float | None, dtype: torch.dtype
     assert_as_exact(found, *both_sides(tensors, seen, softcap))
 
 
+def test_fp16(device: str) -> None:
+    tensors = draw((36, 36), (2, 1), (16, 8), device, torch.float16)
+    seen = torch.ones(36, 36).tril().bool()[None, None]
+    assert_as_exact(summed(tensors, three_blocks(36, (5, 20, 11)), "triton", 1.5), *both_sides(tensors, seen, 1.5))
+
+
 def documents_of(documents: tuple[Documents, ...]) -> Rectangles:
     """Every document of every row a square."""
     found = []
@@ -163,10 +169,17 @@ def test_the_benchmark_compares_like_with_like(device: str) -> None:
     assert forward.num_bytes > 0 and backward.flops * 2 == forward.flops * 5
 
 
+def towards_the_first(one: Any) -> Any:
+    """A document's rectangle with the keys of all before it in its row."""
+    return one._replace(first_key=0, num_keys=one.first_key + one.num_keys, upper=one.upper + one.first_key)
+
+
 @pytest.mark.parametrize("fault", ["overwrites", "documents see each other", "last block's lse"])
 def test_wrong_sums_are_noticed(fault: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_vlm_kernels import attention as kernels
+    from megatron_vlm_kernels import attention_tiles as tiles
 
+    right_list = tiles.RectangleList
     tensors = draw((20, 20), (2, 1), (16, 16), device, torch.float32)
     steps, seen = three_blocks(20, (7, 13)), torch.ones(1, 1, 20, 20).tril().bool()
     expected = both_sides(tensors, seen)
@@ -188,6 +201,10 @@ def test_wrong_sums_are_noticed(fault: str, device: str, monkeypatch: pytest.Mon
 
         monkeypatch.setattr(kernels, "attention_into", forget)
     else:
-        expected = both_sides(tensors, seen_in((Documents((0, 7), 20),) * 2))
+        steps = [(documents_of(documents := (Documents((0, 7), 20),) * 2), slice(None))]
+        expected = both_sides(tensors, seen_in(documents))
+        assert_as_exact(summed(tensors, steps, "triton", None), *expected)
+        monkeypatch.setattr(tiles, "RectangleList", lambda found: right_list([towards_the_first(x) for x in found]))
+        steps = [(documents_of(documents), slice(None))]
     with pytest.raises(AssertionError, match="error"):
         assert_as_exact(summed(tensors, steps, "triton", None), *expected)

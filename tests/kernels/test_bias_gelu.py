@@ -42,6 +42,11 @@ def test_as_exact_as_torch(shape, kind, dtype, device):
     compare(shape, kind, dtype, device)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp16(kind, device):
+    compare((35, 64), kind, torch.float16, device)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kind", "told"), [("exact", "quick"), ("tanh", "quick"), ("quick", "exact")])
 def test_another_gelu_is_found(kind, told, dtype, device):

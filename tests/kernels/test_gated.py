@@ -46,6 +46,11 @@ def test_as_exact_as_torch(shape, dtype, activation, device):
     compare(draw(shape), activation, dtype, device)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_fp16(activation, device):
+    compare(draw((5, 128)), activation, torch.float16, device)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 2050), (20, 130)])
 def test_several_tiles(shape, dtype, device, tiles_of_a_gpu):
@@ -80,6 +85,7 @@ def test_a_slope_without_its_second_term_is_found(device, monkeypatch):
         compare(draw((5, 128)), "silu", torch.float32, device)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's, of an exponential, which becomes 1 / inf
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_far_from_zero_nothing_overflows(activation, device):
     x = torch.tensor([[-1e4, -90.0, 90.0, 1e4, 2.0, 2.0, 2.0, 2.0]], device=device, requires_grad=True)
@@ -87,6 +93,17 @@ def test_far_from_zero_nothing_overflows(activation, device):
     (grad,) = torch.autograd.grad(out.sum(), x)
     torch.testing.assert_close(out, reference.gated(x, activation))
     assert grad.isfinite().all() and grad[0, :4].tolist() == [0.0, 0.0, 2.0, 2.0]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's, of an exponential, which becomes 1 / inf
+def test_slopes_of_large_gates_do_not_cancel(device):
+    """1 + z - z s(z) would lose a bit of 1 with each bit of z, and all of it from 2^24 on."""
+    gates = torch.tensor([17.3, 100.3, 1000.3, 3e4, 5e5, 1e8, -17.3, -40.1], dtype=torch.float32, device=device)
+    x = torch.cat([gates, torch.ones_like(gates)])[None].requires_grad_()
+    (grad,) = torch.autograd.grad(gated(x, "silu", backend="triton").sum(), x)
+    z = gates.double()
+    slopes = z.sigmoid() * (1 + z * (-z).sigmoid())
+    torch.testing.assert_close(grad[0, :8].double(), slopes, rtol=1e-5, atol=0)
 
 
 def test_rows_that_do_not_lie_together(device):

@@ -53,6 +53,10 @@ def test_as_exact_as_torch(shape, dtype, device):
     compare(draw(shape), dtype, device)
 
 
+def test_fp16(device):
+    compare(draw((2, 5, 3, 10)), torch.float16, device)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 3, 70, 64), (2, 9, 4, 128)])
 def test_several_tiles(shape, dtype, device, tiles_of_a_gpu):
@@ -115,6 +119,36 @@ def test_the_gradient_is_overwritten_only_where_it_may_be(device):
     expanded = torch.ones(1, device=device).expand(shape)  # every element is the same one: it cannot be overwritten
     (grad,) = torch.autograd.grad(apply_rope(x, cos, sin, backend="triton", gradient_in_place=True), x, expanded)
     torch.testing.assert_close(grad, torch.autograd.grad(reference.apply_rope(x, cos, sin), x, expanded)[0])
+
+
+def test_a_gradient_of_sliding_windows_is_not_overwritten(device):
+    """Heads that share numbers with their neighbours: no stride is 0."""
+    shape = (2, 5, 3, 10)
+    cos, sin = tables(shape, device)
+    x = draw(shape)[0].float().to(device).requires_grad_()
+    windows = draw((2, 5, 1, 20))[0].float().to(device).as_strided(shape, (100, 20, 5, 1))
+    kept, expected = windows.clone(), torch.autograd.grad(reference.apply_rope(x, cos, sin), x, windows)[0]
+    out = apply_rope(x, cos, sin, backend="triton", gradient_in_place=True)
+    torch.testing.assert_close(torch.autograd.grad(out, x, windows)[0], expected)
+    assert torch.equal(windows, kept)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "overlaps"),
+    [
+        ((2, 3, 4, 10), (120, 40, 10, 1), False),
+        ((2, 3, 4, 10), (10, 80, 20, 1), False),  # in another order, with gaps
+        ((1, 3, 4, 10), (0, 40, 10, 1), False),
+        ((2, 3, 4, 10), (0, 40, 10, 1), True),
+        ((2, 3, 4, 10), (120, 40, 9, 1), True),
+        ((2, 3, 4, 10), (39, 40, 10, 1), True),
+        ((2, 3, 4, 10), (120, 40, 1, 1), True),
+    ],
+)
+def test_what_shares_memory(shape, strides, overlaps):
+    from megatron_vlm_kernels.rope import _overlaps
+
+    assert _overlaps(torch.empty(400).as_strided(shape, strides)) == overlaps
 
 
 def test_nothing_to_rotate(device):

@@ -68,6 +68,10 @@ def test_as_exact_as_torch(case, dtype, device):
     compare(case, dtype, device)
 
 
+def test_fp16(device):
+    compare(CASES[3], torch.float16, device)
+
+
 @pytest.mark.parametrize(
     ("order", "expected"),
     [

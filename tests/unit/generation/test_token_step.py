@@ -48,6 +48,20 @@ def after_prompt(chunk: Any, valid: torch.Tensor | None) -> Any:
     return cache, positions[:, -1:]
 
 
+def test_the_mask_of_keys_is_made_once() -> None:
+    """Every layer of every token asks for it."""
+    from megatron_vlm.parallel.context_attention import KVCache
+
+    valid = torch.tensor([[False, True, True], [True, True, True]])
+    cache = KVCache(6, valid)
+    first, second, longer = (cache.key_valid(length) for length in (4, 4, 6))
+    assert first is not None and second is not None and longer is not None
+    assert first.data_ptr() == second.data_ptr() == longer.data_ptr()
+    assert first.tolist() == [[False, True, True, True], [True] * 4] and longer[:, 3:].all() and longer.shape == (2, 6)
+    prompt = cache.key_valid(3)
+    assert prompt is not None and torch.equal(prompt, valid) and KVCache(6).key_valid(4) is None
+
+
 def relative(ours: torch.Tensor, wanted: torch.Tensor) -> float:
     assert ours.shape == wanted.shape
     return float((ours - wanted).norm() / wanted.norm())

@@ -7,7 +7,10 @@ cuDNN's op is called on meta tensors, which checks its arguments and shapes.
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import itertools
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,10 +19,22 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.ops import attention_cuda, reference
-from megatron_vlm.ops.attention import ATTENTION, attention
-from megatron_vlm.ops.attention_blocks import ATTENTION_INTO, Rectangle, Scoring
+from megatron_vlm.ops import attention_cuda, dispatch, reference
+from megatron_vlm.ops.attention import ATTENTION, attention, attention_backward
+from megatron_vlm.ops.attention_blocks import (
+    ATTENTION_INTO,
+    ATTENTION_INTO_BACKWARD,
+    Answered,
+    Rectangle,
+    Rectangles,
+    Scoring,
+    attention_into,
+    attention_into_backward,
+)
 from megatron_vlm.ops.attention_mask import Asked, Band, asked_of, band_of
+from megatron_vlm.parallel.layout import Documents, SequenceLayout
+from megatron_vlm.parallel.ring_plan import RingPlan
+from tests.helpers.packed import random_documents
 from tests.helpers.plain_attention import SCALE, draw, sides
 from tests.unit.ops.test_attention_rules import RULES, inputs
 
@@ -66,6 +81,70 @@ def test_what_cudnn_cannot(q: Any, softcap: float | None, asked: Asked | None, r
     assert found == reason if reason is None else found is not None and reason in found
 
 
+@pytest.mark.parametrize("num_queries", [4, 63, 64])
+def test_auto_passes_over_cudnn_for_few_queries(num_queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queries of a group that one token has; by name it runs as before."""
+    monkeypatch.setattr(dispatch, "_triton_device", lambda: "cuda")
+    asked = Asked(num_queries, 777, (128, 128), FREE, False)
+    few = num_queries < 64
+    assert (ATTENTION.find("auto", HALF, None, asked).name == "cudnn") == (not few)
+    assert ATTENTION.find("cudnn", HALF, None, asked).name == "cudnn"
+    reason = attention_cuda.cudnn_objection(HALF, None, asked)
+    told = f"built anew for each length, which fewer than 64 queries are not worth, found {num_queries}"
+    assert (told in str(reason)) == few
+
+
+@pytest.mark.parametrize(
+    ("packed", "gathers", "refusal"),
+    [
+        (False, False, None),
+        (False, True, "its causal mask is of a square"),
+        (True, False, "it is not used for a single query or key"),
+        (True, True, "its causal mask is of a square"),
+    ],
+)
+def test_in_a_ring_flash_attn_can_what_cudnn_cannot(packed: bool, gathers: bool, refusal: str | None) -> None:
+    """Why a recipe may name one, and the other only with whole rows that travel."""
+    documents = (random_documents(1024, 9, 1), random_documents(1024, 60, 2)) if packed else (Documents.whole(1024),)
+    plan, found = RingPlan(SequenceLayout(1024, 4), documents), []
+    for rank in range(4):
+        shares = [plan.gathered_shares(rank)] if gathers else [plan.shares(rank, step) for step in range(4)]
+        for call in (call for share in itertools.chain(*shares) for call in share.calls):
+            q, k = (torch.empty(1, len(at), 1, 128, device="meta") for at in (call.queries, call.keys))
+            rules: Any = {"causal": call.causal, "offset": call.offset, "window": call.window, "softmax_scale": 1.0}
+            asked = asked_of(q, k, k, rules)
+            assert min(attention_cuda._flash_window(asked)) >= -1, asked
+            found.append(attention_cuda.cudnn_obstacle(HALF, None, asked))
+    assert None in found and any(reason for reason in found) == (refusal is not None)
+    assert refusal is None or any(refusal in reason for reason in found if reason is not None)
+
+
+def test_blocks_tell_what_auto_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, v = torch.ones(1, 4, 2, 8), torch.ones(1, 4, 2, 8)
+    totals = torch.zeros(1, 4, 2, 8), torch.full((1, 2, 4), -torch.inf)
+    blocks = Rectangles((Rectangle((0, 1), (0, 4), (0, 4), causal=True, offset=0),))
+    monkeypatch.setattr(ATTENTION_INTO, "_announced", set())
+    monkeypatch.setattr(ATTENTION_INTO_BACKWARD, "_announced", set())
+    told: list[str] = []
+    monkeypatch.setattr(dispatch.get_logger(dispatch.__name__), "info", lambda text, *of: told.append(text % of))
+    for _ in range(2):
+        attention_into(q, q, v, totals, blocks, Scoring(1.0))
+    gradients = torch.zeros_like(q), torch.zeros_like(q), torch.zeros_like(v)
+    attention_into_backward(Answered(v, q, *totals), q, v, gradients, blocks, Scoring(1.0))
+    said = [one for one in told if "of blocks" in one]
+    assert said == ["ops.attention of blocks: auto took 'calls'"] * 2  # forward, backward
+
+
+def test_one_dtype_is_needed() -> None:
+    """A kernel would read the bytes of another one as its own."""
+    q = torch.ones(1, 4, 2, 8)
+    for k, v in ((q.bfloat16(), q), (q, q.bfloat16())):
+        with pytest.raises(AssertionError, match="attention needs one dtype, found q torch.float32, k torch"):
+            attention(q, k, v, causal=True, softmax_scale=1.0)
+        with pytest.raises(AssertionError, match="attention needs one dtype"):
+            attention_backward(q, q, k, v, q, torch.zeros(1, 2, 4), causal=True, softmax_scale=1.0)
+
+
 def test_cudnn_is_asked_as_its_op_wants() -> None:
     q, dout = (torch.empty(2, 64, 8, 128, dtype=torch.bfloat16, device="meta") for _ in range(2))
     k, v = (torch.empty(2, 64, 2, 128, dtype=torch.bfloat16, device="meta") for _ in range(2))
@@ -92,7 +171,15 @@ def window_of(sq: int, sk: int, options: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
+def forgetful() -> Iterator[None]:
+    """What is known of the package flash_attn is of this test alone."""
+    attention_cuda._flash_package_obstacle.cache_clear()
+    yield
+    attention_cuda._flash_package_obstacle.cache_clear()
+
+
+@pytest.fixture
+def flash_attn(monkeypatch: pytest.MonkeyPatch, forgetful: None) -> None:
     """A package flash_attn that computes with the twin."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,12 +199,11 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.empty(0)
 
     package, interface = ModuleType("flash_attn"), ModuleType("flash_attn.flash_attn_interface")
-    package.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    interface.__spec__ = importlib.machinery.ModuleSpec("flash_attn.flash_attn_interface", None)
     vars(interface).update(_flash_attn_forward=forward, _flash_attn_backward=backward)
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", interface)
-    version = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.8.3" if name == "flash_attn" else version(name))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"flash_attn": "2.8.3.post1"}[name])
 
 
 @pytest.mark.parametrize(("sq", "sk", "kv_heads", "rules"), [*RULES, (5, 9, 3, dict(causal=True, softcap=2.0))])
@@ -146,15 +232,73 @@ def test_what_flash_attn_cannot(flash_attn: None, monkeypatch: pytest.MonkeyPatc
     assert "found torch.float32" in str(attention_cuda.flash_obstacle(SINGLE, None))
     assert "key_valid" in str(attention_cuda.flash_obstacle(HALF, None, asked._replace(hides_keys=True)))
     assert "one head width" in str(attention_cuda.flash_obstacle(HALF, None, asked._replace(widths=(128, 64))))
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.6.3")
-    assert attention_cuda.flash_obstacle(HALF, None) == "it needs flash_attn 2.7 or later, found 2.6.3"
+
+
+@pytest.mark.parametrize(("version", "able"), [("2.6.3", False), ("2.10.0", True), ("2.7rc1", True), ("of git", False)])
+def test_old_versions_of_flash_attn_are_refused(
+    version: str, able: bool, flash_attn: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    reason = None if able else f"it needs flash_attn 2.7 or later, found {version}"
+    assert attention_cuda.flash_obstacle(HALF, None) == reason
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
-def test_a_library_that_is_missing_is_told() -> None:
-    q = torch.zeros(1, 4, 2, 8)
+def test_a_library_that_is_missing_is_told(forgetful: None) -> None:
     with pytest.raises(ConfigError, match="'flash_attn' cannot run: the package flash_attn is not installed"):
+        ATTENTION.find("flash_attn", HALF, None)
+    q = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ConfigError, match="'flash_attn' cannot run: it needs tensors on a CUDA device, found cpu"):
         attention(q, q, q, causal=True, softmax_scale=1.0, backend="flash_attn")
+
+
+def test_a_flash_attn_without_metadata_is_an_obstacle(flash_attn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a source checkout on the path."""
+
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    reason = "it needs flash_attn 2.7 or later, found one without metadata that tell its version"
+    assert attention_cuda.flash_obstacle(HALF, None) == reason
+    assert ATTENTION.find("auto", torch.zeros(1, 4, 2, 8), None).name == "cpu"
+
+
+def package_on_the_path(files: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package flash_attn of these files."""
+    (folder / "flash_attn").mkdir()
+    for name, text in files.items():
+        (folder / "flash_attn" / name).write_text(text)
+    for name in [one for one in sys.modules if one.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"cute.py": ""}, "it needs flash_attn.flash_attn_interface, which the package flash_attn found here does not"),
+        ({"__init__.py": "raise ImportError('undefined symbol')"}, "cannot be imported: undefined symbol"),
+        ({"__init__.py": "import nowhere_to_be_found"}, "cannot be imported: No module named 'nowhere_to_be_found'"),
+    ],
+)
+def test_another_flash_attn_is_an_obstacle(
+    files: dict[str, str], reason: str, forgetful: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """flash-attn-4 has flash_attn.cute alone; one that was built for another torch raises when it is imported."""
+    package_on_the_path(files, tmp_path, monkeypatch)
+    assert reason in str(attention_cuda.flash_obstacle(HALF, None))
+    sys.modules.pop("flash_attn", None)
+
+
+def test_the_package_is_looked_up_once_and_on_the_cpu_never(flash_attn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: looked.append(name) or "2.8.3")
+    q = torch.zeros(1, 4, 2, 8)
+    assert attention_cuda.flash_obstacle(q, None) is not None and not looked
+    for _ in range(3):
+        assert attention_cuda.flash_obstacle(HALF, None) is None
+    assert looked == ["flash_attn"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")

@@ -1,5 +1,7 @@
 """The layer operations' doors: backends agree with their twins, and one that cannot run says why."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -62,6 +64,25 @@ def test_without_triton_auto_takes_torch_and_triton_says_why(monkeypatch):
         assert operation.find("auto", *inputs).name == "torch"
         with pytest.raises(ConfigError, match="'triton' cannot run: the package triton is not installed"):
             operation.find("triton", *inputs)
+
+
+def test_a_residual_of_another_dtype_is_not_for_triton():
+    """It would be rounded to x's dtype, and torch's sum is of the wider one."""
+    x, weight = X.bfloat16(), WEIGHT.bfloat16()
+    with pytest.raises(ConfigError, match="it needs one dtype, found torch.bfloat16 and torch.float32"):
+        add_rms_norm(x, RESIDUAL, weight, 1e-5, backend="triton")
+    assert add_rms_norm(x, RESIDUAL, weight, 1e-5)[1].dtype == torch.float32
+    assert add_rms_norm(x, RESIDUAL.bfloat16(), weight, 1e-5, backend="triton")[1].dtype == torch.bfloat16
+
+
+def test_rows_that_spill_are_not_for_triton(monkeypatch):
+    monkeypatch.setattr(dispatch, "_triton_device", lambda: "cuda")
+    row = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(4, 16384))
+    assert NORM.find("auto", row, row).name == "triton"
+    row.shape = (4, 16392)
+    assert NORM.find("auto", row, row).name == "torch"
+    with pytest.raises(ConfigError, match="at most 16,384, what a program's registers hold, found 16,392"):
+        NORM.find("triton", row, row)
 
 
 def test_without_the_interpreter_triton_needs_a_gpu(monkeypatch):
