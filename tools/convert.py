@@ -3,6 +3,7 @@
 python tools/convert.py import SOURCE DESTINATION                      a directory of LLaVA -> a checkpoint of ours
 python tools/convert.py import LANGUAGE DESTINATION --tower TOWER      the two halves, with a new projector
 python tools/convert.py import SOURCE DESTINATION --tower TOWER --base LANGUAGE   parts that a directory of LLaVA names
+python tools/convert.py import SOURCE DESTINATION --downsample-order row     what its mlp_downsample does not say
 python tools/convert.py export CHECKPOINT DESTINATION [--format llava-hf] [--dtype bf16]
 python tools/convert.py verify A B [--media a.png ...] [--prompt "..."]  do they compute the same?
 python tools/convert.py inspect DIRECTORY                              what is it?
@@ -50,12 +51,22 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "is a language model, the other half of a new pair",
     )
     parser.add_argument("--base", help="language model's directory or hub id, for an mm_projector.bin alone")
+    _add_order(parser)
     pair = parser.add_argument_group("a new pair")
     pair.add_argument("--projector", help="registered type (default mlp2x_gelu)")
     pair.add_argument("--select-layer", type=int, help="hidden state of the tower (default -2)")
     pair.add_argument("--select-feature", choices=("patch", "cls_patch"), help="default patch")
     pair.add_argument("--seed", type=whole_number(0), help="of the projector's weights (default 42)")
     parser.set_defaults(execute=_import)
+
+
+def _add_order(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--downsample-order",
+        choices=("column", "row"),
+        help="of the squares of a mlp_downsample whose config does not say it: column in VILA 1.5 and NaVILA, row in "
+        "VILA's main branch",
+    )
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +87,7 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         help="what both are asked; <image> marks a picture (default: random tokens)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    _add_order(parser)
     parser.set_defaults(execute=_verify)
 
 
@@ -110,16 +122,19 @@ def _open(arguments: argparse.Namespace) -> "ForeignModel":
     if arguments.tower is None:
         if given:
             raise ConfigError(f"found {options} without --tower, needs the tower of the new pair")
-        return open_foreign(arguments.source, arguments.format, Places(base=arguments.base))
+        places = Places(base=arguments.base, downsample_order=arguments.downsample_order)
+        return open_foreign(arguments.source, arguments.format, places)
     if arguments.format is not None:
         raise ConfigError(f"found --format {arguments.format} with --tower, needs one of them: --tower says the format")
     if not is_foreign(resolve_folder(arguments.source)):
         if arguments.base is not None:
             raise ConfigError("found --base for a new pair, whose language model is SOURCE; needs none")
+        if arguments.downsample_order is not None:
+            raise ConfigError("found --downsample-order for a new pair, whose --projector says it; needs none")
         return open_pair(arguments.source, arguments.tower, **given)
     if given:
         raise ConfigError(f"found {options}, which {arguments.source} says itself; needs a language model as SOURCE")
-    return open_foreign(arguments.source, places=Places(arguments.tower, arguments.base))
+    return open_foreign(arguments.source, places=Places(arguments.tower, arguments.base, arguments.downsample_order))
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -136,7 +151,9 @@ def _export(arguments: argparse.Namespace) -> None:
 def _verify(arguments: argparse.Namespace) -> None:
     from megatron_vlm.conversion.verify import compare
 
-    comparison = compare(arguments.a, arguments.b, arguments.media, arguments.prompt, arguments.device)
+    comparison = compare(
+        arguments.a, arguments.b, arguments.media, arguments.prompt, arguments.device, arguments.downsample_order
+    )
     print(comparison)
     if not comparison.agrees:
         raise SystemExit(1)

@@ -51,8 +51,15 @@ from megatron_vlm.ops.table import choices
 cuda = torch.cuda.is_available()
 device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
 found = [asdict(one) for one in choices(device, dtype)]
-print(json.dumps({"device": str(device), "dtype": str(dtype)[6:], "ops": found}))
+from megatron_vlm.config.packages import transformer_engine_obstacle
+from megatron_vlm.ops.fp8 import fp8_obstacle
+fp8 = {"transformer_engine": transformer_engine_obstacle(device.type), "native": fp8_obstacle(device)}
+print(json.dumps({"device": str(device), "dtype": str(dtype)[6:], "ops": found, "fp8": fp8}))
 """
+NO_RUN_USES_IT = {  # operations that are there before what calls them
+    "linear into rows": "comes with a merge that writes the projector's rows where they belong",
+    "frames": "comes with decoding on a GPU",
+}
 MARKS = {"ok": "ok", "note": "note", "absent": "-", "broken": "BROKEN"}
 
 
@@ -136,7 +143,7 @@ def operations() -> tuple[list[Finding], dict[str, Any]]:
         lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
         return [Finding("ops", "broken", f"no operation can run: {lines[-1]}", advice)], {}
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return [operation(facts["device"], one) for one in facts["ops"]], facts
+    return [*(operation(facts["device"], one) for one in facts["ops"]), fp8(facts["device"], facts["fp8"])], facts
 
 
 def operation(device: str, choice: dict[str, Any]) -> Finding:
@@ -145,8 +152,19 @@ def operation(device: str, choice: dict[str, Any]) -> Finding:
     if choice["taken"] is None:
         return Finding(f"ops.{choice['name']}", "broken", f"nothing can run on {device}{reasons}")
     offered = ", ".join(choice["offered"])
-    value = f"auto takes {choice['taken']} on {device}; can run: {offered}{reasons}"
+    unused = f"; no run uses it yet: it {why}" if (why := NO_RUN_USES_IT.get(choice["name"])) else ""
+    value = f"auto takes {choice['taken']} on {device}; can run: {offered}{reasons}{unused}"
     return Finding(f"ops.{choice['name']}", "ok", value)
+
+
+def fp8(device: str, obstacles: dict[str, str | None]) -> Finding:
+    """Who computes `precision.fp8: tensorwise` here, and why not the other. `obstacles`: in auto's order."""
+    taken = next((name for name, obstacle in obstacles.items() if obstacle is None), None)
+    others = {name: obstacle or f"{taken} comes first" for name, obstacle in obstacles.items() if name != taken}
+    reasons = "; ".join(f"not {name}: {why}" for name, why in others.items())
+    if taken is None:
+        return Finding("precision.fp8", "note", f"nothing computes in FP8 on {device}; {reasons}")
+    return Finding("precision.fp8", "ok", f"fp8_backend auto takes {taken} on {device}; {reasons}")
 
 
 def check_recipe(recipe: str, overrides: list[str], world_size: int) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_vlm.config.drift import unknown_changes
-from megatron_vlm.config.packages import PACKAGES
+from megatron_vlm.config.packages import PACKAGES, TRANSFORMER_ENGINE
 from megatron_vlm.config.schema import Config, LanguageConfig, ModelConfig, VisionConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.registry import did_you_mean
@@ -73,6 +73,16 @@ def validate_layout(config: Config, facts: ModelFacts, world_size: int) -> None:
 def names_its_model(model: ModelConfig) -> bool:
     """Whether tower and language model each have exactly one source, so that facts can be gathered."""
     return all((part.path is None) != (part.config is None) for part in (model.language, model.vision))
+
+
+def idle_keys(config: Config) -> list[str]:
+    """Keys that the recipe sets and that do nothing, for want of the one that switches them on."""
+    precision = config.precision
+    if precision.fp8 is not None:
+        return []
+    default = type(precision)()
+    keys = ("fp8_backend", "fp8_gradients", "fp8_exclude")
+    return [f"precision.{key}" for key in keys if getattr(precision, key) != getattr(default, key)]
 
 
 def trains(component: str, name: str, model: ModelConfig) -> bool:
@@ -305,18 +315,26 @@ def _fp8_layers(config: Config, facts: ModelFacts) -> Iterator[str]:
     if exclude.first + exclude.last >= facts.num_layers:
         yield f"{excluded}, the language model has {facts.num_layers} layers, needs fewer, or precision.fp8 null"
         return
-    if not precision.needs_transformer_engine:
+    if not (precision.needs_transformer_engine or _auto_takes_transformer_engine(config, facts)):
         return
+    way_out = ", or precision.fp8_backend native" if precision.fp8 == "tensorwise" else ""
     per_stage = facts.num_layers // config.parallel.pipeline
     if max(exclude.first, exclude.last) > per_stage:
-        yield f"{excluded}, megatron-core allows each at most the {per_stage} layers of a pipeline stage"
+        yield f"{excluded}, megatron-core allows each at most the {per_stage} layers of a pipeline stage{way_out}"
     channels, tensor = facts.ffn_hidden_size, config.parallel.tensor
     if facts.hidden_size % FP8_CHANNELS or channels % (FP8_CHANNELS * tensor):
         yield (
             f"precision.fp8: found {precision.fp8} with a hidden size of {facts.hidden_size} and {channels} "
             f"feed-forward channels over parallel.tensor {tensor}, Transformer Engine needs multiples of "
-            f"{FP8_CHANNELS} on every rank"
+            f"{FP8_CHANNELS} on every rank{way_out}"
         )
+
+
+def _auto_takes_transformer_engine(config: Config, facts: ModelFacts) -> bool:
+    """Whether `precision.fp8_backend: auto` takes it, or may: rules are checked on machines without a GPU, too, whose
+    recipe says nothing of the device."""
+    is_free = config.precision.fp8_backend == "auto" and config.runtime.device != "cpu"
+    return is_free and TRANSFORMER_ENGINE in facts.installed
 
 
 def _images(config: Config, facts: ModelFacts) -> Iterator[str]:
@@ -379,7 +397,10 @@ def _examples(facts: ModelFacts) -> str:
 def _packages(config: Config, facts: ModelFacts) -> Iterator[str]:
     for package in PACKAGES:
         if package.needed_by(config) and package.name not in facts.installed:
-            yield f"{package.reason}: package {package.name} is missing, install it: pip install {package.name}"
+            what = package.requirement.partition(">=")[0]
+            state = f"missing or older than {package.minimum}" if package.minimum else "missing"
+            install = f"'{package.requirement}'" if package.minimum else what
+            yield f"{package.reason}: package {what} is {state}, install it: pip install {install}"
 
 
 RECIPE_RULES: tuple[Callable[[Config], Iterator[str]], ...] = (

@@ -15,7 +15,7 @@ from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.safe_reading import refuse_code
 from megatron_vlm.conversion.files import WeightFolder
 from megatron_vlm.conversion.formats import llava
-from megatron_vlm.conversion.formats.base import FORMATS, is_foreign, open_foreign, read_json, recognised
+from megatron_vlm.conversion.formats.base import FORMATS, Places, is_foreign, open_foreign, read_json, recognised
 from megatron_vlm.conversion.origin import Origin
 from megatron_vlm.conversion.sources import FolderSource, vision_rename
 from megatron_vlm.errors import ConversionError
@@ -95,10 +95,13 @@ def _ours(folder: Path) -> Inspection:
 def _foreign(folder: Path) -> Inspection:
     if recognised(folder) == llava.NAME and (tower := llava.tower_elsewhere(folder)) is not None:
         return _without_tower(folder, tower)
-    foreign = open_foreign(folder)
+    is_open = recognised(folder) == llava.NAME and llava.leaves_order_open(folder)
+    foreign = open_foreign(folder, places=Places(downsample_order="column") if is_open else Places())
     reads = ((name, foreign.source.read(name)) for name in foreign.source.names())
     tensors = ((_PARTS.get(name.partition(".")[0], "language"), t.numel(), t.dtype) for name, t in reads)
     notes = [f"tower {foreign.vision.model_type}, language model {foreign.language.model_type}"]
+    if is_open:
+        notes.append("config.json does not say in which order mlp_downsample has the squares")
     if foreign.own is None or not any(name.startswith("vision_tower.") for name in foreign.own.names()):
         notes.append(f"the tower's weights are in {foreign.vision_path}")
     files = {} if foreign.own is None else _sizes(foreign.own.weights)

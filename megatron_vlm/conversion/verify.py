@@ -41,7 +41,14 @@ SENTENCE = "What is shown here? There are 12 red squares."  # cut by both tokeni
 _SEED = 20240229
 
 
-def compare(a: str, b: str, media: Sequence[Path] = (), prompt: str = "", device: DeviceRequest = "auto") -> Comparison:
+def compare(
+    a: str,
+    b: str,
+    media: Sequence[Path] = (),
+    prompt: str = "",
+    device: DeviceRequest = "auto",
+    downsample_order: str | None = None,
+) -> Comparison:
     """Runs both models on the same ids and pixels.
 
     Args:
@@ -49,6 +56,7 @@ def compare(a: str, b: str, media: Sequence[Path] = (), prompt: str = "", device
         media: pictures; none: one of random pixels.
         prompt: the text, with `<image>` where a picture belongs (default: all of them first); empty: random tokens.
         device: where this process has not chosen already.
+        downsample_order: column or row, of a LLaVA directory that does not say it of its `mlp_downsample`.
 
     Raises:
         ConversionError: a directory that is none of these or not whole, or two models of different architectures or
@@ -59,7 +67,7 @@ def compare(a: str, b: str, media: Sequence[Path] = (), prompt: str = "", device
     """
     prepare(device)
     with _quietly():
-        side_a, side_b = open_side(a), open_side(b)
+        side_a, side_b = open_side(a, downsample_order), open_side(b, downsample_order)
         check_fit(side_a, side_b)
         probe = make_probe(side_a, side_b, media, prompt)
         weights = coarsest({side_a.weights, side_b.weights})
@@ -83,7 +91,7 @@ def compare(a: str, b: str, media: Sequence[Path] = (), prompt: str = "", device
     )
 
 
-def open_side(path: str) -> Side:
+def open_side(path: str, downsample_order: str | None = None) -> Side:
     """A model by what lies there; its configs are read, no tensor yet. Raises as `compare`."""
     from megatron_vlm.conversion.verify_foreign import open_foreign_side
     from megatron_vlm.conversion.verify_ours import OurSide
@@ -93,7 +101,7 @@ def open_side(path: str) -> Side:
         raise ConversionError(f"{path}: no such directory")
     if (folder / MANIFEST).exists() or (folder / LATEST).exists():
         return OurSide.open(path)
-    return open_foreign_side(path)
+    return open_foreign_side(path, downsample_order)
 
 
 def make_probe(a: Side, b: Side, media: Sequence[Path], prompt: str) -> Probe:

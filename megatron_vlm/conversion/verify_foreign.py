@@ -2,14 +2,13 @@
 
 None of this goes through the tables of `mappings`: a wrong table would make both sides wrong alike. transformers loads
 a `llava-hf` directory whole. Of LLaVA's own directories it loads language model and tower, whose tensors have LLaVA's
-prefixes taken off; the projector is the plain nn.Sequential that LLaVA itself has, and pictures are put in by hand.
+prefixes taken off; the projector is plain layers (`verify_projectors`), and pictures are put in by hand.
 
 Hazard: transformers fills what it finds no tensor for with random numbers and passes over what it has no place for;
 both are errors here.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,9 @@ from transformers import (
 )
 
 from megatron_vlm.conversion.files import WeightFolder, open_weight_file
-from megatron_vlm.conversion.formats import open_foreign
-from megatron_vlm.conversion.formats.base import has_tokenizer, read_json
+from megatron_vlm.conversion.formats import Places, llava, open_foreign
+from megatron_vlm.conversion.formats.base import has_tokenizer, read_json, recognised
+from megatron_vlm.conversion.verify_projectors import plain_projector
 from megatron_vlm.conversion.verify_side import Facts, coarsest, round_weights
 from megatron_vlm.conversion.verify_trace import HEAD, Anatomy, Probe, Trace, traced
 from megatron_vlm.errors import ConversionError
@@ -56,6 +56,7 @@ class ForeignSide(ABC):
     tokenizer: Path | None
     vision: PretrainedConfig
     vision_folder: Path | None  # of a tower's own directory
+    downsample_order: str | None  # where the directory does not say it
 
     @torch.no_grad()
     def trace(self, probe: Probe, weights: torch.dtype) -> Trace:
@@ -73,9 +74,11 @@ class ForeignSide(ABC):
         """What the model did."""
 
 
-def open_foreign_side(path: str) -> ForeignSide:
-    """A directory of a format that can be run. Raises ConversionError, ConfigError."""
-    foreign = open_foreign(path)
+def open_foreign_side(path: str, downsample_order: str | None = None) -> ForeignSide:
+    """A directory of a format that can be run; the order is told to one that leaves it open. Raises ConversionError,
+    ConfigError."""
+    is_open = recognised(Path(path)) == llava.NAME and llava.leaves_order_open(Path(path))
+    foreign = open_foreign(path, places=Places(downsample_order=downsample_order) if is_open else Places())
     if foreign.format not in _KINDS:
         raise ConversionError(f"{path}: format {foreign.format} cannot be run, can: {', '.join(_KINDS)}")
     vision_folder = foreign.vision_path
@@ -89,6 +92,7 @@ def open_foreign_side(path: str) -> ForeignSide:
         tokenizer=foreign.tokenizer if has_tokenizer(foreign.tokenizer) else None,
         vision=foreign.vision,
         vision_folder=vision_folder,
+        downsample_order=downsample_order if is_open else None,
     )
 
 
@@ -129,7 +133,7 @@ class LlavaSide(ForeignSide):
         return _PlainLlava(
             _loaded(text_class, self.origin, None, config=text, state_dict=language),
             encoder,
-            _plain_projector(self.origin, projector),
+            plain_projector(self.origin, settings, projector, self.downsample_order),
             settings.get("mm_vision_select_layer", -2),
             settings.get("mm_vision_select_feature", "patch"),
         )
@@ -228,26 +232,6 @@ def _loaded(model: Any, origin: str, folder: Path | None, is_part: bool = False,
             shown = f"{', '.join(names[:_NUM_SHOWN])}{', ...' if len(names) > _NUM_SHOWN else ''}"
             raise ConversionError(f"{origin}: {len(names)} tensors of {model.__name__} {what}: {shown}")
     return loaded
-
-
-def _plain_projector(origin: str, state: Mapping[str, Tensor]) -> nn.Module:
-    """LLaVA's projector: one linear layer, or an nn.Sequential of several with GELU between, under its own names.
-
-    Raises:
-        ConversionError: tensors that are neither.
-    """
-    by_number = sorted(state.items(), key=lambda item: (len(item[0]), item[0]))
-    linear = [nn.Linear(t.shape[1], t.shape[0]) for name, t in by_number if name.endswith("weight") and t.dim() == 2]
-    parts = [part for layer in linear for part in (layer, nn.GELU())]
-    projector = linear[0] if "weight" in state and linear else nn.Sequential(*parts[:-1])
-    try:
-        if not state:
-            raise RuntimeError("it has no tensor")
-        projector.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ConversionError(f"{origin}: the projector is none of LLaVA's: {reason}") from error
-    return projector
 
 
 def _text_config(folder: Path, settings: dict[str, Any]) -> PretrainedConfig:

@@ -14,7 +14,6 @@ Hazard: amax over padding. Tokens of padding are in the rows whatever is done, w
 `counted_tokens` finds those that reach a loss, and each layer is told at every call, the recomputed one included.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -26,12 +25,14 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.ops.fp8 import FORMATS, fp8_linear, fp8_obstacle
 from megatron_vlm.parallel.groups import Grid
-from megatron_vlm.parallel.layout import Documents, SequenceLayout
+from megatron_vlm.parallel.layout import SequenceLayout
+from megatron_vlm.runtime.collectives import all_reduce_
 from megatron_vlm.runtime.device import current_device
 
 NOT_TRAINED = -100  # the label that the loss ignores
@@ -120,32 +121,22 @@ def quantise_layers(layers: nn.ModuleList, config: Config, num_layers: int) -> l
     ]
 
 
-def counted_tokens(labels: Tensor, documents: tuple[Documents, ...] | None, grid: Grid) -> Tensor | None:
+def counted_tokens(labels: Tensor, grid: Grid) -> Tensor:
     """The tokens whose activations make scales: not those whose values no loss depends on.
 
-    Attention is causal, so these are the tokens behind the last trained one of their row, padding among them. Where
-    ranks share rows, a rank does not see all labels: then it is the padding of packed rows.
+    Attention is causal, so these are the tokens behind the last trained one of their row, padding among them. Ranks
+    that share rows tell each other where that is: one number per row and call.
 
     Args:
         labels: [b, s] of this rank's tokens.
-        documents: of each whole row.
 
     Returns:
-        [b, s] bool; None for all.
+        [b, s] bool.
     """
-    if grid.sizes.context == 1:
-        later_first = (labels != NOT_TRAINED).flip(1).cumsum(1)  # trained tokens from this one to the row's end
-        return later_first.flip(1) > 0
-    ends = list(_padding_starts(documents or ()))
-    if not ends:
-        return None
     sizes, place = grid.sizes, grid.coordinates
     layout = SequenceLayout(labels.shape[1] * sizes.context, sizes.ring, sizes.ulysses)
     positions = layout.positions(place.ring, place.ulysses).to(labels.device)
-    return positions[None, :] < torch.tensor(ends, device=labels.device)[:, None]
-
-
-def _padding_starts(documents: tuple[Documents, ...]) -> Iterator[int]:
-    """Of each row, the position from which on it is padding; its length where it has none."""
-    for row in documents:
-        yield row.starts[-1] if row.padded else row.length
+    last = torch.where(labels != NOT_TRAINED, positions, -1).amax(1)  # [b]; -1: none
+    if sizes.context > 1:
+        all_reduce_(last, grid.context, ReduceOp.MAX)
+    return positions[None, :] <= last[:, None]

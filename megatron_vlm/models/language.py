@@ -111,7 +111,7 @@ class LanguageModel(GPTModel):
         self.spec, self.grid, self.ring_mode = spec, grid, recipe.parallel.ring_mode
         self.inverse_frequencies = spec.inverse_frequencies.to(current_device())
         is_native = fp8_backend(recipe) == "native"
-        self.fp8_layers = quantise_layers(self.decoder.layers, recipe, config.num_layers) if is_native else []
+        self.is_fp8 = is_native and bool(quantise_layers(self.decoder.layers, recipe, config.num_layers))
         if place.last:
             softcap = architecture.logit_softcap(spec.hf_config)
             self.output_layer = LanguageHead(self.output_layer, spec.vocab_size, recipe.ops.loss_chunk_tokens, softcap)
@@ -150,7 +150,7 @@ class LanguageModel(GPTModel):
             rope_scaling=self.spec.rope_scaling,
             cache=cache,
             shared=None if cache is not None and documents is None else self._shared_sequence(position_ids, documents),
-            counted=counted_tokens(labels, documents, self.grid) if self.fp8_layers and labels is not None else None,
+            counted=counted_tokens(labels, self.grid) if self.training and labels is not None and self.is_fp8 else None,
         )
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, packed_seq_params=context)
         if not self.post_process:

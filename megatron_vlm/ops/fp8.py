@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_vlm.ops import reference_fp8
 from megatron_vlm.ops.dispatch import AUTO, TRITON, Operation, interpreter_objection, triton_obstacle
-from megatron_vlm.ops.reference_fp8 import LARGEST, Fp8Matrix
+from megatron_vlm.ops.reference_fp8 import ALIGNMENT, LARGEST, Fp8Matrix
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 FORMATS = {"e4m3": E4M3, "e5m2": E5M2}
@@ -56,10 +56,30 @@ def quantise(
     Raises:
         ConfigError: the backend asked for cannot run here, with the reason.
     """
-    amax = None if scale is None else scale * LARGEST[dtype]  # exact, and what gives this scale again
+    amax = None if scale is None else _amax_of(scale, dtype)
     function = QUANTISE.select(backend, x)
+    if not x.numel():  # a rank without tokens: no kernel is started, and no maximum of nothing asked for
+        return _nothing(x, dtype, scale, rows, columns)
     by_rows, by_columns, scale = function(x.contiguous(), dtype, counted=counted, amax=amax, rows=rows, columns=columns)
     return Fp8Matrix(by_rows, by_columns, scale, (x.shape[0], x.shape[1]))
+
+
+def _nothing(x: Tensor, dtype: torch.dtype, scale: Tensor | None, rows: bool, columns: bool) -> Fp8Matrix:
+    """What `quantise` gives of an x without a number."""
+    padded = [-(-side // ALIGNMENT) * ALIGNMENT for side in x.shape]
+    zeros = torch.zeros(padded, dtype=torch.uint8, device=x.device).view(dtype)
+    if scale is None:
+        scale = torch.full((1,), torch.finfo(torch.float32).smallest_normal, device=x.device)
+    return Fp8Matrix(
+        zeros if rows else None, zeros.T.contiguous() if columns else None, scale, (x.shape[0], x.shape[1])
+    )
+
+
+def _amax_of(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """An amax that gives this scale again: the largest number it holds, or that of fp32, which would be infinite in its
+    place where the scale is one of the largest. An infinite scale stays infinite."""
+    amax = scale * LARGEST[dtype]  # exact, but where it overflows
+    return torch.where(scale.isinf(), amax, amax.clamp_max(torch.finfo(torch.float32).max))
 
 
 def matmul(left: Fp8Matrix, right: Fp8Matrix, dtype: torch.dtype, *, backend: str = AUTO) -> Tensor:
@@ -71,7 +91,10 @@ def matmul(left: Fp8Matrix, right: Fp8Matrix, dtype: torch.dtype, *, backend: st
     Raises ConfigError where the backend asked for cannot run here.
     """
     assert left.rows is not None and right.rows is not None, "quantised without rows"
+    assert E4M3 in (left.rows.dtype, right.rows.dtype), "there is no GEMM of E5M2 with E5M2"
     function = MATMUL.select(backend, left.rows, right.rows)
+    if 0 in (*left.shape, *right.shape):  # no sum has a term
+        return torch.zeros(left.shape[0], right.shape[0], dtype=dtype, device=left.rows.device)
     product = function(left.rows, right.rows.T, left.scale, right.scale, dtype)  # right: row-major -> column-major
     return product[: left.shape[0], : right.shape[0]].contiguous()  # [m16, n16] -> [m, n]
 
@@ -107,7 +130,8 @@ def fp8_linear(
     """
     assert x.dim() == 2 and x.shape[1] == weight.shape[1], f"x {tuple(x.shape)}, weight {tuple(weight.shape)}"
     assert counted is None or counted.shape == x.shape[:1], f"x {tuple(x.shape)}, counted {tuple(counted.shape)}"
-    result: Tensor = _Fp8Linear.apply(x, weight, gradient_format, counted, backend)
+    keeps_x = torch.is_grad_enabled() and weight.requires_grad  # within `forward` a graph is never seen to be off
+    result: Tensor = _Fp8Linear.apply(x, weight, gradient_format, counted, backend, keeps_x)
     return result
 
 
@@ -116,9 +140,14 @@ class _Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, gradient_format: torch.dtype, counted: Tensor | None, backend: str
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gradient_format: torch.dtype,
+        counted: Tensor | None,
+        backend: str,
+        keeps_x: bool,
     ) -> Tensor:
-        keeps_x = ctx.needs_input_grad[1]
         quantised = quantise(x, E4M3, counted=counted, columns=keeps_x, backend=backend)
         rows = quantise(weight, E4M3, columns=False, backend=backend)
         ctx.save_for_backward(weight, rows.scale, quantised.columns, quantised.scale)
@@ -127,7 +156,7 @@ class _Fp8Linear(torch.autograd.Function):
         return matmul(quantised, rows, x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         weight, weight_scale, x_columns, x_scale = ctx.saved_tensors
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         dy = quantise(gradient, ctx.gradient_format, rows=wants_x, columns=wants_weight, backend=ctx.backend)
@@ -138,7 +167,7 @@ class _Fp8Linear(torch.autograd.Function):
         if wants_weight:
             x = Fp8Matrix(None, x_columns, x_scale, ctx.x_shape)
             dw = matmul(transposed(dy), transposed(x), weight.dtype)
-        return dx, dw, None, None, None
+        return dx, dw, None, None, None, None
 
 
 def fp8_obstacle(device: torch.device) -> str | None:

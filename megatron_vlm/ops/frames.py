@@ -3,6 +3,7 @@
 * triton     two kernels: Pillow's first pass to uint8, then its second one, normalisation and patch layout in one
 * reference  the plain twin, `reference_frames`, on whole pictures; any device
 
+No run uses it yet: training decodes and resizes with Pillow in its data workers, and this comes with decoding on a GPU.
 Both give Pillow's pixels, and so those of transformers' `...ImageProcessorPil` before they are normalised, to the bit.
 """
 

@@ -5,7 +5,8 @@
 * torch      torch's own kernels
 * reference  the plain twins, `reference_projector`
 
-`recomputed_linear` keeps nothing between an operation and the linear layer behind it.
+`recomputed_linear` keeps nothing between an operation and the linear layer behind it. `linear_rows_into` is called by
+no model yet: it comes with a merge that writes the projector's rows where they belong.
 """
 
 from collections.abc import Callable
@@ -19,10 +20,13 @@ from megatron_vlm.ops import reference_projector
 from megatron_vlm.ops.dispatch import AUTO, TRITON, Operation, interpreter_objection, triton_obstacle
 from megatron_vlm.ops.reference_projector import Blocks, Gelu
 
-KEY = "ops.projector"
-SPACE_TO_DEPTH: Operation[Callable[[Tensor, Blocks, Tensor, Tensor, float], Tensor]] = Operation(KEY)
-BIAS_GELU: Operation[Callable[[Tensor, Tensor, Gelu], Tensor]] = Operation(KEY)
-LINEAR_ROWS: Operation[Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]] = Operation(KEY)
+SPACE_TO_DEPTH: Operation[Callable[[Tensor, Blocks, Tensor, Tensor, float], Tensor]] = Operation(
+    "ops.projector (space to depth)"
+)
+BIAS_GELU: Operation[Callable[[Tensor, Tensor, Gelu], Tensor]] = Operation("ops.projector (bias and GELU)")
+LINEAR_ROWS: Operation[Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]] = Operation(
+    "ops.projector (linear into rows)"
+)
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -10,6 +10,9 @@ A gather by the nearest prototype would save more than half of that arithmetic, 
 add in no fixed order; the matrix product is deterministic. For the same reason pooling is a product with a constant
 matrix.
 
+Hazard: prototypes grow alike, so that which one is nearest hangs on the last digits. Up to that choice the torch form
+computes in fp32 whatever the features are: in bf16 nearly every token of a picture would take another prototype.
+
 n pictures, t tokens, c the tower's width, p prototypes.
 """
 
@@ -23,7 +26,7 @@ from megatron_vlm.ops import reference_projector
 from megatron_vlm.ops.dispatch import AUTO, Operation
 from megatron_vlm.ops.reference_projector import PrototypeWeights
 
-PROTOTYPES: Operation[Callable[[Tensor, PrototypeWeights, int, int], Tensor]] = Operation("ops.projector")
+PROTOTYPES: Operation[Callable[[Tensor, PrototypeWeights, int, int], Tensor]] = Operation("ops.projector (prototypes)")
 
 
 def prototype_extract(
@@ -69,20 +72,28 @@ def pooling_matrix(num_tokens: int, num_prototypes: int, like: Tensor) -> Tensor
 
 @PROTOTYPES.backend("torch")
 def _prototype_extract_torch(x: Tensor, weights: PrototypeWeights, num_prototypes: int, num_iterations: int) -> Tensor:
-    values = functional.normalize(functional.linear(x, *weights.values), dim=1)  # over the tokens
     features = functional.linear(x, *weights.features)
     pooling = pooling_matrix(x.shape[1], num_prototypes, x)
-    centers, center_features = pooling @ x, pooling @ features  # [n, p, c]
+    center_features = pooling @ features  # [n, p, c]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    tokens, alpha, beta = (tensor.to(wide) for tensor in (x, weights.alpha, weights.beta))
+    values = functional.normalize(functional.linear(tokens, *_to(wide, weights.values)), dim=1)  # over the tokens
+    centers = pooling.to(wide) @ tokens
     for _ in range(num_iterations):
-        centers = functional.normalize(functional.linear(centers, *weights.centers), dim=-1)
-        centers = (centers @ values.transpose(1, 2)).softmax(dim=1) @ features  # [n, p, t] @ [n, t, c]
-    cosine = functional.normalize(centers, dim=-1) @ functional.normalize(x, dim=-1).transpose(1, 2)
-    similarity = torch.sigmoid(weights.beta + weights.alpha * cosine)  # [n, p, t]
-    nearest = similarity.argmax(dim=1, keepdim=True)
+        centers = functional.normalize(functional.linear(centers, *_to(wide, weights.centers)), dim=-1)
+        centers = (centers @ values.mT).softmax(dim=1) @ features.to(wide)  # [n, p, t] @ [n, t, c]
+    cosine = functional.normalize(centers, dim=-1) @ functional.normalize(tokens, dim=-1).mT
+    nearest = (cosine * alpha.sign()).argmax(dim=1, keepdim=True)  # in the sigmoid's order, before it makes some equal
+    similarity = torch.sigmoid(beta + alpha * cosine).to(x.dtype)  # [n, p, t]
     mask = torch.zeros_like(similarity).scatter_(1, nearest, 1.0)
     similarity = similarity * mask
     gathered = (similarity @ features + center_features) / (mask.sum(dim=2, keepdim=True) + 1.0)
-    return torch.baddbmm(x, similarity.transpose(1, 2), gathered)
+    return torch.baddbmm(x, similarity.mT, gathered)
+
+
+def _to(dtype: torch.dtype, linear: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    weight, bias = linear
+    return weight.to(dtype), bias.to(dtype)
 
 
 PROTOTYPES.backend("reference")(reference_projector.prototype_extract)

@@ -10,7 +10,7 @@ integers.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from typing import Literal
 
@@ -23,6 +23,7 @@ Colour = tuple[float, float, float]
 
 WEIGHT_BITS = 22
 HALF = 1 << (WEIGHT_BITS - 1)
+MAX_RESAMPLINGS = 256  # kept: one per side of a picture, and a data set may have as many sizes as pictures
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,16 @@ class FramePlan:
         return (self.tile[0] // self.patch[0]) * (self.tile[1] // self.patch[1])
 
 
+@cache
+def _pillow_major() -> int:
+    """Read from the package's files, which do not change while a process runs."""
+    return int(version("pillow").partition(".")[0])
+
+
 def pillow_goes_down_first(size: Pair, resized: Pair) -> bool:
     """Whether the Pillow installed here resizes along the columns first. Of Pillow 13 the rule was found by trying it:
     where the height shrinks, and by more than twice as many pixels as the width."""
-    if int(version("pillow").partition(".")[0]) < 13:
+    if _pillow_major() < 13:
         return False
     fewer = [before - after for before, after in zip(size, resized, strict=True)]
     return fewer[0] > max(0, 2 * fewer[1])
@@ -99,7 +106,7 @@ FILTERS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 }
 
 
-@cache
+@lru_cache(maxsize=MAX_RESAMPLINGS)
 def resampling(num_in: int, num_out: int, filter: Filter) -> tuple[Tensor, Tensor]:
     """Pillow's weights of one pass, on the CPU.
 

@@ -17,8 +17,10 @@ n' = n/T under sequence parallelism (else n), a layer that trains keeps
     full recompute:           n' h e, the layer's input
 
 and a frozen one no input of a linear layer: neither the column-parallel ones, nor attention's output (unless its kernel
-needs it), nor the product; on the CPU each norm 2 n' h. What is computed again has all of its own, one layer at a time;
-mode eval computes forward only, and keeps nothing beyond a layer.
+needs it), nor the product; on the CPU each norm 2 n' h. In FP8 what a linear layer keeps of its input takes one byte a
+number, under sequence parallelism of all gathered tokens (2 n h for the column-parallel ones), and attention's output
+is kept beside it where a kernel needs it; auto is taken for our own FP8, which keeps no less. What is computed again
+has all of its own, one layer at a time; mode eval computes forward only, and keeps nothing beyond a layer.
 (after Korthikanti et al., Reducing Activation Recomputation, 2022; the counts are of megatron-core's layers). Left out:
 allocator fragmentation, temporaries of single operations, communication buffers, CUDA's and NCCL's own memory.
 
@@ -44,7 +46,7 @@ from megatron_vlm.parallel.timeline import peak_outstanding, stage_order
 from megatron_vlm.training.parameter_shards import HeldChunk, HeldParameter
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
-FP32_BYTES = 4
+FP32_BYTES, FP8_BYTES = 4, 1
 PARAMETER_ALIGNMENT, BUCKET_ALIGNMENT = 64, 128  # elements, megatron-core's
 MINIMUM_BUCKET, BUCKET_PER_RANK = 40_000_000, 1_000_000  # elements, megatron-core's, under overlap_grad_reduce
 
@@ -199,31 +201,38 @@ def _like(config: Config) -> SimpleNamespace:
     return SimpleNamespace(device=device, dtype=torch.bfloat16 if config.precision.params == "bf16" else torch.float32)
 
 
-def layer_activation_bytes(config: Config, spec: LanguageSpec, num_tokens: int, recompute: str) -> int:
+def layer_activation_bytes(
+    config: Config, spec: LanguageSpec, num_tokens: int, recompute: str, in_fp8: bool = False
+) -> int:
     """What autograd keeps of one layer for a micro-batch of `num_tokens` tokens, on one rank."""
     hf, tensor, trains = spec.hf_config, config.parallel.tensor, config.model.train.language
     element = ELEMENT_BYTES[config.precision.params]
     whole = (num_tokens // tensor if config.parallel.sequence else num_tokens) * hf.hidden_size
     if recompute == "full":
         return element * whole
-    inputs = 2 * element * whole if trains else 0
+    kept_element = FP8_BYTES if in_fp8 else element
+    columns = num_tokens * hf.hidden_size if in_fp8 and not config.precision.needs_transformer_engine else whole
+    inputs = 2 * kept_element * columns if trains else 0
     norms = (2 + 2 * trains) * FP32_BYTES if config.runtime.device == "cpu" else 2 * element
-    product = num_tokens * (gate_bytes(config) + trains * element) * hf.intermediate_size // tensor
-    return inputs + norms * whole + product + attention_activation_bytes(config, spec, num_tokens, recompute)
+    product = num_tokens * (gate_bytes(config) + trains * kept_element) * hf.intermediate_size // tensor
+    return inputs + norms * whole + product + attention_activation_bytes(config, spec, num_tokens, recompute, in_fp8)
 
 
-def attention_activation_bytes(config: Config, spec: LanguageSpec, num_tokens: int, recompute: str) -> int:
+def attention_activation_bytes(
+    config: Config, spec: LanguageSpec, num_tokens: int, recompute: str, in_fp8: bool = False
+) -> int:
     """Of these, what is between a layer's projections."""
     hf, trains = spec.hf_config, config.model.train.language
     element = ELEMENT_BYTES[config.precision.params]
     heads, groups = hf.num_attention_heads * head_width(hf), hf.num_key_value_heads * head_width(hf)
+    output = trains * heads * (FP8_BYTES if in_fp8 else element)  # as the linear layer behind keeps it
     if recompute == "selective":
-        each = element * ((2 + trains) * heads + 2 * groups)
+        each = element * (2 * heads + 2 * groups) + output
     elif attention_backend(config) == "reference":
         scores = hf.num_attention_heads * row_length(config.training.sequence_length, config.parallel)
-        each = element * trains * heads + 3 * FP32_BYTES * (heads + scores)
+        each = output + 3 * FP32_BYTES * (heads + scores)
     else:
-        each = element * (3 * heads + 3 * groups)
+        each = element * (3 * heads + 3 * groups) + (output if in_fp8 else 0)
     return num_tokens * each // config.parallel.tensor
 
 
@@ -242,11 +251,28 @@ def activation_bytes(config: Config, spec: LanguageSpec, sizes: GridSizes, stage
         return layer_activation_bytes(config, spec, num_tokens, "none")
     layers = spec.hf_config.num_hidden_layers // (sizes.pipeline * num_chunks)
     outstanding = peak_outstanding(stage_order(num_micro_batches, sizes.pipeline, stage, num_chunks))
-    kept = outstanding * layers * layer_activation_bytes(config, spec, num_tokens, recompute)
+    in_fp8 = [
+        number for number in stage_layers(stage, sizes.pipeline, num_chunks, layers) if _in_fp8(config, spec, number)
+    ]
+    quantised, plain = (layer_activation_bytes(config, spec, num_tokens, recompute, fp8) for fp8 in (True, False))
+    share = len(in_fp8) / (layers * num_chunks)  # of a stage's chunks together
+    kept = round(outstanding * layers * (share * quantised + (1 - share) * plain))
     if recompute == "none":
         return kept
     again = layer_activation_bytes if recompute == "full" else attention_activation_bytes
-    return kept + again(config, spec, num_tokens, "none")
+    return kept + max(again(config, spec, num_tokens, "none", fp8) for fp8 in {share > 0, share == 1})
+
+
+def stage_layers(stage: int, num_stages: int, num_chunks: int, layers: int) -> list[int]:
+    """Numbers in the whole model, from 0, of a pipeline stage's layers, `layers` in each of its chunks."""
+    starts = [(chunk * num_stages + stage) * layers for chunk in range(num_chunks)]
+    return [start + index for start in starts for index in range(layers)]
+
+
+def _in_fp8(config: Config, spec: LanguageSpec, number: int) -> bool:
+    precision, num_layers = config.precision, spec.hf_config.num_hidden_layers
+    included = range(precision.fp8_exclude.first, num_layers - precision.fp8_exclude.last)
+    return precision.fp8 is not None and number in included
 
 
 def loss_head_bytes(config: Config, spec: LanguageSpec, sizes: GridSizes) -> int:
@@ -268,7 +294,7 @@ def picture_bytes(config: Config, survey: TowerSurvey, hidden: int, pictures: Pi
     features = element * hidden * (pictures.encoded * spec.tokens_per_image + pictures.received_rows * (1 + trains))
     tower_tokens = survey.num_tokens + survey.num_dropped_tokens
     states = element * tower_tokens * survey.hidden_size  # one hidden state
-    in_projector = survey.num_tokens * survey.hidden_size + 2 * spec.tokens_per_image * hidden
+    in_projector = survey.num_tokens * survey.hidden_size + spec.tokens_per_image * hidden  # of an MLP: pre-activations
     projected = element * in_projector if train.projector else 0
     kept = projected
     if train.vision:

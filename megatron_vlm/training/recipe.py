@@ -5,7 +5,7 @@ Here the layers' knowledge meets (DESIGN D12): validation is pure and knows no m
 
 from megatron_vlm.config.context import split_context
 from megatron_vlm.config.schema import Config
-from megatron_vlm.config.validation import ModelFacts, names_its_model, validate
+from megatron_vlm.config.validation import ModelFacts, idle_keys, names_its_model, validate
 from megatron_vlm.data.conversation import TEMPLATES
 from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.facts import gather_facts
@@ -28,6 +28,8 @@ def settle(config: Config, world_size: int, ranks_per_node: int) -> tuple[Config
     """
     facts = gather_facts(config, TEMPLATES.names(), TASKS.names()) if names_its_model(config.model) else None
     validate(config, facts, world_size)
+    if idle := idle_keys(config):
+        logger.warning("%s: without effect, as precision.fp8 is null", ", ".join(idle))
     assert facts is not None, "validate refuses a recipe that does not name its model"
     if config.parallel.context is not None:
         parallel, reason = split_context(config.parallel, facts.num_attention_heads, ranks_per_node)

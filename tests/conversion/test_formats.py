@@ -67,7 +67,7 @@ def test_a_pair_starts_from_the_weights_a_recipe_starts_from(tmp_path):
             "checkpoint": {"directory": "none"},
         }
     )
-    sources = weight_sources(recipe, foreign.language, survey_tower(recipe.model.vision))
+    sources = weight_sources(recipe, foreign.language, survey_tower(recipe.model.vision, None))
     for source in sources:
         for name in source.names():
             assert torch.equal(source.read(name), foreign.source.read(name))

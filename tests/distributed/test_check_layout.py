@@ -36,6 +36,7 @@ TP2, PP2, DP2 = parallel(2, tensor=2), parallel(2, pipeline=2), parallel(2)
 TP2_SP, TP2_DP2 = parallel(2, tensor=2, sequence=True), parallel(4, tensor=2)
 TP2_SP_PP2 = parallel(4, tensor=2, pipeline=2, sequence=True)
 RING2 = parallel(2, ring=2)
+FP8 = {"fp8": "tensorwise", "fp8_exclude": {"first": 1, "last": 1}}
 RIGHT = {
     "tp2-sp-pp2": TP2_SP_PP2,
     "pp2-virtual2": parallel(2, pipeline=2, virtual_pipeline=2),
@@ -50,6 +51,7 @@ RIGHT_SLOW = {
         training={"media_window": 3, "recompute": {"language": "full", "vision": "full"}, "global_batch_size": 8},
     ),
     "projector-only-tied-pp2": layout(2, parallel={"pipeline": 2}, model=PROJECTOR_ONLY | TIED),
+    "fp8-tp2-sp": layout(2, parallel={"tensor": 2, "sequence": True}, precision=FP8),
     "virtual2-overlap-dp2": parallel(4, pipeline=2, virtual_pipeline=2, **OVERLAP),
 }
 

@@ -76,6 +76,7 @@ def test_parameters_gradients_and_optimizer_states_are_exact(ranks: RankPool, tm
 
 
 LONG = {"training": {"sequence_length": 96, "micro_batch_size": 2, "recompute": {"language": "none"}}}
+FP8 = {"precision": {"params": "fp32", "fp8": "tensorwise"}}
 FROZEN = {"model": {"train": {"language": False}}}
 ACTIVATIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "fp32": (1, LONG),
@@ -97,6 +98,12 @@ ACTIVATIONS: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "frozen reference": (1, {**LONG, **FROZEN, "ops": {"attention": "reference"}}),
     "tp2 + sequence": (2, {**LONG, "parallel": {"tensor": 2, "sequence": True}}),
+    "fp8": (1, {**LONG, **FP8}),
+    "fp8 bf16": (1, {**LONG, "precision": {"params": "bf16", "fp8": "tensorwise"}}),
+    "fp8 selective": (1, {"training": {**LONG["training"], "recompute": {"language": "selective"}}, **FP8}),
+    "fp8 reference": (1, {**LONG, **FP8, "ops": {"attention": "reference"}}),
+    "fp8 frozen": (1, {**LONG, **FP8, **FROZEN}),
+    "fp8 tp2 + sequence": (2, {**LONG, **FP8, "parallel": {"tensor": 2, "sequence": True}}),
 }
 ACTIVATION_FACTOR = 1.05  # the estimate is at most so far from what is kept, either way
 
@@ -133,7 +140,8 @@ def kept_and_estimated(recipe: dict[str, Any]) -> tuple[int, int]:
     assert held and job.grid.sizes.pipeline == 1
     spec = LanguageSpec.from_config(load_language_config(config.model.language))
     recompute = config.training.recompute.language
-    estimated = len(chunk.decoder.layers) * layer_activation_bytes(config, spec, rows * length, recompute)
+    in_fp8 = config.precision.fp8 is not None
+    estimated = len(chunk.decoder.layers) * layer_activation_bytes(config, spec, rows * length, recompute, in_fp8)
     return sum(size for place, size in kept.items() if place not in tables), estimated
 
 

@@ -4,6 +4,7 @@ Scales are powers of two, so a shard's own changes nothing but its smallest numb
 other than FP8 does from fp32, and that is what is asked.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config.schema import Config
 from megatron_vlm.training.job import build_job
 from tests.helpers.jobs import save, train_steps
+from tests.helpers.llama import batch
 from tests.helpers.ranks import RankPool
+from tests.helpers.solo import LLAMA, small_recipe
 from tests.helpers.tiny import merge, tiny_recipe
 
 STEPS = 3
@@ -109,3 +112,57 @@ def test_checkpoints_hold_the_same_files(ranks: RankPool, recipe: dict[str, Any]
         files = Manifest.read(found).files
         sizes.append({name: record.size_bytes for name, record in files.items() if name.endswith(".distcp")})
     assert sizes[0] == sizes[1]
+
+
+def scales_and_losses(parallel: dict[str, int], garbage: float, sees_padding: bool) -> tuple[list[float], list[float]]:
+    """Of this rank's tokens: every scale of a step, and the trained losses. Rows of 32, the last 13 padding."""
+    from unittest import mock
+
+    from transformers import AutoConfig
+
+    from megatron_vlm.models.language import build_language_chunks
+    from megatron_vlm.ops import fp8
+    from megatron_vlm.parallel.groups import GridSizes, build_grid
+    from megatron_vlm.parallel.layout import SequenceLayout
+    from megatron_vlm.runtime.seeding import seed_everything
+
+    config = small_recipe(None, {"precision": {"params": "fp32", "fp8": "tensorwise"}}, **parallel)
+    grid = build_grid(GridSizes(**parallel))
+    seed_everything(0, grid)
+    (model,) = build_language_chunks(config, AutoConfig.for_model(**LLAMA), grid)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0.0, 0.15, generator=generator)
+    pad = LLAMA["vocab_size"] - 1
+    model.embedding.word_embeddings.weight.data[pad] = 0.0
+    model.embedding.word_embeddings.weight.data[pad, 5] = garbage  # in one channel: no norm makes that small
+    ids, positions, labels = batch(pad, length=32)
+    ids[:, 19:], labels[:, 18:] = pad, -100
+    labels[0, 17] = labels[1, 16] = 1
+    labels[1, 17:] = -100  # the rows end at different tokens
+    here = SequenceLayout(32, grid.sizes.ring, grid.sizes.ulysses).positions(
+        grid.coordinates.ring, grid.coordinates.ulysses
+    )
+    scales: list[float] = []
+    plain = fp8.quantise
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        found = plain(*arguments, **options)
+        scales.append(float(found.scale))
+        return found
+
+    counts_all = mock.patch("megatron_vlm.models.language.counted_tokens", lambda *_: None)
+    with mock.patch.object(fp8, "quantise", spy), counts_all if sees_padding else contextlib.nullcontext():
+        losses = model.train()(ids[:, here], positions[:, here], labels=labels[:, here])
+        losses.sum().backward()
+    return scales, losses[labels[:, here] != -100].tolist()
+
+
+@pytest.mark.parametrize("parallel", [{"ulysses": 2}, {"ring": 2}], ids=str)
+def test_padding_of_rows_that_ranks_share_is_in_no_scale(ranks: RankPool, parallel: dict[str, int]) -> None:
+    """Rows that are not packed: nobody but the labels tells where their padding begins."""
+    quiet, loud = (ranks.run(2, scales_and_losses, parallel, garbage, False) for garbage in (0.1, 100.0))
+    assert quiet == loud and any(losses for _, losses in quiet)
+    seen = ranks.run(2, scales_and_losses, parallel, 100.0, True)
+    assert [scales for scales, _ in seen] != [scales for scales, _ in loud], "the test sees no padding"

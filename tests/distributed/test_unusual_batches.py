@@ -96,7 +96,7 @@ def reference(ranks: RankPool, recipe: Recipe) -> Reference:
 def steps_of(recipe: Recipe, sizes: GridSizes, rank: int) -> list[StepBatch]:
     config = Config.model_validate(recipe)
     tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
-    spec = survey_tower(config.model.vision).media_spec
+    spec = survey_tower(config.model.vision, None).media_spec
     return list(build_loader(config, tokenizer, spec, sizes, rank, 0, config.training.steps))
 
 

@@ -29,7 +29,7 @@ def encoder(select_layer: int, seed: int) -> "VisionEncoder":
     vision = {"config": {"model_type": "clip_vision_model", **SMALL_TOWER}, "select_layer": select_layer}
     config = small_recipe(vision=vision)
     torch.manual_seed(seed)
-    return VisionEncoder(survey_tower(config.model.vision), config, 64, torch.distributed.get_rank())
+    return VisionEncoder(survey_tower(config.model.vision, None), config, 64, torch.distributed.get_rank())
 
 
 def by_global_name(model: "VisionEncoder") -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from megatron_vlm.data.media import MediaReader
 from megatron_vlm.models.vision.media_spec import MediaSpec
+from megatron_vlm.ops import reference_frames
 from megatron_vlm.ops.frames import crop_plan, frames_to_patches, pad_plan, resize_plan
 from megatron_vlm.ops.reference_frames import FramePlan, pillow_goes_down_first, resize_pass
 
@@ -182,3 +183,17 @@ def test_no_frames(device):
     for backend in BACKENDS:
         nothing = frames_to_patches(frames(1, 9, 14)[:0].to(device), plan, torch.bfloat16, backend=backend)
         assert nothing.shape == (0, 1, 6, 24) and nothing.dtype == torch.bfloat16
+
+
+def test_what_is_kept_between_calls_is_bounded(monkeypatch):
+    """Pictures of many sizes; and the package's version is read once."""
+    asked = []
+    reference_frames._pillow_major.cache_clear()
+    monkeypatch.setattr(reference_frames, "version", lambda name: asked.append(name) or "13.1")
+    for height in range(300, 303):
+        reference_frames.pillow_goes_down_first((height, 20), (10, 10))
+    reference_frames._pillow_major.cache_clear()
+    assert asked == ["pillow"]
+    for size in range(1, reference_frames.MAX_RESAMPLINGS + 20):
+        reference_frames.resampling(size, 2, "bilinear")
+    assert reference_frames.resampling.cache_info().currsize == reference_frames.MAX_RESAMPLINGS

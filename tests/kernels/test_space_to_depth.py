@@ -157,7 +157,8 @@ def test_what_it_cannot_take(device):
     blocks = Blocks(2, 2, 2, "row")
     x, weight = torch.ones(1, 4, 3, device=device), torch.ones(12, device=device)
     with pytest.raises(
-        ConfigError, match="ops.projector: 'triton' cannot run: .* found torch.bfloat16 and torch.float32"
+        ConfigError,
+        match=r"ops.projector \(space to depth\): 'triton' cannot run: .* found torch.bfloat16 and torch.float32",
     ):
         space_to_depth_norm(x.bfloat16(), blocks, weight, weight, EPS, backend="triton")
     x, weight = torch.ones(1, 1, 20_000, device=device), torch.ones(80_000, device=device)

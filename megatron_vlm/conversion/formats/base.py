@@ -63,15 +63,18 @@ class ForeignModel:
 
 @dataclass(frozen=True)
 class Places:
-    """Where parts lie that a directory only names: a directory or a hub id each, None: where it says.
+    """Where parts lie that a directory only names, a directory or a hub id each, and what it leaves open; None: as it
+    says.
 
     Args:
         tower: the vision tower.
         base: the language model of a projector alone.
+        downsample_order: of the squares of `mlp_downsample`, column or row.
     """
 
     tower: str | None = None
     base: str | None = None
+    downsample_order: str | None = None
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,10 @@ PROJECTOR = "model.mm_projector."
 TOWER_FOLDER = "vision_tower"  # in a directory that is written
 TOWER_INSIDE = {"unfreeze_mm_vision_tower": True}  # only then the original code takes a tower from the weight files
 _TOWERS = ("model.vision_tower.vision_tower.", "model.vision_tower.")  # prefixes, the inner vision_model. aside
+DOWNSAMPLE = "mlp_downsample"  # a name of two projectors, which differ in the order of the squares
+ORDERS = {"column": "mlp_downsample", "row": "mlp_downsample_2x2_fix"}  # order -> registered type
+ORDER_KEY = "mm_downsample_order"  # ours, in a config that is made here; VILA's code passes over it
+CARRIED_CONFIG = Path("origin/files/config.json")  # of a checkpoint: as the model came with (`origin`)
 _LAYER = re.compile(r"linear_(\d+)\.(.*)")
 KNOWN_TOWERS: dict[str, dict[str, Any]] = {  # configs of the towers that LLaVA's directories name and may contain
     "openai/clip-vit-large-patch14-336": {"model_type": "clip_vision_model", "image_size": 336},
@@ -71,7 +75,8 @@ def recognises(folder: Path, settings: dict[str, Any]) -> bool:
 def open_folder(folder: Path, places: Places) -> ForeignModel:
     """Raises ConversionError, ConfigError as `open_foreign`."""
     settings = read_json(folder / "config.json")
-    image_mode, feature, projector = _checked(folder, settings)
+    image_mode, feature = _checked(folder, settings)
+    projector = _projector(folder, settings, places.downsample_order)
     alone = _is_projector_alone(folder)
     if places.base is not None and not alone:
         raise ConversionError(f"{folder} holds a language model; found another at {places.base}, needs none")
@@ -145,8 +150,47 @@ def disk_name(name: str) -> str:
     return name
 
 
-def _checked(folder: Path, settings: dict[str, Any]) -> tuple[str, str, str]:
-    """Image mode, feature and projector. Raises ConversionError for what this package does not build."""
+def leaves_order_open(folder: Path) -> bool:
+    """Whether a directory's projector is `mlp_downsample` and nothing says in which order. Raises ConversionError."""
+    settings = read_json(folder / "config.json")
+    return settings.get("mm_projector_type") == DOWNSAMPLE and ORDER_KEY not in settings
+
+
+def _projector(folder: Path, settings: dict[str, Any], order: str | None) -> str:
+    """The registered type. Raises ConversionError where the order of the squares is not known, or known twice."""
+    name: str = settings.get("mm_projector_type", "linear")
+    own = settings.get(ORDER_KEY)
+    if name != DOWNSAMPLE:
+        if order is not None:
+            raise ConversionError(
+                f"{folder}/config.json: mm_projector_type is {name!r}; found --downsample-order {order}"
+            )
+        return name
+    if own is not None and (own not in ORDERS or order not in (None, own)):
+        needs = own if own in ORDERS else " or ".join(ORDERS)
+        raise ConversionError(f"{folder}/config.json: {ORDER_KEY} is {own!r}, asked for {order!r}, needs {needs}")
+    if own is None and order not in ORDERS:
+        raise ConversionError(
+            f"{folder}/config.json: mm_projector_type is {DOWNSAMPLE!r}, whose squares come column by column in VILA "
+            f"1.5 and NaVILA and row by row in VILA's main branch; found {order!r}, needs --downsample-order "
+            f"{' or '.join(ORDERS)} (tools/convert.py import)"
+        )
+    return ORDERS[own or str(order)]
+
+
+def _written_projector(target: Target) -> dict[str, str]:
+    """`mm_projector_type` as it came, where it is the same projector; of squares, their order too."""
+    kind = target.config.model.projector.type
+    order = next((order for order, ours in ORDERS.items() if ours == kind), None)
+    if order is None:
+        return {"mm_projector_type": kind}
+    carried = target.checkpoint / CARRIED_CONFIG
+    came = read_json(carried).get("mm_projector_type") if carried.is_file() else None
+    return {"mm_projector_type": DOWNSAMPLE if came == DOWNSAMPLE else kind, ORDER_KEY: order}
+
+
+def _checked(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
+    """Image mode and feature. Raises ConversionError for what this package does not build."""
 
     def refuse(key: str, needs: str) -> ConversionError:
         return ConversionError(f"{folder}/config.json: {key} is {settings.get(key)!r}, needs {needs}")
@@ -163,10 +207,9 @@ def _checked(folder: Path, settings: dict[str, Any]) -> tuple[str, str, str]:
         raise refuse("mm_vision_tower", "a directory or a hub id")
     if not isinstance(settings.get("mm_vision_select_layer", -2), int):
         raise refuse("mm_vision_select_layer", "a number")
-    projector = settings.get("mm_projector_type", "linear")
-    if not isinstance(projector, str):
+    if not isinstance(settings.get("mm_projector_type", "linear"), str):
         raise refuse("mm_projector_type", "a projector's name")
-    return IMAGE_MODES[settings.get("image_aspect_ratio")], FEATURES[feature], projector
+    return IMAGE_MODES[settings.get("image_aspect_ratio")], FEATURES[feature]
 
 
 def _is_projector_alone(folder: Path) -> bool:
@@ -232,7 +275,7 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
         "model_type": f"llava_{name.lower()}",
         "image_aspect_ratio": modes[data.image_mode],
         "mm_hidden_size": target.vision.hidden_size,
-        "mm_projector_type": model.projector.type,
+        **_written_projector(target),
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": model.vision.select_feature,

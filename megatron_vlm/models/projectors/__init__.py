@@ -3,6 +3,6 @@
 from megatron_vlm.models.projectors import cluster as cluster
 from megatron_vlm.models.projectors import downsample as downsample
 from megatron_vlm.models.projectors import standard as standard
-from megatron_vlm.models.projectors.base import PROJECTORS, build_projector, count_rows
+from megatron_vlm.models.projectors.base import PROJECTORS, PatchGrid, build_projector, count_rows
 
-__all__ = ["PROJECTORS", "build_projector", "count_rows"]
+__all__ = ["PROJECTORS", "PatchGrid", "build_projector", "count_rows"]

@@ -10,41 +10,61 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.ops.dispatch import AUTO
 from megatron_vlm.registry import Registry
+
+PatchGrid = tuple[int, int]
+REFERENCE = "reference"  # the backend that every operation has everywhere
 
 ProjectorBuilder = Callable[[int, int], nn.Module]
 PROJECTORS: Registry[ProjectorBuilder] = Registry("projector")
 
 
 class OpsProjector(nn.Module):
-    """A projector made of operations that have backends; `backend` is the recipe's `ops.projector`."""
+    """A projector made of operations that have backends.
+
+    `backend` is the recipe's `ops.projector`; `grid` the patches of a picture along its height and width, None where
+    nobody said (weights are only moved, or the picture is square).
+    """
 
     backend: str = AUTO
+    grid: PatchGrid | None = None
 
 
-def build_projector(name: str, vision_size: int, language_size: int, backend: str = AUTO) -> nn.Module:
+def build_projector(
+    name: str, vision_size: int, language_size: int, backend: str = AUTO, grid: PatchGrid | None = None
+) -> nn.Module:
     """The projector of that name, mapping [n, t, vision_size] -> [n, t', language_size], random weights.
 
     Args:
-        backend: of its operations, where it has any.
+        backend: of its operations.
+        grid: the tower's patches (along the height, along the width), row by row in t; default: a square number.
 
     Raises:
-        ConfigError: an unknown name, or the projector cannot join the two sizes.
+        ConfigError: an unknown name, the projector cannot join the two sizes, or a backend is asked for by name and the
+            projector has no operation with backends.
     """
     projector = PROJECTORS.get(name)(vision_size, language_size)
     if isinstance(projector, OpsProjector):
-        projector.backend = backend
+        projector.backend, projector.grid = backend, grid
+    elif backend != AUTO:
+        raise ConfigError(
+            f"ops.projector: found {backend!r} with model.projector.type {name!r}, which has no operation with "
+            f"backends, needs {AUTO!r}"
+        )
     return projector
 
 
-def count_rows(name: str, num_tokens: int, vision_size: int) -> int:
-    """Rows that a picture of so many tokens becomes.
+def count_rows(name: str, num_tokens: int, vision_size: int, grid: PatchGrid | None = None) -> int:
+    """Rows that a picture of so many tokens becomes. `grid`: as `build_projector` takes it.
 
     Raises:
         ConfigError: as `build_projector`, or the projector does not take that number of tokens.
     """
     with torch.device("meta"):
-        projector = build_projector(name, vision_size, vision_size)
+        projector = build_projector(name, vision_size, vision_size, grid=grid)
+        if isinstance(projector, OpsProjector):
+            projector.backend = REFERENCE  # nothing is computed, so nothing is chosen, or said to be
         rows: int = projector(torch.empty(1, num_tokens, vision_size)).shape[1]
     return rows

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_vlm.models.projectors.base import PROJECTORS, OpsProjector
+from megatron_vlm.models.projectors.base import PROJECTORS, REFERENCE, OpsProjector
 from megatron_vlm.ops.dispatch import AUTO
 from megatron_vlm.ops.projector import bias_gelu, recomputed_linear
 from megatron_vlm.ops.prototypes import prototype_extract
 from megatron_vlm.ops.reference_projector import PrototypeWeights
 
-REFERENCE = "reference"
 NUM_PROTOTYPES, NUM_ITERATIONS = 256, 2
 
 

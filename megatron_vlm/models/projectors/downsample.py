@@ -49,7 +49,7 @@ class DownsampleProjector(OpsProjector):
         """Features [n, side * side, c] -> rows [n, squares, h].
 
         Raises:
-            ConfigError: the features are not of a square grid of patches.
+            ConfigError: the features are not of the grid of patches alone, or of a square one where none was given.
         """
         norm, linear = cast(nn.LayerNorm, self.layers[1]), cast(nn.Linear, self.layers[2])
         front = partial(_front, self._blocks(x.shape[1]), norm.eps, self.backend)
@@ -69,12 +69,14 @@ class DownsampleProjector(OpsProjector):
 
     def _blocks(self, num_tokens: int) -> Blocks:
         side = math.isqrt(num_tokens)
-        if side * side != num_tokens:
+        height, width = self.grid or (side, side)
+        if height * width != num_tokens:
+            needed = "a square number of them" if self.grid is None else f"{height} x {width}"
             raise ConfigError(
                 f"model.projector.type: found one that joins {self.factor} x {self.factor} patches, with a tower of "
-                f"{num_tokens} tokens a picture, needs a square number of them: patches alone of a square picture"
+                f"{num_tokens} tokens a picture, needs {needed}: the patches alone (model.vision.select_feature: patch)"
             )
-        return Blocks(side, side, self.factor, self.order)
+        return Blocks(height, width, self.factor, self.order)
 
 
 def _front(blocks: Blocks, eps: float, backend: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

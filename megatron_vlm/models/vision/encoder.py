@@ -38,7 +38,7 @@ class VisionEncoder(MegatronModule):
         self.language_size = language_size
         self.tower = VisionTower(survey, recompute=config.training.recompute.vision == "full")
         self.projector = build_projector(
-            config.model.projector.type, survey.hidden_size, language_size, config.ops.projector
+            config.model.projector.type, survey.hidden_size, language_size, config.ops.projector, survey.grid
         )
         self.to(DTYPES[config.precision.params])
 

@@ -21,7 +21,7 @@ from transformers import AutoModel, PretrainedConfig
 from megatron_vlm.config.schema import ProjectorConfig, VisionConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.hf_config import config_from_dict, config_from_path
-from megatron_vlm.models.projectors import PROJECTORS, count_rows
+from megatron_vlm.models.projectors import PROJECTORS, PatchGrid, count_rows
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.preprocessing import pixel_format
 from megatron_vlm.parallel.media_plan import MediaCost
@@ -40,7 +40,8 @@ class TowerSurvey:
         selected: index of the hidden state taken, 0..L.
         num_dropped_tokens: leading tokens dropped from it.
         num_tokens: of an image, that are left, and go into the projector.
-        hidden_size: its width.
+        grid: of an image's patches, (along the height, along the width).
+        hidden_size: the selected hidden state's width.
         media_spec: its images.
         parameter_names: all of them, as transformers names them in memory.
         unreached: the names among them that the selected hidden state does not depend on.
@@ -52,6 +53,7 @@ class TowerSurvey:
     selected: int
     num_dropped_tokens: int
     num_tokens: int
+    grid: PatchGrid
     hidden_size: int
     media_spec: MediaSpec
     parameter_names: tuple[str, ...]
@@ -85,7 +87,7 @@ def build_hf_tower(hf_config: PretrainedConfig) -> nn.Module:
         raise ConfigError(f"model.vision: transformers cannot build {hf_config.model_type!r}: {reason}") from error
 
 
-def survey_tower(vision: VisionConfig, projector: ProjectorConfig | None = None) -> TowerSurvey:
+def survey_tower(vision: VisionConfig, projector: ProjectorConfig | None) -> TowerSurvey:
     """Finds a tower's facts on the meta device.
 
     Args:
@@ -107,7 +109,8 @@ def survey_tower(vision: VisionConfig, projector: ProjectorConfig | None = None)
     cut(model, layers_path, kept)
     hidden = _try_on_meta(model, selected, pixels.height, pixels.width)
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    num_patches = count_patches(hf_config, pixels.height, pixels.width)
+    grid = patch_grid(hf_config, pixels.height, pixels.width)
+    num_patches = grid[0] * grid[1]
     num_leading = hidden.shape[1] - num_patches
     if hidden.dim() != 3 or num_leading < 0:
         raise ConfigError(
@@ -117,22 +120,22 @@ def survey_tower(vision: VisionConfig, projector: ProjectorConfig | None = None)
     num_dropped = num_leading if vision.select_feature == "patch" else 0
     num_tokens = hidden.shape[1] - num_dropped
     spec = MediaSpec(
-        _num_rows(projector, num_tokens, hidden.shape[2]), num_patches, pixels.height, pixels.width,
+        _num_rows(projector, num_tokens, hidden.shape[2], grid), num_patches, pixels.height, pixels.width,
         mean=pixels.mean, std=pixels.std, processor=pixels.processor,
         cost=MediaCost() if vision.cost is None else MediaCost(vision.cost.linear, vision.cost.quadratic),
     )  # fmt: skip
     return TowerSurvey(
-        hf_config, layers_path, num_layers, selected, num_dropped, num_tokens, hidden.shape[2], spec, names,
+        hf_config, layers_path, num_layers, selected, num_dropped, num_tokens, grid, hidden.shape[2], spec, names,
         unreached=frozenset(names) - reached,
     )  # fmt: skip
 
 
-def _num_rows(projector: ProjectorConfig | None, num_tokens: int, hidden_size: int) -> int:
+def _num_rows(projector: ProjectorConfig | None, num_tokens: int, hidden_size: int, grid: PatchGrid) -> int:
     """That the projector gives per image. An unknown one gives as many as tokens: validation reports its name with the
     recipe's other faults."""
     if projector is None or projector.type not in PROJECTORS:
         return num_tokens
-    return count_rows(projector.type, num_tokens, hidden_size)
+    return count_rows(projector.type, num_tokens, hidden_size, grid)
 
 
 def find_layers(model: nn.Module, num_layers: int) -> str:
@@ -202,10 +205,20 @@ def _resolve_layer(select_layer: int, num_layers: int) -> int:
 
 
 def count_patches(hf_config: PretrainedConfig, height: int, width: int) -> int:
-    """Of a picture of that many pixels. Raises ConfigError where the config has no patch size."""
+    """Of a picture of that many pixels. Raises ConfigError as `patch_grid`."""
+    rows, columns = patch_grid(hf_config, height, width)
+    return rows * columns
+
+
+def patch_grid(hf_config: PretrainedConfig, height: int, width: int) -> PatchGrid:
+    """The patches (along the height, along the width) of a picture of that many pixels.
+
+    Raises:
+        ConfigError: the config has no patch size.
+    """
     patch = getattr(hf_config, "patch_size", None)
     if isinstance(patch, int):
         patch = (patch, patch)
     if not isinstance(patch, tuple | list) or len(patch) != 2:
         raise ConfigError(f"model.vision: patch_size of {hf_config.model_type!r} is {patch!r}; a number is needed")
-    return (height // patch[0]) * (width // patch[1])
+    return height // patch[0], width // patch[1]

@@ -4,7 +4,8 @@ Kept: everything that decides how ranks share the work (sizes, sequence parallel
 distributed optimizer), what trains, heads and groups, tied weights and biases, the vocabulary with its padding, the
 tokenizer and its template. Reduced: layers, widths, the pictures' size, frames, rows, steps. Weights are random, with a
 spread at which attention is not flat, even where the recipe names some: none of the user's is needed to see whether a
-layout computes what one process does. Arithmetic is fp32, and rates are high enough for updates to show.
+layout computes what one process does. Arithmetic is fp32, and rates are high enough for updates to show. FP8 is off, as
+bf16 is: a shard's own scale rounds it otherwise than one process rounds the whole, so a right layout would differ.
 
 The samples are the shortest real ones of each kind: one picture, several, text alone. Short answers at the ends of rows
 would leave the cuts between ranks to tokens that are not trained, and what goes wrong there to later steps: so one of
@@ -80,7 +81,7 @@ def shrink(config: Config, world_size: int) -> tuple[Config, list[Tree]]:
     tree["data"]["video"]["num_frames"] = min(config.data.video.num_frames, MAX_FRAMES)
     if config.data.image_mode == "processor":
         tree["data"]["image_mode"] = "pad"  # the processor's settings stay behind with the tower's path
-    tree["precision"] |= {"params": "fp32", "grad_reduce": "fp32"}
+    tree["precision"] = {"params": "fp32", "grad_reduce": "fp32"}  # nothing of FP8: see above
     tree["optimizer"] |= {name: rate for name, rate in RATES.items() if tree["optimizer"][name] is not None}
     tree["optimizer"]["eps"] = max(config.optimizer.eps, MIN_EPS)
     tree["schedule"] |= {"warmup_ratio": 0.0, "min_lr": 0.0}

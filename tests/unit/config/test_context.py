@@ -46,3 +46,13 @@ def test_it_is_told_once_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> Non
         "per tensor rank and keeps the group within a node of 4 ranks"
     ]
     assert settle(settled, 8, ranks_per_node=8) == (settled, FACTS) and len(said) == 1
+
+
+def test_fp8_keys_that_do_nothing_are_told_in_one_line(monkeypatch):
+    said = []
+    monkeypatch.setattr("megatron_vlm.training.recipe.gather_facts", lambda *_: FACTS)
+    monkeypatch.setattr("megatron_vlm.training.recipe.logger.warning", lambda text, *parts: said.append(text % parts))
+    settle(recipe(precision={"fp8_backend": "native", "fp8_gradients": "e5m2"}), 1, ranks_per_node=1)
+    assert said == ["precision.fp8_backend, precision.fp8_gradients: without effect, as precision.fp8 is null"]
+    settle(recipe(), 1, ranks_per_node=1)
+    assert len(said) == 1

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_vlm.config import names_its_model, trains, validate
-from megatron_vlm.config.validation import validate_layout
+from megatron_vlm.config import Config, names_its_model, packages, trains, validate
+from megatron_vlm.config.validation import idle_keys, validate_layout
 from megatron_vlm.errors import ConfigError
 from tests.unit.config.recipes import FACTS, facts, recipe
 
@@ -76,7 +76,8 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
         [
             "precision.fp8: found delayed with precision.fp8_backend native, which scales each tensor by its own",
             "precision.fp8_exclude: found first 1, last 0 with precision.fp8 delayed, whose history megatron-core",
-            "package transformer-engine is missing, install it: pip install transformer-engine",
+            "package transformer-engine is missing or older than 2.2, install it: pip install "
+            "'transformer-engine>=2.2'",
         ],
     ),
     (
@@ -94,7 +95,8 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
         1,
         [
             "precision.fp8 delayed or blockwise, or precision.fp8_backend transformer_engine (tensorwise runs without "
-            "it): package transformer-engine is missing, install it: pip install transformer-engine"
+            "it): package transformer-engine is missing or older than 2.3, install it: pip install "
+            "'transformer-engine>=2.3'"
         ],
     ),
     (
@@ -309,12 +311,53 @@ def test_feed_forward_channels_are_split_too() -> None:
 def test_what_transformer_engine_would_refuse(changes: dict[str, Any], world_size: int, expected: str) -> None:
     """Where it is installed; our own FP8 takes both."""
     sizes = facts(ffn_hidden_size=200 if "parallel__tensor" in changes else 192)
-    installed = replace(sizes, installed=sizes.installed | {"transformer-engine"})
+    installed = replace(sizes, installed=sizes.installed | {"transformer-engine", "transformer-engine>=2.3"})
     with pytest.raises(ConfigError) as caught:
         validate(recipe(**changes), installed, world_size)
     assert expected in str(caught.value) and "; " not in str(caught.value)
+    tensorwise = recipe(**{**changes, "precision": {**recipe(**changes).precision.model_dump(), "fp8": "tensorwise"}})
+    with pytest.raises(ConfigError) as caught:  # auto takes Transformer Engine where it is installed
+        validate(tensorwise, installed, world_size)
+    message = expected.replace("found delayed with", "found tensorwise with")
+    assert message in str(caught.value) and str(caught.value).endswith(", or precision.fp8_backend native")
+    for changed in ({"runtime": {"device": "cpu"}}, {"precision": {"fp8_backend": "native"}}):
+        tree = tensorwise.model_dump()
+        for section, keys in changed.items():
+            tree[section] |= keys
+        validate(Config.model_validate(tree), installed, world_size)
     own = recipe(**{**changes, "precision": {"fp8": "tensorwise", "fp8_exclude": {"last": 5}}})
     validate(own, sizes, world_size)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ("2.1.0", set()),
+        ("2.2.0.dev0+abc", {"transformer-engine"}),
+        ("2.3", {"transformer-engine", "transformer-engine>=2.3"}),
+        ("2.20.2", {"transformer-engine", "transformer-engine>=2.3"}),
+        (None, set()),
+    ],
+)
+def test_an_old_transformer_engine_is_none(
+    monkeypatch: pytest.MonkeyPatch, found: str | None, expected: set[str]
+) -> None:
+    def version(module: str) -> str:
+        if module == "transformer_engine" and found is None:
+            raise packages.PackageNotFoundError(module)
+        return str(found)
+
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda module: object())
+    monkeypatch.setattr(packages, "version", version)
+    assert {name for name in packages.installed_packages() if "transformer" in name} == expected
+
+
+def test_fp8_keys_without_fp8_are_told() -> None:
+    idle = recipe(precision={"fp8_backend": "native", "fp8_exclude": {"last": 1}})
+    assert idle_keys(idle) == ["precision.fp8_backend", "precision.fp8_exclude"]
+    assert idle_keys(recipe(precision={"fp8_gradients": "e5m2"})) == ["precision.fp8_gradients"]
+    assert idle_keys(recipe()) == []
+    assert idle_keys(recipe(precision={"fp8": "tensorwise", "fp8_gradients": "e5m2"})) == []
 
 
 def test_missing_packages_are_those_the_recipe_needs() -> None:

@@ -299,7 +299,7 @@ def test_pixels_of_the_towers_own_processor(folder: Path) -> None:
     """Workers get the processor too."""
     config = tiny_recipe(folder, data={"image_mode": "processor", "num_workers": 1})
     tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
-    spec = survey_tower(config.model.vision).media_spec
+    spec = survey_tower(config.model.vision, None).media_spec
     (batch,) = build_loader(config, tokenizer, spec, ONE_RANK, 0, 0, 1)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     window = batch.windows[0]

@@ -1,5 +1,7 @@
 """VILA's downsampling projectors: published names, values, order of the rows, memory, and what is told about them."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -10,20 +12,21 @@ from megatron_vlm.models.facts import gather_facts
 from megatron_vlm.models.projectors import build_projector, count_rows
 from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.models.vision.survey import survey_tower
-from tests.unit.models.recipes import small_recipe
+from tests.unit.models.recipes import small_recipe, small_tower
 
 TYPES = ["mlp_downsample", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix"]
 C, H = 6, 10
 
 
 def squares(x, side, factor, order):
-    """The published cutting, spelled out: [n, side * side, c] -> [n, squares, factor^2 * c]."""
-    grid = x.view(len(x), side, side, -1)
-    padded = -(-side // factor) * factor
-    whole = x.new_zeros(len(x), padded, padded, grid.shape[-1])
-    whole[:, :side, :side] = grid
-    starts = range(0, padded, factor)
-    corners = [(i, j) for i in starts for j in starts] if order == "row" else [(i, j) for j in starts for i in starts]
+    """The published cutting, spelled out: [n, height * width, c] -> [n, squares, factor^2 * c]. `side`: of a square
+    grid, or (height, width)."""
+    height, width = (side, side) if isinstance(side, int) else side
+    grid = x.view(len(x), height, width, -1)
+    down, right = (range(0, length, factor) for length in (height, width))
+    whole = x.new_zeros(len(x), factor * len(down), factor * len(right), grid.shape[-1])
+    whole[:, :height, :width] = grid
+    corners = [(i, j) for i in down for j in right] if order == "row" else [(i, j) for j in right for i in down]
     cut = [
         torch.cat([whole[:, i + a, j + b] for a in range(factor) for b in range(factor)], dim=-1) for i, j in corners
     ]
@@ -193,14 +196,37 @@ def test_the_encoder_s_rows_are_those_that_were_told(name, num_rows):
 
 def test_an_encoder_of_another_survey_is_refused():
     config = recipe("mlp_downsample")
-    encoder = VisionEncoder(survey_tower(config.model.vision), config, language_size=64, rank=0)
+    encoder = VisionEncoder(survey_tower(config.model.vision, None), config, language_size=64, rank=0)
     with pytest.raises(AssertionError, match="gives 4 rows, surveyed 16"):
         encoder(torch.randn(1, 3, 28, 28))
 
 
+@pytest.mark.parametrize("name", TYPES)
+def test_a_grid_that_is_not_square_is_joined_along_its_own_sides(name, tmp_path):
+    """dinov2 takes pictures of any shape: 56 x 126 pixels in patches of 14 are 4 x 9 of them, as many as 6 x 6."""
+    settings = {"image_processor_type": "BitImageProcessor", "crop_size": {"height": 56, "width": 126}}
+    settings |= {"do_center_crop": True}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    tower = {key: value for key, value in small_tower("dinov2").items() if key != "patch_size"}
+    (tmp_path / "config.json").write_text(json.dumps({**tower, "patch_size": 14, "image_size": 126}))
+    config = recipe(name, config=None, path=str(tmp_path))
+    survey = survey_tower(config.model.vision, config.model.projector)
+    factor = 3 if "3x3" in name else 2
+    assert survey.grid == (4, 9) and survey.media_spec.tokens_per_image == -(-4 // factor) * -(-9 // factor)
+    encoder = VisionEncoder(survey, config, language_size=64, rank=0)
+    pixels = torch.randn(2, 3, 56, 126)
+    rows, features = encoder(pixels), encoder.tower(pixels)
+    torch.testing.assert_close(rows, published(name, encoder.projector, features, (4, 9)), rtol=1e-4, atol=1e-4)
+    encoder.projector.grid = None
+    guessed = encoder.projector(features)
+    assert guessed.shape != rows.shape or float((guessed - rows).detach().abs().max()) > 1e-2, "6 x 6 is no fault here"
+
+
 def test_features_that_are_no_square_grid():
     config = recipe("mlp_downsample", select_feature="cls_patch")
-    with pytest.raises(ConfigError, match="model.projector.type: .* 17 tokens a picture, needs a square number"):
+    with pytest.raises(
+        ConfigError, match="model.projector.type: .* 17 tokens a picture, needs 4 x 4: the patches alone"
+    ):
         survey_tower(config.model.vision, config.model.projector)
 
 

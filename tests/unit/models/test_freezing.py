@@ -15,7 +15,7 @@ ALL = {"language": True, "vision": True, "projector": True}
 
 def build(**model: Any) -> tuple[VisionLanguageModel, Any]:
     config = small_recipe(**model)
-    vision = VisionEncoder(survey_tower(config.model.vision), config, language_size=64, rank=0)
+    vision = VisionEncoder(survey_tower(config.model.vision, None), config, language_size=64, rank=0)
     return VisionLanguageModel(vision, [], grid=None), config.model  # type: ignore[arg-type]
 
 

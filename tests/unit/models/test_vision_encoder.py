@@ -10,7 +10,7 @@ from tests.unit.models.recipes import SMALL_TOWER, small_recipe
 
 
 def build(config: Config, rank: int = 0) -> VisionEncoder:
-    return VisionEncoder(survey_tower(config.model.vision), config, language_size=64, rank=rank)
+    return VisionEncoder(survey_tower(config.model.vision, None), config, language_size=64, rank=rank)
 
 
 def test_shapes_and_no_image() -> None:

@@ -32,7 +32,7 @@ def pixels(processor: Any) -> np.ndarray:
 
 
 def spec_at(path: Path) -> MediaSpec:
-    return survey_tower(VisionConfig(path=str(path))).media_spec
+    return survey_tower(VisionConfig(path=str(path)), None).media_spec
 
 
 def tower_with(path: Path, settings: dict[str, Any]) -> Path:
@@ -61,7 +61,7 @@ def tower_with(path: Path, settings: dict[str, Any]) -> Path:
 )
 def test_a_tower_without_a_config_gets_its_types_usual_one(model_type: str, usual: Any, tmp_path: Path) -> None:
     """And a checkpoint made from it gives the same pixels."""
-    survey = survey_tower(VisionConfig(config=small_tower(model_type)))
+    survey = survey_tower(VisionConfig(config=small_tower(model_type)), None)
     made = pixels(load_processor(survey.media_spec))
     assert made.shape == (3, 28, 28) and np.array_equal(made, pixels(usual))
     survey.hf_config.save_pretrained(tmp_path)

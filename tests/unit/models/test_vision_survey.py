@@ -30,8 +30,8 @@ def tower(model_type: str = "clip_vision_model", **keys: Any) -> VisionConfig:
     ],
 )
 def test_tokens_and_unreached_parameters(model_type: str, num_leading: int, unreached: str) -> None:
-    patch = survey_tower(tower(model_type))
-    whole = survey_tower(tower(model_type, select_feature="cls_patch"))
+    patch = survey_tower(tower(model_type), None)
+    whole = survey_tower(tower(model_type, select_feature="cls_patch"), None)
     assert patch.media_spec.tokens_per_image == patch.media_spec.num_patches == 16
     assert whole.media_spec.tokens_per_image == 16 + num_leading
     assert (patch.num_dropped_tokens, whole.num_dropped_tokens) == (num_leading, 0)
@@ -43,13 +43,13 @@ def test_tokens_and_unreached_parameters(model_type: str, num_leading: int, unre
 
 
 def test_last_layer_is_reached_when_selected() -> None:
-    survey = survey_tower(tower(select_layer=-1))
+    survey = survey_tower(tower(select_layer=-1), None)
     assert survey.selected == 4
     assert survey.unreached == {"post_layernorm.weight", "post_layernorm.bias"}
 
 
 def test_embeddings_alone_reach_no_layer() -> None:
-    survey = survey_tower(tower(select_layer=0))
+    survey = survey_tower(tower(select_layer=0), None)
     assert (survey.selected, survey.num_kept_layers) == (0, 1)
     assert not any(name.startswith("encoder.layers") for name in set(survey.parameter_names) - survey.unreached)
 
@@ -57,7 +57,7 @@ def test_embeddings_alone_reach_no_layer() -> None:
 @pytest.mark.parametrize("select_layer", [5, -6])
 def test_layer_out_of_range(select_layer: int) -> None:
     with pytest.raises(ConfigError, match=rf"select_layer is {select_layer}.*-5 to 4"):
-        survey_tower(tower(select_layer=select_layer))
+        survey_tower(tower(select_layer=select_layer), None)
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,14 @@ def test_layer_out_of_range(select_layer: int) -> None:
 )
 def test_models_that_are_no_towers(vision: VisionConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        survey_tower(vision)
+        survey_tower(vision, None)
 
 
 def test_vision_part_of_a_whole_clip(tmp_path: Path) -> None:
     CLIPConfig(vision_config=CLIPVisionConfig(**SMALL_TOWER).to_dict()).save_pretrained(tmp_path)
     vision = VisionConfig(path=str(tmp_path))
     assert load_vision_config(vision).model_type == "clip_vision_model"
-    assert survey_tower(vision).num_layers == 4
+    assert survey_tower(vision, None).num_layers == 4
 
 
 @pytest.mark.parametrize(
@@ -97,13 +97,13 @@ def test_pixels_come_from_the_preprocessor(
     CLIPVisionConfig(**SMALL_TOWER).save_pretrained(tmp_path)
     if settings is not None:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    spec = survey_tower(VisionConfig(path=str(tmp_path))).media_spec
+    spec = survey_tower(VisionConfig(path=str(tmp_path)), None).media_spec
     assert (spec.height, spec.width) == size
     assert spec.mean == (mean or (0.48145466, 0.4578275, 0.40821073))
 
 
 def test_siglip_defaults_to_half() -> None:
-    spec = survey_tower(tower("siglip_vision_model")).media_spec
+    spec = survey_tower(tower("siglip_vision_model"), None).media_spec
     assert spec.mean == spec.std == (0.5, 0.5, 0.5)
 
 
@@ -111,4 +111,4 @@ def test_preprocessor_of_another_size_than_the_tower(tmp_path: Path) -> None:
     CLIPVisionConfig(**SMALL_TOWER).save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 56}), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"\[1, 3, 56, 56\]"):
-        survey_tower(VisionConfig(path=str(tmp_path)))
+        survey_tower(VisionConfig(path=str(tmp_path)), None)

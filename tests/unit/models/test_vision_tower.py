@@ -16,7 +16,7 @@ def build(model_type: str, select_layer: int = -2, feature: str = "patch", recom
     torch.manual_seed(1)
     config = small_tower(model_type)
     return VisionTower(
-        survey_tower(VisionConfig(config=config, select_layer=select_layer, select_feature=feature)), recompute
+        survey_tower(VisionConfig(config=config, select_layer=select_layer, select_feature=feature), None), recompute
     )
 
 
@@ -71,7 +71,7 @@ def test_recompute_changes_no_gradient(model_type: str) -> None:
 def test_frozen_tower_has_no_dropout() -> None:
     torch.manual_seed(0)
     config = small_tower("dinov2", hidden_dropout_prob=0.5)
-    tower = VisionTower(survey_tower(VisionConfig(config=config)))
+    tower = VisionTower(survey_tower(VisionConfig(config=config), None))
     tower.train()
     assert not torch.equal(tower(PIXELS), tower(PIXELS))
     tower.requires_grad_(False)

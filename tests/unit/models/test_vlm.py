@@ -25,7 +25,7 @@ RECEIVED = torch.arange(10.0).view(5, 2)
 @pytest.fixture
 def model() -> VisionLanguageModel:
     config = small_recipe()
-    vision = VisionEncoder(survey_tower(config.model.vision), config, language_size=64, rank=0)
+    vision = VisionEncoder(survey_tower(config.model.vision, None), config, language_size=64, rank=0)
     return VisionLanguageModel(vision, [], grid=None)  # type: ignore[arg-type]
 
 

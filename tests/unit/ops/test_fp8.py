@@ -172,6 +172,52 @@ def test_activations_are_kept_in_one_byte() -> None:
     assert sum(tensor.nbytes for tensor in saved if tensor is not weight) == x.numel() + 2 * 4  # and two scales
 
 
+@pytest.mark.parametrize("backend", ("triton", "reference"))
+@pytest.mark.parametrize("dtype", (E4M3, E5M2))
+@pytest.mark.parametrize("largest", (3.4e38, 2.0**127, 1.5e38))
+def test_a_scale_given_back_is_that_scale_however_large(backend: str, dtype: torch.dtype, largest: float) -> None:
+    """Of weights that have run away: their second cast must not be infinite where the first was not."""
+    x = torch.tensor([[largest, -largest / 3, 1.0]])
+    first = quantise(x, dtype, backend=backend)
+    again = quantise(x, dtype, scale=first.scale, backend=backend)
+    assert bool(first.scale.isfinite().all()) and torch.equal(again.scale, first.scale)
+    assert first.rows is not None and again.rows is not None and torch.equal(again.rows.float(), first.rows.float())
+    infinite = quantise(x * torch.inf, dtype, backend=backend)
+    assert bool(quantise(x, dtype, scale=infinite.scale, backend=backend).scale.isinf().all())
+
+
+@pytest.mark.parametrize("backend", ("triton", "reference"))
+def test_no_tokens_give_no_rows_and_no_gradient(backend: str) -> None:
+    x, weight = torch.zeros(0, 32, requires_grad=True), draw(16, 32).float().requires_grad_()
+    y = fp8_linear(x, weight, backend=backend, counted=torch.zeros(0, dtype=torch.bool))
+    y.sum().backward()
+    assert y.shape == (0, 16) and x.grad is not None and x.grad.shape == (0, 32)
+    assert weight.grad is not None and not weight.grad.any()
+
+
+def test_two_of_the_wide_format_are_no_gemm() -> None:
+    left, right = (quantise(draw(16, 16, seed=seed).float(), E5M2) for seed in (0, 1))
+    with pytest.raises(AssertionError, match="no GEMM of E5M2 with E5M2"):
+        matmul(left, right, torch.float32)
+
+
+def test_nothing_is_transposed_where_no_graph_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    plain = fp8.quantise
+
+    def spy(*arguments: object, **options: object) -> fp8.Fp8Matrix:
+        asked.append(bool(options.get("columns", True)))
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(fp8, "quantise", spy)
+    x, weight = draw(16, 32).float(), draw(16, 32, seed=1).float().requires_grad_()
+    with torch.no_grad():
+        fp8_linear(x, weight)
+    assert asked == [False, False]
+    fp8_linear(x, weight)
+    assert asked[2:] == [True, False]
+
+
 def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="ops.fp8_quantise"):
         quantise(draw(4, 4).float(), E4M3, backend="none")

@@ -4,11 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
+from megatron_vlm.models.language import LanguageSpec
+from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.runtime.device import prepare
-from megatron_vlm.training.estimate import Pictures, lay_out, picture_bytes
+from megatron_vlm.training.estimate import Pictures, activation_bytes, lay_out, picture_bytes, stage_layers
 from megatron_vlm.training.parameter_shards import HeldParameter, meta_encoder
-from tests.helpers.solo import small_recipe
+from tests.helpers.solo import LLAMA, small_recipe
 from tests.unit.training.test_flops import ALL, build
 
 ENCODER_FACTOR = 1.1  # the estimate is at most so far from what the encoder keeps, either way
@@ -87,3 +90,21 @@ def test_nothing_is_kept_where_the_encoder_is_frozen() -> None:
     element = 4
     assert kept == 0 and encoding > 0
     assert features == element * 32 * (2 * survey.media_spec.tokens_per_image + 10)
+
+
+def test_layers_in_fp8_are_counted_by_stage() -> None:
+    """Two stages of two chunks: layers 0 and 2, 1 and 3; the first and the last one are left out of FP8."""
+    assert [stage_layers(stage, 2, 2, 1) for stage in (0, 1)] == [[0, 2], [1, 3]]
+    prepare("cpu")
+    spec = LanguageSpec.from_config(AutoConfig.for_model(**LLAMA))
+
+    def activations(precision: dict[str, Any], stage: int) -> int:
+        recipe = small_recipe(None, {"precision": {"params": "fp32", **precision}}, pipeline=2)
+        return activation_bytes(recipe, spec, GridSizes(pipeline=2), stage, 4)
+
+    quantised = {"fp8": "tensorwise"}
+    for stage in (0, 1):
+        plain, whole = activations({}, stage), activations(quantised, stage)
+        half = activations({**quantised, "fp8_exclude": {"first": 1, "last": 1}}, stage)
+        assert whole < half < plain and half == (whole + plain) / 2
+    assert activations({**quantised, "fp8_exclude": {"first": 2}}, 0) == activations({}, 0)

@@ -34,7 +34,7 @@ ALL = {"language": True, "vision": True, "projector": True}
 def build(recipe: Config) -> tuple[VisionEncoder, torch.nn.Module, ModelShape]:
     """Tower and projector, a transformers language model, frozen as the recipe says, and their shape."""
     prepare("cpu")
-    survey = survey_tower(recipe.model.vision)
+    survey = survey_tower(recipe.model.vision, None)
     survey.hf_config._attn_implementation = "eager"  # torch's counter does not know the CPU's fused attention
     hf = AutoConfig.for_model(**recipe.model.language.config)
     vision = VisionEncoder(survey, recipe, hf.hidden_size, rank=0)

@@ -61,7 +61,7 @@ def encoder(tmp_path: Any, **vision: Any) -> Any:
     from megatron_vlm.models.vision.encoder import VisionEncoder
 
     config = tiny_recipe(tmp_path, model={"vision": vision} if vision else {})
-    return VisionEncoder(survey_tower(config.model.vision), config, 64, 0)
+    return VisionEncoder(survey_tower(config.model.vision, None), config, 64, 0)
 
 
 def test_a_tower_is_measured_at_three_sizes_and_left_as_it_was(tmp_path: Any) -> None:

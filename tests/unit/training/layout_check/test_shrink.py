@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CLIPConfig, Qwen2Config
 
-from megatron_vlm.config.schema import Config
+from megatron_vlm.config.schema import Config, PrecisionConfig
 from megatron_vlm.config.validation import validate
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.sample import IGNORE
@@ -51,7 +51,7 @@ def test_a_large_recipe_without_weights(tmp_path: Path) -> None:
     kept = ("model_type", "vocab_size", "num_attention_heads", "num_key_value_heads")
     assert [language[key] for key in kept] == ["qwen2", 152064, 28, 4]
     assert (language["num_hidden_layers"], language["hidden_size"], language["head_dim"]) == (8, 56, 16)
-    survey = survey_tower(small.model.vision)
+    survey = survey_tower(small.model.vision, None)
     assert (survey.num_layers, survey.selected, survey.media_spec.tokens_per_image) == (
         3,
         2,
@@ -61,6 +61,15 @@ def test_a_large_recipe_without_weights(tmp_path: Path) -> None:
     assert small.precision.params == "fp32" and small.checkpoint.load is None
     assert (small.optimizer.lr, small.optimizer.lr_projector, small.optimizer.lr_vision) == (1e-3, 3e-3, None)
     assert len(samples) == 24  # all there are
+
+
+@pytest.mark.parametrize("precision", [{"fp8": "tensorwise"}, {"fp8": "blockwise", "fp8_gradients": "e5m2"}])
+def test_fp8_and_the_layers_left_out_of_it_stay_behind(tmp_path: Path, precision: dict[str, Any]) -> None:
+    """One at each end would be all there are."""
+    precision = {**precision, "fp8_exclude": {"first": 1, "last": 1}}
+    small, _ = shrink(large_recipe(tmp_path, precision=precision), 1)
+    assert small.precision == PrecisionConfig(params="fp32", grad_reduce="fp32")
+    validate(small, gather_facts(small, TEMPLATES.names(), TASKS.names()), 1)
 
 
 def test_a_small_recipe_keeps_its_sizes(tmp_path: Path) -> None:
