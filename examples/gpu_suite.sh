@@ -71,6 +71,7 @@ stage() {
     failed=$((failed + 1))
     return 1
   fi
+  rm -f "$out/$title"_gpu.{md,json,png} # no older run is passed off
   set -- "${@//@SECONDS@/$((limit > 30 ? limit - 20 : limit))}"
   printf '\n== %s\n   %s\n' "$title" "$*" | tee -a "$out/gpu_suite.log"
   timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$out/gpu_suite.log"
@@ -203,7 +204,6 @@ if [ -z "$dry_run" ]; then
   fi
   mkdir -p "$out"
   : >"$out/gpu_suite.log"
-  rm -f "$out"/{kernels,step,step_fp8,attention,throughput,quickstart}_gpu.{md,json,png} # no older run is passed off
   describe >"$out/gpu_suite.md"
 fi
 

@@ -8,7 +8,8 @@ without Transformer Engine mcore would take it and quantise nothing.
 Weights are ordinary parameters, quantised at every use: optimizer and checkpoints know nothing of FP8. It is for
 training only: evaluation and generation compute with the weights as they are exported. What tensor-parallel ranks share
 is gathered before it is quantised, so they find the same scale; what is cut over them (weights, heads, feed-forward
-channels) has a scale per rank. No scale needs a collective.
+channels) has a scale per rank. No scale needs a collective; where the padding begins does, over context ranks, which
+therefore all run a chunk in the same mode.
 
 Hazard: amax over padding. Tokens of padding are in the rows whatever is done, with values of their own, so
 `counted_tokens` finds those that reach a loss, and each layer is told at every call, the recomputed one included.

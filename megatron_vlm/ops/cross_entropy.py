@@ -186,9 +186,10 @@ def linear_cross_entropy(
 
 
 def _valid_loss(hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard, rules: _Rules) -> Tensor:
-    """Of trained tokens; NaN where the label is no id of the vocabulary."""
+    """Of trained tokens; NaN, as the gradients are, where the label is no id of the vocabulary: an update by the rest
+    would hide it."""
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, shard, rules)
-    return loss.masked_fill((labels < 0) | (labels >= shard.vocab_size), torch.nan)
+    return loss * torch.ones_like(loss).masked_fill((labels < 0) | (labels >= shard.vocab_size), torch.nan)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -18,13 +18,18 @@ PRODUCTS = (
     aten.addmm.default,
     aten.bmm.default,
     aten.baddbmm.default,
+    aten.convolution.default,
+    aten.convolution_backward.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
 )
+INTO_THE_FIRST = {aten.addmm_.default: aten.addmm.default, aten.baddbmm_.default: aten.baddbmm.default}
+NAMED_SO = ("mm", "convolution", "attention", "linear")  # whatever is, and is not listed, would be left out in silence
 
 
 class ExactProducts(TorchDispatchMode):
-    """Matrix products and attention of fp32 numbers, forward and backward: in fp64, the result rounded once."""
+    """Matrix products, convolutions and attention of fp32 numbers, forward and backward: in fp64, the result rounded
+    once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,8 +39,14 @@ class ExactProducts(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in PRODUCTS:
-            return func(*args, **kwargs)
+        if func in INTO_THE_FIRST:
+            return args[0].copy_(self._exactly(INTO_THE_FIRST[func], args, kwargs))
+        if func in PRODUCTS:
+            return self._exactly(func, args, kwargs)
+        assert not any(part in str(func) for part in NAMED_SO), f"{func} is not among the products"
+        return func(*args, **kwargs)
+
+    def _exactly(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.num_widened += 1
         args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
         return tree_map_only(Tensor, _rounded, func(*args, **kwargs))

@@ -89,6 +89,11 @@ def test_some_stages_and_a_time_that_ends(played: str, tmp_path: Path) -> None:
     done = suite("--only", "kernels step", PYTHON=played, OUT=str(out), TESTS_CODE="1")
     assert done.returncode == 0 and outcomes(out) == [("kernels", "0"), ("step", "0")]
     assert re.search(r"kernels --device cuda --seconds 1[78]\d --json", done.stdout)  # 200, less 20
+    older = [out / f"{stage}_gpu.json" for stage in ("kernels", "attention")]
+    for path in older:
+        path.write_text("{}")
+    suite("--only", "kernels", PYTHON=played, OUT=str(out), TESTS_CODE="1")
+    assert [path.exists() for path in older] == [False, True]  # a stage that is not run keeps what it has measured
     done = suite(PYTHON=played, OUT=str(out), SUITE_SECONDS="5", TESTS_CODE="0")
     assert done.returncode == 7 and outcomes(out) == [(stage, "not run") for stage in STAGES]
 

@@ -146,9 +146,11 @@ def weight_gradient(
     return weight.main_grad.clone() if wrapped else weight.grad.clone()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_main_grad_is_autograds_sum(grid: Any, tied: bool) -> None:
-    assert error(weight_gradient(grid, tied, "fp32", True), weight_gradient(grid, tied, "fp32", False)) < 1e-6
+def test_main_grad_is_autograds_sum(grid: Any, tied: bool, overlap: bool) -> None:
+    found = weight_gradient(grid, tied, "fp32", True, overlap=overlap)
+    assert error(found, weight_gradient(grid, tied, "fp32", False)) < 1e-6
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -122,6 +122,8 @@ def test_a_label_outside_the_vocabulary_is_loud():
         labels[1] = wrong
         loss = linear_cross_entropy(hidden, weight, labels, vocab_size=V, group=None)
         assert loss[1].isnan() and not loss[2:].isnan().any()
+        by_hidden, by_weight = torch.autograd.grad(loss.sum(), [hidden, weight])
+        assert by_hidden[1].isnan().all() and not by_hidden[2:].isnan().any() and by_weight[:V].isnan().all()
 
 
 def test_a_frozen_weight_gets_no_gradient():
