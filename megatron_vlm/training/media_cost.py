@@ -16,8 +16,9 @@ from functools import partial
 
 import torch
 
+from megatron_vlm.models.projectors.base import OpsProjector
 from megatron_vlm.models.vision.encoder import VisionEncoder
-from megatron_vlm.models.vision.survey import count_patches
+from megatron_vlm.models.vision.survey import count_patches, patch_grid
 from megatron_vlm.parallel.media_plan import MediaCost
 from megatron_vlm.runtime.collectives import broadcast_object
 from megatron_vlm.runtime.logging import get_logger
@@ -69,7 +70,15 @@ def encode_pictures(encoder: VisionEncoder, pixels: torch.Tensor, resizes: bool)
     options = {RESIZES: True} if resizes else {}
     pixels = pixels.to(next(model.parameters()).dtype)
     states = model(pixel_values=pixels, output_hidden_states=True, return_dict=True, **options).hidden_states
-    return encoder.projector(states[survey.selected][:, survey.num_dropped_tokens :])
+    features = states[survey.selected][:, survey.num_dropped_tokens :]
+    projector = encoder.projector
+    if not isinstance(projector, OpsProjector):
+        return projector(features)
+    own, projector.grid = projector.grid, patch_grid(survey.hf_config, pixels.shape[2], pixels.shape[3])
+    try:
+        return projector(features)
+    finally:
+        projector.grid = own
 
 
 def fastest_seconds(

@@ -68,10 +68,10 @@ importlib.util.find_spec = lambda name, *rest: None if name == "triton" else fou
     lines, _ = operations()
     told = {line.name: line.value for line in lines}
     for name in ("norm", "space to depth", "bias and GELU", "linear into rows"):
-        ending = "can run: torch, reference; not triton: the package triton is not installed"
-        assert told[f"ops.{name}"].endswith(ending), name
+        said = "can run: torch, reference; not triton: the package triton is not installed"
+        assert said in told[f"ops.{name}"], name
     assert all("triton: the package triton is not installed" in told[name] or "prototypes" in name or "matmul" in name
-               for name in told)  # fmt: skip
+               for name in told if name.startswith("ops."))  # fmt: skip
 
 
 def test_an_operation_that_nothing_can_run_is_broken() -> None:

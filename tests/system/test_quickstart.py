@@ -75,8 +75,8 @@ def test_on_a_gpu_it_is_one_rank_and_some_overrides():
     from megatron_vlm.models.facts import gather_facts
 
     suite = (RECIPES.parent / "gpu_suite.sh").read_text()
-    (line,) = [line for line in suite.splitlines() if "examples/quickstart/run.py" in line]
-    arguments = run.parse_arguments(line.partition("run.py ")[2].split())
+    _, command = suite.split("examples/quickstart/run.py ")
+    arguments = run.parse_arguments(command.partition(")")[0].split())
     assert arguments.ranks == 1 and run.torchrun(arguments.ranks)[-2:] == ["--nproc-per-node", "1"]
     for phase in run.PHASES.values():
         recipe = load_config(RECIPES / f"quickstart_{phase}.yaml", arguments.overrides)
