@@ -3,10 +3,10 @@
 Rows of a prime length that no layout can cut; videos, whose frames are encoded one here, one there; a step without any
 picture, in which three of four ranks that share a sequence hold no trained token; a video of 2,048 frames.
 
-The long video's updates are compared with one process whose products are exact (`tests/helpers/exact.py`), all else
-with the plain one too. Adam's first update is the gradient's sign, but where a gradient is near its eps of 1e-8: one
-element of the 4,111 tokens' is, and there rounding makes the update. Measured, of that tensor's norm: the plain process
-is 1.1e-4 off the exact one (1e-4 is allowed), four ranks are 0.4e-4 off.
+Adam's first update is the gradient's sign, but where a gradient is near its eps of 1e-8: one element of the long
+video's is, and there rounding makes the update. `test_a_video_of_2048_frames[tp2-sp-ulysses2]` misses its limit by it
+(1.1e-4 of that tensor's norm, 1e-4 is allowed). Against a process whose products are exact (`tests/helpers/exact.py`)
+every layout holds, which is a test of its own; the plain process is 1.1e-4 off that one.
 """
 
 import json
@@ -68,21 +68,16 @@ def recipe_over(folder: Path, records: list[dict[str, Any]], sections: Recipe) -
 
 @dataclass(frozen=True)
 class Reference:
-    """A recipe and one process' record of it; `exact`: the same with exact products, for the updates."""
+    """A recipe and one process' record of it."""
 
     recipe: Recipe
     one: Record
-    exact: Record | None = None
 
     def check(self, ranks: RankPool, num_ranks: int, parallel: Recipe) -> None:
         laid_out = merged(self.recipe, {"parallel": parallel})
         records = ranks.run(num_ranks, run_layout, laid_out, len(self.one.losses), timeout=TIMEOUT_SECONDS)
-        found = compare(self.one, records, Config.model_validate(laid_out))
-        if self.exact is not None:
-            plain = [comparison for comparison in found if not comparison.title.startswith("updates")]
-            assert len(plain) == len(found) - 1
-            found = [*plain, *compare(self.exact, records, Config.model_validate(laid_out))]
-        wrong = [str(one) for comparison in found for one in comparison.differences if not one.holds]
+        comparisons = compare(self.one, records, Config.model_validate(laid_out))
+        wrong = [str(found) for comparison in comparisons for found in comparison.differences if not found.holds]
         assert not wrong, "\n".join(wrong)
 
 
@@ -159,9 +154,13 @@ def long_reference(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) ->
         "data": {"video": {"num_frames": NUM_LONG_FRAMES}},
         "training": {"global_batch_size": 2, "sequence_length": 4111, "steps": 1},
     }
-    plain = reference(ranks, recipe_over(folder, records, changes))
-    (exact,) = ranks.run(1, run_exactly, plain.recipe, 1, timeout=TIMEOUT_SECONDS)
-    return Reference(plain.recipe, plain.one, exact)
+    return reference(ranks, recipe_over(folder, records, changes))
+
+
+@pytest.fixture(scope="module")
+def exact_reference(ranks: RankPool, long_reference: Reference) -> Reference:
+    (one,) = ranks.run(1, run_exactly, long_reference.recipe, 1, timeout=TIMEOUT_SECONDS)
+    return Reference(long_reference.recipe, one)
 
 
 @pytest.mark.slow
@@ -177,3 +176,9 @@ def test_a_video_of_2048_frames(ranks: RankPool, long_reference: Reference, name
         NUM_LONG_FRAMES // sizes.replica * (sizes.coordinates(rank).data == 0) for rank in range(num_ranks)
     ]
     long_reference.check(ranks, num_ranks, parallel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG_LAYOUTS)
+def test_a_video_of_2048_frames_against_exact_products(ranks: RankPool, exact_reference: Reference, name: str) -> None:
+    exact_reference.check(ranks, *LONG_LAYOUTS[name])
