@@ -21,7 +21,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional
 
-from megatron_vlm.config.packages import TRANSFORMER_ENGINE, installed_packages
+from megatron_vlm.config.packages import transformer_engine_obstacle
 from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.device import current_device
@@ -144,8 +144,8 @@ def fp8_backend(config: Config) -> Literal["native", "transformer_engine"] | Non
         return precision.fp8_backend
     if precision.fp8 != "tensorwise":
         return "transformer_engine"
-    can_run = current_device().type == "cuda" and TRANSFORMER_ENGINE in installed_packages()
-    return "transformer_engine" if can_run else "native"
+    obstacle = transformer_engine_obstacle(current_device().type)
+    return "native" if obstacle else "transformer_engine"
 
 
 def _fp8(config: Config) -> dict[str, Any]:

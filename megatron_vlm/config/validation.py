@@ -40,6 +40,7 @@ class ModelFacts:
     templates: tuple[str, ...]
     tasks: tuple[str, ...]
     installed: frozenset[str]  # as config.packages names them
+    backend_obstacles: tuple[str, ...] = ()  # why backends named under `ops` cannot run, where the device is known
 
 
 def validate(config: Config, facts: ModelFacts | None, world_size: int) -> None:
@@ -77,12 +78,18 @@ def names_its_model(model: ModelConfig) -> bool:
 
 def idle_keys(config: Config) -> list[str]:
     """Keys that the recipe sets and that do nothing, for want of the one that switches them on."""
-    precision = config.precision
-    if precision.fp8 is not None:
+    if config.precision.fp8 is not None:
         return []
-    default = type(precision)()
-    keys = ("fp8_backend", "fp8_gradients", "fp8_exclude")
-    return [f"precision.{key}" for key in keys if getattr(precision, key) != getattr(default, key)]
+    keys = (
+        ("precision", ("fp8_backend", "fp8_gradients", "fp8_exclude")),
+        ("ops", ("fp8_quantise",)),
+    )
+    idle = []
+    for name, of_fp8 in keys:
+        section = getattr(config, name)
+        default = type(section)()
+        idle += [f"{name}.{key}" for key in of_fp8 if getattr(section, key) != getattr(default, key)]
+    return idle
 
 
 def trains(component: str, name: str, model: ModelConfig) -> bool:
@@ -133,21 +140,20 @@ def _context(config: Config) -> Iterator[str]:
 
 
 def _cudnn_in_a_ring(config: Config) -> Iterator[str]:
-    """What a ring rank has of a document is known only when it is read. `parallel.context` may become a ring."""
+    """What a ring rank has of a document is known only when it is read."""
     parallel = config.parallel
-    shared = [f"parallel.{name} {ranks}" for name in ("ring", "context") if (ranks := getattr(parallel, name) or 1) > 1]
-    if config.ops.attention != "cudnn" or not shared:
+    if config.ops.attention != "cudnn" or parallel.ring == 1:
         return
     elsewise = "needs auto, triton or flash_attn, or parallel.ulysses alone"
     if parallel.ring_mode == "all_gather":
         yield (
-            f"ops.attention: found cudnn with {' and '.join(shared)} and parallel.ring_mode all_gather, where a rank's "
-            f"queries see more keys than they are, while cuDNN's causal mask is of a square, {elsewise}, or p2p"
+            f"ops.attention: found cudnn with parallel.ring {parallel.ring} and parallel.ring_mode all_gather, where a "
+            f"rank's queries see more keys than they are, while cuDNN's causal mask is of a square, {elsewise}, or p2p"
         )
     elif config.data.packing:
         yield (
-            f"ops.attention: found cudnn with {' and '.join(shared)} and data.packing true, where a rank's part of a "
-            f"document may be a single token, which cuDNN does not take, {elsewise}"
+            f"ops.attention: found cudnn with parallel.ring {parallel.ring} and data.packing true, where a rank's part "
+            f"of a document may be a single token, which cuDNN does not take, {elsewise}"
         )
 
 
@@ -394,6 +400,10 @@ def _examples(facts: ModelFacts) -> str:
     return " or ".join(repr(names[-1]) for names in facts.parameter_names.values() if names)
 
 
+def _backends(config: Config, facts: ModelFacts) -> Iterator[str]:
+    yield from facts.backend_obstacles
+
+
 def _packages(config: Config, facts: ModelFacts) -> Iterator[str]:
     for package in PACKAGES:
         if package.needed_by(config) and package.name not in facts.installed:
@@ -425,5 +435,6 @@ MODEL_RULES: tuple[Callable[[Config, ModelFacts], Iterator[str]], ...] = (
     _images,
     _names,
     _freezing,
+    _backends,
     _packages,
 )

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_vlm.models.architectures import LANGUAGE_MODELS
+from megatron_vlm.models.architectures import LANGUAGE_MODELS, head_width
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -189,7 +189,7 @@ def language_mappings(hf_config: "PretrainedConfig") -> list[Mapping]:
 def _layer_mappings(hf_config: "PretrainedConfig", layer: int) -> list[Mapping]:
     ours, theirs = f"language.decoder.layers.{layer}", f"model.layers.{layer}"
     hidden, width = hf_config.hidden_size, hf_config.intermediate_size
-    head = getattr(hf_config, "head_dim", None) or hidden // hf_config.num_attention_heads
+    head = head_width(hf_config)
     groups = hf_config.num_key_value_heads
     q_rows, kv_rows = hf_config.num_attention_heads * head, groups * head
     projections = tuple(f"{theirs}.self_attn.{x}_proj" for x in "qkv")

@@ -75,6 +75,11 @@ ATTENTION_SOFTCAP, LOGIT_SOFTCAP = "attn_logit_softcapping", "final_logit_softca
 ROPE_TYPES = ("default", "linear", "llama3")  # those whose frequencies do not depend on the sequence's length
 
 
+def head_width(hf_config: "PretrainedConfig") -> int:
+    """Width of one attention head; it need not be hidden / heads."""
+    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
 def load_language_config(language: "LanguageConfig") -> "PretrainedConfig":
     """The Hugging Face config of `model.language`, from its path or from the recipe.
 

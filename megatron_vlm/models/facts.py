@@ -4,19 +4,23 @@ Tower and projector are built on the meta device. The language model's parameter
 GPTModel cannot be built before the process groups exist. A test compares them with a real model's.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
-from megatron_vlm.config.megatron import QKV_BIAS_ALWAYS
+from megatron_vlm.config.megatron import DTYPES, QKV_BIAS_ALWAYS
 from megatron_vlm.config.packages import installed_packages
 from megatron_vlm.config.schema import Config, VisionConfig
 from megatron_vlm.config.validation import ModelFacts, names_its_model
-from megatron_vlm.models.architectures import LANGUAGE_MODELS, load_language_config
+from megatron_vlm.models.architectures import LANGUAGE_MODELS, head_width, load_language_config
 from megatron_vlm.models.families import FAMILIES
 from megatron_vlm.models.projectors import PROJECTORS, build_projector
+from megatron_vlm.models.projectors.base import backend_obstacle
 from megatron_vlm.models.vision.survey import TowerSurvey, load_vision_config, survey_tower
+from megatron_vlm.ops.table import Example, obstacles
+from megatron_vlm.runtime.device import foreseen_device
 
 
 def gather_facts(config: Config, templates: Iterable[str], tasks: Iterable[str]) -> ModelFacts:
@@ -33,6 +37,7 @@ def gather_facts(config: Config, templates: Iterable[str], tasks: Iterable[str])
     assert names_its_model(config.model)
     language = load_language_config(config.model.language)
     survey = survey_tower(_with_layer_in_range(config.model.vision), config.model.projector)
+    projector = _projector(config.model.projector.type, survey, language.hidden_size)
     return ModelFacts(
         num_layers=language.num_hidden_layers,
         hidden_size=language.hidden_size,
@@ -45,13 +50,14 @@ def gather_facts(config: Config, templates: Iterable[str], tasks: Iterable[str])
         parameter_names={
             "language": language_parameter_names(language),
             "vision": tuple(f"vision.{name}" for name in survey.parameter_names if name not in survey.unreached),
-            "projector": _projector_parameter_names(config.model.projector.type, survey, language.hidden_size),
+            "projector": tuple(f"projector.{name}" for name, _ in projector.named_parameters()),
         },
         families=tuple(FAMILIES.names()),
         projectors=tuple(PROJECTORS.names()),
         templates=tuple(templates),
         tasks=tuple(tasks),
         installed=installed_packages(),
+        backend_obstacles=tuple(_backend_obstacles(config, language, projector)),
     )
 
 
@@ -75,13 +81,24 @@ def language_parameter_names(language: PretrainedConfig) -> tuple[str, ...]:
     return tuple(f"language.{name}" for name in names)
 
 
-def _projector_parameter_names(name: str, survey: TowerSurvey, language_size: int) -> tuple[str, ...]:
-    """Empty where the name is unknown: validation reports that with the recipe's other faults."""
+def _projector(name: str, survey: TowerSurvey, language_size: int) -> nn.Module:
+    """On the meta device. Where the name is unknown one that does nothing: validation reports that with the recipe's
+    other faults."""
     if name not in PROJECTORS:
-        return ()
+        return nn.Identity()
     with torch.device("meta"):
-        projector = build_projector(name, survey.hidden_size, language_size)
-    return tuple(f"projector.{parameter}" for parameter, _ in projector.named_parameters())
+        return build_projector(name, survey.hidden_size, language_size)
+
+
+def _backend_obstacles(config: Config, language: PretrainedConfig, projector: nn.Module) -> Iterator[str]:
+    """Why backends that the recipe names cannot run."""
+    name = config.model.projector.type
+    if name in PROJECTORS and (reason := backend_obstacle(projector, name, config.ops.projector)):
+        yield reason
+    device = foreseen_device(config.runtime.device)
+    if device is not None:  # else the ranks' machine is another one than this
+        like = Example(device, DTYPES[config.precision.params], head_width=head_width(language))
+        yield from obstacles(config.ops.model_dump(), like)
 
 
 def _with_layer_in_range(vision: VisionConfig) -> VisionConfig:

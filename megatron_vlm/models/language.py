@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_vlm.config.megatron import fp8_backend, transformer_config
 from megatron_vlm.config.schema import Config
-from megatron_vlm.models.architectures import LANGUAGE_MODELS, check_architecture
+from megatron_vlm.models.architectures import LANGUAGE_MODELS, check_architecture, head_width
 from megatron_vlm.models.fp8 import counted_tokens, quantise_layers
 from megatron_vlm.models.head import LanguageHead
 from megatron_vlm.models.merge import LocalFeatures, merge_features
@@ -68,11 +68,6 @@ class ChunkPlace:
     first: bool
     last: bool
     virtual_stage: int | None = None
-
-
-def head_width(hf_config: PretrainedConfig) -> int:
-    """Width of one attention head; it need not be hidden / heads."""
-    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
 
 
 def _rope_frequencies(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
@@ -212,7 +207,8 @@ def build_language_chunks(config: Config, hf_config: PretrainedConfig, grid: Gri
     spec = LanguageSpec.from_config(hf_config)
     settings = LANGUAGE_MODELS.get(hf_config.model_type).settings(hf_config)
     mcore_config = transformer_config(config, hf_config, settings)
-    table.check(config.ops.model_dump(), current_device(), mcore_config.params_dtype)
+    like = table.Example(current_device(), mcore_config.params_dtype, head_width=head_width(hf_config))
+    table.check(config.ops.model_dump(), like)
     num_chunks = config.parallel.virtual_pipeline
     first_rank, last_rank = grid.coordinates.pipeline == 0, grid.coordinates.pipeline == grid.sizes.pipeline - 1
     chunks = []

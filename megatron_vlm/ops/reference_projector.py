@@ -75,8 +75,9 @@ def gelu(x: Tensor, kind: Gelu) -> Tensor:
 
 
 def bias_gelu(x: Tensor, bias: Tensor, kind: Gelu) -> Tensor:
-    """gelu(x + bias); see `ops.projector.bias_gelu`."""
-    return gelu(x + bias, kind)
+    """gelu(x + bias), in fp32 at least up to its end; see `ops.projector.bias_gelu`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return gelu(x.to(wide) + bias.to(wide), kind).to(x.dtype)
 
 
 def linear_rows_into(buffer: Tensor, rows: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ recipe's choices can run there.
 An operation shows up by one line in `TABLE`: its name, where its `Operation` is, and what its obstacle functions are
 asked about, made from an `Example` (device, dtype, shape) in the place of each tensor:
 
-    Entry("attention", "attention", "ATTENTION", lambda like: (like(1, 4096, 32, 128), None)),
+    Entry("rope", "rope", "ROPE", lambda like: (like(1, 4096, 32, like.head_width),)),
 
 The inputs are the positional arguments with which the operation calls `select` after the backend's name. Nothing is
 computed. An operation's backward pass has the forward's backends, and no line. A test keeps the table to the operations
@@ -13,25 +13,30 @@ there are.
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.ops.attention_mask import Asked, Band
 from megatron_vlm.ops.dispatch import AUTO, Operation
 
 
 @dataclass(frozen=True)
 class Example:
-    """Stands for a tensor of which only this is asked; it is called with a shape to give another one of its kind."""
+    """Stands for a tensor of which only this is asked; it is called with a shape to give another one of its kind.
+
+    `head_width` is that of the attention heads that a model has.
+    """
 
     device: torch.device
     dtype: torch.dtype
     shape: tuple[int, ...] = ()
+    head_width: int = 128
 
     def __call__(self, *shape: int) -> "Example":
-        return Example(self.device, self.dtype, shape)
+        return replace(self, shape=shape)
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,9 @@ class Entry:
 
 
 def _queries(like: Example) -> tuple[Any, ...]:
-    return like(1, 4096, 32, 128), None
+    """Of a causal row, with nothing hidden."""
+    length, widths = 4096, (like.head_width, like.head_width)
+    return like(1, length, 32, like.head_width), None, Asked(length, length, widths, Band(None, 0), False)
 
 
 TABLE = (
@@ -68,7 +75,7 @@ TABLE = (
     Entry("attention of blocks", "attention_blocks", "ATTENTION_INTO", _queries),
     Entry("norm", "norm", "NORM", lambda like: (like(4096, 1, 4096), like(4096))),
     Entry("activation", "activation", "GATED", lambda like: (like(4096, 1, 28672),)),
-    Entry("rope", "rope", "ROPE", lambda like: (like(1, 4096, 32, 128),)),
+    Entry("rope", "rope", "ROPE", lambda like: (like(1, 4096, 32, like.head_width),)),
     Entry(
         "space to depth", "projector", "SPACE_TO_DEPTH", lambda like: (like(8, 729, 1152), like(4608), 2), "projector"
     ),
@@ -110,21 +117,36 @@ def choices(device: torch.device, dtype: torch.dtype) -> Iterator[Choice]:
         yield _choice(entry, Example(device, dtype))
 
 
-def check(requested: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> None:
-    """Whether the backends asked for by name can run, before anything is built or loaded.
+def obstacles(requested: Mapping[str, Any], like: Example) -> list[str]:
+    """Why backends asked for by name cannot run, before anything is built or loaded.
 
     Args:
         requested: key under `ops` -> backend; other keys are not looked at. Of operations that share a key, those are
             meant that have the backend.
+        like: of the model's tensors.
 
-    Raises:
-        ConfigError: the first one that cannot, with the reason.
+    Returns:
+        A sentence for each key.
     """
+    found: dict[str, str] = {}
     for entry in TABLE:
-        backend = requested.get(entry.key or entry.name, AUTO)
-        meant = not entry.key or backend in {one.name for one in entry.operation.backends}
-        if backend != AUTO and meant:
-            entry.operation.find(backend, *entry.inputs(Example(device, dtype)))
+        key = entry.key or entry.name
+        backend = requested.get(key, AUTO)
+        if backend == AUTO or key in found:
+            continue
+        if entry.key and backend not in {one.name for one in entry.operation.backends}:
+            continue
+        try:
+            entry.operation.find(backend, *entry.inputs(like))
+        except ConfigError as error:
+            found[key] = str(error)
+    return list(found.values())
+
+
+def check(requested: Mapping[str, Any], like: Example) -> None:
+    """Raises ConfigError with all `obstacles`."""
+    if found := obstacles(requested, like):
+        raise ConfigError("; ".join(found))
 
 
 def _choice(entry: Entry, like: Example) -> Choice:

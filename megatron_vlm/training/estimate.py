@@ -36,7 +36,8 @@ from types import SimpleNamespace
 import torch
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.models.language import LanguageSpec, head_width, padded_vocabulary
+from megatron_vlm.models.architectures import head_width
+from megatron_vlm.models.language import LanguageSpec, padded_vocabulary
 from megatron_vlm.models.vision.survey import TowerSurvey
 from megatron_vlm.ops.activation import GATED
 from megatron_vlm.ops.attention import ATTENTION

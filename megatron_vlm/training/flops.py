@@ -31,9 +31,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from megatron_vlm.config.schema import ModelConfig
+from megatron_vlm.models.architectures import head_width
 from megatron_vlm.models.facts import language_parameter_names
 from megatron_vlm.models.freezing import trainable_names
-from megatron_vlm.models.language import LanguageSpec, head_width
+from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.models.vision.encoder import VisionEncoder
 
 

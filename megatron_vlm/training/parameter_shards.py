@@ -15,9 +15,9 @@ import torch
 
 from megatron_vlm.config.megatron import QKV_BIAS_ALWAYS
 from megatron_vlm.config.schema import Config
-from megatron_vlm.models.architectures import LANGUAGE_MODELS
+from megatron_vlm.models.architectures import LANGUAGE_MODELS, head_width
 from megatron_vlm.models.freezing import trainable_names
-from megatron_vlm.models.language import LanguageSpec, head_width, padded_vocabulary
+from megatron_vlm.models.language import LanguageSpec, padded_vocabulary
 from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.parallel.sizes import GridSizes

@@ -34,5 +34,6 @@ def settle(config: Config, world_size: int, ranks_per_node: int) -> tuple[Config
     if config.parallel.context is not None:
         parallel, reason = split_context(config.parallel, facts.num_attention_heads, ranks_per_node)
         logger.info("%s", reason)
-        config = config.model_copy(update={"parallel": parallel})  # no rule asks how many ranks are of which kind
+        config = config.model_copy(update={"parallel": parallel})
+        validate(config, facts, world_size)  # again, now that it is known how many ranks are a ring
     return config, facts

@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_vlm.checkpoint.recipe import without_training
 from megatron_vlm.config.schema import Config, ParallelConfig
-from megatron_vlm.models.architectures import load_language_config
-from megatron_vlm.models.language import LanguageSpec, head_width
+from megatron_vlm.models.architectures import head_width, load_language_config
+from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.parallel.layout import Block, Documents, SequenceLayout, ring_blocks
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes

@@ -46,14 +46,21 @@ def build_projector(
             projector has no operation with backends.
     """
     projector = PROJECTORS.get(name)(vision_size, language_size)
+    if (reason := backend_obstacle(projector, name, backend)) is not None:
+        raise ConfigError(reason)
     if isinstance(projector, OpsProjector):
         projector.backend, projector.grid = backend, grid
-    elif backend != AUTO:
-        raise ConfigError(
-            f"ops.projector: found {backend!r} with model.projector.type {name!r}, which has no operation with "
-            f"backends, needs {AUTO!r}"
-        )
     return projector
+
+
+def backend_obstacle(projector: nn.Module, name: str, backend: str) -> str | None:
+    """Why a projector of that name has no use for the backend, or None."""
+    if backend == AUTO or isinstance(projector, OpsProjector):
+        return None
+    return (
+        f"ops.projector: found {backend!r} with model.projector.type {name!r}, which has no operation with backends, "
+        f"needs {AUTO!r}"
+    )
 
 
 def count_rows(name: str, num_tokens: int, vision_size: int, grid: PatchGrid | None = None) -> int:

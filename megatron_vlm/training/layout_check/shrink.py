@@ -29,9 +29,8 @@ from megatron_vlm.data.video.files import count_frames
 from megatron_vlm.data.video.sampling import place, with_frames
 from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.tasks import TASKS
-from megatron_vlm.models.architectures import load_language_config
+from megatron_vlm.models.architectures import head_width, load_language_config
 from megatron_vlm.models.facts import gather_facts
-from megatron_vlm.models.language import head_width
 from megatron_vlm.models.vision.survey import load_vision_config, survey_tower
 from megatron_vlm.parallel.layout import padded_length
 from megatron_vlm.parallel.sizes import GridSizes

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_vlm.config.context import split_context
 from megatron_vlm.config.schema import ParallelConfig
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training import recipe as module
 from megatron_vlm.training.recipe import settle
@@ -46,6 +47,15 @@ def test_it_is_told_once_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> Non
         "per tensor rank and keeps the group within a node of 4 ranks"
     ]
     assert settle(settled, 8, ranks_per_node=8) == (settled, FACTS) and len(said) == 1
+
+
+def test_cudnn_is_refused_where_the_split_has_a_ring(monkeypatch):
+    monkeypatch.setattr(module, "gather_facts", lambda *_: FACTS)
+    asked = recipe(parallel__context=4, data__packing=True, ops__attention="cudnn")
+    settled, _ = settle(asked, 4, ranks_per_node=4)
+    assert (settled.parallel.ulysses, settled.parallel.ring) == (4, 1)
+    with pytest.raises(ConfigError, match="ops.attention: found cudnn with parallel.ring 2 and data.packing true"):
+        settle(asked, 4, ranks_per_node=2)
 
 
 def test_fp8_keys_that_do_nothing_are_told_in_one_line(monkeypatch):

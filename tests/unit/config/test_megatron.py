@@ -116,7 +116,8 @@ def test_who_computes_in_fp8(
     monkeypatch: pytest.MonkeyPatch, precision: Any, device_type: str, is_installed: bool, expected: str | None
 ) -> None:
     monkeypatch.setattr(megatron, "current_device", lambda: torch.device(device_type))
-    monkeypatch.setattr(megatron, "installed_packages", lambda: {"transformer-engine"} if is_installed else set())
+    can_run = is_installed and device_type == "cuda"
+    monkeypatch.setattr(megatron, "transformer_engine_obstacle", lambda kind: None if can_run else f"none on {kind}")
     assert fp8_backend(recipe(precision=precision)) == expected
 
 

@@ -43,12 +43,6 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
         ["ops.attention: found cudnn with parallel.ring 2 and data.packing true, where a rank's part of a document"],
     ),
     (
-        "cudnn and a ring to be chosen",
-        {"parallel__context": 4, "data__packing": True, "ops__attention": "cudnn"},
-        4,
-        ["ops.attention: found cudnn with parallel.context 4 and data.packing true, where a rank's part of a document"],
-    ),
-    (
         "cudnn and gathered keys",
         {"parallel": {"ring": 2, "ring_mode": "all_gather"}, "ops__attention": "cudnn"},
         2,
@@ -358,6 +352,18 @@ def test_fp8_keys_without_fp8_are_told() -> None:
     assert idle_keys(recipe(precision={"fp8_gradients": "e5m2"})) == ["precision.fp8_gradients"]
     assert idle_keys(recipe()) == []
     assert idle_keys(recipe(precision={"fp8": "tensorwise", "fp8_gradients": "e5m2"})) == []
+
+
+def test_an_operation_of_fp8_without_fp8_is_told() -> None:
+    assert idle_keys(recipe(ops={"fp8_quantise": "reference", "norm": "reference"})) == ["ops.fp8_quantise"]
+    assert idle_keys(recipe(precision={"fp8": "tensorwise"}, ops={"fp8_quantise": "reference"})) == []
+
+
+def test_backends_that_cannot_run_are_told_with_everything_else() -> None:
+    with pytest.raises(ConfigError) as caught:
+        validate(recipe(parallel__tensor=3), facts(backend_obstacles=("ops.norm: told", "ops.rope: told")), 3)
+    assert str(caught.value).startswith("parallel.tensor: found 3, ")
+    assert str(caught.value).endswith("; ops.norm: told; ops.rope: told")
 
 
 def test_missing_packages_are_those_the_recipe_needs() -> None:

@@ -1,11 +1,13 @@
 """Facts for validation, against the recipe and a real model."""
 
 import pytest
+import torch
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.config.validation import validate
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.facts import gather_facts
+from megatron_vlm.runtime import device
 from tests.helpers.ranks import RankPool
 from tests.unit.models.recipes import SMALL_LLAMA, SMALL_TOWER, small_recipe
 
@@ -31,6 +33,24 @@ def test_faults_of_the_recipe_are_left_to_validation() -> None:
         validate(config, gather_facts(config, TEMPLATES, TASKS), world_size=1)
     for fault in ("select_layer: found -9", "projector.type: found 'mlp2x_gelo'", "family: found 'lava'"):
         assert fault in str(raised.value)
+
+
+def test_backends_are_asked_where_the_device_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a recipe that says `cpu`; one for a GPU is looked at on machines of every kind."""
+
+    def asked(kind: str, **ops: str) -> Config:
+        tree = small_recipe(projector={"type": "linear"}).model_dump()
+        return Config.model_validate({**tree, "runtime": {"device": kind}, "ops": ops})
+
+    here = asked("cpu", attention="cudnn", projector="torch")
+    projector, attention = gather_facts(here, TEMPLATES, TASKS).backend_obstacles
+    assert projector.startswith("ops.projector: found 'torch' with model.projector.type 'linear', which has no operat")
+    assert attention.startswith("ops.attention: 'cudnn' cannot run: it needs tensors on a CUDA device, found cpu")
+    monkeypatch.setattr(device, "_prepared", None)
+    assert gather_facts(asked("cuda", attention="cudnn"), TEMPLATES, TASKS).backend_obstacles == ()
+    monkeypatch.setattr(device, "_prepared", torch.device("cuda"))
+    (dtype,) = gather_facts(asked("auto", attention="cudnn"), TEMPLATES, TASKS).backend_obstacles
+    assert "it needs torch.bfloat16 or torch.float16, found torch.float32" in dtype
 
 
 @pytest.mark.parametrize("language", [SMALL_LLAMA, {**SMALL_LLAMA, "tie_word_embeddings": True}, QWEN2])

@@ -11,10 +11,11 @@ from megatron_vlm.config.schema import OpsConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.ops import dispatch, table
 from megatron_vlm.ops.dispatch import Operation, triton_obstacle
-from megatron_vlm.ops.table import TABLE, Entry, Example, check, choices
+from megatron_vlm.ops.table import TABLE, Entry, Example, check, choices, obstacles
 
 CPU = torch.device("cpu"), torch.float32
 CUDA = torch.device("cuda"), torch.bfloat16
+CUDA_FP32 = torch.device("cuda"), torch.float32
 LAYER_OPS = ("norm", "activation", "rope")
 
 
@@ -54,10 +55,10 @@ def test_every_backend_of_the_recipe_exists():
 def test_operations_that_share_a_key(monkeypatch):
     """Prototypes have no kernel of ours: it is asked of the projector's other operations."""
     monkeypatch.setattr(dispatch, "_triton_device", lambda: "cuda")
-    check({"projector": "triton"}, *CUDA)
+    check({"projector": "triton"}, Example(*CUDA))
     reason = r"ops.projector \(space to depth\): 'triton' cannot run: it needs a CUDA device, found cpu"
     with pytest.raises(ConfigError, match=reason):
-        check({"projector": "triton"}, *CPU)
+        check({"projector": "triton"}, Example(*CPU))
 
 
 def test_a_bare_cpu_machine(monkeypatch):
@@ -107,13 +108,28 @@ def test_where_nothing_can_run_that_is_told(monkeypatch):
 
 def test_a_recipe_is_checked_before_anything_is_built(monkeypatch):
     requested = {"norm": "triton", "loss_chunk_tokens": 5, "rope": "auto"}
-    check(requested, *CPU)
+    check(requested, Example(*CPU))
     monkeypatch.setattr(dispatch, "_triton_device", lambda: None)
-    check({"norm": "auto"}, *CPU)
+    check({"norm": "auto"}, Example(*CPU))
     with pytest.raises(ConfigError, match="ops.norm: 'triton' cannot run: the package triton is not installed"):
-        check(requested, *CPU)
+        check(requested, Example(*CPU))
+
+
+def test_every_key_that_cannot_be_had_is_told_once():
+    first, second = obstacles({"projector": "triton", "attention": "flash_attn", "rope": "torch"}, Example(*CUDA_FP32))
+    assert first == "ops.attention: 'flash_attn' cannot run: it needs torch.bfloat16 or torch.float16, found " + (
+        "torch.float32; use 'auto' or another backend"
+    )
+    assert second.startswith("ops.projector (space to depth): 'triton' cannot run: ")
+
+
+def test_heads_have_the_models_width():
+    assert obstacles({"attention": "cudnn"}, Example(*CUDA)) == []
+    (told,) = obstacles({"attention": "cudnn"}, Example(*CUDA, head_width=20))
+    assert "it needs head widths that are multiples of 8 up to 128, found (20, 20)" in told
 
 
 def test_an_example_gives_others_of_its_kind():
     one = Example(*CPU)(2, 3)
     assert (one.shape, one.device, one.dtype) == ((2, 3), *CPU)
+    assert Example(*CPU, head_width=96)(2).head_width == 96

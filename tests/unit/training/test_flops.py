@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_vlm.config.schema import Config
+from megatron_vlm.models.architectures import head_width
 from megatron_vlm.models.freezing import trainable_names
-from megatron_vlm.models.language import LanguageSpec, head_width
+from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.runtime.device import prepare
