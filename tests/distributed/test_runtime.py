@@ -49,6 +49,26 @@ def hang_on(bad_rank: int) -> None:
         time.sleep(600)
 
 
+def count_threads() -> int:
+    from tests.helpers.rank_process import num_gloo_threads
+
+    return num_gloo_threads()
+
+
+kept_groups: list[dist.ProcessGroup] = []
+
+
+def keep_groups(number: int) -> int:
+    kept_groups.extend(dist.new_group() for _ in range(number))
+    return count_threads()
+
+
+def test_a_tasks_groups_end_with_it_though_something_keeps_them(ranks) -> None:
+    before = ranks.run(2, count_threads)
+    assert all(found >= least + 6 for found, least in zip(ranks.run(2, keep_groups, 6), before, strict=True))
+    assert ranks.run(2, count_threads) == before
+
+
 def test_every_failed_ranks_traceback_is_told_and_the_pool_recovers(tmp_path) -> None:
     pool = RankPool(tmp_path)
     try:
