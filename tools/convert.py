@@ -41,7 +41,7 @@ def main() -> None:
         arguments.execute(arguments)
 
 
-def _add_import(parser: argparse.ArgumentParser) -> None:
+def _add_import(parser: CommandLine) -> None:
     parser.add_argument("source", help="a directory or hub id; of a new pair, the language model's")
     parser.add_argument("destination", type=Path, help="a directory of checkpoints to be")
     parser.add_argument("--format", help="default: the one that recognises the directory")
@@ -51,7 +51,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         "is a language model, the other half of a new pair",
     )
     parser.add_argument("--base", help="language model's directory or hub id, for an mm_projector.bin alone")
-    _add_order(parser)
+    parser.add_downsample_order()
     pair = parser.add_argument_group("a new pair")
     pair.add_argument("--projector", help="registered type (default mlp2x_gelu)")
     pair.add_argument("--select-layer", type=int, help="hidden state of the tower (default -2)")
@@ -60,16 +60,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(execute=_import)
 
 
-def _add_order(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--downsample-order",
-        choices=("column", "row"),
-        help="of the squares of a mlp_downsample whose config does not say it: column in VILA 1.5 and NaVILA, row in "
-        "VILA's main branch",
-    )
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
+def _add_export(parser: CommandLine) -> None:
     parser.add_argument("checkpoint", help="a checkpoint directory, or a directory of checkpoints (its latest)")
     parser.add_argument("destination", type=Path, help="a directory that does not exist, or is empty")
     parser.add_argument("--format", help="default: the one it was imported from, else llava-hf")
@@ -77,7 +68,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(execute=_export)
 
 
-def _add_verify(parser: argparse.ArgumentParser) -> None:
+def _add_verify(parser: CommandLine) -> None:
     parser.add_argument("a", help="a model directory or a checkpoint")
     parser.add_argument("b", help="another")
     parser.add_argument("--media", nargs="+", default=[], type=Path, metavar="FILE", help="images, in order")
@@ -87,11 +78,11 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
         help="what both are asked; <image> marks a picture (default: random tokens)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    _add_order(parser)
+    parser.add_downsample_order()
     parser.set_defaults(execute=_verify)
 
 
-def _add_inspect(parser: argparse.ArgumentParser) -> None:
+def _add_inspect(parser: CommandLine) -> None:
     parser.add_argument("directory", help="a model directory of any format, or a checkpoint")
     parser.set_defaults(execute=_inspect)
 

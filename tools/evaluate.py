@@ -55,7 +55,7 @@ def main() -> None:
         TASKS.get(arguments.task)  # a name mistyped shall not cost the loading of a model
         prepare(arguments.device, launch.local_world_size)
         output = make_output(arguments) if launch.rank == 0 else None
-        names = ("device", "tensor", "pipeline", "ulysses", "ring", "template", "dtype")
+        names = ("device", "tensor", "pipeline", "ulysses", "ring", "template", "dtype", "downsample_order")
         assistant = load(arguments.checkpoint, **{name: getattr(arguments, name) for name in names})
         from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, read_questions
 
@@ -77,7 +77,7 @@ def make_output(arguments: argparse.Namespace) -> Path:
     """The folder for the results, made and tried before the time of an evaluation is spent.
 
     Raises:
-        CheckpointError, ConversionError: no model there.
+        CheckpointError, ConversionError, ConfigError: no model there, or not as it is asked for.
         DataError: the folder cannot be written.
     """
     from megatron_vlm.checkpoint.directory import find_checkpoint
@@ -85,7 +85,7 @@ def make_output(arguments: argparse.Namespace) -> Path:
 
     output: Path | None = arguments.output
     if output is None:
-        is_ours = find_foreign(arguments.checkpoint) is None
+        is_ours = find_foreign(arguments.checkpoint, arguments.downsample_order) is None
         output = (find_checkpoint(arguments.checkpoint).parent if is_ours else Path()) / "evaluation"
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ python tools/generate.py CHECKPOINT --media a.png --chat --temperature 0.7 --top
 python tools/generate.py CHECKPOINT --devices 0 1 --prompt "What is this?"
 torchrun --nproc-per-node 4 tools/generate.py CHECKPOINT --tensor 2 --pipeline 2 --prompt "What is this?"
 python tools/generate.py CHECKPOINT --devices 0 1 2 3 --tensor 2 --ring 2 --prompt "What is this?"
+python tools/generate.py VILA --downsample-order row --prompt "What is this?"    what its mlp_downsample does not say
 
 CHECKPOINT is one of ours, a Hugging Face llava-hf or LLaVA directory, or the hub id of one. Images come before the
 text, unless the prompt says with <image> where each belongs. A video (or a folder of frames) is shown as the frames
@@ -46,8 +47,8 @@ def main() -> None:
         from megatron_vlm.runtime.logging import get_logger
 
         get_logger("megatron_vlm").setLevel(logging.WARNING)  # what is printed is the result
-        names = ("devices", "device", "tensor", "pipeline", "ulysses", "ring", "template", "dtype")
-        options = {name: getattr(arguments, name) for name in names}
+        layout = ("devices", "device", "tensor", "pipeline", "ulysses", "ring")
+        options = {name: getattr(arguments, name) for name in (*layout, "template", "dtype", "downsample_order")}
         answer(load(arguments.checkpoint, **options), arguments, launch)
         if arguments.devices is None:  # ranks behind the call end with this process
             teardown()

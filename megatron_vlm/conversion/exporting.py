@@ -34,7 +34,7 @@ from megatron_vlm.conversion.export_plan import (
 )
 from megatron_vlm.conversion.files import INDEXES, SAFETENSORS_INDEX
 from megatron_vlm.conversion.formats.base import FORMATS, Format, Target, read_json
-from megatron_vlm.conversion.formats.llava import TOWER_INSIDE
+from megatron_vlm.conversion.formats.llava import TOWER_INSIDE, told_order
 from megatron_vlm.conversion.mappings import EMBEDDING, HEAD
 from megatron_vlm.conversion.native_reading import NativeSource, check_files
 from megatron_vlm.conversion.origin import SENTENCEPIECE_FILE, Origin, reading_of
@@ -163,7 +163,8 @@ def plan_export(path: str | Path, format: str | None = None, dtype: str | None =
         source = ExportSource(stored, origin.spare(), target.language.vocab_size if is_same else num_rows)
         shards = plan_returned(origin, source, target_format.disk_name, wanted, is_same)
         if shards is not None and is_same:
-            return Export(origin.format, shards, source, partial(_write_returned, origin, shards, dtype))
+            projector = target.config.model.projector.type
+            return Export(origin.format, shards, source, partial(_write_returned, origin, shards, projector, dtype))
     if shards is None:
         came = {t.name: t.torch_dtype for tensors in origin.weights.values() for t in tensors} if origin else {}
         source = ExportSource(stored, {}, num_rows)
@@ -208,16 +209,16 @@ def _target(checkpoint: Path, manifest: Manifest) -> Target:
     )
 
 
-def _write_returned(origin: Origin, shards: list[ShardPlan], dtype: str | None, folder: Path) -> None:
-    """What the model came with; the index anew where the files are others."""
+def _write_returned(origin: Origin, shards: list[ShardPlan], projector: str, dtype: str | None, folder: Path) -> None:
+    """What the model came with; the index anew where the files are others, and in the config what an import was told
+    beside it."""
+    are_returned = all(shard.is_returned for shard in shards)
+    origin.copy_files(folder, leave_out=() if are_returned else INDEXES)
     had_index = any(str(file) in INDEXES for file in origin.files())
-    if all(shard.is_returned for shard in shards):
-        origin.copy_files(folder)
-        return
-    origin.copy_files(folder, leave_out=INDEXES)
-    if had_index or len(shards) > 1:
+    if not are_returned and (had_index or len(shards) > 1):
         (folder / SAFETENSORS_INDEX).write_text(index_of(shards), encoding="utf-8")
     settings = read_json(folder / "config.json")
+    settings |= told_order(settings, projector)
     if dtype is not None:
         own = [key for key in DTYPE_KEYS if key in settings] or [DTYPE_KEYS[0]]
         settings |= dict.fromkeys(own, str(DTYPES[dtype]).removeprefix("torch."))

@@ -47,6 +47,7 @@ def load(
     device: DeviceRequest = "auto",
     template: str | None = None,
     dtype: Dtype | None = None,
+    downsample_order: str | None = None,
     **ranks: Unpack[RankCounts],
 ) -> "Assistant | RankedAssistant":
     """A trained model, ready to answer. Under a launcher every rank of the job calls it, without `devices`.
@@ -61,15 +62,17 @@ def load(
         template: the conversation template; default: the one it was trained with, or what its directory says.
         dtype: of the weights, fp32 or bf16. Default: the recipe's; of another system's model as stored, and fp16, which
             is not computed in, as bf16 on GPUs and as fp32, which holds every value of it, on the CPU.
+        downsample_order: column or row, of a LLaVA directory that does not say it of its `mlp_downsample`.
         ranks: tensor, pipeline, ulysses, ring: ranks that share one model; the ranks of the job are so many replicas of
             it, and all ranks of a replica ask it the same at the same time. With devices, all of them are one replica.
             Ulysses and ring ranks share each prompt and its kv cache, in whole equal parts: for long prompts.
 
     Raises:
         CheckpointError: no checkpoint there, or a damaged or incomplete one.
-        ConversionError: a directory of another system that is not whole, or a hub id that cannot be fetched.
-        ConfigError: the device asked for is not there, a recipe of another version, a template or dtype that is not
-            known or does not fit, or a layout that does not divide the ranks, the model's heads or its layers.
+        ConversionError: a directory of another system that is not whole, leaves the order of its squares open or says
+            another, or a hub id that cannot be fetched.
+        ConfigError: the device asked for is not there, a recipe of another version, a template, dtype or order that is
+            not known or does not fit, or a layout that does not divide the ranks, the model's heads or its layers.
         ParallelError: this process works in another layout already.
     """
     launch = read_launch()
@@ -82,7 +85,8 @@ def load(
                 f"devices: found {list(devices)} on a rank of {launch.world_size}, needs a process of its own"
             )
         if placement.device != "cpu" or placement.world_size > 1:
-            return RankedAssistant(path, placement, template=template, dtype=dtype)
+            choices = {"template": template, "dtype": dtype, "downsample_order": downsample_order}
+            return RankedAssistant(path, placement, **choices)
         device = "cpu"
     with quietly():
         torch_device = prepare(device, launch.local_world_size)
@@ -90,11 +94,15 @@ def load(
 
         if not torch.distributed.is_initialized():
             init_world(launch, torch_device, COLLECTIVE_TIMEOUT_SECONDS)
-        return open_checkpoint(path, template, dtype, **ranks)
+        return open_checkpoint(path, template, dtype, downsample_order, **ranks)
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], template: str | None = None, dtype: Dtype | None = None, **ranks: Unpack[RankCounts]
+    path: str | os.PathLike[str],
+    template: str | None = None,
+    dtype: Dtype | None = None,
+    downsample_order: str | None = None,
+    **ranks: Unpack[RankCounts],
 ) -> "Assistant":
     """The assistant of `path`, in a process whose device and default process group exist. Raises as `load`."""
     import torch
@@ -113,7 +121,7 @@ def open_checkpoint(
 
     world_size, parallel = torch.distributed.get_world_size(), _read_layout(**ranks)
     _check_choices(template, dtype)
-    foreign = find_foreign(path)
+    foreign = find_foreign(path, downsample_order)
     if foreign is None:
         directory = find_checkpoint(path)
         config = inference_config(directory, parallel)
@@ -194,16 +202,29 @@ def turn_weights(model: "VisionLanguageModel") -> None:
                 weight.data = weight.data.t().contiguous().t()  # [out, in], strides (1, out)
 
 
-def find_foreign(path: str | os.PathLike[str]) -> "ForeignModel | None":
+def find_foreign(path: str | os.PathLike[str], downsample_order: str | None = None) -> "ForeignModel | None":
     """The model of another system at a directory or hub id; None where `path` is to be one of our checkpoints.
 
-    Raises ConversionError for a hub id that cannot be fetched, or a directory that is not whole.
+    Args:
+        path, downsample_order: as `load` takes them.
+
+    Raises:
+        ConversionError: a hub id that cannot be fetched, or a directory that is not whole, leaves the order open or
+            says another.
+        ConfigError: an order for one of our checkpoints.
     """
-    from megatron_vlm.conversion.formats import is_foreign, open_foreign
+    from megatron_vlm.conversion.formats import Places, is_foreign, open_foreign
     from megatron_vlm.conversion.formats.base import HUB_ID
 
     is_on_hub = not Path(path).exists() and HUB_ID.fullmatch(os.fspath(path)) is not None
-    return open_foreign(os.fspath(path)) if is_on_hub or is_foreign(Path(path)) else None
+    if is_on_hub or is_foreign(Path(path)):
+        return open_foreign(os.fspath(path), places=Places(downsample_order=downsample_order))
+    if downsample_order is not None:
+        raise ConfigError(
+            f"downsample_order: found {downsample_order!r} for {os.fspath(path)}, which is no directory of LLaVA; "
+            "needs none: a checkpoint's recipe says it"
+        )
+    return None
 
 
 def _foreign_config(foreign: "ForeignModel", parallel: "ParallelConfig", dtype: Dtype | None) -> "Config":

@@ -113,7 +113,7 @@ class RankedAssistant:
     Args:
         path: as `load` takes it.
         placement: of the ranks.
-        choices: of `load`: template, dtype.
+        choices: of `load`: template, dtype, downsample_order.
 
     Raises:
         As `load`; ParallelError: a rank ended without a word.

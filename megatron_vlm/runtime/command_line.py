@@ -34,7 +34,7 @@ class CommandLine(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="tracebacks instead of one-line errors")
 
     def add_layout(self) -> None:
-        """How a model is loaded: device, the ranks that share it, dtype, and the words it is asked in."""
+        """How a model is loaded: device, the ranks that share it, dtype, the words it is asked in, and its squares."""
         self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         axes = {"tensor": "tensor-parallel ranks", "pipeline": "pipeline stages"}
         axes |= {"ulysses": "ranks that share a prompt by heads", "ring": "ranks that share a prompt by keys"}
@@ -45,6 +45,16 @@ class CommandLine(argparse.ArgumentParser):
             "--dtype",
             choices=("fp32", "bf16"),
             help="of the weights (default: as trained or stored; fp16 as bf16 on GPUs)",
+        )
+        self.add_downsample_order()
+
+    def add_downsample_order(self) -> None:
+        """What a directory of LLaVA may leave open of its projector."""
+        self.add_argument(
+            "--downsample-order",
+            choices=("column", "row"),
+            help="of the squares of a mlp_downsample whose config does not say it: column in VILA 1.5 and NaVILA, row "
+            "in VILA's main branch",
         )
 
     def error(self, message: str) -> NoReturn:

@@ -4,10 +4,10 @@ given back; and the order of `mlp_downsample`'s squares, which a config need not
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import Places, llava, open_foreign
@@ -15,11 +15,9 @@ from megatron_vlm.conversion.importing import import_model
 from megatron_vlm.conversion.inspection import inspect
 from megatron_vlm.conversion.verify import compare
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.models.projectors import build_projector
-from tests.helpers.foreign_models import state_of
-from tests.helpers.verify_models import WIDTH, Shape, draw, save_llava
+from tests.helpers.foreign_models import state_of, tree
+from tests.helpers.verify_models import save_llava_projector
 
-PREFIX = "model.mm_projector."
 TYPES = [  # mm_projector_type, the order that is told, what it is here
     ("mlp_downsample", "column", "mlp_downsample"),
     ("mlp_downsample", "row", "mlp_downsample_2x2_fix"),
@@ -29,25 +27,14 @@ TYPES = [  # mm_projector_type, the order that is told, what it is here
 ]
 
 
-def directory(folder: Path, kind: str, **settings: Any) -> Path:
-    """A LLaVA whose projector is of that type: the tower gives 3 x 3 patches, so squares are filled up at the edge."""
-    save_llava(draw(Shape()), folder)
-    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
-    generator = torch.Generator().manual_seed(1)
-    for name, tensor in build_projector(kind, WIDTH, WIDTH).state_dict().items():
-        noise = torch.randn(tensor.shape, generator=generator)
-        is_matrix = tensor.dim() == 2
-        state[PREFIX + name] = noise / tensor.shape[1] ** 0.5 * 1.2 if is_matrix else 1 + 0.2 * noise
-    torch.save(state, folder / "pytorch_model.bin")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "mm_projector_type": kind, **settings}))
-    return folder
+def config(folder: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((folder / "config.json").read_text())
+    return found
 
 
 @pytest.mark.parametrize(("kind", "order", "ours"), TYPES)
 def test_verified_and_given_back(tmp_path: Path, kind: str, order: str | None, ours: str) -> None:
-    source = directory(tmp_path / "source", kind)
+    source = save_llava_projector(tmp_path / "source", kind)
     foreign = open_foreign(source, places=Places(downsample_order=order))
     assert foreign.projector == ours
     checkpoint = import_model(foreign, tmp_path / "ours")
@@ -56,19 +43,45 @@ def test_verified_and_given_back(tmp_path: Path, kind: str, order: str | None, o
     plan_export(checkpoint).write(tmp_path / "back")
     theirs, back = torch.load(source / "pytorch_model.bin", weights_only=True), state_of(tmp_path / "back")
     assert back.keys() == theirs.keys() and all(torch.equal(back[name], theirs[name]) for name in back)
-    assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    if order is None:
+        assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert config(tmp_path / "back") == config(source) | ({} if order is None else {llava.ORDER_KEY: order})
+
+
+@pytest.mark.parametrize(("order", "dtype"), [("row", None), ("column", "bf16")])
+def test_an_order_that_was_told_once_need_not_be_told_again(tmp_path: Path, order: str, dtype: str | None) -> None:
+    """Of safetensors, whose files come back whole, but for the key; where they are rounded, the dtype too."""
+    source = save_llava_projector(tmp_path / "source", "mlp_downsample")
+    save_file(torch.load(source / "pytorch_model.bin", weights_only=True), source / "model.safetensors")
+    (source / "pytorch_model.bin").unlink()
+    ours = import_model(open_foreign(source, places=Places(downsample_order=order)), tmp_path / "ours")
+    plan_export(ours, dtype=dtype).write(tmp_path / "back")
+    came, back = tree(source), tree(tmp_path / "back")
+    settings = config(tmp_path / "back")
+    assert settings.pop("mm_downsample_order") == order
+    if dtype is None:
+        assert settings == config(source)
+        assert {**back, "config.json": b""} == {**came, "config.json": b""}
+    assert "in which order" not in str(inspect(tmp_path / "back"))
+    found = open_foreign(tmp_path / "back")
+    assert found.projector == llava.ORDERS[order]
+    again = import_model(found, tmp_path / "again")
+    plan_export(again).write(tmp_path / "third")
+    assert tree(tmp_path / "third") == back
+    comparison = compare(str(again), str(source), downsample_order=order)
+    assert comparison.agrees, str(comparison)
 
 
 @pytest.mark.parametrize("wrong", [("column", "row"), ("row", "column")])
 def test_a_wrong_order_is_found(tmp_path: Path, wrong: tuple[str, str]) -> None:
-    source = directory(tmp_path / "source", "mlp_downsample")
+    source = save_llava_projector(tmp_path / "source", "mlp_downsample")
     checkpoint = import_model(open_foreign(source, places=Places(downsample_order=wrong[0])), tmp_path / "ours")
     comparison = compare(str(checkpoint), str(source), downsample_order=wrong[1])
     assert comparison.first_diverging is not None and comparison.first_diverging.place == "projector"
 
 
 def test_an_order_that_nobody_says_is_refused(tmp_path: Path) -> None:
-    source = directory(tmp_path / "source", "mlp_downsample")
+    source = save_llava_projector(tmp_path / "source", "mlp_downsample")
     with pytest.raises(
         ConversionError, match="mm_projector_type is 'mlp_downsample'.*needs --downsample-order column or"
     ):

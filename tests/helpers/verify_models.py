@@ -124,6 +124,26 @@ def save_llava(model: Any, folder: Path, tower_inside: bool = True) -> Path:
     return folder
 
 
+def save_llava_projector(folder: Path, kind: str) -> Path:
+    """`save_llava` with a projector of that `mm_projector_type`: the tower gives 3 x 3 patches, so squares are filled
+    up at the edge."""
+    from megatron_vlm.models.projectors import build_projector
+
+    prefix = "model.mm_projector."
+    save_llava(draw(Shape()), folder)
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in build_projector(kind, WIDTH, WIDTH).state_dict().items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        is_matrix = tensor.dim() == 2
+        state[prefix + name] = noise / tensor.shape[1] ** 0.5 * 1.2 if is_matrix else 1 + 0.2 * noise
+    torch.save(state, folder / "pytorch_model.bin")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "mm_projector_type": kind}))
+    return folder
+
+
 def save_tokenizer(folder: Path) -> None:
     """A small byte-level one."""
     from examples.quickstart.make_data import train_tokenizer

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.processes import ROOT, environment
 from tests.helpers.tiny import tiny_dataset
-from tests.helpers.verify_models import Shape, draw, save_llava_hf
+from tests.helpers.verify_models import Shape, draw, save_llava_hf, save_llava_projector
 
 
 def evaluate(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -24,6 +24,17 @@ def test_results_are_left_in_the_working_directory(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert "answers in evaluation" in done.stdout
     assert json.loads((tmp_path / "evaluation" / "exact_match.json").read_text())["num_questions"] == 3
+
+
+@pytest.mark.slow
+def test_the_order_of_squares_is_told(tmp_path: Path) -> None:
+    model = save_llava_projector(tmp_path / "model", "mlp_downsample")
+    asked = (model, "--data", tiny_dataset(tmp_path, num_samples=3), "--max-new-tokens", "2")
+    untold = evaluate(tmp_path, *asked)
+    assert untold.returncode == 1 and "needs --downsample-order column or row" in untold.stderr
+    assert untold.stderr.count("\n") == 1 and not (tmp_path / "evaluation").exists()
+    told = evaluate(tmp_path, *asked, "--downsample-order", "row")
+    assert (told.returncode, told.stderr) == (0, ""), told.stderr
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_looked_for(tmp_path: Path) -> None:

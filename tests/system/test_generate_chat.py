@@ -16,10 +16,11 @@ LIMIT_SECONDS = 300
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory of another system in `hf`, and images."""
-    from tests.helpers.verify_models import Shape, draw, save_llava_hf
+    from tests.helpers.verify_models import Shape, draw, save_llava_hf, save_llava_projector
 
     folder = tmp_path_factory.mktemp("chat")
     save_llava_hf(draw(Shape()), folder / "hf")
+    save_llava_projector(folder / "vila", "mlp_downsample")
     tiny_tokenizer(folder), tiny_dataset(folder)
     return folder
 
@@ -41,6 +42,18 @@ def test_a_conversation_keeps_images_and_turns(folder: Path) -> None:
     assert done.stdout.count("\n") == 3, done.stdout
     first = generate(folder, "hf", "--media", image, "--prompt", "far?", "--max-new-tokens", 5)
     assert done.stdout.splitlines()[0] == first.stdout.rstrip("\n")
+
+
+def test_the_order_of_squares_is_told_to_every_rank(folder: Path) -> None:
+    question = ["vila", "--media", "images/1-0.png", "--prompt", "far?", "--max-new-tokens", 8]
+    untold = generate(folder, *question)
+    assert untold.returncode == 1 and untold.stdout == "" and untold.stderr.count("\n") == 1
+    assert untold.stderr.startswith("error: vila/config.json: mm_projector_type is 'mlp_downsample'"), untold.stderr
+    told = {order: generate(folder, *question, "--downsample-order", order) for order in ("column", "row")}
+    ranks = generate(folder, *question, "--downsample-order", "row", "--devices", "cpu", "cpu")
+    for done in (*told.values(), ranks):
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert ranks.stdout == told["row"].stdout != told["column"].stdout
 
 
 def test_draws_repeat_with_their_seed(folder: Path) -> None:

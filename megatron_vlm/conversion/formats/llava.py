@@ -50,7 +50,7 @@ TOWER_INSIDE = {"unfreeze_mm_vision_tower": True}  # only then the original code
 _TOWERS = ("model.vision_tower.vision_tower.", "model.vision_tower.")  # prefixes, the inner vision_model. aside
 DOWNSAMPLE = "mlp_downsample"  # a name of two projectors, which differ in the order of the squares
 ORDERS = {"column": "mlp_downsample", "row": "mlp_downsample_2x2_fix"}  # order -> registered type
-ORDER_KEY = "mm_downsample_order"  # ours, in a config that is made here; VILA's code passes over it
+ORDER_KEY = "mm_downsample_order"  # ours, in a config that is written here; VILA's code passes over it
 CARRIED_CONFIG = Path("origin/files/config.json")  # of a checkpoint: as the model came with (`origin`)
 _LAYER = re.compile(r"linear_(\d+)\.(.*)")
 KNOWN_TOWERS: dict[str, dict[str, Any]] = {  # configs of the towers that LLaVA's directories name and may contain
@@ -152,8 +152,28 @@ def disk_name(name: str) -> str:
 
 def leaves_order_open(folder: Path) -> bool:
     """Whether a directory's projector is `mlp_downsample` and nothing says in which order. Raises ConversionError."""
-    settings = read_json(folder / "config.json")
-    return settings.get("mm_projector_type") == DOWNSAMPLE and ORDER_KEY not in settings
+    return _leaves_open(read_json(folder / "config.json"))
+
+
+def _leaves_open(settings: dict[str, Any]) -> bool:
+    return settings.get("mm_projector_type") == DOWNSAMPLE and settings.get(ORDER_KEY) is None
+
+
+def told_order(settings: dict[str, Any], projector: str) -> dict[str, str]:
+    """What a config leaves open of its squares, as its key for it; nothing where it says it, or has none.
+
+    The name stays: whoever read the directory before reads it the same now, whichever order that code has.
+
+    Args:
+        settings: config.json.
+        projector: the registered type it was read as.
+    """
+    return _order_key(projector) if _leaves_open(settings) else {}
+
+
+def _order_key(projector: str) -> dict[str, str]:
+    order = next((order for order, ours in ORDERS.items() if ours == projector), None)
+    return {} if order is None else {ORDER_KEY: order}
 
 
 def _projector(folder: Path, settings: dict[str, Any], order: str | None) -> str:
@@ -163,7 +183,7 @@ def _projector(folder: Path, settings: dict[str, Any], order: str | None) -> str
     if name != DOWNSAMPLE:
         if order is not None:
             raise ConversionError(
-                f"{folder}/config.json: mm_projector_type is {name!r}; found --downsample-order {order}"
+                f"{folder}/config.json: mm_projector_type is {name!r}; found --downsample-order {order}, needs none"
             )
         return name
     if own is not None and (own not in ORDERS or order not in (None, own)):
@@ -173,7 +193,7 @@ def _projector(folder: Path, settings: dict[str, Any], order: str | None) -> str
         raise ConversionError(
             f"{folder}/config.json: mm_projector_type is {DOWNSAMPLE!r}, whose squares come column by column in VILA "
             f"1.5 and NaVILA and row by row in VILA's main branch; found {order!r}, needs --downsample-order "
-            f"{' or '.join(ORDERS)} (tools/convert.py import)"
+            f"{' or '.join(ORDERS)} (of load: downsample_order)"
         )
     return ORDERS[own or str(order)]
 
@@ -181,12 +201,12 @@ def _projector(folder: Path, settings: dict[str, Any], order: str | None) -> str
 def _written_projector(target: Target) -> dict[str, str]:
     """`mm_projector_type` as it came, where it is the same projector; of squares, their order too."""
     kind = target.config.model.projector.type
-    order = next((order for order, ours in ORDERS.items() if ours == kind), None)
-    if order is None:
+    key = _order_key(kind)
+    if not key:
         return {"mm_projector_type": kind}
     carried = target.checkpoint / CARRIED_CONFIG
     came = read_json(carried).get("mm_projector_type") if carried.is_file() else None
-    return {"mm_projector_type": DOWNSAMPLE if came == DOWNSAMPLE else kind, ORDER_KEY: order}
+    return {"mm_projector_type": DOWNSAMPLE if came == DOWNSAMPLE else kind, **key}
 
 
 def _checked(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:

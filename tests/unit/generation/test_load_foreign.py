@@ -11,8 +11,10 @@ from PIL import Image
 
 import megatron_vlm
 from megatron_vlm.conversion import sources
-from megatron_vlm.errors import ConversionError
-from tests.helpers.verify_models import Shape, draw, save_llava, save_llava_hf
+from megatron_vlm.conversion.formats import Places, open_foreign
+from megatron_vlm.conversion.importing import import_model
+from megatron_vlm.errors import ConfigError, ConversionError
+from tests.helpers.verify_models import Shape, draw, save_llava, save_llava_hf, save_llava_projector
 
 NUM_NEW = 6
 
@@ -92,3 +94,34 @@ def test_a_directory_of_nothing_known_is_an_error(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match="is not a checkpoint: it has no manifest.json"):
         megatron_vlm.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA with `mlp_downsample`, whose config does not say the order."""
+    return save_llava_projector(tmp_path_factory.mktemp("squares") / "vila", "mlp_downsample")
+
+
+def test_squares_come_in_the_order_that_is_told_as_after_an_import(squares: Path, tmp_path: Path) -> None:
+    def score(path: Path, **options: Any) -> float:
+        return megatron_vlm.load(path, **options).score([picture(3), "which?"], "the red circle").log_probability
+
+    found = {order: score(squares, downsample_order=order) for order in ("column", "row")}
+    for order in found:
+        checkpoint = import_model(open_foreign(squares, places=Places(downsample_order=order)), tmp_path / order)
+        assert score(checkpoint) == found[order]
+    assert abs(found["column"] - found["row"]) > 1e-3
+
+
+def test_an_order_that_is_not_known_or_not_asked_for_is_one_error(squares: Path, folders, tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="'mlp_downsample'.*found None, needs --downsample-order column or row"):
+        megatron_vlm.load(squares)
+    with pytest.raises(ConversionError, match="'mlp_downsample'.*found 'diagonal', needs .* column or row"):
+        megatron_vlm.load(squares, downsample_order="diagonal")
+    with pytest.raises(ConversionError, match="mm_projector_type is 'mlp2x_gelu'; found .* row, needs none"):
+        megatron_vlm.load(folders["llava"], downsample_order="row")
+    with pytest.raises(ConversionError, match="llava-hf holds all its parts; found .*downsample_order='row'"):
+        megatron_vlm.load(folders["llava-hf"], downsample_order="row")
+    checkpoint = import_model(open_foreign(folders["llava"]), tmp_path / "ours")
+    with pytest.raises(ConfigError, match="downsample_order: found 'row' for .*ours.*; needs none"):
+        megatron_vlm.load(checkpoint, downsample_order="row")
