@@ -3,9 +3,13 @@
 Only rows that are trained are projected; the ranks of the group have the same labels and so the same rows. Each rank
 holds some rows of the weight. With q the target distribution of a token and z its logits, the loss is
 logsumexp(z) - sum_j q_j z_j, so forward needs two numbers per token from the others, whatever the target: one max and
-one sum all-reduce for all pieces together. Up to `chunk_tokens` tokens keep their log-probabilities for the backward
-pass, which computes the others' logits again. Twin: `reference.linear_cross_entropy`. After Liger-Kernel's fused
-linear cross entropy and Megatron-LM's vocab-parallel one.
+one sum all-reduce for all pieces together. Some tokens (on a CPU up to `chunk_tokens`, on a GPU one piece) keep their
+log-probabilities for the backward pass, which computes the others' logits again. Twin:
+`reference.linear_cross_entropy`. After Liger-Kernel's fused linear cross entropy and Megatron-LM's vocab-parallel one.
+
+Of a piece one fp32 tensor [p, v/tp] is there at a time, and in narrower weights' dtype one more: `held_bytes` counts
+them. With 8,192 tokens, hidden 4,096 and 131,072 words in bf16 that is 256 * 131,072 * (4 + 2) = 192 MiB, where all
+logits would be 2 GiB.
 
 Where megatron-core's DDP has given the weight an fp32 `main_grad`, the pieces' products are added to it as they come
 and the weight is marked `grad_added_to_main_grad`, as megatron-core's linear layers do. Autograd gets zeros for the
@@ -30,7 +34,37 @@ from megatron_vlm.runtime.collectives import all_reduce_
 # On the CPU a larger piece costs more: the C library maps it anew each time, and the page faults take twice as long as
 # the log-softmax itself (docs/benchmarks/throughput_cpu.md).
 CPU_PIECE_BYTES = 2**25
-PRODUCT_BYTES = 2**28  # of the weight's gradient by one piece in fp32, before it is added
+GPU_PIECE_BYTES = 2**27  # smaller ones read and write the weight's gradient more often
+PRODUCT_BYTES = 2**25  # of the weight's gradient by one piece in fp32, before it is added: a GPU's L2 cache holds it
+
+
+def piece_tokens(num_rows: int, chunk_tokens: int, on_cpu: bool, wide_bytes: int = 4) -> int:
+    """Tokens whose logits are made at a time, at most, on a rank that holds `num_rows` rows of the vocabulary."""
+    piece_bytes = CPU_PIECE_BYTES if on_cpu else GPU_PIECE_BYTES
+    return min(chunk_tokens, max(1, piece_bytes // (num_rows * wide_bytes)))
+
+
+def held_bytes(
+    num_tokens: int, num_rows: int, hidden_size: int, *, chunk_tokens: int, element_bytes: int, on_cpu: bool
+) -> int:
+    """The most that the operation holds at a time, forward or backward, besides inputs and gradients.
+
+    Left out: vectors of a number per token, what is [p, h], and what a soft-cap and soft targets add.
+
+    Args:
+        num_tokens: trained ones.
+        num_rows: v/tp, of the weight on this rank.
+        hidden_size: h.
+        chunk_tokens: as given to `linear_cross_entropy`.
+        element_bytes: of an element of hidden and weight, 2 or 4; the log-probabilities have 4.
+        on_cpu: else on a GPU.
+    """
+    piece = min(num_tokens, piece_tokens(num_rows, chunk_tokens, on_cpu))
+    num_dropped = max(0, num_tokens - chunk_tokens) if on_cpu else num_tokens - piece  # whole pieces are
+    kept = num_tokens - -(-num_dropped // piece) * piece
+    narrow = element_bytes * piece * num_rows if element_bytes < 4 else 0  # logits, later their gradient
+    product = min(PRODUCT_BYTES, 4 * num_rows * hidden_size) if narrow and not on_cpu else 0
+    return narrow + max(4 * max(kept, piece) * num_rows, product)
 
 
 @dataclass(frozen=True)
@@ -80,10 +114,15 @@ class _Shard:
         """The token slices to work through; none where this rank holds only padding rows."""
         if self.num_rows == 0:
             return []
-        size = self.chunk_tokens
-        if like.device.type == "cpu":
-            size = min(size, max(1, CPU_PIECE_BYTES // (self.num_rows * like.element_size())))
+        size = self._piece_tokens(like)
         return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+    def keeps(self, piece: slice, num_tokens: int, like: Tensor) -> bool:
+        """Whether a piece's log-probabilities stay for the backward pass: those at the end, which it begins with."""
+        return piece.start >= num_tokens - (self.chunk_tokens if like.is_cpu else self._piece_tokens(like))
+
+    def _piece_tokens(self, like: Tensor) -> int:
+        return piece_tokens(self.num_rows, self.chunk_tokens, like.is_cpu, like.element_size())
 
 
 @dataclass(frozen=True)
@@ -163,7 +202,7 @@ def linear_cross_entropy(
         labels: [t], global ids or `ignore_index`; any other id outside the vocabulary gives a NaN loss.
         vocab_size: true vocabulary; later rows are padding.
         group: the ranks that share the vocabulary; None for one.
-        chunk_tokens: tokens whose logits exist at one time, the backward pass' included.
+        chunk_tokens: tokens whose logits exist at one time, at most, the backward pass' included.
         rules: z-loss, label smoothing, soft-cap, soft targets; without them the plain cross entropy.
 
     Returns:
@@ -210,12 +249,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         kept: dict[int, Tensor] = {}  # start of the piece -> log-probabilities on this shard [p, own rows]
         for piece in shard.pieces(len(labels), lse):
             logits = _logits(hidden[piece], own_rows, wide, rules.softcap)
-            logs = logits.log_softmax(-1)
+            if needs_lse:
+                lse[piece] = logits.amax(-1)
+            logs = _log_softmax_(logits)
             target_logs[piece] = targets.dot(piece, logs)
             if needs_lse:
-                lse[piece] = logits.amax(-1) - logs.amax(-1)
-            if piece.start >= len(labels) - shard.chunk_tokens:
+                lse[piece] -= logs.amax(-1)
+            if shard.keeps(piece, len(labels), lse):
                 kept[piece.start] = logs
+            del logits, logs  # before the next piece's are made
         loss, lse, log_share = shard.combine(lse, target_logs, targets.mass())
         if rules.z_loss:
             loss = loss + rules.z_loss * lse.square()
@@ -239,7 +281,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for piece in reversed(shard.pieces(len(lse), lse)):  # the kept ones first, and free
             logs = ctx.kept.pop(piece.start, None)
             if logs is None:
-                logs = _logits(hidden[piece], own_rows, lse.dtype, rules.softcap).log_softmax(-1)
+                logs = _log_softmax_(_logits(hidden[piece], own_rows, lse.dtype, rules.softcap))
             if not shard.alone:
                 logs += log_share[piece, None]
             slope = None if rules.softcap is None else _slope(logs, lse[piece, None], rules.softcap)
@@ -253,12 +295,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     of_targets = of_targets + of_band @ own_rows[targets.band].to(of_band.dtype)
                 grad_hidden[piece] = (of_all @ own_rows - of_targets) * scale[piece]
             if grad_weight is not None:
-                grad_logits = of_all.scatter_add_(1, targets.rows[piece, None], -of_labels.to(hidden.dtype))
+                of_all.scatter_add_(1, targets.rows[piece, None], -of_labels.to(hidden.dtype))  # now dz
                 if of_band is not None:
-                    grad_logits[:, targets.band] -= of_band
-                _add_product(
-                    grad_weight[: shard.num_rows], grad_logits.T, (hidden[piece] * scale[piece]).to(hidden.dtype)
-                )
+                    of_all[:, targets.band] -= of_band
+                _add_product(grad_weight[: shard.num_rows], of_all.T, (hidden[piece] * scale[piece]).to(hidden.dtype))
+            del of_all, slope  # before the next piece's logits are made
         if grad_weight is None or main_grad is None:
             return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
         weight.grad_added_to_main_grad = True
@@ -269,6 +310,11 @@ def _logits(hidden: Tensor, own_rows: Tensor, wide: torch.dtype, softcap: float 
     """hidden [p, h] -> z [p, own rows]."""
     logits = (hidden @ own_rows.T).to(wide)
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _log_softmax_(logits: Tensor) -> Tensor:
+    """In place, [p, own rows]: torch's kernels write an element after everything of its row is read (tested)."""
+    return torch.log_softmax(logits, -1, out=logits)
 
 
 def _slope(logs: Tensor, lse: Tensor, softcap: float) -> Tensor:

@@ -22,7 +22,8 @@ number, under sequence parallelism of all gathered tokens (2 n h for the column-
 is kept beside it where a kernel needs it; auto is taken for our own FP8, which keeps no less. What is computed again
 has all of its own, one layer at a time; mode eval computes forward only, and keeps nothing beyond a layer.
 (after Korthikanti et al., Reducing Activation Recomputation, 2022; the counts are of megatron-core's layers). Left out:
-allocator fragmentation, temporaries of single operations, communication buffers, CUDA's and NCCL's own memory.
+allocator fragmentation, temporaries of single operations but the loss's, communication buffers, CUDA's and NCCL's own
+memory.
 
 Letters: T tensor ranks; s tokens of a row, b rows; h hidden, H and G query and key-value heads of width d, f
 feed-forward width; L layers.
@@ -41,6 +42,7 @@ from megatron_vlm.models.language import LanguageSpec, padded_vocabulary
 from megatron_vlm.models.vision.survey import TowerSurvey
 from megatron_vlm.ops.activation import GATED
 from megatron_vlm.ops.attention import ATTENTION
+from megatron_vlm.ops.cross_entropy import held_bytes
 from megatron_vlm.parallel.layout import row_length
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.parallel.timeline import peak_outstanding, stage_order
@@ -76,7 +78,7 @@ class MemoryEstimate:
     language: ModelState
     vision: ModelState
     activations: int  # of the language layers, all micro-batches under way
-    loss_head: int  # last stage: logits of a chunk of tokens, the head's inputs and its fp32 weight gradient
+    loss_head: int  # last stage: logits of a piece of tokens, the head's inputs and its weight's gradient
     features: int  # of a media window: encoded rows, received rows and their gradients
     vision_activations: int  # kept from phase 1 to phase 3, where tower or projector trains
     encoding: int  # during phase 1 only: pixels and the tower's hidden states
@@ -277,15 +279,28 @@ def _in_fp8(config: Config, spec: LanguageSpec, number: int) -> bool:
 
 
 def loss_head_bytes(config: Config, spec: LanguageSpec, sizes: GridSizes) -> int:
-    """On the last stage: the head's gathered input, of all and of trained tokens; logits and log-probabilities of a
-    chunk; where the weight trains, its gradient beside mcore's buffer, in fp32 where that is narrower."""
+    """On the last stage, the most at a time: the head's gathered input, of all and of trained tokens, the latter's
+    gradient, and what the loss holds besides.
+
+    Where the weight trains into mcore's fp32 buffer, autograd makes zeros for it when the loss is done. A narrower
+    buffer takes a gradient that is there in fp32 from the loss's beginning, and rounded at its end.
+    """
     element, hidden = ELEMENT_BYTES[config.precision.params], spec.hf_config.hidden_size
-    num_tokens = micro_batch_tokens(config, sizes)
+    num_tokens, backward = micro_batch_tokens(config, sizes), config.training.mode != "eval"
     rows = padded_vocabulary(spec.vocab_size, sizes.tensor) // sizes.tensor
-    chunk = min(config.ops.loss_chunk_tokens, num_tokens)
-    element_of_gradient = element if config.precision.grad_reduce == "fp32" else FP32_BYTES
-    gradient = element_of_gradient * rows * hidden if config.model.train.language else 0
-    return 2 * element * num_tokens * hidden + chunk * rows * (element + 2 * FP32_BYTES) + gradient
+    held = held_bytes(
+        num_tokens,
+        rows,
+        hidden,
+        chunk_tokens=config.ops.loss_chunk_tokens,
+        element_bytes=element,
+        on_cpu=config.runtime.device == "cpu",
+    )
+    states = (2 + backward) * element * num_tokens * hidden
+    if not (backward and config.model.train.language):
+        return states + held
+    in_fp32 = 0 if config.precision.grad_reduce == "fp32" else FP32_BYTES * rows * hidden
+    return states + in_fp32 + max(held, element * rows * hidden)
 
 
 def picture_bytes(config: Config, survey: TowerSurvey, hidden: int, pictures: Pictures) -> tuple[int, int, int]:

@@ -15,10 +15,11 @@ from megatron_vlm.parallel.context_attention import AttentionContext
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.parallel.timeline import Pass, stage_order
 from megatron_vlm.training import step
-from megatron_vlm.training.estimate import language_state, layer_activation_bytes, vision_state
+from megatron_vlm.training.estimate import language_state, layer_activation_bytes, loss_head_bytes, vision_state
 from megatron_vlm.training.job import build_job
 from megatron_vlm.training.memory import model_memory
 from megatron_vlm.training.parameter_shards import language_chunks, meta_encoder, vision_parameters
+from tests.helpers.live_bytes import LiveBytes
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_llama, tiny_recipe
 
@@ -160,6 +161,57 @@ def test_activations_are_near(ranks: RankPool, tmp_path: Path, name: str) -> Non
     for kept, estimated in ranks.run(num_ranks, kept_and_estimated, tiny_recipe(tmp_path, **sections).model_dump()):
         print(f"{name}: {kept:,} bytes kept, {estimated:,} estimated: {estimated / kept:.3f}")
         assert kept / ACTIVATION_FACTOR <= estimated <= kept * ACTIVATION_FACTOR
+
+
+LARGE_VOCABULARY = {"language": {"config": {**tiny_llama(6001), "hidden_size": 32}}}
+HEADS: dict[str, tuple[int, dict[str, Any]]] = {
+    "fp32": (1, {}),
+    "fp32 few tokens at a time": (1, {"ops": {"loss_chunk_tokens": 16}}),
+    "bf16": (1, {"precision": {"params": "bf16"}}),
+    "bf16 few tokens at a time": (1, {"precision": {"params": "bf16"}, "ops": {"loss_chunk_tokens": 16}}),
+    "bf16 gradients in bf16": (1, {"precision": {"params": "bf16", "grad_reduce": "bf16"}}),
+    "bf16 gradients in bf16, few tokens at a time": (
+        1,
+        {"precision": {"params": "bf16", "grad_reduce": "bf16"}, "ops": {"loss_chunk_tokens": 4}},
+    ),
+    "frozen": (1, {"model": {"train": {"language": False}}}),
+    "eval": (1, {"training": {"mode": "eval"}, "evaluation": {"path": "train.json"}}),
+    "tp2": (2, {"parallel": {"tensor": 2}}),
+    "tp2 + sequence bf16": (2, {"parallel": {"tensor": 2, "sequence": True}, "precision": {"params": "bf16"}}),
+}
+HEAD_FACTOR = 1.1
+
+
+def head_peak_and_estimated(recipe: dict[str, Any]) -> tuple[int, int]:
+    """The most bytes that live at a time in the head's forward and backward for one micro-batch, most of it trained,
+    and what is estimated."""
+    config, world_size = Config.model_validate(recipe), torch.distributed.get_world_size()
+    job = build_job(config, world_size)
+    (chunk,) = job.model.language
+    rows, length = config.training.micro_batch_size, config.training.sequence_length
+    labels = torch.arange(rows * length).view(rows, length)
+    labels[:, ::16] = -100
+    cut = config.parallel.tensor if config.parallel.sequence else 1
+    shape, dtype = (length // cut, rows, chunk.config.hidden_size), next(chunk.parameters()).dtype
+    trains = config.training.mode != "eval"
+    with LiveBytes() as live, torch.set_grad_enabled(trains):
+        loss = chunk.output_layer(torch.randn(shape, dtype=dtype, requires_grad=trains), labels).sum()
+        if trains:
+            loss.backward()
+    spec = LanguageSpec.from_config(load_language_config(config.model.language))
+    return live.peak, loss_head_bytes(config, spec, GridSizes.from_config(config.parallel, world_size))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_loss_head_is_near(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    """Printed with -s."""
+    num_ranks, sections = HEADS[name]
+    model = {**LARGE_VOCABULARY, **sections.get("model", {})}
+    training = {"sequence_length": 96, "micro_batch_size": 2, **sections.get("training", {})}
+    recipe = tiny_recipe(tmp_path, **{**sections, "model": model, "training": training}).model_dump()
+    for peak, estimated in ranks.run(num_ranks, head_peak_and_estimated, recipe):
+        print(f"{name}: {peak:,} bytes at the peak, {estimated:,} estimated: {estimated / peak:.3f}")
+        assert peak / HEAD_FACTOR <= estimated <= peak * HEAD_FACTOR
 
 
 def order_run(recipe: dict[str, Any]) -> tuple[list[tuple[bool, int, int]], list[tuple[bool, int, int]]]:

@@ -125,6 +125,31 @@ def run_head(names: list[str], sequence: bool, tied: bool, fault: str | None, ig
     return found
 
 
+def run_main_grad(sequence: bool, tied: bool, fault: str | None) -> tuple[Tensor, Tensor]:
+    """main_grad and what autograd gives besides, each [v/tp, h], of this rank's weight after two micro-batches: the
+    first row of the batch, then the second, with every rule; runs in the rank."""
+    from megatron_vlm.models.language import padded_vocabulary
+
+    tensor, rank = dist.get_world_size(), dist.get_rank()
+    hidden, whole, labels = inputs()
+    num_rows = padded_vocabulary(V, tensor) // tensor
+    padded = torch.cat([whole, torch.full((num_rows * tensor - V, H), 3.0)])
+    rules = with_soft_targets(RULES["all"])
+    head = build_heads(sequence)(rules.pop("softcap"), tied).train()
+    head.training_rules = rules
+    weight = torch.nn.Parameter(torch.empty(num_rows, H)) if tied else head.weight
+    weight.data.copy_(padded.split(num_rows)[rank])
+    weight.main_grad = torch.zeros_like(weight)
+    for row in range(B):
+        of_row = hidden[:, row : row + 1]  # [s, 1, h]
+        leaf = (of_row.split(S // tensor)[rank] if sequence else of_row).clone().requires_grad_()
+        with planted(fault, tensor):
+            loss = head(leaf, labels[row : row + 1], weight if tied else None)
+            (loss * factors()[row : row + 1]).sum().backward()
+        assert weight.grad_added_to_main_grad
+    return weight.main_grad, weight.grad
+
+
 @contextlib.contextmanager
 def recorded() -> Iterator[list[tuple[str, tuple[int, ...]]]]:
     """The all-reduces begun inside: operation and shape."""
@@ -141,7 +166,8 @@ def recorded() -> Iterator[list[tuple[str, tuple[int, ...]]]]:
 
 @contextlib.contextmanager
 def planted(fault: str | None, tensor: int) -> Iterator[None]:
-    """Breaks the loss on this rank, for as long as its forward runs; what it computes then is used by the backward."""
+    """Breaks the loss on this rank inside. What its forward computes then is used by its backward, which comes to
+    main_grad only."""
     from megatron_vlm.ops import cross_entropy
 
     targets, shard = cross_entropy._Targets, cross_entropy._Shard
@@ -165,6 +191,9 @@ def planted(fault: str | None, tensor: int) -> Iterator[None]:
         "soft targets of a shard": mock.patch.object(targets, "band_weights", normalised_here),
         "log-sum-exp of a shard": mock.patch.object(shard, "combine", of_this_shard),
         "masses forgotten": mock.patch.object(targets, "mass", lambda self: self.weights),
+        "main_grad overwritten": mock.patch.object(
+            cross_entropy, "_main_grad", lambda weight, _: weight.main_grad.zero_()
+        ),
     }
     with wrong[fault]:
         yield
@@ -207,6 +236,26 @@ def test_every_rule_equals_the_twin_in_every_layout(ranks: RankPool, layout: str
 def test_a_tied_weight_too(ranks: RankPool, layout: str) -> None:
     found, _ = differences(ranks, layout, ["plain", "all"], tied=True)
     assert max(value for of_rule in found.values() for value in of_rule.values()) < EXACT, found
+
+
+def main_grad_error(ranks: RankPool, layout: str, tied: bool, fault: str | None = None) -> float:
+    """Against the twin's gradient of both micro-batches in fp64; nothing comes by autograd."""
+    tensor, sequence = LAYOUTS[layout]
+    outcomes = ranks.run(tensor, run_main_grad, sequence, tied, fault)
+    whole = torch.cat([main_grad for main_grad, _ in outcomes])
+    assert not whole[V:].any() and not any(by_autograd.any() for _, by_autograd in outcomes)
+    return error(whole[:V], exact(RULES["all"])["weight"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_main_grad_is_the_sum_over_micro_batches(ranks: RankPool, layout: str, tied: bool) -> None:
+    assert main_grad_error(ranks, layout, tied) < EXACT
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2 sp"])
+def test_a_main_grad_that_is_overwritten_is_seen(ranks: RankPool, layout: str) -> None:
+    assert main_grad_error(ranks, layout, False, "main_grad overwritten") > 0.1
 
 
 @pytest.mark.parametrize("name", ["plain", "all"])

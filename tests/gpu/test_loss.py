@@ -24,3 +24,28 @@ def test_bf16_gradients_go_into_an_fp32_main_grad(monkeypatch: pytest.MonkeyPatc
     assert hidden.grad is not None and exact[0].grad is not None and exact[1].grad is not None
     assert error(hidden.grad, exact[0].grad) < 0.01 and error(main_grad, exact[1].grad) < 0.01
     assert (main_grad[:990] != main_grad[:990].bfloat16()).float().mean() > 0.9  # more digits than bf16 has
+
+
+def test_the_peak_is_as_counted() -> None:
+    """At the size of the project's target: a tenth of all logits; tests/unit/ops/test_loss_memory.py counts it too."""
+    t, h, v = 8192, 4096, 131072
+    hidden, weight = (torch.randn(rows, h, device="cuda").mul_(0.02).bfloat16().requires_grad_() for rows in (t, v))
+    weight.main_grad = torch.zeros(v, h, device="cuda")  # type: ignore[attr-defined]
+    labels = torch.randint(0, v, (t,), device="cuda")
+    for _ in range(2):  # the first call makes the libraries' workspaces
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss = linear_cross_entropy(hidden, weight, labels, vocab_size=v, group=None)
+        by_hidden, _ = torch.autograd.grad(loss.sum(), (hidden, weight))
+        extra = torch.cuda.max_memory_allocated() - before - by_hidden.untyped_storage().nbytes()
+        del loss, by_hidden
+    held = cross_entropy.held_bytes(t, v, h, chunk_tokens=1024, element_bytes=2, on_cpu=False)
+    assert held <= extra < 1.05 * held < 0.1 * t * v * 2
+
+
+@pytest.mark.parametrize("columns", [50, 1024, 4097, 16384, 131072, 151936])
+def test_a_log_softmax_in_place_is_the_same(columns: int) -> None:
+    """torch has a kernel each for short, middle and long rows."""
+    logits = 9 * torch.randn(70, columns, device="cuda")
+    wanted = logits.log_softmax(-1)
+    assert torch.equal(cross_entropy._log_softmax_(logits), wanted) and torch.equal(logits, wanted)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_vlm.errors import ConfigError
+from tests.helpers.live_bytes import LiveBytes
 from tests.system.test_tools import tool
 from tools.benchmarks import kernel_report
 from tools.benchmarks.kernel_case import no_gradients
@@ -115,6 +116,21 @@ def test_a_wrong_side_is_told(case) -> None:
     assert not reasons and found[twin]["exact_enough"] and not found["wrong"]["exact_enough"]
     if case.tolerance is None and case.op != "fp8_quantise":
         assert found["wrong"]["error"] == pytest.approx(excess, rel=0.01)
+
+
+def test_the_loss_is_measured_with_the_buffer_for_its_weights_gradient() -> None:
+    """Ours adds to main_grad, which is there; the others' gradient is made, then added to .grad, which is there too."""
+    sizes = {"tokens": 8, "hidden": 64, "vocabulary": 3000}
+    (case,) = (case for case in CASES if case.op == "linear_cross_entropy")
+    inputs = TINY.draw(case, sizes)
+    (once,) = torch.autograd.grad(case.reference(inputs), inputs["weight"])
+    for name, buffer in (("plain", "grad"), ("ours", "main_grad")):
+        inputs, side = TINY.draw(case, sizes), sides_of(case, [name])[name]
+        for number in (1, 2):
+            with LiveBytes() as live:
+                _, by_weight = side.backward(inputs, side.forward(inputs), (torch.ones(()),))
+            torch.testing.assert_close(by_weight, number * once)
+            assert by_weight is inputs[buffer] and (live.peak < once.nbytes) == (name == "ours"), name
 
 
 def test_a_failing_side_stops_no_other() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_vlm.ops.dispatch import Operation
 
+OURS = "ours"  # the product's side, where an operation has no backends
 Sizes = Mapping[str, int]
 Tensors = dict[str, Tensor]
 Outputs = tuple[Tensor, ...]
@@ -60,6 +61,8 @@ class Case:
         work: sizes and bytes of an element -> what the forward and the backward pass must do.
         sizes: of real models; `tiny` for the CPU and Triton's interpreter; `exact`: at which errors are measured.
         backward: a backend's own; default: autograd. `reference_backward`: the twin's.
+        accumulate: inputs, autograd's gradients and a side's name -> gradients: puts some where training wants them,
+            into memory that `draw` gives; default: they stay as they are.
         others: further sides by name; a side whose package is not there raises ImportError.
         compiles: whether torch.compile takes part, on the plain twin.
         tolerance: the error its sides may have, as a share of the tensor's norm, where they compute in a narrower
@@ -78,6 +81,7 @@ class Case:
     exact: Sizes
     backward: Callable[[str], Backward] | None = None
     reference_backward: Backward | None = None
+    accumulate: Callable[[Tensors, Outputs, str], Outputs] = lambda inputs, gradients, side: gradients
     others: Mapping[str, Forward] = field(default_factory=dict)
     compiles: bool = True
     tolerance: float | None = None

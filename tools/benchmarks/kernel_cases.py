@@ -6,10 +6,12 @@ Letters: t tokens, h hidden, v vocabulary.
 import importlib
 from typing import Any
 
+import torch
+
 from megatron_vlm.ops import reference
 from megatron_vlm.ops.cross_entropy import linear_cross_entropy
 
-from .kernel_case import Case, Draw, Outputs, Sizes, Tensors, Work
+from .kernel_case import OURS, Case, Draw, Outputs, Sizes, Tensors, Work
 from .kernel_cases_attention import ATTENTION_CASES
 from .kernel_cases_fp8 import FP8_CASES
 from .kernel_cases_layers import LAYER_CASES
@@ -18,21 +20,28 @@ from .kernel_plain_loss import with_plain
 
 # --- output projection and cross entropy ------------------------------------------------------------------------------
 
+# As in training, the weight's gradient is added to a buffer that is there before: ours to megatron-core's fp32
+# main_grad while the backward pass runs, every other side's, which autograd makes first, to a .grad in its own dtype.
+# The buffers count as inputs, so as no side's memory; a gradient that is made first counts.
+
 
 def _draw_loss(sizes: Sizes, draw: Draw) -> Tensors:
     t, h, v = sizes["tokens"], sizes["hidden"], sizes["vocabulary"]
     labels = draw.integers(v, t)
-    return {"hidden": draw.normal(t, h), "weight": draw.normal(v, h, scale=h**-0.5), "labels": labels}
+    hidden, weight = draw.normal(t, h), draw.normal(v, h, scale=h**-0.5)
+    buffers = {"main_grad": torch.zeros_like(weight, dtype=torch.float32), "grad": torch.zeros_like(weight)}
+    return {"hidden": hidden, "weight": weight, "labels": labels, **buffers}
 
 
 def _loss_work(sizes: Sizes, element: int) -> tuple[Work, Work]:
     t, h, v = sizes["tokens"], sizes["hidden"], sizes["vocabulary"]
     inputs = (t + v) * h * element
-    return Work(inputs, 2 * t * h * v), Work(2 * inputs, 4 * t * h * v)
+    return Work(inputs, 2 * t * h * v), Work(2 * inputs + v * h * element, 4 * t * h * v)
 
 
 def _ours_loss(inputs: Tensors) -> Outputs:
     hidden, weight, labels = (inputs[name] for name in ("hidden", "weight", "labels"))
+    weight.main_grad = inputs["main_grad"]  # type: ignore[attr-defined]
     return (linear_cross_entropy(hidden, weight, labels, vocab_size=len(weight), group=None).sum(),)
 
 
@@ -49,6 +58,13 @@ def _liger_loss(inputs: Tensors) -> Outputs:
     return (found[0] if isinstance(found, tuple) else found,)
 
 
+def _accumulate_loss(inputs: Tensors, gradients: Outputs, side: str) -> Outputs:
+    by_hidden, by_weight = gradients
+    if side == OURS:  # which has added it; autograd's is zeros that take no memory
+        return by_hidden, inputs["main_grad"]
+    return by_hidden, inputs["grad"].add_(by_weight)
+
+
 LOSS_CASE = Case(
     op="linear_cross_entropy",
     operation=None,
@@ -60,7 +76,8 @@ LOSS_CASE = Case(
     sizes=tuple({"tokens": t, "hidden": 4096, "vocabulary": 131072} for t in (8192, 32768)),
     tiny=({"tokens": 9, "hidden": 16, "vocabulary": 40},),
     exact={"tokens": 512, "hidden": 4096, "vocabulary": 32768},
-    others={"ours": _ours_loss, "reference": _reference_loss, "liger": _liger_loss},
+    accumulate=_accumulate_loss,
+    others={OURS: _ours_loss, "reference": _reference_loss, "liger": _liger_loss},
 )
 
 # those of the targets first: the time of a run can end

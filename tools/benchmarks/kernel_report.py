@@ -10,6 +10,11 @@ from . import kernel_targets, report
 from .kernels import words
 
 MEBIBYTE, TERA = 2**20, 1e12
+PEAK = (
+    "peak extra: most bytes allocated at a time above what was there before a pass in both directions, results and "
+    "gradients included; what the weight's gradient of linear cross entropy is added to was there (ours: main_grad in "
+    "fp32, the others': .grad)"
+)
 WAYS = ("forward", "backward")
 
 
@@ -109,6 +114,8 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"ceilings, measured in this run: a copy {ceilings['bytes_per_second'] / TERA:.3g} TB/s, a matrix product "
         f"{ceilings['flops_per_second'] / TERA:.3g} TFLOP/s ({result['dtype']})"
     ]
+    if any(cell["peak_extra_bytes"] is not None for cell in result["cells"]):
+        told.append(PEAK)
     told += [
         f"{where}: ratio {ratio:.2f}, the fastest other's time over {TRITON}'s"
         for where, ratio in result["ratio"].items()

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from megatron_vlm.errors import ConfigError
 
-from .kernel_case import Backward, Case, Draw, Forward, Outputs, Sizes, Tensors, Work
+from .kernel_case import OURS, Backward, Case, Draw, Forward, Outputs, Sizes, Tensors, Work
 
-COMPILED, OURS = "torch.compile", "ours"  # the latter: the product's, where an operation has no backends
+COMPILED = "torch.compile"
 WRITE_BYTES, NUM_WRITES = 2**30, 2  # about half a millisecond of a large GPU's time
 FACTOR = 2.0  # of plain torch's error, by which a kernel is judged (tests/kernels/accuracy.py)
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
@@ -112,10 +112,16 @@ def sides_of(case: Case, names: Sequence[str]) -> dict[str, Side]:
     return {name: _side(case, name) for name in names}
 
 
-def _side(case: Case, name: str) -> Side:
-    def by_autograd(inputs: Tensors, outputs: Outputs, grads: Outputs) -> Outputs:
-        return torch.autograd.grad(outputs, [inputs[leaf] for leaf in case.trained], grads)
+def _by_autograd(case: Case, name: str) -> Backward:
+    def backward(inputs: Tensors, outputs: Outputs, grads: Outputs) -> Outputs:
+        found = torch.autograd.grad(outputs, [inputs[leaf] for leaf in case.trained], grads)
+        return case.accumulate(inputs, found, name)
 
+    return backward
+
+
+def _side(case: Case, name: str) -> Side:
+    by_autograd = _by_autograd(case, name)
     if name == COMPILED:
         backward: Backward = by_autograd
         if case.reference_backward is not None:
@@ -241,7 +247,7 @@ def errors(bench: Bench, case: Case, sides: dict[str, Side]) -> tuple[dict[str, 
     difference over the norm. torch.compile has none: it would compile the twin once more for this size.
     """
     sizes = case.tiny[0] if bench.tiny else case.exact
-    twin = Side(case.reference, case.reference_backward or _side_of_twin(case))
+    twin = Side(case.reference, case.reference_backward or _by_autograd(case, "reference"))
     plain_outputs, plain_gradients = _once(twin, bench.draw(case, sizes))
     grads = _gradients(plain_outputs)
     wide = tuple(x.double() for x in grads)
@@ -265,10 +271,6 @@ def errors(bench: Bench, case: Case, sides: dict[str, Side]) -> tuple[dict[str, 
         exact_enough = ours[worst] <= allowed[worst]
         found[name] = {"error": ours[worst], "plain_error": plain[worst], "exact_enough": exact_enough}
     return found, reasons
-
-
-def _side_of_twin(case: Case) -> Backward:
-    return lambda inputs, outputs, grads: torch.autograd.grad(outputs, [inputs[leaf] for leaf in case.trained], grads)
 
 
 def _flat(results: tuple[Outputs, Outputs]) -> list[Tensor]:
