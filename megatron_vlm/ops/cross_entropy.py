@@ -3,9 +3,13 @@
 Only rows that are trained are projected; the ranks of the group have the same labels and so the same rows. Each rank
 holds some rows of the weight. With q the target distribution of a token and z its logits, the loss is
 logsumexp(z) - sum_j q_j z_j, so forward needs two numbers per token from the others, whatever the target: one max and
-one sum all-reduce for all pieces together. Some tokens (on a CPU up to `chunk_tokens`, on a GPU one piece) keep their
-log-probabilities for the backward pass, which computes the others' logits again. Twin:
-`reference.linear_cross_entropy`. After Liger-Kernel's fused linear cross entropy and Megatron-LM's vocab-parallel one.
+one sum all-reduce for all pieces together. On a CPU up to `chunk_tokens` tokens keep their log-probabilities for the
+backward pass, which computes the others' logits again. Twin: `reference.linear_cross_entropy`. After Liger-Kernel's
+fused linear cross entropy and Megatron-LM's vocab-parallel one.
+
+A piece is some tokens with all of the shard's rows. On a GPU the backward pass cuts the other way: many tokens with few
+rows of the weight, so that the weight's gradient, the largest tensor there is, is read and written once for every
+`BACKWARD_TOKENS` and not for every piece (as Apple's cut cross entropy, Wijmans et al. 2024, goes over the vocabulary).
 
 Of a piece one fp32 tensor [p, v/tp] is there at a time, and in narrower weights' dtype one more: `held_bytes` counts
 them. With 8,192 tokens, hidden 4,096 and 131,072 words in bf16 that is 256 * 131,072 * (4 + 2) = 192 MiB, where all
@@ -21,7 +25,8 @@ is this rank's share only; the caller sums it over the group (all-reduce, or red
 Which rows are trained is data: on a GPU the host waits for the labels once per call.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
 import torch
@@ -34,8 +39,9 @@ from megatron_vlm.runtime.collectives import all_reduce_
 # On the CPU a larger piece costs more: the C library maps it anew each time, and the page faults take twice as long as
 # the log-softmax itself (docs/benchmarks/throughput_cpu.md).
 CPU_PIECE_BYTES = 2**25
-GPU_PIECE_BYTES = 2**27  # smaller ones read and write the weight's gradient more often
-PRODUCT_BYTES = 2**25  # of the weight's gradient by one piece in fp32, before it is added: a GPU's L2 cache holds it
+GPU_PIECE_BYTES = 2**27
+BACKWARD_TOKENS, BACKWARD_BYTES = 4096, 2**25  # of dz on a GPU, in fp32: its L2 cache holds that
+PRODUCT_BYTES = 2**25  # of a gradient in fp32, before it is added: as well
 
 
 def piece_tokens(num_rows: int, chunk_tokens: int, on_cpu: bool, wide_bytes: int = 4) -> int:
@@ -60,11 +66,19 @@ def held_bytes(
         on_cpu: else on a GPU.
     """
     piece = min(num_tokens, piece_tokens(num_rows, chunk_tokens, on_cpu))
-    num_dropped = max(0, num_tokens - chunk_tokens) if on_cpu else num_tokens - piece  # whole pieces are
-    kept = num_tokens - -(-num_dropped // piece) * piece
-    narrow = element_bytes * piece * num_rows if element_bytes < 4 else 0  # logits, later their gradient
-    product = min(PRODUCT_BYTES, 4 * num_rows * hidden_size) if narrow and not on_cpu else 0
-    return narrow + max(4 * max(kept, piece) * num_rows, product)
+    narrow = element_bytes if element_bytes < 4 else 0  # of logits, and later of their gradient
+    if on_cpu:
+        kept = num_tokens - -(-max(0, num_tokens - chunk_tokens) // piece) * piece  # whole pieces are dropped
+        return narrow * piece * num_rows + 4 * max(kept, piece) * num_rows
+    tokens = min(num_tokens, BACKWARD_TOKENS)
+    dz = tokens * min(num_rows, _backward_rows(4))
+    product = min(PRODUCT_BYTES, 4 * max(tokens, num_rows) * hidden_size) if narrow else 0
+    backward = (4 + narrow) * tokens * hidden_size + narrow * dz + max(4 * dz, product)
+    return max((4 + narrow) * piece * num_rows, backward)
+
+
+def _backward_rows(wide_bytes: int) -> int:
+    return max(1, BACKWARD_BYTES // (BACKWARD_TOKENS * wide_bytes))
 
 
 @dataclass(frozen=True)
@@ -114,15 +128,19 @@ class _Shard:
         """The token slices to work through; none where this rank holds only padding rows."""
         if self.num_rows == 0:
             return []
-        size = self._piece_tokens(like)
+        size = piece_tokens(self.num_rows, self.chunk_tokens, _on_cpu(like), like.element_size())
         return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+    def blocks(self, like: Tensor) -> Iterator[tuple[slice, "_Shard"]]:
+        """Rows of the weight whose dz is made at a time on a GPU, also as a shard of their own."""
+        size = _backward_rows(like.element_size())
+        for start in range(0, self.num_rows, size):
+            rows = slice(start, min(start + size, self.num_rows))
+            yield rows, replace(self, first=self.first + start, num_rows=rows.stop - start)
 
     def keeps(self, piece: slice, num_tokens: int, like: Tensor) -> bool:
         """Whether a piece's log-probabilities stay for the backward pass: those at the end, which it begins with."""
-        return piece.start >= num_tokens - (self.chunk_tokens if like.is_cpu else self._piece_tokens(like))
-
-    def _piece_tokens(self, like: Tensor) -> int:
-        return piece_tokens(self.num_rows, self.chunk_tokens, like.is_cpu, like.element_size())
+        return _on_cpu(like) and piece.start >= num_tokens - self.chunk_tokens
 
 
 @dataclass(frozen=True)
@@ -242,7 +260,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard, rules: _Rules) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         targets = _Targets(labels, shard, rules, wide)
-        needs_lse = not shard.alone or rules.z_loss != 0.0 or rules.softcap is not None
+        needs_lse = not (shard.alone and _on_cpu(hidden)) or rules.z_loss != 0.0 or rules.softcap is not None
         own_rows = weight[: shard.num_rows]
         lse = torch.full(labels.shape, -torch.inf, dtype=wide, device=hidden.device)
         target_logs = torch.zeros_like(lse)
@@ -267,43 +285,87 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden, weight, lse, log_share = ctx.saved_tensors
-        shard: _Shard = ctx.shard
-        rules: _Rules = ctx.rules
-        targets: _Targets = ctx.targets
+        hidden, weight, lse, _ = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         scale = grad_loss.to(lse.dtype)[:, None]
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
         grad_weight, main_grad = None, _main_grad(weight, lse.dtype)
         if wants_weight:
             grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if main_grad is None else main_grad
-        own_rows = weight[: shard.num_rows]
-        for piece in reversed(shard.pieces(len(lse), lse)):  # the kept ones first, and free
-            logs = ctx.kept.pop(piece.start, None)
-            if logs is None:
-                logs = _log_softmax_(_logits(hidden[piece], own_rows, lse.dtype, rules.softcap))
-            if not shard.alone:
-                logs += log_share[piece, None]
-            slope = None if rules.softcap is None else _slope(logs, lse[piece, None], rules.softcap)
-            of_all = _of_all_rows(logs, slope, lse[piece, None], rules, targets.uniform).to(hidden.dtype)
-            del logs
-            of_labels, of_band = _of_targets(targets, piece, slope)
-            if grad_hidden is not None:
-                # Not in the product: a term of size 1 among many tiny ones costs it a digit where there are few tokens.
-                of_targets = own_rows[targets.rows[piece]] * of_labels
-                if of_band is not None:
-                    of_targets = of_targets + of_band @ own_rows[targets.band].to(of_band.dtype)
-                grad_hidden[piece] = (of_all @ own_rows - of_targets) * scale[piece]
-            if grad_weight is not None:
-                of_all.scatter_add_(1, targets.rows[piece, None], -of_labels.to(hidden.dtype))  # now dz
-                if of_band is not None:
-                    of_all[:, targets.band] -= of_band
-                _add_product(grad_weight[: shard.num_rows], of_all.T, (hidden[piece] * scale[piece]).to(hidden.dtype))
-            del of_all, slope  # before the next piece's logits are made
+        by_parts = _backward_by_pieces if _on_cpu(lse) else _backward_by_blocks
+        by_parts(ctx, scale, grad_hidden, grad_weight)
         if grad_weight is None or main_grad is None:
             return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
         weight.grad_added_to_main_grad = True
         return grad_hidden, weight.new_zeros(()).expand(weight.shape), None, None, None
+
+
+def _backward_by_pieces(ctx: Any, scale: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None) -> None:
+    """Fills in `grad_hidden` and adds to `grad_weight`, some tokens at a time; the kept ones first, and free."""
+    hidden, weight, lse, log_share = ctx.saved_tensors
+    shard: _Shard = ctx.shard
+    targets: _Targets = ctx.targets
+    softcap = ctx.rules.softcap
+    own_rows = weight[: shard.num_rows]
+    for piece in reversed(shard.pieces(len(lse), lse)):
+        logs = ctx.kept.pop(piece.start, None)
+        if logs is None:
+            logs = _log_softmax_(_logits(hidden[piece], own_rows, lse.dtype, softcap))
+        if not shard.alone:
+            logs += log_share[piece, None]
+        slope = None if softcap is None else _slope(logs, lse[piece, None], softcap)
+        of_all = _of_all_rows(logs, slope, lse[piece, None], ctx.rules, targets.uniform).to(hidden.dtype)
+        del logs
+        of_labels, of_band = _of_targets(targets, piece, slope)
+        if grad_hidden is not None:
+            # Not in the product: a term of size 1 among many tiny ones costs it a digit where there are few tokens.
+            of_targets = own_rows[targets.rows[piece]] * of_labels
+            if of_band is not None:
+                of_targets = of_targets + of_band @ own_rows[targets.band].to(of_band.dtype)
+            grad_hidden[piece] = (of_all @ own_rows - of_targets) * scale[piece]
+        if grad_weight is not None:
+            dz = _less_targets_(of_all, targets.rows[piece, None], of_labels, targets.band, of_band)
+            _add_product(grad_weight[: shard.num_rows], dz.T, (hidden[piece] * scale[piece]).to(hidden.dtype))
+            del dz
+        del of_all, slope  # before the next piece's logits are made
+
+
+def _backward_by_blocks(ctx: Any, scale: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None) -> None:
+    """As `_backward_by_pieces`, many tokens at a time and few rows of the weight."""
+    hidden, weight, lse, _ = ctx.saved_tensors
+    softcap = ctx.rules.softcap
+    for start in range(0, len(lse), BACKWARD_TOKENS):
+        piece = slice(start, start + BACKWARD_TOKENS)
+        states, lse_column = hidden[piece], lse[piece, None]
+        scaled = (states * scale[piece]).to(hidden.dtype)
+        total = torch.zeros(states.shape, dtype=lse.dtype, device=lse.device)
+        for rows, block in ctx.shard.blocks(lse):
+            targets = _Targets(ctx.targets.labels, block, ctx.rules, lse.dtype)
+            logs = _logits(states, weight[rows], lse.dtype, softcap).sub_(lse_column)
+            slope = None if softcap is None else _slope(logs, lse_column, softcap)
+            dz = _of_all_rows(logs, slope, lse_column, ctx.rules, targets.uniform).to(hidden.dtype)
+            del logs
+            of_labels, of_band = _of_targets(targets, piece, slope)
+            _less_targets_(dz, targets.rows[piece, None], of_labels, targets.band, of_band)
+            if grad_hidden is not None:
+                _add_product(total, dz, weight[rows])
+            if grad_weight is not None:
+                _add_product(grad_weight[rows], dz.T, scaled)
+            del dz, slope
+        if grad_hidden is not None:
+            grad_hidden[piece] = total.mul_(scale[piece])
+
+
+def _on_cpu(like: Tensor) -> bool:
+    return like.is_cpu
+
+
+def _less_targets_(of_all: Tensor, rows: Tensor, of_labels: Tensor, band: slice, of_band: Tensor | None) -> Tensor:
+    """dz, in place of what every row has of it: [p, rows of the weight]."""
+    of_all.scatter_add_(1, rows, -of_labels.to(of_all.dtype))
+    if of_band is not None:
+        of_all[:, band] -= of_band
+    return of_all
 
 
 def _logits(hidden: Tensor, own_rows: Tensor, wide: torch.dtype, softcap: float | None) -> Tensor:

@@ -21,6 +21,7 @@ S, B, H, V = 12, 2, 16, 9
 FIRST, COUNT, STD = 2, 6, 1.2  # of the soft targets: over the borders 3 and 6 at four ranks, 5 at two
 CHUNK_TOKENS = 5
 EXACT = 1e-6
+IN_BLOCKS = "in blocks, as on a GPU"
 RULES: dict[str, dict[str, Any]] = {
     "plain": {},
     "z_loss": {"z_loss": 0.02},
@@ -166,8 +167,8 @@ def recorded() -> Iterator[list[tuple[str, tuple[int, ...]]]]:
 
 @contextlib.contextmanager
 def planted(fault: str | None, tensor: int) -> Iterator[None]:
-    """Breaks the loss on this rank inside. What its forward computes then is used by its backward, which comes to
-    main_grad only."""
+    """Breaks the loss on this rank inside, or lets it run as on a GPU. What its forward computes then is used by its
+    backward, which comes to main_grad only."""
     from megatron_vlm.ops import cross_entropy
 
     targets, shard = cross_entropy._Targets, cross_entropy._Shard
@@ -193,6 +194,9 @@ def planted(fault: str | None, tensor: int) -> Iterator[None]:
         "masses forgotten": mock.patch.object(targets, "mass", lambda self: self.weights),
         "main_grad overwritten": mock.patch.object(
             cross_entropy, "_main_grad", lambda weight, _: weight.main_grad.zero_()
+        ),
+        IN_BLOCKS: mock.patch.multiple(
+            cross_entropy, _on_cpu=lambda like: False, BACKWARD_TOKENS=7, BACKWARD_BYTES=4 * 7 * 2
         ),
     }
     with wrong[fault]:
@@ -251,6 +255,11 @@ def main_grad_error(ranks: RankPool, layout: str, tied: bool, fault: str | None 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_main_grad_is_the_sum_over_micro_batches(ranks: RankPool, layout: str, tied: bool) -> None:
     assert main_grad_error(ranks, layout, tied) < EXACT
+
+
+@pytest.mark.parametrize("layout", ["tp2 sp", "tp4"])
+def test_main_grad_in_blocks_too(ranks: RankPool, layout: str) -> None:
+    assert main_grad_error(ranks, layout, False, IN_BLOCKS) < EXACT
 
 
 @pytest.mark.parametrize("layout", ["tp2", "tp2 sp"])

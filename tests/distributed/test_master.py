@@ -21,6 +21,7 @@ from tests.helpers.ranks import RankFailure, RankPool
 from tests.helpers.tiny import tiny_recipe
 
 STEPS = 5
+INTERPRETED_SECONDS = 900
 HANGING_FAULT = "idle_rank_skips_exchange"
 DIVERGENCE = "^(value|loss|gradient|gradient norm|update|copies) of .* is off by"
 
@@ -177,8 +178,13 @@ def test_layout(ranks: RankPool, reference: Any, name: str) -> None:
     check(ranks, reference, *FAST[name])
 
 
+def in_time(name: str) -> Any:
+    """The kernels of `all-fused` run in Triton's interpreter, for minutes."""
+    return pytest.param(name, marks=[pytest.mark.timeout(INTERPRETED_SECONDS)] if "ops" in SLOW[name][1] else [])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("name", map(in_time, SLOW))
 def test_layout_slow(ranks: RankPool, reference: Any, name: str) -> None:
     check(ranks, reference, *SLOW[name])
 
@@ -205,7 +211,7 @@ def check(
 ) -> None:
     """Runs a layout and compares it with one process; the data-parallel replicas must agree with each other too."""
     recipe, one = reference(sections)
-    timeout_seconds = 30 if fault == HANGING_FAULT else 900 if "ops" in sections else 120  # Triton's interpreter
+    timeout_seconds = 30 if fault == HANGING_FAULT else INTERPRETED_SECONDS if "ops" in sections else 120
     records = ranks.run(num_ranks, run_layout, merged(recipe, sections), STEPS, fault, timeout=timeout_seconds)
     assert len(one.losses) == STEPS
     comparisons = compare(one, records, Config.model_validate(merged(recipe, sections)))

@@ -1,6 +1,8 @@
 """The rank pool, the grid of ranks and the collectives, on real gloo groups."""
 
 import os
+import signal
+import threading
 import time
 
 import pytest
@@ -80,6 +82,10 @@ def test_every_failed_ranks_traceback_is_told_and_the_pool_recovers(tmp_path) ->
         with pytest.raises(RankFailure, match=r"hung: no answer in 6 s(.|\n)*rank 0: done(.|\n)*rank 1(.|\n)*hang_on"):
             pool.run(2, hang_on, 1, timeout=6)
         assert pool.run(2, sum_of_ranks, 0) == [(0, 2, 1.0), (1, 2, 1.0)]
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            pool.run(2, hang_on, 1)
+        assert pool.run(2, sum_of_ranks, 0) == [(0, 2, 1.0), (1, 2, 1.0)]  # not what was interrupted
     finally:
         pool.stop()
 

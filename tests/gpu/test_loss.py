@@ -11,7 +11,9 @@ pytestmark = pytest.mark.gpu
 
 
 def test_bf16_gradients_go_into_an_fp32_main_grad(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "PRODUCT_BYTES", 4 * 64 * 300)  # several blocks of rows
+    """Several blocks of tokens and rows of the weight, and of the rows of each product."""
+    for name, size in (("BACKWARD_TOKENS", 64), ("BACKWARD_BYTES", 4 * 64 * 300), ("PRODUCT_BYTES", 4 * 64 * 100)):
+        monkeypatch.setattr(cross_entropy, name, size)
     generator = torch.Generator("cuda").manual_seed(0)
     hidden, weight = (
         torch.randn(rows, 64, device="cuda", generator=generator).bfloat16().requires_grad_() for rows in (200, 1000)

@@ -109,7 +109,11 @@ class RankPool:
         for rank in ranks:
             rank.log.write_bytes(b"")
             rank.pipe.send_bytes(pickle.dumps((self.num_tasks, num_ranks, work)))
-        answers = self._collect(ranks, time.monotonic() + timeout)
+        try:
+            answers = self._collect(ranks, time.monotonic() + timeout)
+        except BaseException:  # pytest's own timeout, say: this task's answers must not be taken for the next one's
+            self.stop()
+            raise
         if any(answer is None or answer[0] == "failed" for answer in answers):
             story = self._tell(ranks, answers, timeout)
             self.stop()

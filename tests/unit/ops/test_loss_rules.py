@@ -1,6 +1,7 @@
 """What linear cross entropy can beyond the plain loss: each rule alone and all together against the fp64 twin, on one
 rank; the twin against torch's own loss; more ranks in tests/distributed/test_loss.py."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,6 +72,34 @@ def test_each_rule_equals_the_twin(name: str, chunk_tokens: int) -> None:
     assert max(errors(found, exact(RULES[name])).values()) < EXACT
     assert found["loss"].dtype == torch.float32
     assert not found["loss"][::5].any() and not found["hidden"][::5].any() and not found["weight"][V:].any()
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass in blocks: 7 tokens with 6 rows of the weight at a time."""
+    monkeypatch.setattr(cross_entropy, "_on_cpu", lambda like: False)
+    monkeypatch.setattr(cross_entropy, "BACKWARD_TOKENS", 7)
+    monkeypatch.setattr(cross_entropy, "BACKWARD_BYTES", 4 * 7 * 6)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_each_rule_equals_the_twin_in_blocks(name: str, as_on_a_gpu: None) -> None:
+    found = ours(RULES[name])
+    assert max(errors(found, exact(RULES[name])).values()) < EXACT
+    assert not found["hidden"][::5].any() and not found["weight"][V:].any()
+
+
+@pytest.mark.parametrize("wrong", ["_slope", "blocks"])
+def test_a_wrong_block_is_found(wrong: str, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No slope of the soft-cap; every block's targets those of the first rows."""
+    if wrong == "_slope":
+        monkeypatch.setattr(cross_entropy, "_slope", lambda logs, lse, softcap: torch.ones_like(logs))
+    else:
+        cut = cross_entropy._Shard.blocks
+        first = lambda shard, like: ((rows, replace(block, first=0)) for rows, block in cut(shard, like))  # noqa: E731
+        monkeypatch.setattr(cross_entropy._Shard, "blocks", first)
+    found = errors(ours(RULES["all"]), exact(RULES["all"]))
+    assert found["loss"] < EXACT and min(found["hidden"], found["weight"]) > 1e-2
 
 
 @pytest.mark.parametrize("name", list(RULES)[1:])
