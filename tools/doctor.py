@@ -167,6 +167,16 @@ def fp8(device: str, obstacles: dict[str, str | None]) -> Finding:
     return Finding("precision.fp8", "ok", f"fp8_backend auto takes {taken} on {device}; {reasons}")
 
 
+def device_here(requested: str, world_size: int) -> Any:
+    """The torch.device that so many ranks would compute on here; None where they would not run here."""
+    import torch
+
+    has_gpus = torch.cuda.device_count() >= world_size
+    if requested == "cuda":
+        return torch.device("cuda") if has_gpus else None
+    return torch.device("cuda" if has_gpus and requested == "auto" else "cpu")
+
+
 def check_recipe(recipe: str, overrides: list[str], world_size: int) -> None:
     """Raises ConfigError with everything that is wrong with the recipe on that many ranks of one machine, or where it
     cannot be checked."""
@@ -179,7 +189,7 @@ def check_recipe(recipe: str, overrides: list[str], world_size: int) -> None:
 
     config = load_config(recipe, overrides)
     SOURCES.get(config.data.source)
-    settle(config, world_size, ranks_per_node=world_size)
+    settle(config, world_size, world_size, device_here(config.runtime.device, world_size))
 
 
 def show(found: list[Finding]) -> None:

@@ -306,7 +306,7 @@ class OpsConfig(Section):
     rope: LayerBackend = "auto"
     projector: LayerBackend = "auto"  # of projectors made of several operations
     fp8_quantise: Literal["auto", "triton", "reference"] = "auto"  # of precision.fp8_backend: native
-    loss_chunk_tokens: PositiveInt = 1024  # tokens whose logits exist at one time, at most (ops/cross_entropy.py)
+    loss_chunk_tokens: PositiveInt = 1024  # whose logits exist at one time, at most (ops/cross_entropy.py)
 
     def anywhere(self) -> "OpsConfig":
         """The same with every backend left to the machine: weights may be used on another one than trained them."""

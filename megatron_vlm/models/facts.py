@@ -20,16 +20,18 @@ from megatron_vlm.models.projectors import PROJECTORS, build_projector
 from megatron_vlm.models.projectors.base import backend_obstacle
 from megatron_vlm.models.vision.survey import TowerSurvey, load_vision_config, survey_tower
 from megatron_vlm.ops.table import Example, obstacles
-from megatron_vlm.runtime.device import foreseen_device
 
 
-def gather_facts(config: Config, templates: Iterable[str], tasks: Iterable[str]) -> ModelFacts:
+def gather_facts(
+    config: Config, templates: Iterable[str], tasks: Iterable[str], device: torch.device | None = None
+) -> ModelFacts:
     """The facts of a recipe's model.
 
     Args:
         config: the recipe, which `names_its_model`.
         templates: names of the conversation templates, which the data layer knows.
         tasks: names of the evaluation tasks, which the evaluation layer knows.
+        device: what the ranks compute on; None where it is not this machine that they run on.
 
     Raises:
         ConfigError: where tower or language model cannot be read, so that nothing more can be said about them.
@@ -57,7 +59,7 @@ def gather_facts(config: Config, templates: Iterable[str], tasks: Iterable[str])
         templates=tuple(templates),
         tasks=tuple(tasks),
         installed=installed_packages(),
-        backend_obstacles=tuple(_backend_obstacles(config, language, projector)),
+        backend_obstacles=tuple(_backend_obstacles(config, language, projector, device)),
     )
 
 
@@ -90,15 +92,20 @@ def _projector(name: str, survey: TowerSurvey, language_size: int) -> nn.Module:
         return build_projector(name, survey.hidden_size, language_size)
 
 
-def _backend_obstacles(config: Config, language: PretrainedConfig, projector: nn.Module) -> Iterator[str]:
-    """Why backends that the recipe names cannot run."""
-    name = config.model.projector.type
+def _backend_obstacles(
+    config: Config, language: PretrainedConfig, projector: nn.Module, device: torch.device | None
+) -> Iterator[str]:
+    """Why backends that the recipe names, and uses, cannot run."""
+    requested, name = config.ops.model_dump(), config.model.projector.type
+    if config.precision.fp8 is None:
+        del requested["fp8_quantise"]
     if name in PROJECTORS and (reason := backend_obstacle(projector, name, config.ops.projector)):
+        del requested["projector"]
         yield reason
-    device = foreseen_device(config.runtime.device)
-    if device is not None:  # else the ranks' machine is another one than this
-        like = Example(device, DTYPES[config.precision.params], head_width=head_width(language))
-        yield from obstacles(config.ops.model_dump(), like)
+    if device is not None:
+        yield from obstacles(
+            requested, Example(device, DTYPES[config.precision.params], head_width=head_width(language))
+        )
 
 
 def _with_layer_in_range(vision: VisionConfig) -> VisionConfig:

@@ -28,7 +28,7 @@ class LanguageHead(ColumnParallelLinear):
     Args:
         linear: the output layer to replace; its weight is None where the embedding's is used.
         vocab_size: V; the weight's rows past it are padding.
-        chunk_tokens: tokens whose logits exist at one time in the loss.
+        chunk_tokens: as `ops.linear_cross_entropy` takes it.
         softcap: every logit becomes softcap * tanh(logit / softcap); None: it stays.
 
     `training_rules`, set by whoever trains: how the loss in training mode departs from the plain one.

@@ -55,10 +55,10 @@ def held_bytes(
 ) -> int:
     """The most that the operation holds at a time, forward or backward, besides inputs and gradients.
 
-    Left out: vectors of a number per token, what is [p, h], and what a soft-cap and soft targets add.
+    Left out: vectors of a number per token, on a CPU what is [p, h], and what a soft-cap and soft targets add.
 
     Args:
-        num_tokens: trained ones.
+        num_tokens: trained ones, at least one.
         num_rows: v/tp, of the weight on this rank.
         hidden_size: h.
         chunk_tokens: as given to `linear_cross_entropy`.
@@ -71,14 +71,14 @@ def held_bytes(
         kept = num_tokens - -(-max(0, num_tokens - chunk_tokens) // piece) * piece  # whole pieces are dropped
         return narrow * piece * num_rows + 4 * max(kept, piece) * num_rows
     tokens = min(num_tokens, BACKWARD_TOKENS)
-    dz = tokens * min(num_rows, _backward_rows(4))
-    product = min(PRODUCT_BYTES, 4 * max(tokens, num_rows) * hidden_size) if narrow else 0
-    backward = (4 + narrow) * tokens * hidden_size + narrow * dz + max(4 * dz, product)
+    rows = min(num_rows, _backward_rows(tokens, 4))
+    dz, product = tokens * rows, min(PRODUCT_BYTES, 4 * max(tokens, rows) * hidden_size) if narrow else 0
+    backward = (4 + element_bytes) * tokens * hidden_size + narrow * dz + max(4 * dz, product)
     return max((4 + narrow) * piece * num_rows, backward)
 
 
-def _backward_rows(wide_bytes: int) -> int:
-    return max(1, BACKWARD_BYTES // (BACKWARD_TOKENS * wide_bytes))
+def _backward_rows(num_tokens: int, wide_bytes: int) -> int:
+    return max(1, BACKWARD_BYTES // (num_tokens * wide_bytes))
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,9 @@ class _Shard:
         size = piece_tokens(self.num_rows, self.chunk_tokens, _on_cpu(like), like.element_size())
         return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
-    def blocks(self, like: Tensor) -> Iterator[tuple[slice, "_Shard"]]:
-        """Rows of the weight whose dz is made at a time on a GPU, also as a shard of their own."""
-        size = _backward_rows(like.element_size())
+    def blocks(self, num_tokens: int, like: Tensor) -> Iterator[tuple[slice, "_Shard"]]:
+        """Rows of the weight whose dz of so many tokens is made at a time on a GPU, also as a shard of their own."""
+        size = _backward_rows(num_tokens, like.element_size())
         for start in range(0, self.num_rows, size):
             rows = slice(start, min(start + size, self.num_rows))
             yield rows, replace(self, first=self.first + start, num_rows=rows.stop - start)
@@ -220,7 +220,8 @@ def linear_cross_entropy(
         labels: [t], global ids or `ignore_index`; any other id outside the vocabulary gives a NaN loss.
         vocab_size: true vocabulary; later rows are padding.
         group: the ranks that share the vocabulary; None for one.
-        chunk_tokens: tokens whose logits exist at one time, at most, the backward pass' included.
+        chunk_tokens: tokens whose logits exist at one time, at most; on a CPU those kept for the backward pass
+            included, on a GPU, where that takes few rows of the weight at a time, forward alone.
         rules: z-loss, label smoothing, soft-cap, soft targets; without them the plain cross entropy.
 
     Returns:
@@ -314,20 +315,21 @@ def _backward_by_pieces(ctx: Any, scale: Tensor, grad_hidden: Tensor | None, gra
         if not shard.alone:
             logs += log_share[piece, None]
         slope = None if softcap is None else _slope(logs, lse[piece, None], softcap)
-        of_all = _of_all_rows(logs, slope, lse[piece, None], ctx.rules, targets.uniform).to(hidden.dtype)
-        del logs
+        of_all = _of_all_rows(logs, slope, lse[piece, None], ctx.rules, targets.uniform)
         of_labels, of_band = _of_targets(targets, piece, slope)
-        if grad_hidden is not None:
+        if grad_hidden is not None and hidden.dtype == lse.dtype:
             # Not in the product: a term of size 1 among many tiny ones costs it a digit where there are few tokens.
             of_targets = own_rows[targets.rows[piece]] * of_labels
             if of_band is not None:
-                of_targets = of_targets + of_band @ own_rows[targets.band].to(of_band.dtype)
+                of_targets = of_targets + of_band @ own_rows[targets.band]
             grad_hidden[piece] = (of_all @ own_rows - of_targets) * scale[piece]
+        dz = _less_targets_(of_all, targets.rows[piece, None], of_labels, targets.band, of_band).to(hidden.dtype)
+        del logs, of_all, slope  # dz may be as large; and before the next piece's logits are made
+        if grad_hidden is not None and hidden.dtype != lse.dtype:
+            grad_hidden[piece] = (dz @ own_rows) * scale[piece]
         if grad_weight is not None:
-            dz = _less_targets_(of_all, targets.rows[piece, None], of_labels, targets.band, of_band)
             _add_product(grad_weight[: shard.num_rows], dz.T, (hidden[piece] * scale[piece]).to(hidden.dtype))
-            del dz
-        del of_all, slope  # before the next piece's logits are made
+        del dz
 
 
 def _backward_by_blocks(ctx: Any, scale: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None) -> None:
@@ -339,14 +341,14 @@ def _backward_by_blocks(ctx: Any, scale: Tensor, grad_hidden: Tensor | None, gra
         states, lse_column = hidden[piece], lse[piece, None]
         scaled = (states * scale[piece]).to(hidden.dtype)
         total = torch.zeros(states.shape, dtype=lse.dtype, device=lse.device)
-        for rows, block in ctx.shard.blocks(lse):
+        for rows, block in ctx.shard.blocks(len(states), lse):
             targets = _Targets(ctx.targets.labels, block, ctx.rules, lse.dtype)
             logs = _logits(states, weight[rows], lse.dtype, softcap).sub_(lse_column)
             slope = None if softcap is None else _slope(logs, lse_column, softcap)
-            dz = _of_all_rows(logs, slope, lse_column, ctx.rules, targets.uniform).to(hidden.dtype)
-            del logs
+            of_all = _of_all_rows(logs, slope, lse_column, ctx.rules, targets.uniform)
             of_labels, of_band = _of_targets(targets, piece, slope)
-            _less_targets_(dz, targets.rows[piece, None], of_labels, targets.band, of_band)
+            dz = _less_targets_(of_all, targets.rows[piece, None], of_labels, targets.band, of_band).to(hidden.dtype)
+            del logs, of_all
             if grad_hidden is not None:
                 _add_product(total, dz, weight[rows])
             if grad_weight is not None:
@@ -354,6 +356,7 @@ def _backward_by_blocks(ctx: Any, scale: Tensor, grad_hidden: Tensor | None, gra
             del dz, slope
         if grad_hidden is not None:
             grad_hidden[piece] = total.mul_(scale[piece])
+        del total, scaled  # before the next tokens' are made
 
 
 def _on_cpu(like: Tensor) -> bool:

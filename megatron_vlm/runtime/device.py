@@ -105,15 +105,6 @@ def is_prepared() -> bool:
     return _prepared is not None
 
 
-def foreseen_device(requested: DeviceRequest) -> "torch.device | None":
-    """What ranks of a recipe compute on, as far as this process knows: it is prepared, or the recipe says `cpu`."""
-    if requested == "cpu":
-        import torch
-
-        return torch.device("cpu")
-    return _prepared
-
-
 def current_device() -> "torch.device":
     """The device new tensors of this rank belong on. `prepare` has run."""
     assert _prepared is not None, "runtime.device.prepare has not run"

@@ -24,6 +24,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import ParallelError
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.runtime.collectives import broadcast_object
+from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.distributed import Launch
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.progress import Progress
@@ -124,7 +125,8 @@ def check_layout(
     """
     world, store = dist.group.WORLD, _own_store()
     assert world is not None, "there is no default process group"
-    config, _ = settle(config, launch.world_size, broadcast_object(launch.local_world_size, world))
+    ranks_per_node = broadcast_object(launch.local_world_size, world)
+    config, _ = settle(config, launch.world_size, ranks_per_node, current_device())
     sizes = GridSizes.from_config(config.parallel, launch.world_size)
     small, samples = broadcast_object(shrink(config, launch.world_size) if launch.rank == 0 else None, world)
     with tempfile.TemporaryDirectory(prefix="check-layout-") as folder:

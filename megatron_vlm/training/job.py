@@ -34,6 +34,7 @@ from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.ops.reference import LossRules, SoftTargets
 from megatron_vlm.parallel.groups import Grid, GridSizes, build_grid, vision_process_groups
 from megatron_vlm.runtime.collectives import broadcast_object
+from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.seeding import seed_everything
 from megatron_vlm.training.media_cost import set_measured_cost
@@ -116,7 +117,7 @@ def build_job(config: Config, world_size: int, resumes: bool = False, ranks_per_
     SOURCES.get(config.data.source)  # a name mistyped shall not cost the building of a model
     assert dist.group.WORLD is not None, "there is no default process group"
     ranks_per_node = broadcast_object(ranks_per_node or world_size, dist.group.WORLD)
-    config, facts = settle(config, world_size, ranks_per_node)
+    config, facts = settle(config, world_size, ranks_per_node, current_device())
     tokenizer = load_tokenizer(config.model.language.tokenizer or config.model.language.path, config.data.image_token)
     check_vocabulary(tokenizer, config.data.image_token, facts.vocab_size)
     rules = loss_rules(config.loss, tokenizer)

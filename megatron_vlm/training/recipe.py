@@ -3,6 +3,8 @@
 Here the layers' knowledge meets (DESIGN D12): validation is pure and knows no model, no template and no task by itself.
 """
 
+import torch
+
 from megatron_vlm.config.context import split_context
 from megatron_vlm.config.schema import Config
 from megatron_vlm.config.validation import ModelFacts, idle_keys, names_its_model, validate
@@ -14,11 +16,14 @@ from megatron_vlm.runtime.logging import get_logger
 logger = get_logger(__name__)
 
 
-def settle(config: Config, world_size: int, ranks_per_node: int) -> tuple[Config, ModelFacts]:
+def settle(
+    config: Config, world_size: int, ranks_per_node: int, device: torch.device | None = None
+) -> tuple[Config, ModelFacts]:
     """Validates a recipe, and splits `parallel.context` into Ulysses and ring ranks, which it tells with its reason.
 
     Args:
         ranks_per_node: consecutive ranks that share a machine; equal on all ranks, or they build different grids.
+        device: what they compute on, so that backends the recipe names are asked; None where that is not known here.
 
     Returns:
         The recipe as it runs, its `parallel.context` null, and what is known of its model.
@@ -26,7 +31,9 @@ def settle(config: Config, world_size: int, ranks_per_node: int) -> tuple[Config
     Raises:
         ConfigError: everything wrong with the recipe, in one error.
     """
-    facts = gather_facts(config, TEMPLATES.names(), TASKS.names()) if names_its_model(config.model) else None
+    facts = None
+    if names_its_model(config.model):
+        facts = gather_facts(config, TEMPLATES.names(), TASKS.names(), device)
     validate(config, facts, world_size)
     if idle := idle_keys(config):
         logger.warning("%s: without effect, as precision.fp8 is null", ", ".join(idle))

@@ -126,9 +126,10 @@ def run_head(names: list[str], sequence: bool, tied: bool, fault: str | None, ig
     return found
 
 
-def run_main_grad(sequence: bool, tied: bool, fault: str | None) -> tuple[Tensor, Tensor]:
+def run_main_grad(sequence: bool, tied: bool, fault: str | None) -> tuple[Tensor, Tensor, Tensor]:
     """main_grad and what autograd gives besides, each [v/tp, h], of this rank's weight after two micro-batches: the
-    first row of the batch, then the second, with every rule; runs in the rank."""
+    first row of the batch, then the second, with every rule; and the hidden states' gradient [s or s/tp, b, h]; runs in
+    the rank."""
     from megatron_vlm.models.language import padded_vocabulary
 
     tensor, rank = dist.get_world_size(), dist.get_rank()
@@ -141,6 +142,7 @@ def run_main_grad(sequence: bool, tied: bool, fault: str | None) -> tuple[Tensor
     weight = torch.nn.Parameter(torch.empty(num_rows, H)) if tied else head.weight
     weight.data.copy_(padded.split(num_rows)[rank])
     weight.main_grad = torch.zeros_like(weight)
+    by_hidden = []
     for row in range(B):
         of_row = hidden[:, row : row + 1]  # [s, 1, h]
         leaf = (of_row.split(S // tensor)[rank] if sequence else of_row).clone().requires_grad_()
@@ -148,7 +150,8 @@ def run_main_grad(sequence: bool, tied: bool, fault: str | None) -> tuple[Tensor
             loss = head(leaf, labels[row : row + 1], weight if tied else None)
             (loss * factors()[row : row + 1]).sum().backward()
         assert weight.grad_added_to_main_grad
-    return weight.main_grad, weight.grad
+        by_hidden.append(leaf.grad)
+    return weight.main_grad, weight.grad, torch.cat(by_hidden, 1)
 
 
 @contextlib.contextmanager
@@ -243,12 +246,15 @@ def test_a_tied_weight_too(ranks: RankPool, layout: str) -> None:
 
 
 def main_grad_error(ranks: RankPool, layout: str, tied: bool, fault: str | None = None) -> float:
-    """Against the twin's gradient of both micro-batches in fp64; nothing comes by autograd."""
+    """Against the twin's gradients of both micro-batches in fp64, the larger of the weight's and the hidden states';
+    nothing comes by autograd."""
     tensor, sequence = LAYOUTS[layout]
     outcomes = ranks.run(tensor, run_main_grad, sequence, tied, fault)
-    whole = torch.cat([main_grad for main_grad, _ in outcomes])
-    assert not whole[V:].any() and not any(by_autograd.any() for _, by_autograd in outcomes)
-    return error(whole[:V], exact(RULES["all"])["weight"])
+    whole = torch.cat([main_grad for main_grad, _, _ in outcomes])
+    assert not whole[V:].any() and not any(by_autograd.any() for _, by_autograd, _ in outcomes)
+    wanted, shares = exact(RULES["all"]), [by_hidden for _, _, by_hidden in outcomes]
+    of_hidden = [torch.cat(shares)] if sequence else shares
+    return max(error(whole[:V], wanted["weight"]), *(error(found, wanted["hidden"]) for found in of_hidden))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -4,6 +4,7 @@ Imported by the pool's fork server before it forks, so torch and megatron-core a
 device is prepared at import. Do not import it in pytest's own process: `tests/helpers/ranks.py` names it instead.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -110,7 +111,11 @@ def forget_jobs(num_left: int) -> int:
 
 def num_gloo_threads() -> int:
     """Threads of this process that serve a process group."""
-    return sum(name.read_text().startswith("gloo") for name in Path("/proc/self/task").glob("*/comm"))
+    number = 0
+    for name in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # it has ended since
+            number += name.read_text().startswith("gloo")
+    return number
 
 
 def _is_group(value: Any) -> bool:
@@ -118,13 +123,12 @@ def _is_group(value: Any) -> bool:
 
 
 def _let_go(holder: Any) -> None:
-    """Takes process groups out of a list, a dictionary or an object's attributes."""
-    if isinstance(holder, list):
-        holder[:] = [value for value in holder if not _is_group(value)]
-        return
-    named = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
-    for name in [name for name, value in named.items() if _is_group(value)]:
-        del named[name]
+    """Puts None for process groups in a list, a dictionary or an object's attributes."""
+    held = holder if isinstance(holder, dict | list) else getattr(holder, "__dict__", None)
+    if isinstance(held, list):
+        held[:] = [None if _is_group(value) else value for value in held]
+    elif isinstance(held, dict):  # a class has a view of one
+        held.update({name: None for name, value in held.items() if _is_group(value)})
 
 
 def seed_all() -> Any:

@@ -106,10 +106,10 @@ class RankPool:
         self._grow(num_ranks)
         self.num_tasks += 1
         ranks = self.ranks[:num_ranks]
-        for rank in ranks:
-            rank.log.write_bytes(b"")
-            rank.pipe.send_bytes(pickle.dumps((self.num_tasks, num_ranks, work)))
         try:
+            for rank in ranks:
+                rank.log.write_bytes(b"")
+                rank.pipe.send_bytes(pickle.dumps((self.num_tasks, num_ranks, work)))
             answers = self._collect(ranks, time.monotonic() + timeout)
         except BaseException:  # pytest's own timeout, say: this task's answers must not be taken for the next one's
             self.stop()

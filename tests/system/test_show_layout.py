@@ -180,3 +180,8 @@ def test_the_backend_that_attention_is_counted_for_is_said(tmp_path: Path) -> No
     scores = 3 * 4 * 2048 * 32 * 2048 * 4 // 2  # three times, fp32: tokens, heads, keys, rows, over tensor ranks
     assert views["cuda", "reference"].ranks[0].memory.activations > 16 * scores
     assert views["cuda", "auto"].ranks[0].memory.activations < 16 * scores
+
+
+def test_a_recipe_for_gpus_is_shown_where_there_are_none() -> None:
+    config = load_config(LLAVA, ["runtime.device=cuda", "ops.attention=cudnn", "ops.norm=triton"])
+    assert gather("llava", config, 8).config.ops.attention == "cudnn"

@@ -7,7 +7,6 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.config.validation import validate
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.facts import gather_facts
-from megatron_vlm.runtime import device
 from tests.helpers.ranks import RankPool
 from tests.unit.models.recipes import SMALL_LLAMA, SMALL_TOWER, small_recipe
 
@@ -35,22 +34,25 @@ def test_faults_of_the_recipe_are_left_to_validation() -> None:
         assert fault in str(raised.value)
 
 
-def test_backends_are_asked_where_the_device_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a recipe that says `cpu`; one for a GPU is looked at on machines of every kind."""
+def test_backends_are_asked_where_the_device_is_known() -> None:
+    """A recipe is looked at on machines of every kind, which is not where it runs."""
 
-    def asked(kind: str, **ops: str) -> Config:
+    def told(device: str | None, fp8: str | None = None, **ops: str) -> tuple[str, ...]:
         tree = small_recipe(projector={"type": "linear"}).model_dump()
-        return Config.model_validate({**tree, "runtime": {"device": kind}, "ops": ops})
+        config = Config.model_validate({**tree, "ops": ops, "precision": {"params": "fp32", "fp8": fp8}})
+        return gather_facts(
+            config, TEMPLATES, TASKS, None if device is None else torch.device(device)
+        ).backend_obstacles
 
-    here = asked("cpu", attention="cudnn", projector="torch")
-    projector, attention = gather_facts(here, TEMPLATES, TASKS).backend_obstacles
-    assert projector.startswith("ops.projector: found 'torch' with model.projector.type 'linear', which has no operat")
+    projector, attention = told("cpu", attention="cudnn", projector="triton")
+    assert projector.startswith("ops.projector: found 'triton' with model.projector.type 'linear', which has no operat")
     assert attention.startswith("ops.attention: 'cudnn' cannot run: it needs tensors on a CUDA device, found cpu")
-    monkeypatch.setattr(device, "_prepared", None)
-    assert gather_facts(asked("cuda", attention="cudnn"), TEMPLATES, TASKS).backend_obstacles == ()
-    monkeypatch.setattr(device, "_prepared", torch.device("cuda"))
-    (dtype,) = gather_facts(asked("auto", attention="cudnn"), TEMPLATES, TASKS).backend_obstacles
+    assert told(None, attention="cudnn") == ()
+    (dtype,) = told("cuda", attention="cudnn")
     assert "it needs torch.bfloat16 or torch.float16, found torch.float32" in dtype
+    assert told("cuda", fp8_quantise="triton") == ()  # without FP8 nothing is quantised
+    (quantise,) = told("cuda", "tensorwise", fp8_quantise="triton")  # here kernels are interpreted, on the CPU
+    assert quantise.startswith("ops.fp8_quantise: 'triton' cannot run: ")
 
 
 @pytest.mark.parametrize("language", [SMALL_LLAMA, {**SMALL_LLAMA, "tie_word_embeddings": True}, QWEN2])

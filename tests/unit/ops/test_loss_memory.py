@@ -45,11 +45,15 @@ def test_a_gpus_peak_is_under_a_tenth_of_all_logits(monkeypatch: pytest.MonkeyPa
             assert counted(TARGET, torch.bfloat16, GPU) > limit
 
 
-@pytest.mark.parametrize(("tokens", "rows"), [(2048, 32768), (300, 131072), (64, 2048), (1500, 16032)])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "rows"),
+    [(2048, 16, 32768), (300, 16, 131072), (64, 16, 2048), (1500, 16, 16032), (9000, 4096, 131072), (9000, 8192, 16384),
+     (5000, 4096, 32064), (100, 8192, 16384)],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gpu_holds_what_is_said(dtype: torch.dtype, tokens: int, rows: int) -> None:
-    said = held_bytes(tokens, rows, 16, chunk_tokens=1024, element_bytes=dtype.itemsize, on_cpu=False)
-    assert said <= counted((tokens, 16, rows), dtype, GPU) < 1.05 * said
+def test_a_gpu_holds_what_is_said(dtype: torch.dtype, tokens: int, hidden: int, rows: int) -> None:
+    said = held_bytes(tokens, rows, hidden, chunk_tokens=1024, element_bytes=dtype.itemsize, on_cpu=False)
+    assert said <= counted((tokens, hidden, rows), dtype, GPU) < 1.05 * said
 
 
 @pytest.mark.parametrize("main_grad", [True, False])

@@ -96,10 +96,42 @@ def test_a_wrong_block_is_found(wrong: str, as_on_a_gpu: None, monkeypatch: pyte
         monkeypatch.setattr(cross_entropy, "_slope", lambda logs, lse, softcap: torch.ones_like(logs))
     else:
         cut = cross_entropy._Shard.blocks
-        first = lambda shard, like: ((rows, replace(block, first=0)) for rows, block in cut(shard, like))  # noqa: E731
+
+        def first(*arguments: Any) -> Any:
+            return ((rows, replace(block, first=0)) for rows, block in cut(*arguments))
+
         monkeypatch.setattr(cross_entropy._Shard, "blocks", first)
     found = errors(ours(RULES["all"]), exact(RULES["all"]))
     assert found["loss"] < EXACT and min(found["hidden"], found["weight"]) > 1e-2
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_confident_tokens_are_as_exact_as_by_torch(in_blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 a probability over 0.998 is rounded to 1, so the target must be taken from it before that. The wrong
+    variant does so after."""
+    monkeypatch.setattr(cross_entropy, "_on_cpu", lambda like: not in_blocks)
+    generator = torch.Generator().manual_seed(1)
+    weight = functional.normalize(torch.randn(300, 256, generator=generator), dim=-1)
+    labels = torch.randint(0, 300, (90,), generator=generator)
+    hidden = (torch.randn(90, 256, generator=generator) + 14 * weight[labels]).bfloat16().requires_grad_()
+    weight = weight.bfloat16().requires_grad_()
+    names = ("hidden", "weight")
+
+    def found() -> dict[str, float]:
+        loss = linear_cross_entropy(hidden, weight, labels, vocab_size=300, group=None, chunk_tokens=20)
+        gradients = torch.autograd.grad(loss.sum(), (hidden, weight))
+        return {name: error(ours, exact) for name, ours, exact in zip(names, gradients, wide, strict=True)}
+
+    as_fp64 = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    wide = torch.autograd.grad(functional.cross_entropy(as_fp64[0] @ as_fp64[1].T, labels, reduction="sum"), as_fp64)
+    loss = functional.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
+    assert float(loss) / len(labels) < 2e-3
+    plain = torch.autograd.grad(loss, (hidden, weight))
+    limits = {name: 2 * error(x, y) for name, x, y in zip(names, plain, wide, strict=True)}
+    assert all(value <= limits[name] for name, value in found().items()), (found(), limits)
+    right = cross_entropy._less_targets_
+    monkeypatch.setattr(cross_entropy, "_less_targets_", lambda of_all, *rest: right(of_all.bfloat16(), *rest))
+    assert all(value > limits[name] for name, value in found().items()), (found(), limits)
 
 
 @pytest.mark.parametrize("name", list(RULES)[1:])

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_vlm.config import to_yaml
 from megatron_vlm.runtime.environment import Finding
@@ -95,3 +96,19 @@ def test_fp8_and_operations_that_no_run_uses_are_told() -> None:
     assert set(doctor.NO_RUN_USES_IT) <= {entry.name for entry in TABLE}
     assert all(f"no run uses it yet: it {why}" in told[f"ops.{name}"] for name, why in doctor.NO_RUN_USES_IT.items())
     assert "no run uses it" not in told["ops.norm"]
+
+
+@pytest.mark.parametrize(
+    ("requested", "gpus", "expected"),
+    [
+        ("cpu", 8, "cpu"),
+        ("auto", 8, "cuda"),
+        ("auto", 1, "cpu"),
+        ("cuda", 2, "cuda"),
+        ("cuda", 1, None),  # it runs elsewhere: nobody here knows what that machine has
+    ],
+)
+def test_a_recipe_is_asked_about_the_device_that_two_ranks_would_have_here(monkeypatch, requested, gpus, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    found = doctor.device_here(requested, 2)
+    assert (found if found is None else found.type) == expected
