@@ -331,3 +331,7 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
     ops: OpsConfig = OpsConfig()
     extensions: tuple[Extension, ...] = ()
+
+    def used_ops(self) -> dict[str, Any]:
+        """`ops` without what does nothing in this recipe."""
+        return self.ops.model_dump(exclude={"fp8_quantise"} if self.precision.fp8 is None else set())

@@ -96,9 +96,7 @@ def _backend_obstacles(
     config: Config, language: PretrainedConfig, projector: nn.Module, device: torch.device | None
 ) -> Iterator[str]:
     """Why backends that the recipe names, and uses, cannot run."""
-    requested, name = config.ops.model_dump(), config.model.projector.type
-    if config.precision.fp8 is None:
-        del requested["fp8_quantise"]
+    requested, name = config.used_ops(), config.model.projector.type
     if name in PROJECTORS and (reason := backend_obstacle(projector, name, config.ops.projector)):
         del requested["projector"]
         yield reason

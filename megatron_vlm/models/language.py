@@ -208,7 +208,7 @@ def build_language_chunks(config: Config, hf_config: PretrainedConfig, grid: Gri
     settings = LANGUAGE_MODELS.get(hf_config.model_type).settings(hf_config)
     mcore_config = transformer_config(config, hf_config, settings)
     like = table.Example(current_device(), mcore_config.params_dtype, head_width=head_width(hf_config))
-    table.check(config.ops.model_dump(), like)
+    table.check(config.used_ops(), like)
     num_chunks = config.parallel.virtual_pipeline
     first_rank, last_rank = grid.coordinates.pipeline == 0, grid.coordinates.pipeline == grid.sizes.pipeline - 1
     chunks = []

@@ -124,6 +124,12 @@ def test_asked_for_and_unable_is_told_before_anything_is_built(grid: Any, monkey
             build(grid, {op: "triton"})
 
 
+def test_an_operation_that_nothing_uses_is_not_asked(grid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without FP8 nothing is quantised; validation says that the key is idle."""
+    monkeypatch.setattr(dispatch, "_triton_device", lambda: "cuda")
+    build(grid, {"fp8_quantise": "triton"})
+
+
 def test_a_gate_of_an_architectures_own_is_megatron_cores(grid: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clamped: ours does not compute it, and does not pretend to."""
     from megatron_vlm.models import architectures
