@@ -77,6 +77,7 @@ def run_task(store: dist.Store, rank: int, world_size: int, work: bytes) -> byte
         seed_all()
         timeout = timedelta(seconds=GROUP_TIMEOUT_SECONDS)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+        dist.barrier()  # a task without a collective may end, and its group with it, while another rank still connects
         answer = pickle.dumps(("done", function(*arguments)))
         teardown()
         return answer
