@@ -50,6 +50,7 @@ MAY_DIFFER: dict[str, bool] = {
     "training.micro_batch_size": True,
     "training.steps": False,  # the schedule's end
     "training.media_window": True,
+    "training.media_batch": True,
     "training.recompute": True,
     "training.max_nonfinite_steps": True,
     "checkpoint": True,

@@ -244,7 +244,7 @@ class RecomputeConfig(Section):
     """Activations computed again in the backward pass, by component."""
 
     language: Literal["none", "selective", "full"] = "none"
-    vision: Literal["none", "full"] = "none"
+    vision: Literal["none", "full", "encoder"] = "none"  # full: every layer; encoder: all of it, from the pixels
 
 
 class TrainingConfig(Section):
@@ -256,6 +256,7 @@ class TrainingConfig(Section):
     micro_batch_size: PositiveInt = 1
     steps: PositiveInt
     media_window: PositiveInt | None = None  # micro-batches encoded ahead per pipeline run; default: all
+    media_batch: PositiveInt | None = None  # pictures that a rank encodes at a time; default: all of its window's
     recompute: RecomputeConfig = RecomputeConfig()
     max_nonfinite_steps: PositiveInt = 10  # updates left out in a row, for gradients not finite, before the run stops
 

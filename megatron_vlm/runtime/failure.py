@@ -38,8 +38,8 @@ REPORTS_SECONDS = 3.0  # other ranks that find the same error may be this much l
 REAL_FAILURE_SECONDS = 12.0  # only echoes so far: the rank they come from may still be about to report
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 _NEEDS_LESS_MEMORY = (
-    "; needs a smaller training.micro_batch_size, training.sequence_length or training.media_window, "
-    "training.recompute, or more ranks to share the model"
+    "; needs a smaller training.micro_batch_size, training.sequence_length, training.media_window or "
+    "training.media_batch, training.recompute, or more ranks to share the model"
 )
 SPEAKING_SECONDS = 5.0  # from the decision until everyone ends, at most
 STORE_SECONDS = 10.0

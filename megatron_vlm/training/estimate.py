@@ -81,7 +81,7 @@ class MemoryEstimate:
     loss_head: int  # last stage: logits of a piece of tokens, the head's inputs and its weight's gradient
     features: int  # of a media window: encoded rows, received rows and their gradients
     vision_activations: int  # kept from phase 1 to phase 3, where tower or projector trains
-    encoding: int  # during phase 1 only: pixels and the tower's hidden states
+    encoding: int  # in passing: phase 1's pixels and hidden states, or what phase 3 computes again of one batch
 
     @property
     def model(self) -> int:
@@ -90,7 +90,7 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> int:
-        """The most at one time: phase 1's passing needs and the pipeline's do not meet."""
+        """The most at one time: the passing needs of phases 1 and 3 and the pipeline's do not meet."""
         held = self.model + self.features + self.vision_activations
         return held + max(self.encoding, self.activations + self.loss_head)
 
@@ -312,15 +312,19 @@ def picture_bytes(config: Config, survey: TowerSurvey, hidden: int, pictures: Pi
     states = element * tower_tokens * survey.hidden_size  # one hidden state
     in_projector = survey.num_tokens * survey.hidden_size + spec.tokens_per_image * hidden  # of an MLP: pre-activations
     projected = element * in_projector if train.projector else 0
-    kept = projected
+    recompute, at_once = config.training.recompute.vision, config.training.media_batch or pictures.encoded
+    at_once, kept = min(at_once, pictures.encoded), projected
     if train.vision:
         ffn = getattr(survey.hf_config, "intermediate_size", 4 * survey.hidden_size)
         full = element * tower_tokens * (9 * survey.hidden_size + 3 * ffn)  # its norms, attention and MLP
         kept += element * 3 * spec.height * spec.width + 2 * states  # patch embedding and what precedes the layers
-        kept += survey.num_kept_layers * (states if config.training.recompute.vision == "full" else full)
-    pixels = (FP32_BYTES + element) * 3 * spec.height * spec.width
-    encoding = pixels + (survey.num_kept_layers + 1) * states + 2 * element * tower_tokens * hidden
-    return features, pictures.encoded * kept if trains else 0, pictures.encoded * encoding
+        kept += survey.num_kept_layers * (states if recompute == "full" else full)
+    pixels = FP32_BYTES * 3 * spec.height * spec.width
+    cast = element * 3 * spec.height * spec.width
+    encoding = cast + (survey.num_kept_layers + 1) * states + 2 * element * tower_tokens * hidden
+    if recompute == "encoder" and trains:
+        return features, pictures.encoded * pixels, at_once * max(encoding, kept)
+    return features, pictures.encoded * kept if trains else 0, pictures.encoded * pixels + at_once * encoding
 
 
 def _round_up(number: int, multiple: int) -> int:

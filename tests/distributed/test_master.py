@@ -97,6 +97,11 @@ SLOW = {
         parallel={"tensor": 2, "pipeline": 2, "sequence": True},
         training={"recompute": {"language": "full", "vision": "full"}},
     ),
+    "media-batches-tp2-sp-dp2": layout(
+        4,
+        parallel={"tensor": 2, "sequence": True, **OVERLAP},
+        training={"media_batch": 1, "media_window": 2, "recompute": {"vision": "encoder"}},
+    ),
     "recompute-selective": layout(2, parallel={"tensor": 2}, training={"recompute": {"language": "selective"}}),
     "virtual2-overlap-dp2": parallel(4, pipeline=2, virtual_pipeline=2, **OVERLAP),
     "all-fused-tp2-pp2-sp": layout(

@@ -14,6 +14,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_vlm.config.megatron import DTYPES
 from megatron_vlm.config.schema import Config
@@ -40,15 +41,29 @@ class VisionEncoder(MegatronModule):
         self.projector = build_projector(
             config.model.projector.type, survey.hidden_size, language_size, config.ops.projector, survey.grid
         )
+        self.media_batch = config.training.media_batch
+        self.keeps_pixels_only = config.training.recompute.vision == "encoder"
         self.to(DTYPES[config.precision.params])
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels [n, 3, H, W] -> [n, tokens_per_image, h]; n may be 0, and then nothing runs."""
+        """pixels [n, 3, H, W] -> [n, tokens_per_image, h], `training.media_batch` at a time; n may be 0, and then
+        nothing runs."""
         tokens = self.tower.survey.media_spec.tokens_per_image
         if pixels.shape[0] == 0:
             return pixels.new_empty(0, tokens, self.language_size, dtype=self.config.params_dtype)
-        rows: Tensor = self.projector(self.tower(pixels))
+        batches = [self._encode(batch) for batch in pixels.split(self.media_batch or len(pixels))]
+        rows = batches[0] if len(batches) == 1 else torch.cat(batches)
         assert rows.shape[1] == tokens, f"the projector gives {rows.shape[1]} rows, surveyed {tokens}"
+        return rows
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Autograd goes through the batches one by one, last first: of what is computed again, one batch is held."""
+        if self.keeps_pixels_only and torch.is_grad_enabled():
+            return checkpoint(self._project, pixels, use_reentrant=False)
+        return self._project(pixels)
+
+    def _project(self, pixels: Tensor) -> Tensor:
+        rows: Tensor = self.projector(self.tower(pixels))
         return rows
 
     def global_name(self, name: str) -> str:

@@ -33,7 +33,7 @@ def one_process(config: Config) -> Config:
     tree["runtime"]["device"] = current_device().type
     tree["parallel"] = {}
     tree["optimizer"]["distributed"] = False
-    tree["training"] |= {"micro_batch_size": 1, "media_window": None, "recompute": {}}
+    tree["training"] |= {"micro_batch_size": 1, "media_window": None, "media_batch": None, "recompute": {}}
     return Config.model_validate(tree)
 
 

@@ -158,6 +158,7 @@ def shrink_batch(training: TrainingConfig, sizes: GridSizes) -> Tree:
         number = 2 * window
     return {
         "media_window": window,
+        "media_batch": training.media_batch and 1,  # a rank has few pictures
         "micro_batch_size": rows,
         "global_batch_size": number * rows * sizes.data,
     }

@@ -41,7 +41,7 @@ def test_what_cannot_change_the_result_may_differ() -> None:
         parallel={"tensor": 2, "sequence": True},
         runtime={"device": "cpu", "timeout_seconds": 5},
         data={"path": "elsewhere.json", "media_root": "there", "num_workers": 7},
-        training={"micro_batch_size": 2, "media_window": 1, "recompute": {"language": "full"}},
+        training={"micro_batch_size": 2, "media_window": 1, "media_batch": 1, "recompute": {"language": "full"}},
         checkpoint={"directory": "elsewhere", "every_steps": 9},
         logging={"every_steps": 3},
         ops={"loss_chunk_tokens": 64},

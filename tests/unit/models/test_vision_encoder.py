@@ -1,4 +1,6 @@
-"""The encoder's shapes, names and checkpoint tensors, in one process."""
+"""The encoder's shapes, batches, names and checkpoint tensors, in one process."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +8,12 @@ import torch
 from megatron_vlm.config.schema import Config
 from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.models.vision.survey import survey_tower
+from tests.helpers.live_bytes import LiveBytes
 from tests.unit.models.recipes import SMALL_TOWER, small_recipe
+
+PIXEL_BYTES = 4 * 3 * 28 * 28  # of a picture of the small tower
+ROW_BYTES = 4 * 16 * 64  # of its rows
+IN_BATCHES = {"media_batch": 2, "recompute": {"vision": "encoder"}}
 
 
 def build(config: Config, rank: int = 0) -> VisionEncoder:
@@ -19,6 +26,60 @@ def test_shapes_and_no_image() -> None:
     assert rows.shape == (3, 16, 64) and rows.requires_grad
     nothing = encoder(torch.empty(0, 3, 28, 28))
     assert nothing.shape == (0, 16, 64) and not nothing.requires_grad
+
+
+def build_to_train(**training: Any) -> VisionEncoder:
+    """The same weights every time."""
+    torch.manual_seed(0)
+    recipe = small_recipe()
+    changed = Config.model_validate(recipe.model_dump() | {"training": {"steps": 1, **training}})
+    return build(changed).train()
+
+
+@pytest.mark.parametrize("training", [{"media_batch": 2}, {"recompute": {"vision": "encoder"}}, IN_BATCHES], ids=str)
+def test_batches_change_no_row_and_no_gradient(training: dict[str, Any]) -> None:
+    plain, batched = build_to_train(), build_to_train(**training)
+    sizes = []
+    batched.tower.register_forward_pre_hook(lambda _, pixels: sizes.append(len(pixels[0])))
+    pixels, grads = torch.randn(5, 3, 28, 28), torch.randn(5, 16, 64)
+    rows, batched_rows = plain(pixels), batched(pixels)
+    torch.testing.assert_close(batched_rows, rows)
+    rows.backward(grads)
+    batched_rows.backward(grads)
+    for (name, p), q in zip(plain.named_parameters(), batched.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=name)
+    forward = [2, 2, 1] if "media_batch" in training else [5]
+    assert sizes == forward + ([*reversed(forward)] if "recompute" in training else [])
+
+
+def test_dropout_is_the_same_when_it_is_computed_again() -> None:
+    plain, again = build_to_train(), build_to_train(recompute={"vision": "encoder"})
+    gradients = []
+    for encoder in (plain, again):
+        encoder.projector = torch.nn.Sequential(encoder.projector, torch.nn.Dropout(0.5))
+        torch.manual_seed(1)
+        encoder(torch.ones(2, 3, 28, 28)).sum().backward()
+        gradients.append([p.grad for p in encoder.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients)
+
+
+def peak_of_a_step(num_pictures: int, **training: Any) -> int:
+    """Bytes at a time beside what goes in and the gradients of the parameters, which are there before."""
+    encoder = build_to_train(**training)
+    for parameter in encoder.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    pixels, grads = torch.randn(num_pictures, 3, 28, 28), torch.randn(num_pictures, 16, 64)
+    with LiveBytes() as live:
+        encoder(pixels).backward(grads)
+    return live.peak
+
+
+def test_of_many_pictures_one_batch_is_held() -> None:
+    """Twelve pictures more cost their rows, held twice where batches are joined; without it all activations."""
+    more = peak_of_a_step(16, **IN_BATCHES) - peak_of_a_step(4, **IN_BATCHES)
+    assert 0 < more <= 2.5 * 12 * ROW_BYTES
+    kept = peak_of_a_step(16, media_batch=2) - peak_of_a_step(4, media_batch=2)
+    assert kept > 10 * more
 
 
 def test_bf16() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from megatron_vlm.config.schema import Config
 from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.runtime.device import prepare
@@ -42,6 +43,13 @@ def test_full_buckets_and_shared_embeddings_are_closed() -> None:
     assert sum(alone.shard_numel(rank, 2) for rank in range(2)) == 200
 
 
+def training(components: dict[str, bool], sections: dict[str, Any]) -> Config:
+    """The small recipe with other sections, and other components that train."""
+    recipe = small_recipe(sections=sections)
+    train = recipe.model.train.model_copy(update=components)
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"train": train})})
+
+
 def kept_bytes(train: dict[str, bool], recompute: str, params: str) -> tuple[int, int]:
     """Bytes that autograd keeps of PICTURES pictures, and what is estimated."""
     prepare("cpu")
@@ -49,9 +57,7 @@ def kept_bytes(train: dict[str, bool], recompute: str, params: str) -> tuple[int
         "precision": {"params": params},
         "training": {"steps": 1, "sequence_length": 64, "recompute": {"vision": recompute}},
     }
-    recipe = small_recipe(sections=sections)
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"train": recipe.model.train.model_copy(
-        update=train)})})  # fmt: skip
+    recipe = training(train, sections)
     encoder, _, _ = build(recipe)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
@@ -72,7 +78,9 @@ def kept_bytes(train: dict[str, bool], recompute: str, params: str) -> tuple[int
 
 
 @pytest.mark.parametrize(
-    ("train", "recompute"), [(ALL, "none"), (ALL, "full"), ({"vision": False}, "none")], ids=["all", "full", "frozen"]
+    ("train", "recompute"),
+    [(ALL, "none"), (ALL, "full"), (ALL, "encoder"), ({"vision": False}, "none")],
+    ids=["all", "full", "encoder", "frozen"],
 )
 def test_what_the_encoder_keeps_is_near(train: dict[str, bool], recompute: str) -> None:
     """Printed with -s."""
@@ -81,10 +89,24 @@ def test_what_the_encoder_keeps_is_near(train: dict[str, bool], recompute: str) 
     assert kept / ENCODER_FACTOR <= estimated <= kept * ENCODER_FACTOR
 
 
+def test_what_is_computed_again_from_pixels_is_one_batch() -> None:
+    """Phase 3 holds of a batch what would else be held of all."""
+    survey = meta_encoder(small_recipe(), 32).tower.survey
+
+    def bytes_of(pictures: int, recompute: str, media_batch: int | None = None) -> tuple[int, int]:
+        """What is kept from phase 1 to phase 3, and what is held in passing."""
+        keys = {"steps": 1, "media_batch": media_batch, "recompute": {"vision": recompute}}
+        recipe = training(ALL, {"training": keys})
+        return picture_bytes(recipe, survey, 32, Pictures(pictures, 0))[1:]
+
+    kept_of_two, _ = bytes_of(2, "none")
+    _, again = bytes_of(64, "encoder", 2)
+    assert again == kept_of_two and bytes_of(64, "encoder")[1] == 32 * again
+    assert bytes_of(64, "none", 2)[1] < bytes_of(64, "none")[1]
+
+
 def test_nothing_is_kept_where_the_encoder_is_frozen() -> None:
-    recipe = small_recipe()
-    train = recipe.model.train.model_copy(update={"vision": False, "projector": False})
-    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"train": train})})
+    recipe = training({"vision": False, "projector": False}, {})
     survey = meta_encoder(recipe, 32).tower.survey
     features, kept, encoding = picture_bytes(recipe, survey, 32, Pictures(2, 10))
     element = 4

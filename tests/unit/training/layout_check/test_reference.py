@@ -35,7 +35,7 @@ def recipe(tmp_path: Path) -> Config:
 def test_the_recipe_of_one_process(tmp_path: Path, recipe: Config) -> None:
     sections = {
         "parallel": {"tensor": 2, "pipeline": 2, "sequence": True},
-        "training": {"media_window": 2, "micro_batch_size": 2, "recompute": {"language": "full"}},
+        "training": {"media_window": 2, "media_batch": 2, "micro_batch_size": 2, "recompute": {"language": "full"}},
     }
     shared, alone = one_process(tiny_recipe(tmp_path, **sections)), one_process(recipe)
     assert shared == alone

@@ -35,7 +35,13 @@ def large_recipe(directory: Path, **sections: Any) -> Config:
         "model": {"language": {"path": str(language)}, "vision": {"path": str(vision)}},
         "data": {"path": str(tiny_dataset(directory)), "image_mode": "processor", "group_by_modality_length": True},
         "optimizer": {"lr_projector": 2e-5},
-        "training": {"steps": 5197, "global_batch_size": 128, "micro_batch_size": 4, "media_window": 4},
+        "training": {
+            "steps": 5197,
+            "global_batch_size": 128,
+            "micro_batch_size": 4,
+            "media_window": 4,
+            "media_batch": 64,
+        },
         "checkpoint": {"directory": str(directory / "run"), "load": str(directory / "other")},
     }
     return Config.model_validate(tree | sections)
@@ -57,7 +63,7 @@ def test_a_large_recipe_without_weights(tmp_path: Path) -> None:
         2,
         36,
     )  # one left out, as before
-    assert small.parallel == recipe.parallel
+    assert small.parallel == recipe.parallel and small.training.media_batch == 1
     assert small.precision.params == "fp32" and small.checkpoint.load is None
     assert (small.optimizer.lr, small.optimizer.lr_projector, small.optimizer.lr_vision) == (1e-3, 3e-3, None)
     assert len(samples) == 24  # all there are
