@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_vlm.errors import ParallelError
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
-from tests.helpers.ranks import RankFailure, RankPool
+from tests.helpers.ranks import MAX_THREADS, RankFailure, RankPool
 
 
 def sum_of_ranks(offset: int) -> tuple[int, int, float]:
@@ -51,24 +51,19 @@ def hang_on(bad_rank: int) -> None:
         time.sleep(600)
 
 
-def count_threads() -> int:
-    from tests.helpers.rank_process import num_gloo_threads
-
-    return num_gloo_threads()
-
-
 kept_groups: list[dist.ProcessGroup] = []
 
 
 def keep_groups(number: int) -> int:
     kept_groups.extend(dist.new_group() for _ in range(number))
-    return count_threads()
+    return len(kept_groups)
 
 
-def test_a_tasks_groups_end_with_it_though_something_keeps_them(ranks) -> None:
-    before = ranks.run(2, count_threads)
-    assert all(found >= least + 6 for found, least in zip(ranks.run(2, keep_groups, 6), before, strict=True))
-    assert ranks.run(2, count_threads) == before
+def test_ranks_with_many_groups_of_ended_tasks_are_replaced(ranks: RankPool) -> None:
+    few, many = 2, MAX_THREADS // 2
+    assert ranks.run(2, keep_groups, few) == [few] * 2
+    assert ranks.run(2, keep_groups, many) == [few + many] * 2
+    assert ranks.run(2, keep_groups, 0) == [0] * 2
 
 
 def test_every_failed_ranks_traceback_is_told_and_the_pool_recovers(tmp_path) -> None:

@@ -4,7 +4,6 @@ Imported by the pool's fork server before it forks, so torch and megatron-core a
 device is prepared at import. Do not import it in pytest's own process: `tests/helpers/ranks.py` names it instead.
 """
 
-import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -16,7 +15,6 @@ import sys
 import traceback
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +31,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # no
 
 PR_SET_PDEATHSIG = 1
 GROUP_TIMEOUT_SECONDS = 600
-FEW_THREADS = 2  # of groups that have ended: not worth to look for what holds them
 
 
 def serve(rank: int, port: int | None, pipe: Connection, log: str) -> None:
@@ -57,14 +54,13 @@ def serve(rank: int, port: int | None, pipe: Connection, log: str) -> None:
     gc.freeze()  # what is imported: so that a collection is quick
     store = dist.TCPStore("127.0.0.1", port or 0, is_master=rank == 0, wait_for_workers=False)
     pipe.send(("ready", store.port))
-    num_left = 0
     while True:
         try:
             number, world_size, work = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         answer = run_task(dist.PrefixStore(f"task{number}", store), rank, world_size, work)
-        num_left = forget_jobs(num_left)
+        forget_jobs()
         pipe.send_bytes(answer)
 
 
@@ -85,51 +81,18 @@ def run_task(store: dist.Store, rank: int, world_size: int, work: bytes) -> byte
         return pickle.dumps(("failed", traceback.format_exc()))
 
 
-def forget_jobs(num_left: int) -> int:
-    """Frees what a task has built, its process groups above all: each of a job's some 20 has a thread that wakes every
-    10 ms, and a few hundred of them keep a core busy.
+def forget_jobs() -> None:
+    """Frees what a task has built, its process groups above all, whose threads wake every 10 ms.
 
-    The collector cannot do it alone. The distributed optimizer's fp32 shards are views with a graph, which holds the
-    hooks of the DDP wrappers where the collector does not see them; so do other graphs' hooks.
-
-    Args:
-        num_left: threads of such groups that earlier tasks left behind.
-
-    Returns:
-        How many there are now.
+    The collector cannot do it alone: the distributed optimizer's fp32 shards are views with a graph, which holds the
+    hooks of the DDP wrappers where the collector does not see them. What is left in spite of this, the pool sees
+    (`ranks.MAX_THREADS`).
     """
     for found in gc.get_objects():
         if isinstance(found, DistributedOptimizer) and "optimizer" in vars(found):  # else it is freed already
             vars(found.optimizer).clear()
             vars(found).clear()
     gc.collect()
-    if num_gloo_threads() > num_left + FEW_THREADS:
-        for holder in gc.get_objects():
-            if any(map(_is_group, gc.get_referents(holder))):
-                _let_go(holder)
-    return num_gloo_threads()
-
-
-def num_gloo_threads() -> int:
-    """Threads of this process that serve a process group."""
-    number = 0
-    for name in Path("/proc/self/task").glob("*/comm"):
-        with contextlib.suppress(OSError):  # it has ended since
-            number += name.read_text().startswith("gloo")
-    return number
-
-
-def _is_group(value: Any) -> bool:
-    return isinstance(value, dist.ProcessGroup)
-
-
-def _let_go(holder: Any) -> None:
-    """Puts None for process groups in a list, a dictionary or an object's attributes."""
-    held = holder if isinstance(holder, dict | list) else getattr(holder, "__dict__", None)
-    if isinstance(held, list):
-        held[:] = [None if _is_group(value) else value for value in held]
-    elif isinstance(held, dict):  # a class has a view of one
-        held.update({name: None for name, value in held.items() if _is_group(value)})
 
 
 def seed_all() -> Any:

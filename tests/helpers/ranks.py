@@ -9,7 +9,7 @@
 Ranks are forked from a server that has imported torch and megatron-core already: the import is paid once, by the first
 test that asks for ranks, and starting another rank, or all of them again after a failure, costs a fraction of a second.
 The pool grows to the largest number asked for. A task gets a default gloo group over the first n ranks, ended
-afterwards. A failed task ends the pool, so that no test meets another's remains.
+afterwards. A failed task ends the pool, so that no test meets another's remains; so does one whose groups' threads stay.
 
 No torch here: pytest's own process need not import it.
 """
@@ -29,6 +29,7 @@ START_SECONDS = 120.0  # the server's imports, on a busy machine
 GRACE_SECONDS = 3.0  # for the other ranks, once one has failed
 LOG_TAIL_CHARACTERS = 4000
 MAX_RANKS = 8
+MAX_THREADS = 40  # of a rank between tasks: each process group that something still holds has three, which never sleep
 
 
 class RankFailure(AssertionError):
@@ -65,6 +66,10 @@ class _Rank:
                 continue
         self.process.join()
         self.pipe.close()
+
+    def num_threads(self) -> int:
+        """Of the process, now."""
+        return len(os.listdir(f"/proc/{self.process.pid}/task"))
 
     def log_tail(self) -> str:
         """What it printed last."""
@@ -118,6 +123,8 @@ class RankPool:
             story = self._tell(ranks, answers, timeout)
             self.stop()
             raise RankFailure(story)
+        if max(rank.num_threads() for rank in ranks) > MAX_THREADS:
+            self.stop()
         return [answer[1] for answer in answers]
 
     def stop(self) -> None:
