@@ -9,7 +9,8 @@
 Ranks are forked from a server that has imported torch and megatron-core already: the import is paid once, by the first
 test that asks for ranks, and starting another rank, or all of them again after a failure, costs a fraction of a second.
 The pool grows to the largest number asked for. A task gets a default gloo group over the first n ranks, ended
-afterwards. A failed task ends the pool, so that no test meets another's remains; so does one whose groups' threads stay.
+afterwards. A failed task ends the pool, so that no test meets another's remains; so does one whose groups' threads
+stay.
 
 No torch here: pytest's own process need not import it.
 """
