@@ -6,7 +6,7 @@
 * reference  the plain twins, `reference_projector`
 
 `recomputed_linear` keeps nothing between an operation and the linear layer behind it. `linear_rows_into` is called by
-no model yet: it comes with a merge that writes the projector's rows where they belong.
+no model: rows are moved by the exchange (docs/decisions/0008).
 """
 
 from collections.abc import Callable
