@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_vlm.data.sample import IGNORE, Picture
 from megatron_vlm.parallel.layout import Documents, Interval
-from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan
+from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan, Route
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class MediaWindow:
 
     `spans` are all pictures of this replica's window, in plan order; `own_spans` those this rank encodes, in the order
     of `pixels` [n, 3, H, W]. `faults` says of each of the latter why it could not be read and is blank instead (an
-    index into `media.FAULTS`), 0 where it was; all 0 under `data.on_bad_sample: error`.
+    index into `media.FAULTS`), 0 where it was; all 0 under `data.on_bad_sample: error`. `route` is this rank's of the
+    plan: for long videos it takes a while, which is spent here, ahead of the step.
     """
 
     first_micro_batch: int
@@ -90,6 +91,7 @@ class MediaWindow:
     spans: tuple[MediaSpan, ...]
     own_spans: tuple[MediaSpan, ...]
     plan: MediaPlan
+    route: Route
     pixels: Tensor
     faults: tuple[int, ...]
 

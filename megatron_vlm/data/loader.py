@@ -310,7 +310,8 @@ class StepFetcher:
         else:
             plan = plan_media([span.item for span in spans], layout, shape.sizes)
             own = tuple(spans[item] for item in plan.items_of(plan.media_rank(shape.at)))
-        return MediaWindow(first, len(rows), tuple(spans), own, plan, *self.source.pictures(own))
+        route = plan.route(plan.media_rank(shape.at))
+        return MediaWindow(first, len(rows), tuple(spans), own, plan, route, *self.source.pictures(own))
 
     def _places(self, micro_batches: range, numbers: Sequence[tuple[int, ...]]) -> list[SamplePlace]:
         """Where the samples of some micro-batches of all replicas stand."""

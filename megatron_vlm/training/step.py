@@ -133,14 +133,13 @@ class TrainStep:
 
     def _encode(self, batch: StepBatch, window: MediaWindow, clock: PhaseClock) -> EncodedMedia:
         """Phase 1. A rank with no picture still joins the exchange."""
-        route = window.plan.route(window.plan.media_rank(self.model.grid.coordinates))
         with clock.phase("encode"), torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
             encoded = self.model.encode(window.pixels.to(current_device()), window.own_spans)
         with clock.phase("exchange"):
-            received = self.model.exchange(encoded.detach(), route)
-            features = [self.model.place(received, route, m) for m in window.micro_batches]
+            received = self.model.exchange(encoded.detach(), window.route)
+            features = [self.model.place(received, window.route, m) for m in window.micro_batches]
             faulty = self._share_faults(batch, window) if batch.faults_tolerated else {}
-        return EncodedMedia(encoded, features, route, faulty)
+        return EncodedMedia(encoded, features, window.route, faulty)
 
     def _share_faults(self, batch: StepBatch, window: MediaWindow) -> dict[tuple[int, int, int], int]:
         """What the media group found wrong with this replica's pictures (DESIGN D4), in documents that train."""

@@ -57,7 +57,7 @@ def check_window(folder: Path, sizes: GridSizes, windows: list[MediaWindow]) -> 
             assert torch.equal(pixels, reader.read(folder / span.path, "s"))
         counts.append(len(own))
     assert sum(counts) == len(everything) and max(counts) - min(counts) <= 1  # all pictures cost the same
-    routes = [window.plan.route(rank) for rank, window in enumerate(windows)]
+    routes = [window.route for window in windows]
     for rank, route in enumerate(routes):
         assert [other.send_splits[rank] for other in routes] == route.recv_splits
         assert [other.grad_send_splits[rank] for other in routes] == route.grad_recv_splits
