@@ -173,7 +173,7 @@ class QKV(Mapping):
 
 
 def language_mappings(hf_config: "PretrainedConfig") -> list[Mapping]:
-    """The table of a Llama-architecture language model (Llama; Qwen2 with its biases on q, k and v)."""
+    """The table of a Llama-architecture language model (Llama, Mistral; Qwen2 with its biases on q, k and v)."""
     vocabulary, hidden = hf_config.vocab_size, hf_config.hidden_size
     table: list[Mapping] = [
         Vocab("language.embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ((vocabulary, hidden),)),

@@ -40,7 +40,11 @@ _TOWER = "model.vision_tower.vision_tower."
 _PROJECTOR = "mm_projector."
 _PROJECTOR_FILE = "mm_projector.bin"
 _BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")  # stored by old versions of transformers, not weights
-_LANGUAGES = {"LlavaLlamaForCausalLM": "llama", "LlavaQwenForCausalLM": "qwen2"}
+_LANGUAGES = {
+    "LlavaLlamaForCausalLM": "llama",
+    "LlavaMistralForCausalLM": "mistral",
+    "LlavaQwenForCausalLM": "qwen2",
+}
 _NUM_SHOWN = 4  # names per error
 
 

@@ -81,8 +81,11 @@ def make_cache(valid: Tensor, max_new_tokens: int, grid: Grid) -> KVCache:
     prompt_valid = None if valid.all() else valid.to(current_device())
     if grid.sizes.context == 1:
         return KVCache(valid.shape[1] + max_new_tokens, prompt_valid)
-    most_new_tokens = -(-max_new_tokens // grid.sizes.context)
-    return SharedKVCache(valid.shape[1] + most_new_tokens, prompt_valid, grid.context)
+    sizes, place = grid.sizes, grid.coordinates
+    most_new_tokens = -(-max_new_tokens // sizes.context)
+    layout = SequenceLayout(valid.shape[1] * sizes.context, sizes.ring, sizes.ulysses)
+    positions = layout.positions(place.ring, place.ulysses).tolist()
+    return SharedKVCache(valid.shape[1] + most_new_tokens, prompt_valid, grid.context, positions)
 
 
 def encode_images(model: VisionLanguageModel, prompts: PromptBatch) -> LocalFeatures:

@@ -19,7 +19,7 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_vlm.models.language import LanguageModel
+from megatron_vlm.models.language import LanguageModel, LanguageSpec
 from megatron_vlm.models.specs import DecoderLayer, FusedGateMLP, RMSNorm
 from megatron_vlm.ops.activation import gated
 from megatron_vlm.ops.attention import attention
@@ -34,6 +34,7 @@ class _Layer:
 
     number: int
     softmax_scale: float
+    window: int | None
     backend: str
     rope_backend: str
     norm: RMSNorm
@@ -57,7 +58,7 @@ class TokenStep:
 
     def __init__(self, chunk: LanguageModel, cache: KVCache) -> None:
         self.chunk, self.cache, self.config = chunk, cache, chunk.config
-        self.layers = [_read(layer) for layer in chunk.decoder.layers]
+        self.layers = [_read(layer, chunk.spec) for layer in chunk.decoder.layers]
         self.group = chunk.pg_collection.tp
         self.group_size = self.group.size()
         self.kv_heads = self.config.num_query_groups // self.group_size
@@ -108,6 +109,7 @@ class TokenStep:
         # queries and key of each group
         rotated = apply_rope(qkv[:, :, : heads + 1], cos, sin, backend=layer.rope_backend)
         keys, values = self.cache.extend(layer.number, rotated[:, None, :, heads], qkv[:, None, :, heads + 1])
+        keys, values, key_valid = self.cache.within(layer.number, keys, values, 1, layer.window)
         # The query heads of a group read the same keys: they are r queries of one head, and all keys come before them.
         out, lse = attention(
             rotated[:, :, :heads].transpose(1, 2),  # [b, g, r, d] -> [b, r, g, d]
@@ -115,7 +117,8 @@ class TokenStep:
             values,
             causal=False,
             softmax_scale=layer.softmax_scale,
-            key_valid=self.cache.key_valid(keys.shape[1]),
+            softcap=self.chunk.spec.softcap,
+            key_valid=key_valid,
             backend=layer.backend,
         )
         out = self.cache.over_all_keys(out, lse)
@@ -128,12 +131,13 @@ class TokenStep:
         return x
 
 
-def _read(layer: DecoderLayer) -> _Layer:
+def _read(layer: DecoderLayer, spec: LanguageSpec) -> _Layer:
     attention_module, mlp = layer.self_attention, layer.mlp
     core = attention_module.core_attention
     return _Layer(
         number=core.layer_number,
         softmax_scale=core.softmax_scale,
+        window=spec.windows[core.layer_number - 1],
         backend=core.backend,
         rope_backend=core.rope_backend,
         norm=layer.input_layernorm,

@@ -2,11 +2,13 @@
 
 All have Llama's wiring (norm, attention, norm, gated MLP, each added to its input) in megatron-core's parts. What a
 model type may have of its own is listed in `LanguageArchitecture`; a new one is an entry here, or in a module of the
-user's that the recipe names under `extensions:` (examples/extensions/own_language_model.py).
+user's that the recipe names under `extensions:` (examples/extensions/own_language_model.py). Sliding windows and a
+soft-cap of the attention scores need no entry: they are read from any config whose class has their keys.
 
 Hazard: a parameter that a layer has and its entry does not name is found when weights are loaded, not before.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,10 +17,12 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.registry import Registry
 
 if TYPE_CHECKING:  # reading the table needs none of them, and transformers takes seconds to be imported
+    import torch
     from megatron.core.transformer.spec_utils import ModuleSpec
     from transformers import PretrainedConfig
 
-    from megatron_vlm.config.schema import LanguageConfig, OpsConfig
+    from megatron_vlm.config.schema import Config, LanguageConfig, OpsConfig
+    from megatron_vlm.ops.table import Example
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,11 @@ class LanguageArchitecture:
 
 LANGUAGE_MODELS: Registry[LanguageArchitecture] = Registry("language model")
 LANGUAGE_MODELS.register("llama")(LanguageArchitecture())
+LANGUAGE_MODELS.register("mistral")(LanguageArchitecture())
 LANGUAGE_MODELS.register("qwen2")(LanguageArchitecture())
 
-FULL_ATTENTION = "full_attention"  # as transformers names it
+FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"  # as transformers names them
+WINDOW, LAYER_TYPES = "sliding_window", "layer_types"
 ATTENTION_SOFTCAP, LOGIT_SOFTCAP = "attn_logit_softcapping", "final_logit_softcapping"
 ROPE_TYPES = ("default", "linear", "llama3")  # those whose frequencies do not depend on the sequence's length
 
@@ -78,6 +84,21 @@ ROPE_TYPES = ("default", "linear", "llama3")  # those whose frequencies do not d
 def head_width(hf_config: "PretrainedConfig") -> int:
     """Width of one attention head; it need not be hidden / heads."""
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def like_tensors_of(hf_config: "PretrainedConfig", config: "Config", device: "torch.device") -> "Example":
+    """What `ops.table` asks of a recipe's language model."""
+    from megatron_vlm.config.megatron import DTYPES
+    from megatron_vlm.ops.table import Example
+
+    windows = [window for window in attention_windows(hf_config) if window is not None]
+    return Example(
+        device,
+        DTYPES[config.precision.params],
+        head_width=head_width(hf_config),
+        softcap=attention_softcap(hf_config),
+        slides=min(windows, default=config.training.sequence_length) < config.training.sequence_length,
+    )
 
 
 def load_language_config(language: "LanguageConfig") -> "PretrainedConfig":
@@ -111,25 +132,47 @@ def check_architecture(hf_config: "PretrainedConfig") -> None:
         raise ConfigError(f"model.language: rope_type is {rope_type!r}, allowed: {', '.join(ROPE_TYPES)}")
 
 
-def _check_attention(hf_config: "PretrainedConfig") -> None:
-    """Raises ConfigError where a query does not see every token before it, or scores or logits are capped.
+def attention_windows(hf_config: "PretrainedConfig") -> tuple[int | None, ...]:
+    """By layer of the whole model: how many keys a query sees at most, its own included; None: all before it.
 
-    Asked of every model type, since an entry in the table would otherwise train without what its config says.
+    As transformers masks: `layer_types` says which layers slide; without it all do that have a `sliding_window`, unless
+    `use_sliding_window` is false.
+
+    Raises:
+        ConfigError: layers of another type, or a window that shows nothing.
     """
-    if getattr(hf_config, "use_sliding_window", False):
-        raise ConfigError("model.language: use_sliding_window is true, allowed: false")
-    others = sorted({kind for kind in getattr(hf_config, "layer_types", None) or () if kind != FULL_ATTENTION})
+    window = getattr(hf_config, WINDOW, None) if getattr(hf_config, "use_sliding_window", True) else None
+    every = SLIDING_ATTENTION if window is not None else FULL_ATTENTION
+    kinds = getattr(hf_config, LAYER_TYPES, None) or [every] * hf_config.num_hidden_layers
+    others = sorted(set(kinds) - {FULL_ATTENTION, SLIDING_ATTENTION})
     if others:
-        raise ConfigError(f"model.language: layer_types has {', '.join(map(repr, others))}, allowed: {FULL_ATTENTION}")
-    window = getattr(hf_config, "sliding_window", None)
-    if window is not None and getattr(hf_config, "use_sliding_window", True):
-        raise ConfigError(
-            f"model.language: sliding_window is {window}, allowed: null (set it where no row is longer than the window)"
-        )
-    computed = {
-        ATTENTION_SOFTCAP: None,
-        LOGIT_SOFTCAP: LANGUAGE_MODELS.get(hf_config.model_type).logit_softcap(hf_config),
-    }
+        allowed = f"{FULL_ATTENTION}, {SLIDING_ATTENTION}"
+        raise ConfigError(f"model.language: {LAYER_TYPES} has {', '.join(map(repr, others))}, allowed: {allowed}")
+    if SLIDING_ATTENTION in kinds and (window is None or window < 1):
+        raise ConfigError(f"model.language: {WINDOW} is {window}, allowed: 1 or more, or null where no layer slides")
+    return tuple(window if kind == SLIDING_ATTENTION else None for kind in kinds)
+
+
+def attention_softcap(hf_config: "PretrainedConfig") -> float | None:
+    """Attention scores become this much * tanh(scores / this much); None: they stay. Raises ConfigError."""
+    cap: float | None = getattr(hf_config, ATTENTION_SOFTCAP, None)
+    if cap is not None and cap <= 0:
+        raise ConfigError(f"model.language: {ATTENTION_SOFTCAP} is {cap}, allowed: more than 0, or null")
+    return cap
+
+
+def _check_attention(hf_config: "PretrainedConfig") -> None:
+    """Raises ConfigError where scores, logits or what a query sees would not be as transformers has them.
+
+    Asked of every model type, since an entry in the table would otherwise train without what its config says. A key
+    that the config's class has not is one that transformers passes over.
+    """
+    attention_softcap(hf_config)
+    slides = any(attention_windows(hf_config))
+    known = inspect.signature(type(hf_config)).parameters
+    computed = {LOGIT_SOFTCAP: LANGUAGE_MODELS.get(hf_config.model_type).logit_softcap(hf_config)}
+    computed |= {key: None for key in (WINDOW, LAYER_TYPES) if slides and key not in known}
+    computed |= {key: None for key in (ATTENTION_SOFTCAP,) if key not in known}
     for key, allowed in computed.items():
         found = getattr(hf_config, key, None)
         if found != allowed:

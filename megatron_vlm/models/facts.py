@@ -10,16 +10,16 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from megatron_vlm.config.megatron import DTYPES, QKV_BIAS_ALWAYS
+from megatron_vlm.config.megatron import QKV_BIAS_ALWAYS
 from megatron_vlm.config.packages import installed_packages
 from megatron_vlm.config.schema import Config, VisionConfig
 from megatron_vlm.config.validation import ModelFacts, names_its_model
-from megatron_vlm.models.architectures import LANGUAGE_MODELS, head_width, load_language_config
+from megatron_vlm.models.architectures import LANGUAGE_MODELS, like_tensors_of, load_language_config
 from megatron_vlm.models.families import FAMILIES
 from megatron_vlm.models.projectors import PROJECTORS, build_projector
 from megatron_vlm.models.projectors.base import backend_obstacle
 from megatron_vlm.models.vision.survey import TowerSurvey, load_vision_config, survey_tower
-from megatron_vlm.ops.table import Example, obstacles
+from megatron_vlm.ops.table import obstacles
 
 
 def gather_facts(
@@ -101,9 +101,7 @@ def _backend_obstacles(
         del requested["projector"]
         yield reason
     if device is not None:
-        yield from obstacles(
-            requested, Example(device, DTYPES[config.precision.params], head_width=head_width(language))
-        )
+        yield from obstacles(requested, like_tensors_of(language, config, device))
 
 
 def _with_layer_in_range(vision: VisionConfig) -> VisionConfig:

@@ -19,7 +19,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_vlm.config.megatron import fp8_backend, transformer_config
 from megatron_vlm.config.schema import Config
-from megatron_vlm.models.architectures import LANGUAGE_MODELS, check_architecture, head_width
+from megatron_vlm.models.architectures import (
+    LANGUAGE_MODELS,
+    attention_softcap,
+    attention_windows,
+    check_architecture,
+    head_width,
+    like_tensors_of,
+)
 from megatron_vlm.models.fp8 import counted_tokens, quantise_layers
 from megatron_vlm.models.head import LanguageHead
 from megatron_vlm.models.merge import LocalFeatures, merge_features
@@ -45,6 +52,8 @@ class LanguageSpec:
         vocab_size: V.
         tied: embedding and output weight are one.
         inverse_frequencies: [d/2] of RoPE; `rope_scaling` multiplies cosines and sines.
+        windows: by layer of the whole model, the keys that a query sees at most; None: all before it.
+        softcap: of the attention scores; None: they stay.
     """
 
     hf_config: PretrainedConfig
@@ -52,13 +61,23 @@ class LanguageSpec:
     tied: bool
     inverse_frequencies: Tensor
     rope_scaling: float
+    windows: tuple[int | None, ...]
+    softcap: float | None
 
     @classmethod
     def from_config(cls, hf_config: PretrainedConfig) -> "LanguageSpec":
         """Raises ConfigError where the architecture is not one this package builds."""
         check_architecture(hf_config)
         frequencies, scaling = _rope_frequencies(hf_config)
-        return cls(hf_config, hf_config.vocab_size, bool(hf_config.tie_word_embeddings), frequencies, scaling)
+        return cls(
+            hf_config=hf_config,
+            vocab_size=hf_config.vocab_size,
+            tied=bool(hf_config.tie_word_embeddings),
+            inverse_frequencies=frequencies,
+            rope_scaling=scaling,
+            windows=attention_windows(hf_config),
+            softcap=attention_softcap(hf_config),
+        )
 
 
 @dataclass(frozen=True)
@@ -143,6 +162,8 @@ class LanguageModel(GPTModel):
             position_ids=position_ids,
             inverse_frequencies=self.inverse_frequencies,
             rope_scaling=self.spec.rope_scaling,
+            windows=self.spec.windows,
+            softcap=self.spec.softcap,
             cache=cache,
             shared=None if cache is not None and documents is None else self._shared_sequence(position_ids, documents),
             counted=counted_tokens(labels, self.grid) if self.training and labels is not None and self.is_fp8 else None,
@@ -207,8 +228,7 @@ def build_language_chunks(config: Config, hf_config: PretrainedConfig, grid: Gri
     spec = LanguageSpec.from_config(hf_config)
     settings = LANGUAGE_MODELS.get(hf_config.model_type).settings(hf_config)
     mcore_config = transformer_config(config, hf_config, settings)
-    like = table.Example(current_device(), mcore_config.params_dtype, head_width=head_width(hf_config))
-    table.check(config.used_ops(), like)
+    table.check(config.used_ops(), like_tensors_of(hf_config, config, current_device()))
     num_chunks = config.parallel.virtual_pipeline
     first_rank, last_rank = grid.coordinates.pipeline == 0, grid.coordinates.pipeline == grid.sizes.pipeline - 1
     chunks = []

@@ -27,13 +27,16 @@ from megatron_vlm.ops.dispatch import AUTO, Operation
 class Example:
     """Stands for a tensor of which only this is asked; it is called with a shape to give another one of its kind.
 
-    `head_width` is that of the attention heads that a model has.
+    `head_width` is that of the attention heads that a model has, `softcap` that of its scores, None for none; `slides`:
+    whether a layer has a window shorter than its rows.
     """
 
     device: torch.device
     dtype: torch.dtype
     shape: tuple[int, ...] = ()
     head_width: int = 128
+    softcap: float | None = None
+    slides: bool = False
 
     def __call__(self, *shape: int) -> "Example":
         return replace(self, shape=shape)
@@ -65,9 +68,10 @@ class Entry:
 
 
 def _queries(like: Example) -> tuple[Any, ...]:
-    """Of a causal row, with nothing hidden."""
+    """Of a causal row, with nothing hidden but what a window does."""
     length, widths = 4096, (like.head_width, like.head_width)
-    return like(1, length, 32, like.head_width), None, Asked(length, length, widths, Band(None, 0), False)
+    band = Band(1 - length // 2 if like.slides else None, 0)
+    return like(1, length, 32, like.head_width), like.softcap, Asked(length, length, widths, band, False)
 
 
 TABLE = (

@@ -10,11 +10,16 @@ In generation context ranks share a prompt like any other rows, and each keeps t
 them: equally many on every rank, however few heads there are. A token of the answer is every rank's: each attends with
 it to the keys it has, and the parts are merged. Its own key goes to one rank, in turn.
 
+Layers may have sliding windows, each its own: whole rows are told theirs, shared rows have a ring for each window, and
+of a cache the keys that a window hides are not read.
+
 Letters: s tokens of this context rank (gathered: under sequence parallelism mcore's qkv projection has already gathered
 them), b rows, heads and kv_heads of this tensor-parallel rank, d head width.
 """
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,7 +43,8 @@ class KVCache:
     """The keys and values every layer has seen, for generation; allocated at a layer's first call.
 
     Prompts of one batch are padded on the left to one length, so that all rows continue at the same index; the padding
-    is hidden from every query. A head's keys stand together, as the kernel of a one-token step reads them.
+    is hidden from every query. A head's keys stand together, as the kernel of a one-token step reads them. Of a layer
+    with a window all keys are kept, too, and `within` gives those that are read.
 
     Args:
         capacity: keys per row, prompt and answer together.
@@ -72,6 +78,22 @@ class KVCache:
         """[b, length] bool, a view: which of the first `length` keys are no padding; None where all are."""
         return None if self._valid is None else self._valid[:, :length]
 
+    def within(
+        self, layer_number: int, keys: Tensor, values: Tensor, num_queries: int, window: int | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All keys and values of a layer, each [b, length, kv_heads, d] -> those that the window shows any of the last
+        `num_queries` tokens, and their `key_valid`: views, of one key at least."""
+        length = keys.shape[1]
+        key_valid = self.key_valid(length)
+        first = 0 if window is None else self._first_within(layer_number, length, num_queries, window)
+        if first == length:  # kernels take no empty tensors
+            return keys[:, -1:], values[:, -1:], keys.new_zeros(len(keys), 1, dtype=torch.bool)
+        return keys[:, first:], values[:, first:], None if key_valid is None else key_valid[:, first:]
+
+    def _first_within(self, layer_number: int, length: int, num_queries: int, window: int) -> int:
+        """Which of the first `length` keys is the first that a window shows; `length` where it shows none."""
+        return max(0, length - num_queries - window + 1)
+
     def over_all_keys(self, out: Tensor, lse: Tensor) -> Tensor:
         """Attention with the keys here, out [b, s, heads, d] and lse [b, heads, s] -> out with all keys there are."""
         return out
@@ -86,12 +108,19 @@ class SharedKVCache(KVCache):
         capacity: keys per row that this rank keeps.
         prompt_valid: [b, tokens of the prompt that this rank has] bool, as in `KVCache`.
         group: the context ranks.
+        positions: where in the row this rank's tokens of the prompt stand, ascending; all ranks have equally many.
     """
 
-    def __init__(self, capacity: int, prompt_valid: Tensor | None, group: ProcessGroup) -> None:
+    def __init__(
+        self, capacity: int, prompt_valid: Tensor | None, group: ProcessGroup, positions: Sequence[int]
+    ) -> None:
         super().__init__(capacity, prompt_valid)
         self.group = group
         self._num_answer_tokens: dict[int, int] = {}
+        self._prompt_length = group.size() * len(positions)
+        num_own = capacity - len(positions)  # of the answer
+        first_own = self._prompt_length + group.rank()
+        self._positions = [*positions, *range(first_own, first_own + num_own * group.size(), group.size())]
 
     def extend(self, layer_number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """As `KVCache.extend`; of an answer's token nothing is appended where it is another rank's turn."""
@@ -100,6 +129,11 @@ class SharedKVCache(KVCache):
         if number < 0 or number % self.group.size() == self.group.rank():
             return super().extend(layer_number, keys, values)
         return super().extend(layer_number, keys[:, :0], values[:, :0])
+
+    def _first_within(self, layer_number: int, length: int, num_queries: int, window: int) -> int:
+        """As in `KVCache`, for an answer's token, which `extend` has counted; of this rank's keys it may see none."""
+        query = self._prompt_length + self._num_answer_tokens[layer_number] - 1
+        return bisect_right(self._positions, query - window, hi=length)
 
     def over_all_keys(self, out: Tensor, lse: Tensor) -> Tensor:
         """As `KVCache.over_all_keys`, for an answer's token: the ranks' parts merged in lse's dtype. A collective of
@@ -123,6 +157,20 @@ class SharedSequence:
 
     ulysses: ProcessGroup
     ring: Ring
+    _windowed: dict[int, Ring] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def ring_of(self, window: int | None) -> Ring:
+        """The ring of the layers that have this window: made once, and the plain one where no document is longer."""
+        if window is None or window >= self._longest_document:
+            return self.ring
+        if window not in self._windowed:
+            self._windowed[window] = replace(self.ring, plan=replace(self.ring.plan, window=window))
+        return self._windowed[window]
+
+    @cached_property
+    def _longest_document(self) -> int:
+        rows = set(self.ring.plan.documents)
+        return max(len(row.interval(number)) for row in rows for number in range(len(row.starts)))
 
 
 @dataclass
@@ -132,6 +180,9 @@ class AttentionContext(PackedSeqParams):
     Args:
         position_ids: [b, s] of this forward's tokens.
         inverse_frequencies: [d/2] of RoPE; `rope_scaling` multiplies cosines and sines.
+        windows: by layer of the whole model, the keys that a query sees at most, its own included; None: all before
+            it. Empty: no layer has a window.
+        softcap: of the scores (`ops.attention`).
         cache: the kv cache this forward reads and extends, or None; with `shared` it is extended by a prompt only.
         shared: where the rows are more than this rank's own tokens of one document each.
         counted: [b, s] bool, the tokens whose activations make FP8 scales (models/fp8.py); None for all.
@@ -141,6 +192,8 @@ class AttentionContext(PackedSeqParams):
     position_ids: Tensor | None = None
     inverse_frequencies: Tensor | None = None
     rope_scaling: float = 1.0
+    windows: tuple[int | None, ...] = ()
+    softcap: float | None = None
     cache: KVCache | None = None
     shared: SharedSequence | None = None
     counted: Tensor | None = None
@@ -150,6 +203,10 @@ class AttentionContext(PackedSeqParams):
         """(cos, sin), each [b, s, d/2] fp32: computed by the first layer, used by all."""
         assert self.position_ids is not None and self.inverse_frequencies is not None
         return rope_tables(self.position_ids, self.inverse_frequencies, self.rope_scaling)
+
+    def window_of(self, layer_number: int) -> int | None:
+        """Of a layer by its number in the whole model, from 1, as megatron-core counts."""
+        return self.windows[layer_number - 1] if self.windows else None
 
 
 class ContextAttention(MegatronModule):
@@ -199,24 +256,41 @@ class ContextAttention(MegatronModule):
         if context.shared is not None:
             if context.cache is not None:  # a prompt
                 context.cache.extend(self.layer_number, k, v)
-            return self._attend_shared(q, k, v, context.shared).transpose(0, 1).flatten(2)
-        key_valid = None
+            return self._attend_shared(q, k, v, context).transpose(0, 1).flatten(2)
+        key_valid, window = None, context.window_of(self.layer_number)
         if context.cache is not None:
             k, v = context.cache.extend(self.layer_number, k, v)
-            key_valid = context.cache.key_valid(k.shape[1])
+            k, v, key_valid = context.cache.within(self.layer_number, k, v, q.shape[1], window)
         out, lse = attention(
-            q, k, v, causal=True, softmax_scale=self.softmax_scale, key_valid=key_valid, backend=self.backend
+            q,
+            k,
+            v,
+            causal=True,
+            softmax_scale=self.softmax_scale,
+            window=window,
+            softcap=context.softcap,
+            key_valid=key_valid,
+            backend=self.backend,
         )
         if context.cache is not None:
             out = context.cache.over_all_keys(out, lse)
         return out.transpose(0, 1).flatten(2)  # [b, s, heads, d] -> [s, b, heads * d]
 
-    def _attend_shared(self, q: Tensor, k: Tensor, v: Tensor, shared: SharedSequence) -> Tensor:
+    def _attend_shared(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """q [b, s, heads, d], k and v [b, s, kv_heads, d] -> [b, s, heads, d]."""
+        shared = context.shared
+        assert shared is not None
         split = HeadSplit(q.shape[2], k.shape[2], shared.ulysses.size())
         kv_index = split.kv_index(shared.ulysses.rank())
         q, k, v = to_heads(q, k, v, split, shared.ulysses)
         out = ring_attention(
-            q, k, v, shared.ring, kv_index=kv_index, softmax_scale=self.softmax_scale, backend=self.backend
+            q,
+            k,
+            v,
+            shared.ring_of(context.window_of(self.layer_number)),
+            kv_index=kv_index,
+            softmax_scale=self.softmax_scale,
+            softcap=context.softcap,
+            backend=self.backend,
         )
         return to_sequence(out, split, shared.ulysses)

@@ -13,7 +13,8 @@ and four backward (values, probabilities, queries, keys):
     forward           4 p a
     backward          8 p a, where queries, keys or values, or anything before them, train
 
-A causal row of T tokens has p = T (T + 1) / 2 pairs, a picture of T tokens T^2. A language layer of width h with H
+A causal row of T tokens has p = T (T + 1) / 2 pairs, in a layer with a window of fewer tokens W the fewer
+p = W (W + 1) / 2 + (T - W) W, a picture of T tokens T^2. A language layer of width h with H
 heads and G key-value groups of width d and an MLP of width f has w = h (H + 2 G) d + H d h + 3 h f (gated: three
 matrices), a = H d. A tower's matrices are those of its linear layers and of its patch embedding, through which only
 patches go; the projector sees the rows that become tokens; the output matrix, h V, only the trained tokens, because no
@@ -47,12 +48,14 @@ class Block:
         trained_weights: of those, the ones that train.
         trains: whether any parameter does, of a matrix or not.
         attention_width: all heads' together; 0 where it is no layer.
+        window: the keys that a query sees at most, in a layer of the language model; None: all before it.
     """
 
     weights: int
     trained_weights: int
     trains: bool
     attention_width: int = 0
+    window: int | None = None
 
     def flops(self, tokens: int, pairs: int, trains_before: bool) -> int:
         """Forward and backward of `tokens` tokens, `pairs` of which attend."""
@@ -85,12 +88,13 @@ def step_flops(shape: ModelShape, sample_tokens: Sequence[int], num_trained_toke
         num_trained_tokens: of the global batch.
         num_media: its pictures.
     """
-    num_tokens, causal_pairs = sum(sample_tokens), sum(tokens * (tokens + 1) // 2 for tokens in sample_tokens)
+    num_tokens, windows = sum(sample_tokens), {block.window for block in shape.language}
+    pairs_within = {window: sum(causal_pairs(tokens, window) for tokens in sample_tokens) for window in windows}
     chain = [
         ((shape.embedding,), num_media * shape.patches, 0),
         (shape.tower, num_media * shape.tower_tokens, num_media * shape.tower_tokens**2),
         (shape.projector, num_media * shape.media_tokens, 0),
-        (shape.language, num_tokens, causal_pairs),
+        *(((block,), num_tokens, pairs_within[block.window]) for block in shape.language),
         ((shape.head,), num_trained_tokens, 0),
     ]
     total, trains_before = 0, False
@@ -99,6 +103,12 @@ def step_flops(shape: ModelShape, sample_tokens: Sequence[int], num_trained_toke
             total += block.flops(tokens, pairs, trains_before)
             trains_before |= block.trains
     return total
+
+
+def causal_pairs(num_tokens: int, window: int | None) -> int:
+    """Pairs of query and key in a row of its own: a query sees itself and what is before it, in the window."""
+    width = num_tokens if window is None else min(num_tokens, window)
+    return width * (width + 1) // 2 + (num_tokens - width) * width
 
 
 def model_shape(vision: VisionEncoder, spec: LanguageSpec, model: ModelConfig) -> ModelShape:
@@ -158,7 +168,7 @@ def _language_blocks(spec: LanguageSpec, model: ModelConfig) -> Iterator[Block]:
         prefix = f"language.decoder.layers.{number}."
         own = sum(weights for name, weights in matrices.items() if prefix + name in trained)
         trains = any(name.startswith(prefix) for name in trained)
-        yield Block(sum(matrices.values()), own, trains, attention_width)
+        yield Block(sum(matrices.values()), own, trains, attention_width, spec.windows[number])
     yield Block(0, 0, norm in trained)
     output = hidden * spec.vocab_size
     trains = (table if spec.tied else "language.output_layer.weight") in trained

@@ -95,14 +95,16 @@ def attention_bytes(
     num_layers: int,
     at: Coordinates,
     rows: Sequence[tuple[Documents, ...]],
+    window: int | None = None,
 ) -> int:
-    """Over the context ranks.
+    """Over the context ranks, of layers with one window.
 
     Args:
         split: of the heads of a tensor rank.
         width: of a head.
         num_layers: of this rank.
         rows: by micro-batch, the documents of each of its rows.
+        window: keys that a query sees at most; None: all before it.
     """
     parallel, element = config.parallel, ELEMENT_BYTES[config.precision.params]
     per_key = 2 * width * len(split.key_heads(at.ulysses))
@@ -111,7 +113,7 @@ def attention_bytes(
         layout = SequenceLayout(documents[0].length, parallel.ring, parallel.ulysses)
         there, back = _exchanged_heads(split, at.ulysses)
         tokens = len(documents) * layout.local_length * width
-        keys, gradients = _travelling_keys(RingPlan(layout, documents), at.ring, parallel.ring_mode)
+        keys, gradients = _travelling_keys(RingPlan(layout, documents, window=window), at.ring, parallel.ring_mode)
         forward = (there * tokens + keys * per_key) * element
         backward = (back * tokens + keys * per_key) * element + gradients * per_key * WIDE_BYTES
         passes = 1 if config.training.mode == "eval" or config.training.recompute.language == "none" else 2

@@ -34,11 +34,23 @@ def real_plan(folder):
     return lay_out(language_mappings(foreign.language), foreign.source.stored)
 
 
+KINDS = [Kind(), Kind(language="qwen2"), Kind(language="mistral"), Kind(tied=True), Kind(dtype="fp32")]
+
+
 @pytest.mark.parametrize("write", [llava, llava_hf, lambda path, kind: with_old_names(llava_hf(path, kind))])
-@pytest.mark.parametrize("kind", [Kind(), Kind(language="qwen2"), Kind(tied=True), Kind(dtype="fp32")], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_the_guess_is_the_plan(tmp_path, write, kind):
     folder = write(tmp_path / "model", kind)
     assert guess_plan(folder) == real_plan(folder) != []
+
+
+def test_groups_of_heads_are_told_by_the_shapes(tmp_path):
+    """transformers writes no number that is its model type's default, and Mistral's default is not Llama's."""
+    folder = llava_hf(tmp_path / "model", Kind(language="mistral"))
+    plan, settings = real_plan(folder), json.loads((folder / "config.json").read_text())
+    del settings["text_config"]["num_key_value_heads"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert guess_plan(folder) == plan != []
 
 
 def test_it_begins_without_torch(tmp_path):

@@ -90,6 +90,10 @@ TENSOR_CASES = [
     replace(case, tensor=2, sequence=i % 2 == 1)
     for i, case in enumerate([c for c in CASES if c.text["num_key_value_heads"] % 2 == 0 and sum(c.images)][:6])
 ]
+WINDOWED_CASES = [
+    replace(case, text={**case.text, "model_type": "mistral", "sliding_window": 5})
+    for case in (next(c for c in CASES if sum(c.images)), next(c for c in TENSOR_CASES if c.sequence))
+]
 CASES_WITH_IMAGES = [case for case in CASES if sum(case.images) and case.text["num_attention_heads"] > 1]
 
 
@@ -120,6 +124,17 @@ def test_logits_equal_transformers_at_tp2(case: Case, ranks: RankPool) -> None:
     assert relative_difference(case, ranks) <= TOLERANCE
 
 
+@pytest.mark.parametrize("case", WINDOWED_CASES, ids=lambda case: f"seed{case.seed}-tp{case.tensor}")
+def test_logits_of_a_mistral_with_a_short_window_equal_transformers(case: Case, ranks: RankPool) -> None:
+    assert relative_difference(case, ranks) <= TOLERANCE
+
+
+@pytest.mark.parametrize("window", [4, 6, None])
+def test_another_window_is_seen(window: int | None, ranks: RankPool) -> None:
+    wrong = replace(WINDOWED_CASES[0], text={**WINDOWED_CASES[0].text, "sliding_window": window})
+    assert relative_difference(WINDOWED_CASES[0], ranks, ours=wrong) > 10 * TOLERANCE
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(
     "case", [*CASES_WITH_IMAGES[:2], TENSOR_CASES[0]], ids=lambda case: f"seed{case.seed}-tp{case.tensor}"
@@ -128,12 +143,13 @@ def test_a_fault_is_seen(case: Case, fault: str, ranks: RankPool) -> None:
     assert relative_difference(case, ranks, fault) > 10 * TOLERANCE
 
 
-def relative_difference(case: Case, ranks: RankPool, fault: str | None = None) -> float:
-    """Largest difference between our logits, on any rank, and transformers', over the latter's deviation."""
+def relative_difference(case: Case, ranks: RankPool, fault: str | None = None, ours: Case | None = None) -> float:
+    """Largest difference between our logits, on any rank, and transformers', over the latter's deviation; `ours`: what
+    our model is built as, where that differs."""
     state, batch, expected = reference(case)
     deviation = float(expected.std())
     assert deviation >= 1.0
-    results = ranks.run(case.tensor, our_logits, case, state, batch, fault)
+    results = ranks.run(case.tensor, our_logits, ours or case, state, batch, fault)
     return max(float((logits - expected).abs().max()) for logits in results) / deviation
 
 

@@ -118,7 +118,16 @@ def test_what_comes_back_is_what_went_in_everywhere(ranks, tmp_path, format, dty
     check_round_trip(ranks, tmp_path, format, dtype, tied, layout)
 
 
-@pytest.mark.parametrize("kind", [Kind(language="qwen2"), Kind(tower="siglip"), Kind(language="qwen2", tower="siglip")])
+KINDS = [
+    Kind(language="qwen2"),
+    Kind(tower="siglip"),
+    Kind(language="qwen2", tower="siglip"),
+    Kind(language="mistral"),
+    pytest.param(Kind(language="mistral", tower="siglip", tied=True), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_other_language_models_and_towers_come_back(tmp_path, kind):
     for format, write in WRITERS.items():
         source = write(tmp_path / format, kind)

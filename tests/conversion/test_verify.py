@@ -24,6 +24,7 @@ SHAPES = {
     "mha": Shape({"num_key_value_heads": 4}),
     "qwen2": Shape({"model_type": "qwen2"}),
     "qwen2-tied-bf16": Shape({"model_type": "qwen2", "tie_word_embeddings": True}, dtype=torch.bfloat16),
+    "mistral": Shape({"model_type": "mistral", "sliding_window": 5}),
     "llama-fp16": Shape(dtype=torch.float16),
 }
 SHAPE_OF = {"swapped_query_key": "mha", "biases_not_grouped": "qwen2"}  # of a fault; the others': llama

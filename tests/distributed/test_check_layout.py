@@ -19,6 +19,7 @@ from tests.distributed.test_master import (
     OVERLAP,
     PROJECTOR_ONLY,
     TIED,
+    WINDOWS,
     layout,
     merged,
     parallel,
@@ -36,6 +37,8 @@ TP2, PP2, DP2 = parallel(2, tensor=2), parallel(2, pipeline=2), parallel(2)
 TP2_SP, TP2_DP2 = parallel(2, tensor=2, sequence=True), parallel(4, tensor=2)
 TP2_SP_PP2 = parallel(4, tensor=2, pipeline=2, sequence=True)
 RING2 = parallel(2, ring=2)
+SLIDING_PP2 = layout(2, parallel={"pipeline": 2}, model=WINDOWS)
+SLIDING_RING2 = layout(2, parallel={"ring": 2}, model=WINDOWS)
 FP8 = {"fp8": "tensorwise", "fp8_exclude": {"first": 1, "last": 1}}
 RIGHT = {
     "tp2-sp-pp2": TP2_SP_PP2,
@@ -52,6 +55,8 @@ RIGHT_SLOW = {
     ),
     "projector-only-tied-pp2": layout(2, parallel={"pipeline": 2}, model=PROJECTOR_ONLY | TIED),
     "fp8-tp2-sp": layout(2, parallel={"tensor": 2, "sequence": True}, precision=FP8),
+    "sliding-pp2": SLIDING_PP2,
+    "sliding-ring2": SLIDING_RING2,
     "virtual2-overlap-dp2": parallel(4, pipeline=2, virtual_pipeline=2, **OVERLAP),
 }
 
@@ -84,6 +89,8 @@ FAULTS_FOUND_SLOW = [
     ("vision_gradient_not_over_model_ranks", TP2_SP_PP2, *PROJECTOR, (0, 1, 2, 3)),
     ("swapped_feature_rows", TP2_SP_PP2, *MERGED, (0, 1)),
     ("norm_gradients_not_reduced", TP2_SP_PP2, *NORM, (2, 3)),
+    ("window_too_wide", SLIDING_RING2, *LAYER, (0, 1)),
+    ("windows_of_local_layers", SLIDING_PP2, "language forward", "value of language.decoder.layers.2", (1,)),
     ("vision_gradient_not_over_data", TP2_DP2, *PROJECTOR, (0, 1, 2, 3)),
 ]
 

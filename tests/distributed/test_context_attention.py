@@ -87,6 +87,17 @@ def test_the_layers_attend_so(ranks: RankPool, ulysses: int, ring: int) -> None:
         assert distance(found[name], wanted) < 1e-5, name
 
 
+def test_the_layers_have_their_windows_and_the_softcap(ranks: RankPool) -> None:
+    """Where documents are longer than the window; the layer is the second of two, of which the first has none."""
+    case = Case(6, 3, "spanning", window=5, softcap=1.5)
+    found = assembled(ranks.run(2, run_core_attention, 1, 2, case), case.layout(1, 2))
+    for name, wanted in expected_of_rotated(case).items():
+        assert distance(found[name], wanted) < 1e-5, name
+    for change in ({"window": 6}, {"window": None}, {"softcap": None}):
+        wrong = expected_of_rotated(dataclasses.replace(case, **change))
+        assert distance(found["out"], wrong["out"]) > 1e-3, change
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["p2p", "all_gather"])
 def test_a_ring_of_kernels(ranks: RankPool, mode: str) -> None:

@@ -41,6 +41,18 @@ SLOW = {
     "ring2-all-gather": (2, {"ring": 2, "ring_mode": "all_gather"}),
     "tp2-ulysses2-ring2": (8, {"tensor": 2, "ulysses": 2, "ring": 2}),
 }
+WINDOWED = {  # shorter than most prompts, and than a context rank's part of them
+    "model_type": "qwen2",
+    "use_sliding_window": True,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+}
+WINDOW_LAYOUTS = {
+    "ring2": (2, {"ring": 2}),
+    "tp2-ulysses2": (4, {"tensor": 2, "ulysses": 2}),
+    "pp2-ring2": (4, {"pipeline": 2, "ring": 2}),
+    "ulysses2-ring2": (4, {"ulysses": 2, "ring": 2}),
+}
 FAULTS = (
     "own_keys_only",
     "parts_weigh_the_same",
@@ -53,6 +65,12 @@ FAULTS = (
 
 def recipe_in(directory: Any, **parallel: Any) -> dict[str, Any]:
     return tiny_recipe(directory, parallel=parallel).model_dump(mode="json")
+
+
+def windowed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The same with a language model some of whose layers have a sliding window."""
+    recipe["model"]["language"]["config"] |= WINDOWED
+    return recipe
 
 
 def raw_prompts(batch: list[tuple[int, int]], vocabulary: int, seed: int) -> Any:
@@ -287,3 +305,41 @@ def test_prompts_of_every_length(ranks, tmp_path, axis):
     recipe = recipe_in(tmp_path / "shared", **{"tensor": 2, axis: 2})
     for found in ranks.run(4, decode_and_score, recipe, EVERY_LENGTH, timeout=280):
         assert_same(found, (rows, scores, counts))
+
+
+def decode_with_wrong_windows(recipe: dict[str, Any], batch: list[tuple[int, int]]) -> list[list[list[int]]]:
+    """Greedy tokens where a context rank takes its keys for neighbours, and where it shows all of them."""
+    from megatron_vlm.parallel.context_attention import KVCache, SharedKVCache
+
+    job = open_model(recipe)
+    prompts = raw_prompts(batch, job.model.language[0].spec.vocab_size, seed=1)
+    found = []
+    for wrong in (KVCache._first_within, lambda cache, layer, length, num_queries, window: 0):
+        with mock.patch.object(SharedKVCache, "_first_within", wrong):
+            found.append(decode(job, prompts, []))
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone_windowed(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    recipe = windowed(recipe_in(tmp_path_factory.mktemp("windowed")))
+    ((rows, scores, counts, margin, _),) = ranks.run(1, decode_and_score, recipe, BATCHES)
+    assert margin > LEAST_MARGIN, f"a choice is too close to call: {margin}"
+    return rows, scores, counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_modules", [False, True])
+@pytest.mark.parametrize("name", WINDOW_LAYOUTS)
+def test_sliding_windows_over_context_ranks(ranks, alone_windowed, tmp_path, name, by_modules):
+    num_ranks, parallel = WINDOW_LAYOUTS[name]
+    recipe = windowed(recipe_in(tmp_path, **parallel))
+    for found in ranks.run(num_ranks, decode_and_score, recipe, BATCHES, by_modules, timeout=280):
+        assert_same(found, alone_windowed)
+
+
+@pytest.mark.slow
+def test_wrong_windows_over_context_ranks_change_answers(ranks, alone_windowed, tmp_path):
+    own = slice(len(BATCHES[0]), len(BATCHES[0]) + len(BATCHES[1]))
+    for found in ranks.run(2, decode_with_wrong_windows, windowed(recipe_in(tmp_path, ring=2)), BATCHES[1]):
+        assert all(rows != alone_windowed[0][own] for rows in found)

@@ -38,6 +38,13 @@ def parallel(ranks: int, **keys: Any) -> tuple[int, dict[str, dict[str, Any]]]:
 
 PROJECTOR_ONLY = {"train": {"language": False, "vision": False, "projector": True}}
 TIED = {"language": {"config": {"tie_word_embeddings": True}}}
+MIXED_WINDOWS = {  # the halves of a pipeline of two have layers in another order
+    "model_type": "qwen2",
+    "use_sliding_window": True,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+}
+WINDOWS = {"language": {"config": MIXED_WINDOWS}, "freeze": [r"linear_qkv\.bias"]}  # keys' have hardly a gradient
 PACKED = {"packing": True}
 FUSED_OPS = {"norm": "triton", "activation": "triton", "rope": "triton"}  # by Triton's interpreter
 ALL_FUSED = {**FUSED_OPS, "attention": "triton", "projector": "triton"}
@@ -54,6 +61,7 @@ FAST = {
     ),  # a prime
     "fused-ops": layout(2, parallel={"tensor": 2}, ops=FUSED_OPS, training={"micro_batch_size": 8}),
     "projector-only-tp2-pp2": layout(4, parallel={"tensor": 2, "pipeline": 2}, model=PROJECTOR_ONLY),
+    "windows-ring2": layout(2, parallel={"ring": 2}, model=WINDOWS),
 }
 SLOW = {
     "tp2": parallel(2, tensor=2),
@@ -92,6 +100,13 @@ SLOW = {
     "projector-only-windows-overlap": layout(
         4, parallel={"tensor": 2, **OVERLAP}, model=PROJECTOR_ONLY, training={"media_window": 2}
     ),
+    "windows-ulysses2-ring2": layout(4, parallel={"ulysses": 2, "ring": 2}, model=WINDOWS),
+    "windows-packed-tp2-pp2-sp": layout(
+        4, parallel={"tensor": 2, "pipeline": 2, "sequence": True}, model=WINDOWS, data=PACKED
+    ),
+    "windows-tp2-sp-ring2": layout(4, parallel={"tensor": 2, "sequence": True, "ring": 2}, model=WINDOWS),
+    "windows-ring2-all-gather": layout(2, parallel={"ring": 2, "ring_mode": "all_gather"}, model=WINDOWS),
+    "windows-pp2-virtual2": layout(2, parallel={"pipeline": 2, "virtual_pipeline": 2}, model=WINDOWS),
     "recompute-full": layout(
         4,
         parallel={"tensor": 2, "pipeline": 2, "sequence": True},
@@ -131,6 +146,8 @@ FAULTS = {
     "local_positions": ("local_positions", parallel(2, ring=2)),
     "labels_shifted_after_the_cut": ("labels_shifted_after_the_cut", parallel(2, ulysses=2)),
     "ring_block_gradient_dropped": ("ring_block_gradient_dropped", parallel(2, ring=2)),
+    "window_too_wide": ("window_too_wide", layout(2, parallel={"ring": 2}, model=WINDOWS)),
+    "windows_of_local_layers": ("windows_of_local_layers", layout(2, parallel={"pipeline": 2}, model=WINDOWS)),
     HANGING_FAULT: (  # windows with fewer pictures than ranks
         HANGING_FAULT,
         layout(4, parallel={"tensor": 2, "pipeline": 2}, training={"media_window": 2}),

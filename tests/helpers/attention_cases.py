@@ -133,13 +133,15 @@ def run_core_attention(ulysses: int, ring: int, case: Case) -> dict[str, Tensor]
         kv_channels=case.width,
         attention_dropout=0.0,
     )
-    core = ContextAttention(config=config, layer_number=1, softmax_scale=case.softmax_scale)
+    core = ContextAttention(config=config, layer_number=2, softmax_scale=case.softmax_scale)
     ulysses_group, ring_group = groups_of(ulysses, ring)
     layout = case.layout(ulysses, ring)
     positions, inputs = layout.positions(ring_group.rank(), ulysses_group.rank()), case.inputs()
     context = AttentionContext(
         position_ids=position_ids(case)[:, positions],
         inverse_frequencies=inverse_frequencies(case),
+        windows=(None, case.window),
+        softcap=case.softcap,
         shared=SharedSequence(ulysses_group, Ring(RingPlan(layout, case.documents), ring_group, case.mode)),
     )
     leaves = {name: inputs[name][:, positions].clone().requires_grad_() for name in "qkv"}

@@ -169,6 +169,24 @@ def documents_not_isolated() -> list[Any]:
     ]
 
 
+def window_too_wide() -> list[Any]:
+    """Ranks that share rows see one key more than a layer's window shows."""
+    from megatron_vlm.parallel.context_attention import SharedSequence
+
+    original = SharedSequence.ring_of
+    return [
+        mock.patch.object(SharedSequence, "ring_of", lambda shared, window: original(shared, window and window + 1))
+    ]
+
+
+def windows_of_local_layers() -> list[Any]:
+    """A stage of two layers takes the windows of the model's first two."""
+    from megatron_vlm.parallel.context_attention import AttentionContext
+
+    original = AttentionContext.window_of
+    return [mock.patch.object(AttentionContext, "window_of", lambda context, number: original(context, 2 - number % 2))]
+
+
 FAULTS = {
     "vision_gradient_not_over_model_ranks": lambda: vision_gradient_over("data"),
     "vision_gradient_not_over_data": lambda: vision_gradient_over("replica"),
@@ -182,4 +200,6 @@ FAULTS = {
     "labels_shifted_after_the_cut": labels_shifted_after_the_cut,
     "ring_block_gradient_dropped": ring_block_gradient_dropped,
     "documents_not_isolated": documents_not_isolated,
+    "window_too_wide": window_too_wide,
+    "windows_of_local_layers": windows_of_local_layers,
 }

@@ -28,6 +28,8 @@ TINY_SIGLIP = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
 }
+SLIDING_WINDOW = 9  # of a Mistral
+LLAVA_NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen"}
 TOWERS = {"clip": tiny_clip(), "siglip": TINY_SIGLIP}
 _TO_LLAVA = (
     (r"language_model\.lm_head", "lm_head"),
@@ -53,6 +55,7 @@ def hf_model(kind: Kind, vocab_size: int, image_token_id: int) -> Any:
     from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
     text = {**tiny_llama(vocab_size), "model_type": kind.language, "tie_word_embeddings": kind.tied}
+    text |= {"sliding_window": SLIDING_WINDOW} if kind.language == "mistral" else {}
     text |= {"num_attention_heads": 8, "num_key_value_heads": 4}  # for four tensor-parallel ranks
     config = LlavaConfig(
         text_config=AutoConfig.for_model(**text),
@@ -134,8 +137,8 @@ def llava(directory: Path, kind: Kind = Kind(), tower: str = "inside", pickles: 
     directory.mkdir()
     config = {
         **settings["text_config"],
-        "architectures": ["LlavaQwenForCausalLM" if kind.language == "qwen2" else "LlavaLlamaForCausalLM"],
-        "model_type": "llava_qwen" if kind.language == "qwen2" else "llava_llama",
+        "architectures": [f"Llava{LLAVA_NAMES[kind.language]}ForCausalLM"],
+        "model_type": f"llava_{LLAVA_NAMES[kind.language].lower()}",
         "tie_word_embeddings": kind.tied,
         "mm_vision_tower": str(tower_folder),
         "mm_projector_type": "mlp2x_gelu",

@@ -107,7 +107,7 @@ def save_llava(model: Any, folder: Path, tower_inside: bool = True) -> Path:
         if tower_inside or "vision_tower" not in name:
             state[names.get(prefix, "") + name.removeprefix(prefix)] = tensor
     torch.save(state, folder / "pytorch_model.bin")
-    kind = {"llama": "Llama", "qwen2": "Qwen"}[config.text_config.model_type]
+    kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen"}[config.text_config.model_type]
     settings = config.text_config.to_dict() | {
         "architectures": [f"Llava{kind}ForCausalLM"],
         "model_type": f"llava_{kind.lower()}",

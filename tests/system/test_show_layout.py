@@ -162,6 +162,21 @@ def test_evaluation_holds_what_a_layer_needs_and_no_gradients(tmp_path: Path) ->
     assert views["eval"].times[0].length < views["train_and_eval"].times[0].length / 2
 
 
+def test_a_sliding_window_sends_and_computes_less(tmp_path: Path) -> None:
+    config = tiny_recipe(tmp_path, parallel={"ring": 2})
+    assert config.model.language.config is not None
+    views = {}
+    for window in (5, 4096, None):
+        settings = config.model.language.config | {"model_type": "mistral", "sliding_window": window}
+        language = config.model.language.model_copy(update={"config": settings})
+        mistral = config.model_copy(update={"model": config.model.model_copy(update={"language": language})})
+        views[window] = gather("mistral", mistral, 2)
+    for kind in (lambda view: view.ranks[0].traffic.attention, lambda view: view.times[0].phases["pipeline"]):
+        assert kind(views[5]) < kind(views[4096]) == kind(views[None])
+    assert "4 of 4 layers have a window of 5 tokens, which hides more." in page(views[5])
+    assert "layers have a window" not in page(views[None])
+
+
 def test_the_backend_that_attention_is_counted_for_is_said(tmp_path: Path) -> None:
     """In the table and on the page; on a GPU none keeps scores, but the reference where it is asked for."""
     config = load_config(LLAVA)

@@ -19,10 +19,12 @@ def words(view: View) -> str:
     shown = view.shown
     documents = len(shown.row.packed) or 1
     rows = f"One row of {shown.row.num_tokens:,} tokens in {documents} document{'s' if documents > 1 else ''}"
+    windows = [window for window in view.windows if window is not None]
+    sliding = f" {len(windows)} of {len(view.windows)} layers have a window of {windows[0]:,} tokens" if windows else ""
     return (
         f"{rows}: queries downwards, keys to the right. A part has the colour of the ring rank that computes it: "
         "at step 0 with its own keys, paler at every later step with keys that another rank has sent. What causality "
-        "or a document's end hides is neither computed nor sent."
+        f"or a document's end hides is neither computed nor sent.{sliding and f'{sliding}, which hides more.'}"
     )
 
 

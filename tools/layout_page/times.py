@@ -12,7 +12,7 @@ from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.parallel.timeline import Timeline, simulate
-from megatron_vlm.training.flops import Block, ModelShape, model_shape
+from megatron_vlm.training.flops import Block, ModelShape, causal_pairs, model_shape
 
 from .batch import Batch
 
@@ -126,7 +126,7 @@ def _stage_flops(
     """Of a micro-batch, forward and backward, by virtual stage, on one of its tensor ranks."""
     rows, recompute = config.training.micro_batch_size, config.training.recompute.language
     num_virtual = sizes.pipeline * config.parallel.virtual_pipeline
-    tokens, pairs = rows * length, rows * length * (length + 1) // 2
+    tokens = rows * length
     layers = shape.language[1:-1]
     each = len(layers) // num_virtual
     share = sizes.tensor * sizes.context
@@ -134,6 +134,7 @@ def _stage_flops(
     for virtual in range(num_virtual):
         ahead = back = 0.0
         for block in layers[virtual * each : (virtual + 1) * each]:
+            pairs = rows * causal_pairs(length, block.window)
             once = _forward(block, tokens, pairs)
             again = {"none": 0, "selective": 4 * pairs * block.attention_width, "full": once}[recompute]
             ahead += once

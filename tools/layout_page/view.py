@@ -1,5 +1,6 @@
 """Everything the page and the tables show, gathered once: pure numbers, ready for JSON."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -53,7 +54,7 @@ class RankView:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One row as attention sees it. `blocks`, by ring rank and step: what is computed of it."""
+    """One row as attention sees it. `blocks`, by ring rank and step: what a layer without a window computes of it."""
 
     row: SampleRow
     documents: Documents
@@ -95,7 +96,7 @@ class ShownRow:
 @dataclass(frozen=True)
 class View:
     """A recipe on a number of ranks. `rows_sent`, by media group (the replicas, or the world alone): feature rows from
-    each of its ranks to each, in the step."""
+    each of its ranks to each, in the step. `windows`, by layer: keys that a query sees at most."""
 
     name: str
     config: Config
@@ -105,6 +106,7 @@ class View:
     ranks: tuple[RankView, ...]
     times: tuple[StepTime, ...]  # by replica
     rows_sent: tuple[tuple[tuple[int, ...], ...], ...]
+    windows: tuple[int | None, ...]
 
     def replica(self, data: int) -> list[RankView]:
         """The ranks of one replica, by replica rank."""
@@ -195,6 +197,7 @@ def gather(name: str, config: Config, world_size: int, ranks_per_node: int = RAN
         ranks=tuple(recipe.rank(rank) for rank in range(sizes.world)),
         times=step_times(config, sizes, encoder, spec, batch),
         rows_sent=tuple(_rows_sent(batch, group) for group in range(1 if shares_all(config) else sizes.data)),
+        windows=spec.windows,
     )
 
 
@@ -268,9 +271,12 @@ class _Recipe:
         heads = (model.num_attention_heads // sizes.tensor, model.num_key_value_heads // sizes.tensor)
         micro_batches = self.batch.replicas[at.data].micro_batches
         rows = [tuple(row.documents(length) for row in micro_batch) for micro_batch in micro_batches]
-        num_layers = sum(len(chunk.layers) for chunk in chunks)
-        split = HeadSplit(*heads, sizes.ulysses)
-        return traffic.attention_bytes(self.config, split, head_width(model), num_layers, at, rows)
+        split, width = HeadSplit(*heads, sizes.ulysses), head_width(model)
+        layers = Counter(self.spec.windows[number] for chunk in chunks for number in chunk.layers)
+        return sum(
+            traffic.attention_bytes(self.config, split, width, num_layers, at, rows, window)
+            for window, num_layers in layers.items()
+        )
 
 
 def _rows_sent(batch: Batch, group: int) -> tuple[tuple[int, ...], ...]:

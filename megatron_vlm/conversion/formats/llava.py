@@ -40,7 +40,7 @@ from megatron_vlm.models.hf_config import OTHER_KEYS, config_from_dict, config_f
 
 NAME = "llava"
 PROJECTOR_FILE = "mm_projector.bin"
-LANGUAGES = {"llama": "llama", "qwen": "qwen2"}  # in the architecture's name -> model type
+LANGUAGES = {"llama": "llama", "mistral": "mistral", "qwen": "qwen2"}  # in the architecture's name -> model type
 IMAGE_MODES = {"pad": "pad", "square": "processor", None: "processor"}  # image_aspect_ratio -> data.image_mode
 FEATURES = {"patch": "patch", "cls_patch": "cls_patch"}
 TOWER = "model.vision_tower.vision_tower.vision_model."

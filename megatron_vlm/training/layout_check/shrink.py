@@ -1,11 +1,12 @@
 """The user's own recipe made small: the same layout, kind of model and data, in seconds.
 
 Kept: everything that decides how ranks share the work (sizes, sequence parallelism, windows, overlap, recompute,
-distributed optimizer), what trains, heads and groups, tied weights and biases, the vocabulary with its padding, the
-tokenizer and its template. Reduced: layers, widths, the pictures' size, frames, rows, steps. Weights are random, with a
-spread at which attention is not flat, even where the recipe names some: none of the user's is needed to see whether a
-layout computes what one process does. Arithmetic is fp32, and rates are high enough for updates to show. FP8 is off, as
-bf16 is: a shard's own scale rounds it otherwise than one process rounds the whole, so a right layout would differ.
+distributed optimizer), what trains, heads and groups, tied weights and biases, the kinds of attention that layers have,
+the vocabulary with its padding, the tokenizer and its template. Reduced: layers, sliding windows, widths, the pictures'
+size, frames, rows, steps. Weights are random, with a spread at which attention is not flat, even where the recipe names
+some: none of the user's is needed to see whether a layout computes what one process does. Arithmetic is fp32, and rates
+are high enough for updates to show. FP8 is off, as bf16 is: a shard's own scale rounds it otherwise than one process
+rounds the whole, so a right layout would differ.
 
 The samples are the shortest real ones of each kind: one picture, several, text alone. Short answers at the ends of rows
 would leave the cuts between ranks to tokens that are not trained, and what goes wrong there to later steps: so one of
@@ -29,7 +30,15 @@ from megatron_vlm.data.video.files import count_frames
 from megatron_vlm.data.video.sampling import place, with_frames
 from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.tasks import TASKS
-from megatron_vlm.models.architectures import head_width, load_language_config
+from megatron_vlm.models.architectures import (
+    FULL_ATTENTION,
+    LAYER_TYPES,
+    SLIDING_ATTENTION,
+    WINDOW,
+    attention_windows,
+    head_width,
+    load_language_config,
+)
 from megatron_vlm.models.facts import gather_facts
 from megatron_vlm.models.vision.survey import load_vision_config, survey_tower
 from megatron_vlm.parallel.layout import padded_length
@@ -38,6 +47,7 @@ from megatron_vlm.parallel.sizes import GridSizes
 NUM_STEPS = 3
 NUM_CANDIDATES = 512  # samples looked at, evenly spread over the file
 MAX_LAYERS_PER_CHUNK = 2
+MAX_SLIDING_WINDOW = 5  # tokens: shorter than the shortest samples
 MAX_HIDDEN_SIZE, MAX_HEAD_WIDTH, MAX_FFN_SIZE = 64, 16, 256
 MAX_TOWER_LAYERS, MAX_TOWER_HEADS = 2, 4
 MAX_PATCHES_PER_SIDE = 6
@@ -110,7 +120,23 @@ def shrink_language(config: Config) -> Tree:
     settings["intermediate_size"] = min(
         hf_config.intermediate_size, padded_length(MAX_FFN_SIZE, tensor=config.parallel.tensor)
     )
-    return settings | {"initializer_range": INITIALIZER_RANGE}
+    return settings | _shrunk_windows(hf_config, num_layers) | {"initializer_range": INITIALIZER_RANGE}
+
+
+def _shrunk_windows(hf_config: Any, num_layers: int) -> Tree:
+    """What of a config makes `num_layers` layers of the kinds it has, with a short window; nothing where none slides.
+
+    Kinds follow one another as in the Thue-Morse sequence (a b b a b a a b), which repeats nothing three times over: a
+    stage or chunk that took the layers of another for its own would have other windows.
+    """
+    windows = attention_windows(hf_config)
+    if not any(windows):
+        return {}
+    short = {WINDOW: min(MAX_SLIDING_WINDOW, *(window for window in windows if window is not None))}
+    if None not in windows:
+        return short
+    kinds = (SLIDING_ATTENTION, FULL_ATTENTION)
+    return short | {LAYER_TYPES: [kinds[number.bit_count() % 2] for number in range(num_layers)]}
 
 
 def shrink_tower(config: Config) -> tuple[Tree, int]:

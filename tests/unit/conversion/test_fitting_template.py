@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from megatron_vlm.conversion.formats.base import fitting_template
 from megatron_vlm.errors import ConversionError
@@ -14,6 +14,7 @@ VICUNA = "{% for message in messages %}" + ROLE + PARTS + "{% endfor %}{{ 'ASSIS
 CASES = {
     "none": ("", LlamaConfig, "vicuna_v1"),
     "none, of another model": ("", Qwen2Config, "auto"),
+    "none, of Mistral": ("", MistralConfig, "auto"),
     "plain": ("USER: {{ messages[0]['content'] }} ASSISTANT:", LlamaConfig, "auto"),
     "LLaVA's": (VICUNA, LlamaConfig, "vicuna_v1"),
     "spelt out": (f"USER: {PARTS} ASSISTANT:", LlamaConfig, "vicuna_v1"),

@@ -38,7 +38,7 @@ def random_sources(entry):
     size=st.sampled_from([1, 2, 4]),
     kv_heads=st.sampled_from([1, 2, 4]),
     vocabulary=st.integers(5, 40),
-    model_type=st.sampled_from(["llama", "qwen2"]),
+    model_type=st.sampled_from(["llama", "mistral", "qwen2"]),
 )
 @settings(max_examples=30, deadline=None)
 def test_unshard_is_the_inverse_of_shard(size, kv_heads, vocabulary, model_type):

@@ -88,7 +88,19 @@ def difference(chunk: Any, valid: torch.Tensor | None, spoil: Any = None) -> flo
 
 
 PADDED = torch.tensor([[True] * LENGTH, [False] * 2 + [True] * 5, [False] * 6 + [True]])
-MODELS = {"llama": {}, "qwen2": {"model_type": "qwen2"}, "tied": {"tie_word_embeddings": True}}
+WINDOW = 4  # shorter than the prompts
+MODELS = {
+    "llama": {},
+    "qwen2": {"model_type": "qwen2"},
+    "tied": {"tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "sliding_window": WINDOW},
+    "mixed": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+    },
+}
 
 
 @pytest.mark.parametrize("valid", [None, PADDED], ids=["full", "padded"])
@@ -104,6 +116,10 @@ def test_what_is_left_out_is_seen(grid):
     def swapped(step: Any) -> None:
         step.layers[1], step.layers[2] = step.layers[2], step.layers[1]
 
+    def wide(step: Any) -> None:
+        step.layers = [replace(layer, window=WINDOW + 1) for layer in step.layers]
+
+    assert difference(build(grid, **MODELS["mistral"]), None, wide) > 1e-2
     assert difference(build(grid, model_type="qwen2"), None, without_bias) > 1e-2
     assert difference(build(grid), None, swapped) > 1e-2
 

@@ -1,8 +1,11 @@
 """The language model on one rank against transformers: logits, losses, gradients, features, kv cache, recompute."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from megatron_vlm.config.schema import LanguageConfig
 from megatron_vlm.errors import ConfigError
@@ -26,6 +29,15 @@ VARIANTS = {
     },
     "qwen2": {"model_type": "qwen2"},
 }
+MISTRAL = {"model_type": "mistral", "sliding_window": 5}
+MIXED = {
+    "model_type": "qwen2",
+    "use_sliding_window": True,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+}
+WINDOWED = {"mistral": MISTRAL, "mixed": MIXED}
+CAP = 0.8
 
 
 @pytest.fixture(scope="module")
@@ -34,26 +46,31 @@ def grid():
         yield grid
 
 
-def ours(grid, theirs, changes, train=False, **sections):
+def ours(grid, theirs, changes, train=False, hf_config=None, **sections):
     from megatron_vlm.conversion.mappings import canonical_name
     from megatron_vlm.conversion.sources import StateSource
     from megatron_vlm.conversion.weights import fill_language
     from megatron_vlm.models.language import build_language_chunks
 
     config = small_recipe(changes, sections)
-    chunks = build_language_chunks(config, AutoConfig.for_model(**{**LLAMA, **changes}), grid)
+    hf_config = hf_config or AutoConfig.for_model(**{**LLAMA, **changes})
+    chunks = build_language_chunks(config, hf_config, grid)
     fill_language(chunks, StateSource("test", theirs.state_dict(), canonical_name), grid)
     return chunks[0].train(train)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_losses_and_gradients_equal_transformers(grid, variant):
-    from megatron_vlm.conversion.mappings import language_mappings
-
     changes = VARIANTS[variant]
     theirs = hf_model({**LLAMA, **changes})
-    model = ours(grid, theirs, changes)
-    ids, positions, labels = batch(LLAMA["vocab_size"])
+    assert_equal(ours(grid, theirs, changes), theirs, 16)
+
+
+def assert_equal(model, theirs, length):
+    """Logits, losses and all gradients of rows of so many tokens."""
+    from megatron_vlm.conversion.mappings import language_mappings
+
+    ids, positions, labels = batch(LLAMA["vocab_size"], length=length)
     logits = theirs(ids).logits
     assert logits.std() > 1
     torch.testing.assert_close(model(ids, positions), logits, rtol=1e-4, atol=1e-4)
@@ -73,6 +90,58 @@ def test_logits_losses_and_gradients_equal_transformers(grid, variant):
         for source, gradient in zip(entry.sources, entry.unshard([parameter.grad]), strict=True):
             difference = (gradient - gradients[source]).norm() / gradients[source].norm()
             assert difference < 1e-5, f"{source}: {difference}"
+
+
+@pytest.mark.parametrize("variant", WINDOWED)
+def test_sliding_windows_equal_transformers(grid, variant):
+    theirs = hf_model({**LLAMA, **WINDOWED[variant]})
+    theirs.set_attn_implementation("eager")
+    assert_equal(ours(grid, theirs, WINDOWED[variant]), theirs, 24)
+
+
+@pytest.mark.parametrize(
+    ("variant", "windows"),
+    [
+        ("mistral", (6, 6, 6, 6)),
+        ("mistral", (4, 4, 4, 4)),
+        ("mistral", (5, 5, 5, None)),
+        ("mixed", (5, 5, None, 5)),  # as numbers counted from 0 would have it
+    ],
+)
+def test_a_wrong_window_is_seen(grid, variant, windows):
+    theirs = hf_model({**LLAMA, **WINDOWED[variant]})
+    model = ours(grid, theirs, WINDOWED[variant])
+    ids, positions, _ = batch(LLAMA["vocab_size"], length=24)
+    logits = theirs(ids).logits
+    torch.testing.assert_close(model(ids, positions), logits, rtol=1e-4, atol=1e-4)
+    model.spec = replace(model.spec, windows=windows)
+    assert (model(ids, positions) - logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("cap", [CAP, None])
+def test_a_softcap_of_the_scores_equals_gemmas(grid, monkeypatch, cap):
+    """An entry for a model type of a user's, whose config has the key. Without the cap the two are not equal."""
+    from transformers.models.gemma2 import modeling_gemma2
+    from transformers.models.mistral import modeling_mistral
+
+    from megatron_vlm.models.architectures import LANGUAGE_MODELS, LanguageArchitecture
+
+    class CappedConfig(MistralConfig):
+        model_type = "capped"
+        attn_logit_softcapping: float | None = None
+
+    monkeypatch.setitem(LANGUAGE_MODELS._entries, "capped", LanguageArchitecture())
+    gemmas = partial(modeling_gemma2.eager_attention_forward, softcap=CAP)
+    monkeypatch.setattr(modeling_mistral, "eager_attention_forward", gemmas)
+    theirs = hf_model({**LLAMA, **MISTRAL})
+    theirs.set_attn_implementation("eager")
+    settings = {key: value for key, value in {**LLAMA, **MISTRAL}.items() if key != "model_type"}
+    model = ours(grid, theirs, MISTRAL, hf_config=CappedConfig(**settings, attn_logit_softcapping=cap))
+    if cap is not None:
+        assert_equal(model, theirs, 24)
+    else:
+        ids, positions, _ = batch(LLAMA["vocab_size"], length=24)
+        assert (model(ids, positions) - theirs(ids).logits).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("fault", ["positions", "rope of another base", "swapped heads"])
@@ -127,11 +196,12 @@ def test_merge_leaves_its_input_alone_and_refuses_wrong_sizes():
         merge_features(embeddings, LocalFeatures(torch.ones(2, 3), *places))
 
 
-def test_cached_decoding_of_left_padded_prompts_equals_transformers(grid):
+@pytest.mark.parametrize("changes", [{}, *WINDOWED.values()], ids=["llama", *WINDOWED])
+def test_cached_decoding_of_left_padded_prompts_equals_transformers(grid, changes):
     from megatron_vlm.parallel.context_attention import KVCache
 
-    theirs = hf_model(LLAMA)
-    model = ours(grid, theirs, {})
+    theirs = hf_model({**LLAMA, **changes})
+    model = ours(grid, theirs, changes)
     prompts = [[5, 9, 33, 2, 17], [8, 41]]
     width, num_new = 5, 6
     ids = torch.zeros(2, width, dtype=torch.long)
@@ -194,12 +264,12 @@ def test_an_own_path_or_dictionary_gives_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral', allowed: llama, qwen2"),
+        ({"model_type": "olmo"}, "model_type is 'olmo', allowed: llama, mistral, qwen2"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "rope_type is 'dynamic', allowed: default, linear, llama3",
         ),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is true"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, allowed: 1 or more, or null"),
     ],
 )
 def test_an_architecture_we_do_not_build_is_refused(changes, message):
@@ -228,9 +298,18 @@ def extended(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window is 4096, allowed: null"),
-        ({"model_type": "gemma2"}, "layer_types has 'sliding_attention', allowed: full_attention"),
-        ({"model_type": "gemma2", **ALL_FULL}, "attn_logit_softcapping is 50.0, allowed: null"),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "chunked_attention"] * 2},
+            "layer_types has 'chunked_attention', allowed: full_attention, sliding_attention",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"] * 2},
+            "sliding_window is None, allowed: 1 or more",
+        ),
+        (
+            {"model_type": "gemma2", "attn_logit_softcapping": 0.0, "final_logit_softcapping": None},
+            "attn_logit_softcapping is 0.0, allowed: more than 0, or null",
+        ),
         (
             {"model_type": "gemma2", **ALL_FULL, "attn_logit_softcapping": None, "final_logit_softcapping": 20.0},
             "final_logit_softcapping is 20.0, allowed: null",
@@ -242,16 +321,43 @@ def test_attention_that_would_be_left_out_is_refused_of_extensions_too(extended,
         extended.load_language_config(LanguageConfig(config={**LLAMA, **changes}))
 
 
+NO_WINDOWS = (None,) * LLAMA["num_hidden_layers"]
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "windows", "softcap"),
     [
-        {"model_type": "mistral", "sliding_window": None},
-        {"model_type": "gemma2", **ALL_FULL, **NO_CAPS},
-        {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096},
+        ({"model_type": "mistral", "sliding_window": None}, NO_WINDOWS, None),
+        ({"model_type": "gemma2", **ALL_FULL, **NO_CAPS}, NO_WINDOWS, None),
+        ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096}, NO_WINDOWS, None),
+        ({"model_type": "mistral"}, (4096,) * 4, None),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3},
+            (None, None, None, 7),
+            None,
+        ),
+        (MIXED, (5, None, 5, 5), None),
+        ({"model_type": "gemma2", "final_logit_softcapping": None}, (4096, None, 4096, None), 50.0),
     ],
 )
-def test_attention_without_windows_and_caps_is_allowed(extended, changes):
-    extended.load_language_config(LanguageConfig(config={**LLAMA, **changes}))
+def test_windows_and_caps_of_attention_are_read(extended, changes, windows, softcap):
+    hf_config = extended.load_language_config(LanguageConfig(config={**LLAMA, **changes}))
+    assert extended.attention_windows(hf_config) == windows and extended.attention_softcap(hf_config) == softcap
+
+
+@pytest.mark.parametrize(
+    ("hf_config", "message"),
+    [
+        (LlamaConfig(sliding_window=4096), "sliding_window is 4096, allowed: null"),
+        (MistralConfig(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"]), "layer_types is "),
+    ],
+)
+def test_what_transformers_passes_over_is_refused(hf_config, message):
+    """Its Llama has no window, and its Mistral one in every layer, whatever else a config.json holds."""
+    from megatron_vlm.models.architectures import check_architecture
+
+    with pytest.raises(ConfigError, match=message):
+        check_architecture(hf_config)
 
 
 def test_a_path_without_a_config_is_refused(tmp_path):

@@ -129,6 +129,14 @@ def test_heads_have_the_models_width():
     assert "it needs head widths that are multiples of 8 up to 128, found (20, 20)" in told
 
 
+def test_attention_has_the_models_windows_and_softcap():
+    (told,) = obstacles({"attention": "cudnn"}, Example(*CUDA, slides=True))
+    assert "it has no window" in told
+    for backend, device in (("cudnn", CUDA), ("cpu", CPU)):
+        (told,) = obstacles({"attention": backend}, Example(*device, softcap=50.0))
+        assert "it has no soft-cap of the scores, found 50.0" in told
+
+
 def test_an_example_gives_others_of_its_kind():
     one = Example(*CPU)(2, 3)
     assert (one.shape, one.device, one.dtype) == ((2, 3), *CPU)

@@ -1,9 +1,12 @@
 """Merging blocks, and a ring of one against the masked softmax; larger rings: distributed/test_context_attention.py."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from megatron_vlm.ops.attention_blocks import merge
+from megatron_vlm.parallel.context_attention import SharedSequence
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.ring import Ring, ring_attention
 from megatron_vlm.parallel.ring_plan import RingPlan
@@ -61,6 +64,16 @@ def test_blocks_merge_whatever_their_weights(lse: float, block_lse: float) -> No
     torch.testing.assert_close(found.double(), weights[0] * out + weights[1] * block_out, rtol=1e-5, atol=1e-6)
     wanted_lse = torch.tensor([lse, block_lse], dtype=torch.float64).logsumexp(0)
     torch.testing.assert_close(found_lse.double().squeeze(), wanted_lse, rtol=1e-6, atol=1e-6)
+
+
+def test_layers_of_one_window_share_a_ring() -> None:
+    """One that hides nothing in the longest document is none, so that the plain blocks are taken."""
+    ring = Ring(RingPlan(SequenceLayout(12), (Documents.packed([4, 7], 12), Documents.packed([5, 7], 12))))
+    group: Any = None
+    shared = SharedSequence(group, ring)
+    assert shared.ring_of(None) is shared.ring_of(7) is shared.ring_of(100) is ring
+    assert shared.ring_of(6) is shared.ring_of(6) is not ring and shared.ring_of(6).plan.window == 6
+    assert shared.ring_of(3).plan.window == 3 and ring.plan.window is None
 
 
 def test_a_ring_and_its_group_have_one_size() -> None:

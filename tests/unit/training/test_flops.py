@@ -142,6 +142,17 @@ def test_one_layer_by_hand() -> None:
     assert step_flops(shape, [24], 3, 0) == 3 * (2 * 24 * matrices + attention + 2 * 3 * 32 * 61)
 
 
+def test_a_window_leaves_pairs_out() -> None:
+    windows = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3}
+    whole, sliding = (
+        build(small_recipe(changes, {"model": model_section("clip", ALL, (), changes)}))[2]
+        for changes in ({"model_type": "qwen2"}, windows)
+    )
+    hidden = sum(max(0, query + 1 - 7) for tokens in (24, 5) for query in range(tokens))
+    fewer = step_flops(whole, [24, 5], 3, 0) - step_flops(sliding, [24, 5], 3, 0)
+    assert fewer == 3 * 4 * hidden * 48  # in the last of the four layers
+
+
 def model_section(
     tower: str, train: dict[str, bool], freeze: tuple[str, ...], language: dict[str, Any] | None = None
 ) -> dict[str, Any]:

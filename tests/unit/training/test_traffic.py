@@ -95,6 +95,16 @@ def test_all_keys_are_gathered_whatever_the_documents() -> None:
         assert formula(1, 4, 2, [(row,)], ring_mode="all_gather") == 3 * keys  # and their gradients
 
 
+def test_a_window_sends_what_reaches_over_a_chunks_start() -> None:
+    """Of 8 chunks over 4 ranks, 6 follow a chunk of another rank's; the keys go there, forward and back."""
+    config = small_recipe({}, {"training": {"steps": 1, "sequence_length": LENGTH}}, ring=4)
+    split, whole = HeadSplit(HEADS, KV_HEADS, 1), Documents.whole(LENGTH)
+    sent = [attention_bytes(config, split, WIDTH, 1, Coordinates(ring=rank), [(whole,)], 3) for rank in range(4)]
+    assert sum(sent) == 3 * 6 * 2 * (2 * WIDTH * KV_HEADS) * FP32
+    wide = [attention_bytes(config, split, WIDTH, 1, Coordinates(ring=rank), [(whole,)], LENGTH) for rank in range(4)]
+    assert wide == [attention_bytes(config, split, WIDTH, 1, Coordinates(ring=r), [(whole,)]) for r in range(4)]
+
+
 def test_hidden_states_are_of_the_tokens_that_a_context_rank_has() -> None:
     spec = LanguageSpec.from_config(load_language_config(recipe(False).model.language))
     found = []

@@ -17,6 +17,7 @@ from megatron_vlm.data.templates import TEMPLATES
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.tasks import TASKS
+from megatron_vlm.models.architectures import attention_windows, load_language_config
 from megatron_vlm.models.facts import gather_facts
 from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.parallel.layout import SequenceLayout, padded_length
@@ -88,6 +89,26 @@ def test_a_small_recipe_keeps_its_sizes(tmp_path: Path) -> None:
     ]
     assert after["num_hidden_layers"] == 2
     assert [len(sample.get("image") or ()) > 0 for sample in samples[:3]] == [True, True, False]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_sliding_windows_stay_and_are_short(tmp_path: Path, mixed: bool) -> None:
+    """Of both kinds of layers, where there are two, each of the four chunks has one, and no two in the same order as
+    the chunk a stage has beside it."""
+    mix = {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 7}
+    own = {"sliding_window": 4096, "num_hidden_layers": 8} | (mix if mixed else {"model_type": "mistral"})
+    recipe = tiny_recipe(tmp_path, parallel={"pipeline": 2, "virtual_pipeline": 2})
+    assert recipe.model.language.config is not None
+    language = recipe.model.language.model_copy(update={"config": recipe.model.language.config | own})
+    small, _ = shrink(recipe.model_copy(update={"model": recipe.model.model_copy(update={"language": language})}), 2)
+    windows = attention_windows(load_language_config(small.model.language))
+    assert {window for window in windows if window is not None} == {5} and small.training.sequence_length > 10
+    chunks = [windows[start : start + 2] for start in range(0, 8, 2)]
+    if mixed:
+        assert all(set(chunk) == {5, None} for chunk in chunks)
+        assert chunks[0] != chunks[2] and chunks[1] != chunks[3] and chunks[0] != chunks[1]
+    else:
+        assert windows == (5,) * 8
 
 
 @pytest.mark.parametrize(
