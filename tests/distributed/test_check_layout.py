@@ -42,10 +42,10 @@ SLIDING_RING2 = layout(2, parallel={"ring": 2}, model=WINDOWS)
 FP8 = {"fp8": "tensorwise", "fp8_exclude": {"first": 1, "last": 1}}
 RIGHT = {
     "tp2-sp-pp2": TP2_SP_PP2,
-    "pp2-virtual2": parallel(2, pipeline=2, virtual_pipeline=2),
     "ulysses2-ring2": parallel(4, ulysses=2, ring=2),
 }
 RIGHT_SLOW = {
+    "pp2-virtual2": parallel(2, pipeline=2, virtual_pipeline=2),
     "one-rank": parallel(1),
     "dp2-overlap": parallel(2, **OVERLAP),
     "windows-overlap-recompute": layout(
@@ -170,6 +170,7 @@ def test_every_fault_has_an_expectation() -> None:
     assert {case[0] for case in [*FAULTS_FOUND, *FAULTS_FOUND_SLOW]} | {HANGING_FAULT} | unfound == set(faults.FAULTS)
 
 
+@pytest.mark.slow
 def test_a_hang_is_named_by_its_phase(check: Check) -> None:
     """The ranks cannot be used afterwards, so this one ends in a failure of the pool that tells the report."""
     fault, chosen = FAULTS[HANGING_FAULT]

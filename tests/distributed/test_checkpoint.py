@@ -27,7 +27,7 @@ LAYOUTS = {
     "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
     "pp2-virtual2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
 }
-SLOW = ("dp2", "pp2-virtual2")
+SLOW = ("dp2", "tp2-sp", "pp2-virtual2")
 
 
 def train_and_save(recipe: dict[str, Any]) -> list[float]:
@@ -224,7 +224,9 @@ def refusal(recipe: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("async_save", [False, True], ids=["of the file", "of the snapshot"])
+@pytest.mark.parametrize(
+    "async_save", [pytest.param(False, marks=pytest.mark.slow), True], ids=["of the file", "of the snapshot"]
+)
 def test_a_limit_met_on_any_rank_leaves_what_was_published(
     ranks: RankPool, saved: Any, tmp_path: Path, async_save: bool
 ) -> None:
@@ -265,7 +267,7 @@ def test_some_layers_frozen(ranks: RankPool, tmp_path: Path) -> None:
     assert losses == pytest.approx(undisturbed, rel=1e-5)
 
 
-@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("distributed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_bf16_continues_from_fp32_master_weights(ranks: RankPool, tmp_path: Path, distributed: bool) -> None:
     """All states: the next losses. Weights alone: the masters are the loaded weights, not the random ones."""
     changes = {

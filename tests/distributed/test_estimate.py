@@ -19,6 +19,7 @@ from megatron_vlm.training.estimate import language_state, layer_activation_byte
 from megatron_vlm.training.job import build_job
 from megatron_vlm.training.memory import model_memory
 from megatron_vlm.training.parameter_shards import language_chunks, meta_encoder, vision_parameters
+from tests.helpers.lanes import mostly_slow
 from tests.helpers.live_bytes import LiveBytes
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_llama, tiny_recipe
@@ -46,6 +47,7 @@ SECTIONS: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
 }
+FAST_SECTIONS = ("one rank", "tp2 pp2 sharded, bf16 gradients", "pp2 dp2 tied, interleaved, overlapped")
 
 
 def compared(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def compared(recipe: dict[str, Any]) -> dict[str, Any]:
             "real": real, "held": held}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("name", mostly_slow(SECTIONS, FAST_SECTIONS))
 def test_parameters_gradients_and_optimizer_states_are_exact(ranks: RankPool, tmp_path: Path, name: str) -> None:
     num_ranks, sections = SECTIONS[name]
     for found in ranks.run(num_ranks, compared, tiny_recipe(tmp_path, **sections).model_dump(mode="json")):
@@ -106,6 +108,7 @@ ACTIVATIONS: dict[str, tuple[int, dict[str, Any]]] = {
     "fp8 frozen": (1, {**LONG, **FP8, **FROZEN}),
     "fp8 tp2 + sequence": (2, {**LONG, **FP8, "parallel": {"tensor": 2, "sequence": True}}),
 }
+FAST_ACTIVATIONS = ("selective", "tp2 bf16 reference", "frozen", "fp8 tp2 + sequence")
 ACTIVATION_FACTOR = 1.05  # the estimate is at most so far from what is kept, either way
 
 
@@ -154,7 +157,7 @@ def _through(layer: Any, hidden: torch.Tensor, context: AttentionContext, recomp
     return out, None
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", mostly_slow(ACTIVATIONS, FAST_ACTIVATIONS))
 def test_activations_are_near(ranks: RankPool, tmp_path: Path, name: str) -> None:
     """Printed with -s."""
     num_ranks, sections = ACTIVATIONS[name]
@@ -179,6 +182,7 @@ HEADS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"parallel": {"tensor": 2}}),
     "tp2 + sequence bf16": (2, {"parallel": {"tensor": 2, "sequence": True}, "precision": {"params": "bf16"}}),
 }
+FAST_HEADS = ("fp32", "bf16 gradients in bf16, few tokens at a time", "eval", "tp2 + sequence bf16")
 HEAD_FACTOR = 1.1
 
 
@@ -202,7 +206,7 @@ def head_peak_and_estimated(recipe: dict[str, Any]) -> tuple[int, int]:
     return live.peak, loss_head_bytes(config, spec, GridSizes.from_config(config.parallel, world_size))
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", mostly_slow(HEADS, FAST_HEADS))
 def test_the_loss_head_is_near(ranks: RankPool, tmp_path: Path, name: str) -> None:
     """Printed with -s."""
     num_ranks, sections = HEADS[name]

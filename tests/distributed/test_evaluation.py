@@ -67,6 +67,7 @@ def trained(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return tree, recipe.checkpoint.directory
 
 
+@pytest.mark.slow
 def test_any_layout_gives_the_records_of_one_process(ranks, trained, tmp_path):
     _, checkpoint = trained
     data = tiny_dataset(tmp_path, 11, "held_out.json")

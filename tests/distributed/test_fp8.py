@@ -16,6 +16,7 @@ from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config.schema import Config
 from megatron_vlm.training.job import build_job
 from tests.helpers.jobs import save, train_steps
+from tests.helpers.lanes import mostly_slow
 from tests.helpers.llama import batch
 from tests.helpers.ranks import RankPool
 from tests.helpers.solo import LLAMA, small_recipe
@@ -82,7 +83,9 @@ def weights_after(recipe: dict[str, Any], steps: int, saves: bool) -> tuple[int,
     return before, losses, {name: p.detach().clone() for name, p in job.model.language[0].named_parameters()}
 
 
-@pytest.mark.parametrize(("first", "then"), [("tensorwise", None), (None, "tensorwise")])
+@pytest.mark.parametrize(
+    ("first", "then"), mostly_slow([("tensorwise", None), (None, "tensorwise")], [("tensorwise", None)])
+)
 def test_a_checkpoint_loads_with_fp8_on_or_off(
     ranks: RankPool, recipe: dict[str, Any], tmp_path: Path, first: str | None, then: str | None
 ) -> None:

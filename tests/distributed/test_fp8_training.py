@@ -84,7 +84,8 @@ def assert_near(found: float, expected: float) -> None:
 
 
 @pytest.mark.timeout(4 * SECONDS)
-@pytest.mark.parametrize("steps", [FEW_STEPS, pytest.param(STEPS, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [FEW_STEPS, STEPS])
 def test_fp8_learns_as_fp32_does(ranks: RankPool, recipe: dict[str, Any], steps: int) -> None:
     expected = mean_loss(ranks, recipe, steps)
     found = mean_loss(ranks, recipe, steps, fp8="tensorwise")

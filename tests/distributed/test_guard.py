@@ -13,6 +13,7 @@ from megatron_vlm.errors import TrainingError
 from megatron_vlm.runtime.launch import Launch
 from megatron_vlm.training import loop
 from megatron_vlm.training.job import Job, build_job
+from tests.helpers.lanes import mostly_slow
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import merge, tiny_recipe
 
@@ -79,7 +80,7 @@ def saved_steps(tmp_path: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step_")) for path in (tmp_path / "run").glob("step_*"))
 
 
-@pytest.mark.parametrize(("num_ranks", "async_save"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(("num_ranks", "async_save"), mostly_slow([(1, False), (2, False), (2, True)], [(2, True)]))
 def test_updates_left_out_in_a_row_end_the_run(
     ranks: RankPool, tmp_path: Path, num_ranks: int, async_save: bool
 ) -> None:
@@ -96,7 +97,7 @@ def test_updates_left_out_in_a_row_end_the_run(
     assert saved_steps(tmp_path) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", mostly_slow([1, 2], [2]))
 def test_a_weight_that_overflowed_is_not_saved(ranks: RankPool, tmp_path: Path, num_ranks: int) -> None:
     """One rank's weight, after a step whose loss and norm were fine."""
     (message,) = set(ranks.run(num_ranks, run, guarded(tmp_path), overflow_a_weight))
@@ -105,7 +106,7 @@ def test_a_weight_that_overflowed_is_not_saved(ranks: RankPool, tmp_path: Path, 
     assert saved_steps(tmp_path) == [1, 2]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", mostly_slow([1, 2], [2]))
 def test_a_loss_that_is_no_number_ends_the_run_at_once(ranks: RankPool, tmp_path: Path, num_ranks: int) -> None:
     """The overflow is not looked for where nothing is saved, and shows in the next loss."""
     recipe = guarded(tmp_path, checkpoint={"every_steps": 0})
@@ -152,7 +153,7 @@ def poison_the_first(job: Job) -> None:
     job.vision.finish_grad_sync = poisoned
 
 
-@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("distributed", mostly_slow([True, False], [True]))
 def test_a_first_update_left_out_spoils_no_checkpoint(ranks: RankPool, tmp_path: Path, distributed: bool) -> None:
     """Every checkpoint since holds the moments: a run goes on from one with the undisturbed run's losses."""
     recipe = guarded(tmp_path, optimizer={"distributed": distributed})

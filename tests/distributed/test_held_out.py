@@ -21,11 +21,11 @@ STEPS = 2
 NUM_HELD_OUT = 11  # no multiple of the batch
 COPIES_COUNT = "copies_count"
 FAST = {
-    "ring2": (2, {"ring": 2}),
     "tp2-pp2-sp": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
     "dp2-overlap": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
 }
 SLOW = {
+    "ring2": (2, {"ring": 2}),
     "tp2-ulysses2-sp": (4, {"tensor": 2, "ulysses": 2, "sequence": True}),
     "pp2-virtual2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "tp2-dp2-sp": (4, {"tensor": 2, "sequence": True}),

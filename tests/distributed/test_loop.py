@@ -30,7 +30,7 @@ def evaluations(root: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
 
 
-@pytest.mark.parametrize(("every_steps", "due"), [(2, [2, 4, 5]), (0, [5])])
+@pytest.mark.parametrize(("every_steps", "due"), [(2, [2, 4, 5]), pytest.param(0, [5], marks=pytest.mark.slow)])
 def test_evaluation_in_training_and_after_it(ranks: RankPool, tmp_path: Path, every_steps: int, due: list[int]) -> None:
     ranks.run(2, train_in_pool, a_recipe(tmp_path, "plain", "train"))
     ranks.run(2, train_in_pool, a_recipe(tmp_path, "both", "train_and_eval", every_steps=every_steps))

@@ -32,6 +32,7 @@ def imbalances(seeds: tuple[int, ...], ways: tuple[str, ...]) -> list[dict[str, 
     return found
 
 
+@pytest.mark.slow
 def test_measured_balance_of_some_batches(ranks: RankPool) -> None:
     (found,) = ranks.run(1, imbalances, (HARDEST_BY_COST,), (BY_COST,))
     (other,) = ranks.run(1, imbalances, (HARDEST_BY_COUNT,), (BY_COST, BY_COUNT))

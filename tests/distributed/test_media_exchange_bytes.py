@@ -30,6 +30,7 @@ from megatron_vlm.parallel.media_plan import MediaItem, plan_media
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.training.job import build_job
 from megatron_vlm.training.phases import PhaseClock
+from tests.helpers.lanes import mostly_slow
 from tests.helpers.ranks import RankFailure, RankPool
 from tests.helpers.tiny import tiny_recipe
 
@@ -192,14 +193,11 @@ CONTEXT_STEPS = {
 }
 
 
-FAST = {("tp2", None), ("tp2-sp", 2), ("tp2-pp2-sp", 2), ("tp2-dp2-world", None)}
-FAST |= {(name, 2) for name in CONTEXT_STEPS}
+FAST = {("tp2", None), ("tp2-pp2-sp", 2), ("tp2-dp2-world", None), ("ring2-tp2-sp", 2)}
 CASES = [*itertools.product(LAYOUTS, (None, 2)), *((name, 2) for name in CONTEXT_STEPS)]
 
 
-@pytest.mark.parametrize(
-    ("name", "window"), [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize(("name", "window"), mostly_slow(CASES, FAST))
 def test_bytes_of_a_step(ranks: RankPool, tmp_path: Path, name: str, window: int | None) -> None:
     num_ranks, parallel = (LAYOUTS | CONTEXT_STEPS)[name]
     recipe = tiny_recipe(tmp_path, parallel=parallel, training={"media_window": window}).model_dump(mode="json")
@@ -266,7 +264,7 @@ CONTEXT_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", CONTEXT_LAYOUTS)
+@pytest.mark.parametrize("name", mostly_slow(CONTEXT_LAYOUTS, ["ulysses2", "ring4-tp2-sp"]))
 def test_no_tensor_is_longer_than_a_ranks_share_of_the_sequence(ranks: RankPool, name: str) -> None:
     sizes, sequence_parallel = CONTEXT_LAYOUTS[name]
     for most, share in ranks.run(sizes.world, most_rows, sizes, sequence_parallel, False):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlm.parallel.sizes import GridSizes
+from tests.helpers.lanes import mostly_slow
 from tests.helpers.ranks import RankPool
 
 LAYERS, HIDDEN, VOCABULARY, LENGTH, MICRO_BATCHES, UPDATES = 4, 16, 64, 8, 4, 3
@@ -200,7 +201,7 @@ def train_layout(sizes: GridSizes, directory: Path, options: dict[str, Any]) -> 
     return train(sizes, directory, **options)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", mostly_slow(LAYOUTS, ["pp2 in two virtual stages", "tp2 x pp2"]))
 def test_losses_are_those_of_one_process(ranks: RankPool, reference: tuple[Path, list[float]], layout: str) -> None:
     directory, expected = reference
     sizes, options = LAYOUTS[layout]

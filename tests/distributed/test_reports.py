@@ -55,7 +55,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2}], ids=["dp2", "tp2"])
+@pytest.mark.parametrize("parallel", [{}, pytest.param({"tensor": 2}, marks=pytest.mark.slow)], ids=["dp2", "tp2"])
 def test_a_slow_rank_is_named(ranks: RankPool, tmp_path: Path, parallel: dict[str, int]) -> None:
     """With tp2 the ranks wait for each other's rows: the exchange is as long as the encoding, which alone tells."""
     ranks.run(2, train_with_a_slow_rank, reported(tmp_path, parallel=parallel))

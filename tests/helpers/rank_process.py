@@ -28,6 +28,7 @@ from megatron_vlm.runtime.logging import quiet_libraries
 quiet_libraries()
 device.prepare("cpu")
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402 (after the device is chosen)
+from transformers import CLIPVisionModel  # noqa: E402, F401 (with the half second of imports that every tower needs)
 
 PR_SET_PDEATHSIG = 1
 GROUP_TIMEOUT_SECONDS = 600

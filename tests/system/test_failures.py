@@ -78,6 +78,7 @@ def plain_ranks(*arguments: str, num_ranks: int = 2) -> list[Outcome]:
     return outcomes
 
 
+@pytest.mark.slow
 def test_a_job_that_goes_well(tmp_path: Path) -> None:
     outcome = torchrun(tmp_path, "none", "collective")
     assert (outcome.code, outcome.own_stderr) == (0, "")
@@ -137,6 +138,7 @@ def test_without_an_agent_a_killed_rank_is_noticed_in_the_collective() -> None:
     )
 
 
+@pytest.mark.slow
 def test_one_process_without_a_launcher(tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(JOB), *arguments]

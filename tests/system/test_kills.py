@@ -137,6 +137,7 @@ def test_killed_again_and_again(ranks: RankPool, tmp_path: Path) -> None:
     assert json.loads((other / "step_0000009" / "manifest.json").read_text())["step"] == 9
 
 
+@pytest.mark.slow
 def test_the_comparison_can_fail(ranks: RankPool, tmp_path: Path) -> None:
     """Another order of samples, and a step made twice, are told from the undisturbed run."""
     recipe = a_recipe(tmp_path, "run", steps=3, every_steps=0)

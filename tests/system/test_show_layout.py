@@ -142,7 +142,11 @@ def test_a_recipe_that_does_not_fit_is_refused(
     ("arguments", "expected"),
     [
         (["--world-size", 0], "error: argument --world-size: found '0', needs an integer of at least 1"),
-        (["--world-size", 8, "--html", "nowhere/page.html"], "error: nowhere/page.html: cannot be written"),
+        pytest.param(
+            ["--world-size", 8, "--html", "nowhere/page.html"],
+            "error: nowhere/page.html: cannot be written",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_bad_input_costs_one_line(arguments: list, expected: str) -> None:

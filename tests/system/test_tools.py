@@ -128,7 +128,11 @@ def test_a_failing_rank_ends_the_evaluation_with_one_line(run, tmp_path):
     ("arguments", "expected"),
     [
         (["nowhere", "--prompt", "?"], "error: no checkpoint at nowhere: nowhere is not a directory"),
-        (["RUN", "--prompt", "?", "--media", "gone.png"], "error: prompt 1: image 'gone.png' does not exist"),
+        pytest.param(
+            ["RUN", "--prompt", "?", "--media", "gone.png"],
+            "error: prompt 1: image 'gone.png' does not exist",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_bad_input_costs_one_line(run, arguments, expected):
