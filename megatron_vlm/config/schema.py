@@ -244,7 +244,7 @@ class RecomputeConfig(Section):
     """Activations computed again in the backward pass, by component."""
 
     language: Literal["none", "selective", "full"] = "none"
-    vision: Literal["none", "full", "encoder"] = "none"  # full: every layer; encoder: all of it, from the pixels
+    vision: Literal["none", "full", "encoder"] = "none"  # full: each layer again; encoder: all that trains
 
 
 class TrainingConfig(Section):

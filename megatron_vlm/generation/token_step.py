@@ -57,7 +57,7 @@ class TokenStep:
     """
 
     def __init__(self, chunk: LanguageModel, cache: KVCache) -> None:
-        self.chunk, self.cache, self.config = chunk, cache, chunk.config
+        self.chunk, self.cache, self.config, self.softcap = chunk, cache, chunk.config, chunk.spec.softcap
         self.layers = [_read(layer, chunk.spec) for layer in chunk.decoder.layers]
         self.group = chunk.pg_collection.tp
         self.group_size = self.group.size()
@@ -117,7 +117,7 @@ class TokenStep:
             values,
             causal=False,
             softmax_scale=layer.softmax_scale,
-            softcap=self.chunk.spec.softcap,
+            softcap=self.softcap,
             key_valid=key_valid,
             backend=layer.backend,
         )

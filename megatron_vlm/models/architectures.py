@@ -76,7 +76,7 @@ LANGUAGE_MODELS.register("mistral")(LanguageArchitecture())
 LANGUAGE_MODELS.register("qwen2")(LanguageArchitecture())
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"  # as transformers names them
-WINDOW, LAYER_TYPES = "sliding_window", "layer_types"
+WINDOW, USES_WINDOW, LAYER_TYPES = "sliding_window", "use_sliding_window", "layer_types"
 ATTENTION_SOFTCAP, LOGIT_SOFTCAP = "attn_logit_softcapping", "final_logit_softcapping"
 ROPE_TYPES = ("default", "linear", "llama3")  # those whose frequencies do not depend on the sequence's length
 
@@ -141,7 +141,7 @@ def attention_windows(hf_config: "PretrainedConfig") -> tuple[int | None, ...]:
     Raises:
         ConfigError: layers of another type, or a window that shows nothing.
     """
-    window = getattr(hf_config, WINDOW, None) if getattr(hf_config, "use_sliding_window", True) else None
+    window = getattr(hf_config, WINDOW, None) if getattr(hf_config, USES_WINDOW, True) else None
     every = SLIDING_ATTENTION if window is not None else FULL_ATTENTION
     kinds = getattr(hf_config, LAYER_TYPES, None) or [every] * hf_config.num_hidden_layers
     others = sorted(set(kinds) - {FULL_ATTENTION, SLIDING_ATTENTION})
@@ -173,6 +173,8 @@ def _check_attention(hf_config: "PretrainedConfig") -> None:
     computed = {LOGIT_SOFTCAP: LANGUAGE_MODELS.get(hf_config.model_type).logit_softcap(hf_config)}
     computed |= {key: None for key in (WINDOW, LAYER_TYPES) if slides and key not in known}
     computed |= {key: None for key in (ATTENTION_SOFTCAP,) if key not in known}
+    if getattr(hf_config, WINDOW, None) is not None and USES_WINDOW not in known:
+        computed[USES_WINDOW] = None
     for key, allowed in computed.items():
         found = getattr(hf_config, key, None)
         if found != allowed:

@@ -83,8 +83,9 @@ class VisionLanguageModel:
             for name, parameter in module.named_parameters():
                 yield names[name], parameter
 
-    def encode(self, pixels: Tensor, spans: Sequence[Span]) -> Tensor:
-        """pixels [n, 3, H, W] of this rank's images, their spans in the same order -> rows [n * tokens, h].
+    def encode(self, pixels: Tensor, spans: Sequence[Span]) -> list[Tensor]:
+        """pixels [n, 3, H, W] of this rank's images, their spans in the same order -> rows [n * tokens, h] in parts,
+        one for each `training.media_batch` images; one of no rows without any.
 
         Raises DataError naming the sample where an image was given another number of tokens than the tower makes.
         """
@@ -96,12 +97,13 @@ class VisionLanguageModel:
                     f"sample {span.sample_id!r}: image {span.path} has {span.item.num_tokens} placeholder tokens, "
                     f"the tower makes {tokens}"
                 )
-        return self.vision(pixels).flatten(0, 1)  # [n, tokens, h] -> [n * tokens, h]
+        return [rows.flatten(0, 1) for rows in self.vision.in_batches(pixels)]  # [n, tokens, h] -> [n * tokens, h]
 
-    def exchange(self, encoded: Tensor, route: Route) -> Tensor:
-        """encoded rows [n_enc, h] -> the rows whose tokens this rank owns [n_recv, h]. A collective of the route's
-        media group."""
-        return send_features(encoded, route, media_group(self.grid, route.over_world))
+    def exchange(self, encoded: Sequence[Tensor], route: Route) -> Tensor:
+        """encoded rows [n_enc, h], in parts -> the rows whose tokens this rank owns [n_recv, h], without their graph. A
+        collective of the route's media group."""
+        rows = encoded[0] if len(encoded) == 1 else torch.cat([part.detach() for part in encoded])
+        return send_features(rows.detach(), route, media_group(self.grid, route.over_world))
 
     def place(self, received: Tensor, route: Route, micro_batch: int) -> LocalFeatures:
         """received [n_recv, h] -> one micro-batch's features, as a leaf that takes a gradient where vision trains."""

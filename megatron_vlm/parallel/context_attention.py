@@ -85,7 +85,9 @@ class KVCache:
         `num_queries` tokens, and their `key_valid`: views, of one key at least."""
         length = keys.shape[1]
         key_valid = self.key_valid(length)
-        first = 0 if window is None else self._first_within(layer_number, length, num_queries, window)
+        if window is None:
+            return keys, values, key_valid
+        first = self._first_within(layer_number, length, num_queries, window)
         if first == length:  # kernels take no empty tensors
             return keys[:, -1:], values[:, -1:], keys.new_zeros(len(keys), 1, dtype=torch.bool)
         return keys[:, first:], values[:, first:], None if key_valid is None else key_valid[:, first:]

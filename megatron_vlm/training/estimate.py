@@ -186,9 +186,9 @@ def _state(
     return ModelState(element * (frozen + buffer.numel), gradients, own * (main_bytes + 2 * FP32_BYTES))
 
 
-def attention_backend(config: Config) -> str:
+def attention_backend(config: Config, spec: LanguageSpec) -> str:
     """The attention backend that the recipe's device gets, where `auto` is taken for a GPU. Raises ConfigError."""
-    return ATTENTION.find(config.ops.attention, _like(config), None).name
+    return ATTENTION.find(config.ops.attention, _like(config), spec.softcap).name
 
 
 def gate_bytes(config: Config) -> int:
@@ -231,7 +231,7 @@ def attention_activation_bytes(
     output = trains * heads * (FP8_BYTES if in_fp8 else element)  # as the linear layer behind keeps it
     if recompute == "selective":
         each = element * (2 * heads + 2 * groups) + output
-    elif attention_backend(config) == "reference":
+    elif attention_backend(config, spec) == "reference":
         scores = hf.num_attention_heads * row_length(config.training.sequence_length, config.parallel)
         each = output + 3 * FP32_BYTES * (heads + scores)
     else:
@@ -322,9 +322,12 @@ def picture_bytes(config: Config, survey: TowerSurvey, hidden: int, pictures: Pi
     pixels = FP32_BYTES * 3 * spec.height * spec.width
     cast = element * 3 * spec.height * spec.width
     encoding = cast + (survey.num_kept_layers + 1) * states + 2 * element * tower_tokens * hidden
-    if recompute == "encoder" and trains:
+    passing = pictures.encoded * pixels + at_once * encoding
+    if recompute != "encoder" or not trains:
+        return features, pictures.encoded * kept if trains else 0, passing
+    if train.vision:
         return features, pictures.encoded * pixels, at_once * max(encoding, kept)
-    return features, pictures.encoded * kept if trains else 0, pictures.encoded * pixels + at_once * encoding
+    return features, pictures.encoded * states, max(passing, at_once * kept)  # the projector's input
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -57,12 +57,12 @@ class StepResult:
 class EncodedMedia:
     """A window's pictures between phase 1 and phase 3.
 
-    encoded [n_enc, h]: rows this rank encoded, with their graph; features: per micro-batch, the received rows, leaves;
-    faulty: (micro-batch, row, first token) of each document with a picture that could not be read, and the first such
-    picture's FAULTS index.
+    encoded: rows this rank encoded, [n_enc, h] in parts that have a graph each; features: per micro-batch, the received
+    rows, leaves; faulty: (micro-batch, row, first token) of each document with a picture that could not be read, and
+    the first such picture's FAULTS index.
     """
 
-    encoded: Tensor
+    encoded: list[Tensor]
     features: list[LocalFeatures]
     route: Route
     faulty: dict[tuple[int, int, int], int]
@@ -136,7 +136,7 @@ class TrainStep:
         with clock.phase("encode"), torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
             encoded = self.model.encode(window.pixels.to(current_device()), window.own_spans)
         with clock.phase("exchange"):
-            received = self.model.exchange(encoded.detach(), window.route)
+            received = self.model.exchange(encoded, window.route)
             features = [self.model.place(received, window.route, m) for m in window.micro_batches]
             faulty = self._share_faults(batch, window) if batch.faults_tolerated else {}
         return EncodedMedia(encoded, features, window.route, faulty)
@@ -201,14 +201,17 @@ class TrainStep:
         return sum((entry["loss_and_tokens"] for entry in sums), zero)
 
     def _backward_media(self, media: EncodedMedia) -> None:
-        """Phase 3. Skipped where tower and projector are frozen."""
+        """Phase 3, part by part: each adds to the parameters' main gradients. Skipped where all of it is frozen."""
         if not self.vision_trains:
             return
         grads = self.model.collect_gradients(media.route, media.features)
         group = media_group(self.model.grid, media.route.over_world)
-        own = return_gradients(grads, media.route, media.encoded.shape[0], group)
-        if media.encoded.shape[0]:
-            media.encoded.backward(own)
+        sizes = [len(rows) for rows in media.encoded]
+        own = return_gradients(grads, media.route, sum(sizes), group).split(sizes)
+        while media.encoded:  # what a part keeps is let go with it
+            rows = media.encoded.pop()
+            if len(rows):
+                rows.backward(own[len(media.encoded)])
 
     def _finalize(self) -> int:
         """Reduces all gradients and divides them by the global number of trained tokens, which it returns."""

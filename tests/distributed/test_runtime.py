@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_vlm.errors import ParallelError
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
-from tests.helpers.ranks import MAX_THREADS, RankFailure, RankPool
+from tests.helpers.ranks import MAX_GROUPS, RankFailure, RankPool
 
 
 def sum_of_ranks(offset: int) -> tuple[int, int, float]:
@@ -60,7 +60,7 @@ def keep_groups(number: int) -> int:
 
 
 def test_ranks_with_many_groups_of_ended_tasks_are_replaced(ranks: RankPool) -> None:
-    few, many = 2, MAX_THREADS // 2
+    few, many = 2, MAX_GROUPS + 1
     assert ranks.run(2, keep_groups, few) == [few] * 2
     assert ranks.run(2, keep_groups, many) == [few + many] * 2
     assert ranks.run(2, keep_groups, 0) == [0] * 2

@@ -15,6 +15,7 @@ stay.
 No torch here: pytest's own process need not import it.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -30,7 +31,7 @@ START_SECONDS = 120.0  # the server's imports, on a busy machine
 GRACE_SECONDS = 3.0  # for the other ranks, once one has failed
 LOG_TAIL_CHARACTERS = 4000
 MAX_RANKS = 8
-MAX_THREADS = 40  # of a rank between tasks: each process group that something still holds has three, which never sleep
+MAX_GROUPS = 12  # that a rank may still hold between tasks; their threads never sleep
 
 
 class RankFailure(AssertionError):
@@ -68,9 +69,13 @@ class _Rank:
         self.process.join()
         self.pipe.close()
 
-    def num_threads(self) -> int:
-        """Of the process, now."""
-        return len(os.listdir(f"/proc/{self.process.pid}/task"))
+    def num_groups(self) -> int:
+        """Process groups that live in it, by the threads that gloo gives each."""
+        number = 0
+        for name in Path(f"/proc/{self.process.pid}/task").glob("*/comm"):
+            with contextlib.suppress(OSError):  # it has ended since
+                number += name.read_text().startswith("gloo")
+        return number
 
     def log_tail(self) -> str:
         """What it printed last."""
@@ -124,7 +129,7 @@ class RankPool:
             story = self._tell(ranks, answers, timeout)
             self.stop()
             raise RankFailure(story)
-        if max(rank.num_threads() for rank in ranks) > MAX_THREADS:
+        if max(rank.num_groups() for rank in ranks) > MAX_GROUPS:
             self.stop()
         return [answer[1] for answer in answers]
 

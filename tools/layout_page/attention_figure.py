@@ -19,7 +19,7 @@ def words(view: View) -> str:
     shown = view.shown
     documents = len(shown.row.packed) or 1
     rows = f"One row of {shown.row.num_tokens:,} tokens in {documents} document{'s' if documents > 1 else ''}"
-    windows = [window for window in view.windows if window is not None]
+    windows = [window for window in view.windows if window is not None and window < shown.row.num_tokens]
     sliding = f" {len(windows)} of {len(view.windows)} layers have a window of {windows[0]:,} tokens" if windows else ""
     return (
         f"{rows}: queries downwards, keys to the right. A part has the colour of the ring rank that computes it: "

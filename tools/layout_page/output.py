@@ -10,7 +10,6 @@ from rich.table import Table
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.training.estimate import attention_backend
 
 from .page import page
 from .svg import count, si, size
@@ -66,7 +65,7 @@ def held(view: View) -> Table:
 
 def needed(view: View) -> Table:
     """Memory by component."""
-    title = f"memory per rank, activations as attention's backend {attention_backend(view.config)!r} keeps them"
+    title = f"memory per rank, activations as attention's backend {view.attention!r} keeps them"
     table = _table(title, "parameters", "gradients", "optimizer", "activations", "loss head", "features",
                    "encoder", "at its fullest")  # fmt: skip
     for one in view.ranks:

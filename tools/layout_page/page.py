@@ -5,7 +5,6 @@ from html import escape
 from importlib.resources import files
 
 from megatron_vlm.parallel.layout import row_length
-from megatron_vlm.training.estimate import attention_backend
 
 from . import attention_figure, bars, figures, timeline_figure
 from .rows import left_out
@@ -79,7 +78,7 @@ def _sections(view: View) -> Iterator[tuple[str, str, str]]:
     memory_words = (
         "What each rank holds at its fullest, with rows of "
         f"{length:,} tokens, recompute {recompute.language} in the language model and "
-        f"{recompute.vision} in the encoder, attention as its backend {attention_backend(config)!r} keeps it. "
+        f"{recompute.vision} in the encoder, attention as its backend {view.attention!r} keeps it. "
         "Parameters, gradients and optimizer states are exact, the rest is an estimate; what the GPU's libraries take "
         "comes on top."
     )

@@ -107,7 +107,7 @@ def _picture(config: Config, shape: ModelShape) -> tuple[float, float]:
         (shape.tower, shape.tower_tokens, shape.tower_tokens**2),
         (shape.projector, shape.media_tokens, 0),
     ]
-    again = config.training.recompute.vision == "full"
+    recompute = config.training.recompute.vision
     forward = backward = 0.0
     trains = False
     for blocks, tokens, pairs in chain:
@@ -116,7 +116,11 @@ def _picture(config: Config, shape: ModelShape) -> tuple[float, float]:
             forward += ahead
             backward += block.flops(tokens, pairs, trains) - ahead
             trains |= block.trains
-            backward += ahead if again and trains and blocks is shape.tower else 0
+            backward += ahead if recompute == "full" and trains and blocks is shape.tower else 0
+    if recompute == "encoder" and trains:
+        tower_trains = any(block.trains for block in (shape.embedding, *shape.tower))
+        projector = sum(_forward(block, shape.media_tokens, 0) for block in shape.projector)
+        backward += forward if tower_trains else projector
     return forward, backward
 
 

@@ -96,7 +96,8 @@ class ShownRow:
 @dataclass(frozen=True)
 class View:
     """A recipe on a number of ranks. `rows_sent`, by media group (the replicas, or the world alone): feature rows from
-    each of its ranks to each, in the step. `windows`, by layer: keys that a query sees at most."""
+    each of its ranks to each, in the step. `windows`, by layer: keys that a query sees at most.
+    `attention`: the backend whose memory is counted."""
 
     name: str
     config: Config
@@ -107,6 +108,7 @@ class View:
     times: tuple[StepTime, ...]  # by replica
     rows_sent: tuple[tuple[tuple[int, ...], ...], ...]
     windows: tuple[int | None, ...]
+    attention: str
 
     def replica(self, data: int) -> list[RankView]:
         """The ranks of one replica, by replica rank."""
@@ -136,7 +138,7 @@ class View:
             "sizes": asdict(self.sizes),
             "parameters": self.num_parameters,
             "batch": {"source": self.batch.source, "row_tokens": self.batch.layout.length},
-            "attention": estimate.attention_backend(self.config),
+            "attention": self.attention,
             "pipeline_bubble": self.times[0].bubble,
             "step_flops_by_phase": [time.phases for time in self.times],
             "feature_rows_sent": self.rows_sent,
@@ -198,6 +200,7 @@ def gather(name: str, config: Config, world_size: int, ranks_per_node: int = RAN
         times=step_times(config, sizes, encoder, spec, batch),
         rows_sent=tuple(_rows_sent(batch, group) for group in range(1 if shares_all(config) else sizes.data)),
         windows=spec.windows,
+        attention=estimate.attention_backend(config, spec),
     )
 
 

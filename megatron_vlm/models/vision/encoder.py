@@ -42,25 +42,27 @@ class VisionEncoder(MegatronModule):
             config.model.projector.type, survey.hidden_size, language_size, config.ops.projector, survey.grid
         )
         self.media_batch = config.training.media_batch
-        self.keeps_pixels_only = config.training.recompute.vision == "encoder"
+        self.keeps_little = config.training.recompute.vision == "encoder"
         self.to(DTYPES[config.precision.params])
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels [n, 3, H, W] -> [n, tokens_per_image, h], `training.media_batch` at a time; n may be 0, and then
-        nothing runs."""
+        """pixels [n, 3, H, W] -> [n, tokens_per_image, h]; n may be 0, and then nothing runs."""
         tokens = self.tower.survey.media_spec.tokens_per_image
         if pixels.shape[0] == 0:
             return pixels.new_empty(0, tokens, self.language_size, dtype=self.config.params_dtype)
-        batches = [self._encode(batch) for batch in pixels.split(self.media_batch or len(pixels))]
-        rows = batches[0] if len(batches) == 1 else torch.cat(batches)
+        if not (self.keeps_little and torch.is_grad_enabled()):
+            rows = self._project(pixels)
+        elif any(parameter.requires_grad for parameter in self.tower.parameters()):
+            rows = checkpoint(self._project, pixels, use_reentrant=False)
+        else:  # what the projector reads is about as large as the pixels, and its making is dear
+            rows = checkpoint(self.projector, self.tower(pixels), use_reentrant=False)
         assert rows.shape[1] == tokens, f"the projector gives {rows.shape[1]} rows, surveyed {tokens}"
         return rows
 
-    def _encode(self, pixels: Tensor) -> Tensor:
-        """Autograd goes through the batches one by one, last first: of what is computed again, one batch is held."""
-        if self.keeps_pixels_only and torch.is_grad_enabled():
-            return checkpoint(self._project, pixels, use_reentrant=False)
-        return self._project(pixels)
+    def in_batches(self, pixels: Tensor) -> list[Tensor]:
+        """`forward`, `training.media_batch` pictures at a time. Each result has a graph of its own: joined, they would
+        have autograd hold all parameters' gradients of the batches so far, and add them in the parameters' dtype."""
+        return [self(batch) for batch in pixels.split(self.media_batch or max(1, len(pixels)))]
 
     def _project(self, pixels: Tensor) -> Tensor:
         rows: Tensor = self.projector(self.tower(pixels))

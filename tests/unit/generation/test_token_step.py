@@ -109,6 +109,21 @@ def test_equals_the_modules(grid, model, valid):
     assert difference(build(grid, **MODELS[model]), valid) < 1e-5
 
 
+def capped(grid: Any) -> Any:
+    """Scores are a few tenths: this cap changes them."""
+    chunk = build(grid)
+    chunk.spec = replace(chunk.spec, softcap=0.1)
+    return chunk
+
+
+@pytest.mark.parametrize("valid", [None, PADDED], ids=["full", "padded"])
+def test_a_softcap_is_the_modules_own(grid, valid):
+    def uncapped(step: Any) -> None:
+        step.softcap = None
+
+    assert difference(capped(grid), valid) < 1e-5 < 1e-2 < difference(capped(grid), valid, uncapped)
+
+
 def test_what_is_left_out_is_seen(grid):
     def without_bias(step: Any) -> None:
         step.layers = [replace(layer, qkv_bias=None) for layer in step.layers]

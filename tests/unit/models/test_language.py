@@ -349,6 +349,7 @@ def test_windows_and_caps_of_attention_are_read(extended, changes, windows, soft
     ("hf_config", "message"),
     [
         (LlamaConfig(sliding_window=4096), "sliding_window is 4096, allowed: null"),
+        (MistralConfig(sliding_window=4096, use_sliding_window=False), "use_sliding_window is False, allowed: null"),
         (MistralConfig(num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"]), "layer_types is "),
     ],
 )

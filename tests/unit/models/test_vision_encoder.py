@@ -11,7 +11,6 @@ from megatron_vlm.models.vision.survey import survey_tower
 from tests.helpers.live_bytes import LiveBytes
 from tests.unit.models.recipes import SMALL_TOWER, small_recipe
 
-PIXEL_BYTES = 4 * 3 * 28 * 28  # of a picture of the small tower
 ROW_BYTES = 4 * 16 * 64  # of its rows
 IN_BATCHES = {"media_batch": 2, "recompute": {"vision": "encoder"}}
 
@@ -36,16 +35,23 @@ def build_to_train(**training: Any) -> VisionEncoder:
     return build(changed).train()
 
 
+def backward(parts: list[torch.Tensor], grads: torch.Tensor) -> None:
+    """As the step does it."""
+    sizes = [len(part) for part in parts]
+    for part, grad in reversed(list(zip(parts, grads.split(sizes), strict=True))):
+        part.backward(grad)
+
+
 @pytest.mark.parametrize("training", [{"media_batch": 2}, {"recompute": {"vision": "encoder"}}, IN_BATCHES], ids=str)
 def test_batches_change_no_row_and_no_gradient(training: dict[str, Any]) -> None:
     plain, batched = build_to_train(), build_to_train(**training)
     sizes = []
     batched.tower.register_forward_pre_hook(lambda _, pixels: sizes.append(len(pixels[0])))
     pixels, grads = torch.randn(5, 3, 28, 28), torch.randn(5, 16, 64)
-    rows, batched_rows = plain(pixels), batched(pixels)
-    torch.testing.assert_close(batched_rows, rows)
+    rows, parts = plain(pixels), batched.in_batches(pixels)
+    torch.testing.assert_close(torch.cat(parts), rows)
     rows.backward(grads)
-    batched_rows.backward(grads)
+    backward(parts, grads)
     for (name, p), q in zip(plain.named_parameters(), batched.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, msg=name)
     forward = [2, 2, 1] if "media_batch" in training else [5]
@@ -64,22 +70,37 @@ def test_dropout_is_the_same_when_it_is_computed_again() -> None:
 
 
 def peak_of_a_step(num_pictures: int, **training: Any) -> int:
-    """Bytes at a time beside what goes in and the gradients of the parameters, which are there before."""
+    """Bytes at a time beside what goes in; a parameter's gradient is taken away when it is there, as megatron-core's
+    DDP does."""
     encoder = build_to_train(**training)
-    for parameter in encoder.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+
+    def take(parameter: torch.nn.Parameter) -> None:
+        parameter.grad = None
+
+    for parameter in filter(lambda p: p.requires_grad, encoder.parameters()):
+        parameter.register_post_accumulate_grad_hook(take)
     pixels, grads = torch.randn(num_pictures, 3, 28, 28), torch.randn(num_pictures, 16, 64)
     with LiveBytes() as live:
-        encoder(pixels).backward(grads)
+        backward(encoder.in_batches(pixels), grads)
     return live.peak
 
 
 def test_of_many_pictures_one_batch_is_held() -> None:
-    """Twelve pictures more cost their rows, held twice where batches are joined; without it all activations."""
-    more = peak_of_a_step(16, **IN_BATCHES) - peak_of_a_step(4, **IN_BATCHES)
-    assert 0 < more <= 2.5 * 12 * ROW_BYTES
-    kept = peak_of_a_step(16, media_batch=2) - peak_of_a_step(4, media_batch=2)
+    """Pictures more than a batch cost their rows and no gradients; without it all activations."""
+    more = peak_of_a_step(16, **IN_BATCHES) - peak_of_a_step(2, **IN_BATCHES)
+    assert 0 < more <= 1.5 * 14 * ROW_BYTES
+    kept = peak_of_a_step(16, media_batch=2) - peak_of_a_step(2, media_batch=2)
     assert kept > 10 * more
+
+
+def test_a_frozen_tower_is_not_run_again() -> None:
+    encoder = build_to_train(recompute={"vision": "encoder"})
+    encoder.tower.requires_grad_(False)
+    runs = {"tower": 0, "projector": 0}
+    for name in runs:
+        getattr(encoder, name).register_forward_pre_hook(lambda *_, name=name: runs.update({name: runs[name] + 1}))
+    encoder(torch.randn(2, 3, 28, 28)).sum().backward()
+    assert runs == {"tower": 1, "projector": 2}
 
 
 def test_bf16() -> None:

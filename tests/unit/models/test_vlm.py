@@ -34,7 +34,7 @@ def span(sample_id: str, num_tokens: int = 16) -> Any:
 
 
 def test_encode_concatenates_the_images(model: VisionLanguageModel) -> None:
-    rows = model.encode(PIXELS, [span("a"), span("b")])
+    (rows,) = model.encode(PIXELS, [span("a"), span("b")])
     assert rows.shape == (32, 64)
     torch.testing.assert_close(rows[16:], model.vision(PIXELS[1:])[0])
 

@@ -79,8 +79,8 @@ def kept_bytes(train: dict[str, bool], recompute: str, params: str) -> tuple[int
 
 @pytest.mark.parametrize(
     ("train", "recompute"),
-    [(ALL, "none"), (ALL, "full"), (ALL, "encoder"), ({"vision": False}, "none")],
-    ids=["all", "full", "encoder", "frozen"],
+    [(ALL, "none"), (ALL, "full"), (ALL, "encoder"), ({"vision": False}, "none"), ({"vision": False}, "encoder")],
+    ids=["all", "full", "encoder", "frozen", "encoder, frozen"],
 )
 def test_what_the_encoder_keeps_is_near(train: dict[str, bool], recompute: str) -> None:
     """Printed with -s."""
