@@ -15,7 +15,7 @@ from megatron_vlm.generation.replica import Replica, decoding
 from megatron_vlm.generation.sampling import Sampler
 from megatron_vlm.generation.stopping import Stopping
 from megatron_vlm.models.merge import LocalFeatures
-from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.models.vlm import VisionLanguageModel, joined
 from megatron_vlm.parallel.context_attention import KVCache, SharedKVCache
 from megatron_vlm.parallel.groups import Grid
 from megatron_vlm.parallel.layout import SequenceLayout, length_multiple
@@ -108,4 +108,4 @@ def encode_images(model: VisionLanguageModel, prompts: PromptBatch) -> LocalFeat
     for number, item in enumerate(own):
         pixels[number] = prompts.images[item]()
     encoded = model.encode(pixels.to(current_device()), [prompts.spans[item] for item in own])
-    return model.place(model.exchange(encoded, route), route, micro_batch=0)
+    return model.place(model.exchange(joined(encoded), route), route, micro_batch=0)

@@ -99,11 +99,10 @@ class VisionLanguageModel:
                 )
         return [rows.flatten(0, 1) for rows in self.vision.in_batches(pixels)]  # [n, tokens, h] -> [n * tokens, h]
 
-    def exchange(self, encoded: Sequence[Tensor], route: Route) -> Tensor:
-        """encoded rows [n_enc, h], in parts -> the rows whose tokens this rank owns [n_recv, h], without their graph. A
-        collective of the route's media group."""
-        rows = encoded[0] if len(encoded) == 1 else torch.cat([part.detach() for part in encoded])
-        return send_features(rows.detach(), route, media_group(self.grid, route.over_world))
+    def exchange(self, encoded: Tensor, route: Route) -> Tensor:
+        """encoded rows [n_enc, h] -> the rows whose tokens this rank owns [n_recv, h]. A collective of the route's
+        media group."""
+        return send_features(encoded, route, media_group(self.grid, route.over_world))
 
     def place(self, received: Tensor, route: Route, micro_batch: int) -> LocalFeatures:
         """received [n_recv, h] -> one micro-batch's features, as a leaf that takes a gradient where vision trains."""
@@ -127,6 +126,11 @@ class VisionLanguageModel:
         collected = torch.empty_like(stacked)
         collected[order] = stacked
         return collected
+
+
+def joined(encoded: Sequence[Tensor]) -> Tensor:
+    """The parts that `encode` gives as one tensor [n_enc, h], without their graphs."""
+    return encoded[0].detach() if len(encoded) == 1 else torch.cat([part.detach() for part in encoded])
 
 
 def _of_micro_batch(route: Route, micro_batch: int) -> Tensor:

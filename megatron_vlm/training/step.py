@@ -29,7 +29,7 @@ from megatron_vlm.data.batch import MediaWindow, MicroBatch, StepBatch
 from megatron_vlm.data.media import FAULTS
 from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.models.merge import LocalFeatures
-from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.models.vlm import VisionLanguageModel, joined
 from megatron_vlm.parallel.groups import Grid
 from megatron_vlm.parallel.layout import SequenceLayout
 from megatron_vlm.parallel.media_exchange import media_group, return_gradients
@@ -136,7 +136,7 @@ class TrainStep:
         with clock.phase("encode"), torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
             encoded = self.model.encode(window.pixels.to(current_device()), window.own_spans)
         with clock.phase("exchange"):
-            received = self.model.exchange(encoded, window.route)
+            received = self.model.exchange(joined(encoded), window.route)
             features = [self.model.place(received, window.route, m) for m in window.micro_batches]
             faulty = self._share_faults(batch, window) if batch.faults_tolerated else {}
         return EncodedMedia(encoded, features, window.route, faulty)

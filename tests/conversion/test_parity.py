@@ -215,6 +215,7 @@ def our_logits(case: Case, state: dict[str, Tensor], batch: Batch, fault: str | 
 
 def forward(model: Any, case: Case, batch: Batch, fault: str | None) -> Tensor:
     """Encode, exchange, place and the language model, as training and generation run them."""
+    from megatron_vlm.models.vlm import joined
     from megatron_vlm.parallel.layout import SequenceLayout
     from megatron_vlm.parallel.media_plan import MediaItem, plan_media
 
@@ -225,7 +226,7 @@ def forward(model: Any, case: Case, batch: Batch, fault: str | None) -> Tensor:
     replica_rank = model.grid.replica.rank()
     route, mine = plan.route(replica_rank), plan.items_of(replica_rank)
     spans = [SimpleNamespace(sample_id="a", path="b", item=items[i]) for i in mine]
-    received = model.exchange(model.encode(batch.pixels[mine], spans), route)
+    received = model.exchange(joined(model.encode(batch.pixels[mine], spans)), route)
     features = model.place(received, route, 0)
     position_ids = torch.arange(length).expand_as(batch.ids).clone()
     if fault == "shifted_features":

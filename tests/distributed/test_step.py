@@ -137,7 +137,7 @@ def features_still_held(recipe: dict[str, Any]) -> tuple[list[int], int]:
     def watch(*arguments: Any) -> EncodedMedia:
         media = encode(*arguments)
         held.append(sum(ref() is not None for ref in watched))
-        watched.extend(weakref.ref(rows) for rows in (media.encoded, *(local.rows for local in media.features)))
+        watched.extend(weakref.ref(rows) for rows in (*media.encoded, *(local.rows for local in media.features)))
         return media
 
     job.step._encode = watch
