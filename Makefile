@@ -12,8 +12,8 @@ export OMP_NUM_THREADS ?= 1# ranks share the cores; more threads per rank only g
 help:
 	@echo "make venv        build .venv (Python 3.11 or 3.12, Linux, CPU)"
 	@echo "make quickstart  train on 4 CPU ranks, evaluate, write runs/quickstart/"
-	@echo "make test        fast lane, at most 15 minutes"
-	@echo "make test-slow   everything but the GPU tests, at most 60 minutes"
+	@echo "make test        fast lane, about 25 minutes on 2 cores"
+	@echo "make test-slow   everything but the GPU tests, hours on 2 cores"
 	@echo "make check       lint, format, types, architecture"
 
 venv: $(INSTALLED)
