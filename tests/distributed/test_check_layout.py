@@ -53,6 +53,7 @@ RIGHT_SLOW = {
         parallel=OVERLAP,
         training={"media_window": 3, "recompute": {"language": "full", "vision": "full"}, "global_batch_size": 8},
     ),
+    "media-batches-dp2": layout(2, parallel=OVERLAP, training={"media_batch": 4, "recompute": {"vision": "encoder"}}),
     "projector-only-tied-pp2": layout(2, parallel={"pipeline": 2}, model=PROJECTOR_ONLY | TIED),
     "fp8-tp2-sp": layout(2, parallel={"tensor": 2, "sequence": True}, precision=FP8),
     "sliding-pp2": SLIDING_PP2,

@@ -154,12 +154,11 @@ def first_forward(job: Job, batch: StepBatch, record: Record) -> Iterator[None]:
         for row, value in enumerate(rows.detach().cpu()):
             record.values[what, global_row(micro_batch, row), 0] = value.clone()
 
-    windows = iter(batch.windows)
+    pictures = iter([(window, span.item) for window in batch.windows for span in window.own_spans])
 
     def keep_features(_encoder: nn.Module, _inputs: Any, features: Tensor) -> None:
-        window = next(windows)
-        for span, value in zip(window.own_spans, features.detach().cpu(), strict=True):
-            item = span.item
+        for value in features.detach().cpu():  # of a batch of the window's pictures
+            window, item = next(pictures)
             data = item.data if window.plan.over_world else place.data
             record.values[FEATURES, global_row(item.micro_batch, item.row, data), item.start] = value.clone()
 
@@ -168,6 +167,7 @@ def first_forward(job: Job, batch: StepBatch, record: Record) -> Iterator[None]:
         for chunk in job.model.language:
             watch_chunk(chunk, keep_rows, stack)
         yield
+        assert next(pictures, None) is None, "a picture was not encoded"
 
 
 def watch_chunk(chunk: LanguageModel, keep: Callable[[str, int, Tensor], None], stack: contextlib.ExitStack) -> None:
