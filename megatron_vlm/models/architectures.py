@@ -136,12 +136,13 @@ def attention_windows(hf_config: "PretrainedConfig") -> tuple[int | None, ...]:
     """By layer of the whole model: how many keys a query sees at most, its own included; None: all before it.
 
     As transformers masks: `layer_types` says which layers slide; without it all do that have a `sliding_window`, unless
-    `use_sliding_window` is false.
+    `use_sliding_window` is false in a config whose class has that key.
 
     Raises:
         ConfigError: layers of another type, or a window that shows nothing.
     """
-    window = getattr(hf_config, WINDOW, None) if getattr(hf_config, USES_WINDOW, True) else None
+    may_be_off = USES_WINDOW in inspect.signature(type(hf_config)).parameters
+    window = None if may_be_off and not getattr(hf_config, USES_WINDOW) else getattr(hf_config, WINDOW, None)
     every = SLIDING_ATTENTION if window is not None else FULL_ATTENTION
     kinds = getattr(hf_config, LAYER_TYPES, None) or [every] * hf_config.num_hidden_layers
     others = sorted(set(kinds) - {FULL_ATTENTION, SLIDING_ATTENTION})
@@ -173,8 +174,8 @@ def _check_attention(hf_config: "PretrainedConfig") -> None:
     computed = {LOGIT_SOFTCAP: LANGUAGE_MODELS.get(hf_config.model_type).logit_softcap(hf_config)}
     computed |= {key: None for key in (WINDOW, LAYER_TYPES) if slides and key not in known}
     computed |= {key: None for key in (ATTENTION_SOFTCAP,) if key not in known}
-    if getattr(hf_config, WINDOW, None) is not None and USES_WINDOW not in known:
-        computed[USES_WINDOW] = None
+    if slides and USES_WINDOW not in known and getattr(hf_config, USES_WINDOW, None) is False:
+        computed[USES_WINDOW] = None  # it would slide all the same
     for key, allowed in computed.items():
         found = getattr(hf_config, key, None)
         if found != allowed:

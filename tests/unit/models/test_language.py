@@ -345,6 +345,13 @@ def test_windows_and_caps_of_attention_are_read(extended, changes, windows, soft
     assert extended.attention_windows(hf_config) == windows and extended.attention_softcap(hf_config) == softcap
 
 
+def test_only_a_key_that_the_class_has_turns_windows_off(extended):
+    for value in (None, True):
+        slides = MistralConfig(num_hidden_layers=2, sliding_window=7, use_sliding_window=value)
+        extended.check_architecture(slides)
+        assert extended.attention_windows(slides) == (7, 7)
+
+
 @pytest.mark.parametrize(
     ("hf_config", "message"),
     [
