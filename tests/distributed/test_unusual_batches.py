@@ -2,11 +2,6 @@
 
 Rows of a prime length that no layout can cut; videos, whose frames are encoded one here, one there; a step without any
 picture, in which three of four ranks that share a sequence hold no trained token; a video of 2,048 frames.
-
-Adam's first update is the gradient's sign, but where a gradient is near its eps of 1e-8: one element of the long
-video's is, and there rounding makes the update. `test_a_video_of_2048_frames[tp2-sp-ulysses2]` misses its limit by it
-(1.1e-4 of that tensor's norm, 1e-4 is allowed). Against a process whose products are exact (`tests/helpers/exact.py`)
-every layout holds, which is a test of its own; the plain process is 1.1e-4 off that one.
 """
 
 import json

@@ -1,5 +1,4 @@
-"""One process whose own rounding is out of the way, where it would be further from the truth than a layout may be from
-it."""
+"""One process whose products are exact: tells the rounding of a layout from that of the process it is compared with."""
 
 from collections.abc import Callable
 from typing import Any
