@@ -40,6 +40,7 @@ class ModelFacts:
     templates: tuple[str, ...]
     tasks: tuple[str, ...]
     installed: frozenset[str]  # as config.packages names them
+    context_tokens: int | None = None  # positions that the language model knows, where its config says so
     backend_obstacles: tuple[str, ...] = ()  # why backends named under `ops` cannot run, where the device is known
 
 

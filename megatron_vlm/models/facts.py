@@ -59,6 +59,7 @@ def gather_facts(
         templates=tuple(templates),
         tasks=tuple(tasks),
         installed=installed_packages(),
+        context_tokens=getattr(language, "max_position_embeddings", None),
         backend_obstacles=tuple(_backend_obstacles(config, language, projector, device)),
     )
 

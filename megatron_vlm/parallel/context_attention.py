@@ -57,22 +57,26 @@ class KVCache:
         if prompt_valid is not None:
             num_answer_tokens = capacity - prompt_valid.shape[1]
             self._valid = torch.nn.functional.pad(prompt_valid, (0, num_answer_tokens), value=True)
-        self._keys_values: dict[int, Tensor] = {}
+        self._keys_values: dict[int, tuple[Tensor, Tensor]] = {}
         self._lengths: dict[int, int] = {}
 
     def extend(self, layer_number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append [b, s, kv_heads, d] to the layer's cache -> (all keys, all values), each [b, length, kv_heads, d]."""
+        """Append [b, s, kv_heads, d or dv] to the layer's cache -> (all keys, all values), each
+        [b, length, kv_heads, d or dv]."""
         start = self._lengths.get(layer_number, 0)
         end = start + keys.shape[1]
         assert end <= self.capacity, f"kv cache of {self.capacity} positions, {end} needed"
         if layer_number not in self._keys_values:
-            rows, _, kv_heads, width = keys.shape
-            store = torch.empty(2, rows, kv_heads, self.capacity, width, dtype=keys.dtype, device=keys.device)
-            self._keys_values[layer_number] = store.transpose(2, 3)
-        seen_keys, seen_values = self._keys_values[layer_number][:, :, :end].unbind()
+            self._keys_values[layer_number] = self._store_like(keys), self._store_like(values)
+        seen_keys, seen_values = (store[:, :end] for store in self._keys_values[layer_number])
         seen_keys[:, start:], seen_values[:, start:] = keys, values
         self._lengths[layer_number] = end
         return seen_keys, seen_values
+
+    def _store_like(self, new: Tensor) -> Tensor:
+        """Room for all keys or values, of which [b, s, kv_heads, d] are the first."""
+        rows, _, kv_heads, width = new.shape
+        return new.new_empty(rows, kv_heads, self.capacity, width).transpose(1, 2)
 
     def key_valid(self, length: int) -> Tensor | None:
         """[b, length] bool, a view: which of the first `length` keys are no padding; None where all are."""
@@ -159,15 +163,18 @@ class SharedSequence:
 
     ulysses: ProcessGroup
     ring: Ring
-    _windowed: dict[int, Ring] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _rings: dict[tuple[bool, int | None], Ring] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def ring_of(self, window: int | None) -> Ring:
-        """The ring of the layers that have this window: made once, and the plain one where no document is longer."""
-        if window is None or window >= self._longest_document:
+    def ring_of(self, causal: bool, window: int | None) -> Ring:
+        """The ring of the layers that attend so: made once, and the plain one for a window that hides nothing."""
+        plan = self.ring.plan
+        if window is not None and window >= self._longest_document:
+            window = None
+        if (causal, window) == (plan.causal, plan.window):
             return self.ring
-        if window not in self._windowed:
-            self._windowed[window] = replace(self.ring, plan=replace(self.ring.plan, window=window))
-        return self._windowed[window]
+        if (causal, window) not in self._rings:
+            self._rings[causal, window] = replace(self.ring, plan=replace(plan, causal=causal, window=window))
+        return self._rings[causal, window]
 
     @cached_property
     def _longest_document(self) -> int:
@@ -216,6 +223,8 @@ class ContextAttention(MegatronModule):
     share rows or rows are packed, the Ulysses exchange, ring attention and the way back. It has no parameters.
 
     Args:
+        attn_mask_type: causal, or no_mask where every token sees its whole document; padding is none of it only where
+            documents are told.
         backend, rope_backend: of `ops.attention` and `ops.rope`; the other arguments are mcore's.
     """
 
@@ -224,15 +233,18 @@ class ContextAttention(MegatronModule):
         *,
         config: TransformerConfig,
         layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
         softmax_scale: float | None = None,
         backend: str = AUTO,
         rope_backend: str = AUTO,
-        **unused: Any,  # attn_mask_type, attention_type, cp_comm_type, pg_collection: it is causal self-attention
+        **unused: Any,  # attention_type, cp_comm_type, pg_collection: it is self-attention
     ) -> None:
         super().__init__(config=config)
+        assert attn_mask_type in (AttnMaskType.causal, AttnMaskType.no_mask), f"a mask of type {attn_mask_type}"
         assert config.attention_dropout == 0.0, "ops.attention has no dropout"
         assert config.kv_channels is not None
         self.layer_number = layer_number
+        self.causal = attn_mask_type == AttnMaskType.causal
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         self.backend, self.rope_backend = backend, rope_backend
 
@@ -247,9 +259,10 @@ class ContextAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, kv_heads, d] -> [s, b, heads * d]."""
+        """query [s, b, heads, d], key [s, b, kv_heads, d], value [s, b, kv_heads, dv] -> [s, b, heads * dv]."""
         context = packed_seq_params
         assert isinstance(context, AttentionContext), "ContextAttention needs an AttentionContext"
+        assert context.cache is None or self.causal, "generation is causal"
         assert attention_mask is None and attention_bias is None, "masks come from the AttentionContext"
         q, k, v = (x.transpose(0, 1) for x in (query, key, value))  # [s, b, ...] -> [b, s, ...]
         q, k = (  # attention's backward makes these gradients, and reads them no more
@@ -267,7 +280,7 @@ class ContextAttention(MegatronModule):
             q,
             k,
             v,
-            causal=True,
+            causal=self.causal,
             softmax_scale=self.softmax_scale,
             window=window,
             softcap=context.softcap,
@@ -276,10 +289,10 @@ class ContextAttention(MegatronModule):
         )
         if context.cache is not None:
             out = context.cache.over_all_keys(out, lse)
-        return out.transpose(0, 1).flatten(2)  # [b, s, heads, d] -> [s, b, heads * d]
+        return out.transpose(0, 1).flatten(2)  # [b, s, heads, dv] -> [s, b, heads * dv]
 
     def _attend_shared(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
-        """q [b, s, heads, d], k and v [b, s, kv_heads, d] -> [b, s, heads, d]."""
+        """q [b, s, heads, d], k [b, s, kv_heads, d], v [b, s, kv_heads, dv] -> [b, s, heads, dv]."""
         shared = context.shared
         assert shared is not None
         split = HeadSplit(q.shape[2], k.shape[2], shared.ulysses.size())
@@ -289,7 +302,7 @@ class ContextAttention(MegatronModule):
             q,
             k,
             v,
-            shared.ring_of(context.window_of(self.layer_number)),
+            shared.ring_of(self.causal, context.window_of(self.layer_number)),
             kv_index=kv_index,
             softmax_scale=self.softmax_scale,
             softcap=context.softcap,

@@ -38,6 +38,12 @@ def settle(
     if idle := idle_keys(config):
         logger.warning("%s: without effect, as precision.fp8 is null", ", ".join(idle))
     assert facts is not None, "validate refuses a recipe that does not name its model"
+    length, known = config.training.sequence_length, facts.context_tokens
+    if known is not None and length > known:
+        logger.warning(
+            "training.sequence_length %d: the language model knows positions up to %d (max_position_embeddings); "
+            "longer samples train positions it has not seen, and generation refuses them", length, known,
+        )  # fmt: skip
     if config.parallel.context is not None:
         parallel, reason = split_context(config.parallel, facts.num_attention_heads, ranks_per_node)
         logger.info("%s", reason)

@@ -29,6 +29,7 @@ from tests.helpers.attention_cases import (
     run_cases,
     run_core_attention,
 )
+from tests.helpers.lanes import mostly_slow
 from tests.helpers.ranks import RankPool
 
 LAYOUTS = [(ulysses, world // ulysses) for world in (2, 4, 8) for ulysses in (1, 2, 4, 8) if ulysses <= world]
@@ -77,14 +78,24 @@ def test_every_case_is_the_attention_of_one_process(
     check(ranks, ulysses, ring, every_case(heads, kv_heads, 1000 * ulysses + 100 * ring + heads))
 
 
-@pytest.mark.parametrize(("ulysses", "ring"), LAYOUTS)
+IN_LAYERS = [  # what a model may ask of mcore's door to attention: no mask too, and values of another width
+    Case(6, 3, "packed"),
+    Case(6, 3, "packed", mode="all_gather"),
+    Case(8, 2, "spanning", causal=False, window=30, v_width=6),
+    Case(7, 1, causal=False),
+    Case(4, 4, v_width=2),
+]
+
+
+@pytest.mark.parametrize(("ulysses", "ring"), [(1, 1), *LAYOUTS])
 def test_the_layers_attend_so(ranks: RankPool, ulysses: int, ring: int) -> None:
     """mcore's `core_attention` as the layers call it, with its rotation by the documents' own positions."""
-    case = Case(6, 3, "packed", mode="all_gather" if ulysses == 2 else "p2p", seed=10 * ulysses + ring)
-    slices = ranks.run(ulysses * ring, run_core_attention, ulysses, ring, case)
-    found = assembled(slices, case.layout(ulysses, ring))
-    for name, wanted in expected_of_rotated(case).items():
-        assert distance(found[name], wanted) < 1e-5, name
+    for case in IN_LAYERS:
+        case = dataclasses.replace(case, seed=10 * ulysses + ring)
+        slices = ranks.run(ulysses * ring, run_core_attention, ulysses, ring, case)
+        found = assembled(slices, case.layout(ulysses, ring))
+        for name, wanted in expected_of_rotated(case).items():
+            assert distance(found[name], wanted) < 1e-5, f"{name} of {case}"
 
 
 def test_the_layers_have_their_windows_and_the_softcap(ranks: RankPool) -> None:
@@ -177,9 +188,12 @@ def test_wrong_rings_are_noticed(ranks: RankPool, fault: str, wrong: set[str]) -
 RING_LIMIT = 1.4  # under it are the errors of a ring that sums in fp32, over it those of one that does not
 HALF = [
     Case(heads, kv_heads, rows, mode=mode, dtype=torch.bfloat16, width=16, v_width=16)
-    for heads, kv_heads in ((8, 2), (8, 8), (7, 1), (28, 4))
+    for heads, kv_heads in HEADS
     for rows in ("whole", "packed")
     for mode in ("p2p", "all_gather")
+] + [
+    Case(6, 3, "spanning", window=5, dtype=torch.bfloat16, width=16, v_width=16),
+    Case(6, 3, "spanning", causal=False, dtype=torch.bfloat16, width=16, v_width=16),
 ]
 Errors = dict[tuple[Case, str], float]  # of each tensor of a case
 
@@ -200,7 +214,10 @@ def alone(ranks: RankPool) -> Errors:
     return errors(ranks.run(1, run_cases, 1, 1, HALF), 1, 1)
 
 
-@pytest.mark.parametrize(("ulysses", "ring"), [(1, 2), (1, 8), (2, 4), (8, 1)])
+HARDEST = ((1, 8), (2, 4), (8, 1))
+
+
+@pytest.mark.parametrize(("ulysses", "ring"), mostly_slow(LAYOUTS, HARDEST))
 def test_half_precision(ranks: RankPool, alone: Errors, ulysses: int, ring: int) -> None:
     """Errors are at most twice those of one process in the same precision.
 

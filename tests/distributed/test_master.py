@@ -86,6 +86,9 @@ SLOW = {
         8, parallel={"pipeline": 2, "ring": 2, "media_group": "world"}, data=PACKED, training={"media_window": 2}
     ),
     "even-packed-ulysses2-ring2": layout(4, parallel={"ulysses": 2, "ring": 2}, data=PACKED),
+    "two-packed-rows-tp2-ring2": layout(
+        4, parallel={"tensor": 2, "ring": 2}, data=PACKED, training={"micro_batch_size": 2}
+    ),
     "odd-packed-ulysses2-ring2": layout(
         4, parallel={"ulysses": 2, "ring": 2}, data=PACKED, training={"sequence_length": 81}
     ),

@@ -2,7 +2,8 @@
 
 In phase 1 a rank receives the rows of the visual tokens it owns, its own encoding included, and nothing else; in phase
 3 it sends back as many with sequence parallelism, and a T-th of them without. Over context-parallel ranks no tensor has
-more rows than a rank has tokens, in the exchange, the merge, and the embedding of real steps.
+more rows than a rank has tokens, in the exchange, the merge, and the embedding of real steps; a window of several rows
+is exchanged at once, and what a rank has encoded itself is there besides.
 """
 
 import contextlib
@@ -110,6 +111,21 @@ class MostRows(TorchDispatchMode):
 
 
 @contextlib.contextmanager
+def watched_exchange(send: Callable[..., Tensor]) -> Iterator[list[tuple[int, int]]]:
+    """(the most rows made, rows encoded by this rank) of each exchange inside, which is by `send`."""
+    exchanges = []
+
+    def watched(encoded: Tensor, *arguments: Any) -> Tensor:
+        with MostRows(HIDDEN) as seen:
+            received = send(encoded, *arguments)
+        exchanges.append((seen.rows, len(encoded)))
+        return received
+
+    with mock.patch.object(vlm, "send_features", watched):
+        yield exchanges
+
+
+@contextlib.contextmanager
 def watched_embedding(seen: MostRows, gathers: bool) -> Iterator[None]:
     """The language model's embedding and merge are watched; with `gathers` they make the whole sequence, as a plain
     re-shard would have it."""
@@ -154,13 +170,16 @@ def count_steps(recipe: dict[str, Any], waste: str | None = None) -> tuple[int, 
         seen = MostRows(HIDDEN)
         with (
             counted_by_phase() as calls,
-            mock.patch.object(vlm, "send_features", send),
+            watched_exchange(send) as exchanges,
             watched_embedding(seen, waste == "embedding"),
         ):
             job.step(batch)
         at, share = job.grid.coordinates, batch.length // job.grid.sizes.context
         assert (seen.rows > 0) == (at.pipeline == 0)
         assert seen.rows <= share, f"{seen.rows} rows of {HIDDEN} in the embedding; a rank has {share} tokens"
+        for window, (most, encoded) in zip(batch.windows, exchanges, strict=True):
+            num_rows = len({(span.item.micro_batch, span.item.row) for span in window.spans})
+            assert most <= max(encoded, num_rows * share), f"{most} rows in an exchange of {num_rows} x {share} tokens"
         tokens = owned_tokens(batch, job.grid)
         if batch.windows[0].plan.num_ranks == 1:
             assert not any(calls.values())

@@ -120,7 +120,8 @@ def local_results(
 
 
 def run_core_attention(ulysses: int, ring: int, case: Case) -> dict[str, Tensor]:
-    """As `run_cases` for one causal case, by the layers' core attention, which rotates queries and keys first."""
+    """As `run_cases` for one case, by the layers' core attention, which rotates queries and keys first."""
+    from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_vlm.parallel.context_attention import AttentionContext, ContextAttention, SharedSequence
@@ -133,21 +134,26 @@ def run_core_attention(ulysses: int, ring: int, case: Case) -> dict[str, Tensor]
         kv_channels=case.width,
         attention_dropout=0.0,
     )
-    core = ContextAttention(config=config, layer_number=2, softmax_scale=case.softmax_scale)
+    mask_type = AttnMaskType.causal if case.causal else AttnMaskType.no_mask
+    core = ContextAttention(
+        config=config, layer_number=2, attn_mask_type=mask_type, softmax_scale=case.softmax_scale, backend=case.backend
+    )
     ulysses_group, ring_group = groups_of(ulysses, ring)
     layout = case.layout(ulysses, ring)
     positions, inputs = layout.positions(ring_group.rank(), ulysses_group.rank()), case.inputs()
+    is_alone = ulysses == ring == 1 and case.rows == "whole"
+    shared = SharedSequence(ulysses_group, Ring(RingPlan(layout, case.documents), ring_group, case.mode))
     context = AttentionContext(
         position_ids=position_ids(case)[:, positions],
         inverse_frequencies=inverse_frequencies(case),
         windows=(None, case.window),
         softcap=case.softcap,
-        shared=SharedSequence(ulysses_group, Ring(RingPlan(layout, case.documents), ring_group, case.mode)),
+        shared=None if is_alone else shared,
     )
     leaves = {name: inputs[name][:, positions].clone().requires_grad_() for name in "qkv"}
     by_place = (leaf.transpose(0, 1) for leaf in leaves.values())  # [b, s, ...] -> [s, b, ...]
     out = core(*by_place, None, packed_seq_params=context)
-    out = out.unflatten(2, (case.heads, case.width)).transpose(0, 1)  # [s, b, heads * d] -> [b, s, heads, d]
+    out = out.unflatten(2, (case.heads, case.v_width)).transpose(0, 1)  # [s, b, heads * dv] -> [b, s, heads, dv]
     out.backward(inputs["dout"][:, positions])
     return {"out": out.detach(), **{f"d{name}": leaf.grad for name, leaf in leaves.items()}}
 

@@ -8,8 +8,10 @@ QWEN2_7B = {
     "num_hidden_layers": 28,
     "num_attention_heads": 28,
     "num_key_value_heads": 4,
+    "max_position_embeddings": 131072,
     "tie_word_embeddings": False,
 }
+QWEN2_7B_INSTRUCT = QWEN2_7B | {"max_position_embeddings": 32768}
 CLIP_L_336 = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,

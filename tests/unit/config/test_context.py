@@ -10,7 +10,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training import recipe as module
 from megatron_vlm.training.recipe import settle
-from tests.unit.config.recipes import FACTS, recipe
+from tests.unit.config.recipes import FACTS, facts, recipe
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,13 @@ def test_fp8_keys_that_do_nothing_are_told_in_one_line(monkeypatch):
     assert said == ["precision.fp8_backend, precision.fp8_gradients: without effect, as precision.fp8 is null"]
     settle(recipe(), 1, ranks_per_node=1)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize(("known", "told"), [(None, False), (2048, False), (2047, True)])
+def test_rows_longer_than_the_models_context_are_told(monkeypatch, known, told):
+    said = []
+    monkeypatch.setattr("megatron_vlm.training.recipe.gather_facts", lambda *_: facts(context_tokens=known))
+    monkeypatch.setattr("megatron_vlm.training.recipe.logger.warning", lambda text, *parts: said.append(text % parts))
+    settle(recipe(training__sequence_length=2048), 1, ranks_per_node=1)
+    assert [text.partition(":")[0] for text in said] == ["training.sequence_length 2048"] * told
+    assert all("positions up to 2047 (max_position_embeddings)" in text for text in said)

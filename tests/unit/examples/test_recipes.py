@@ -10,7 +10,7 @@ from megatron_vlm.config.validation import validate
 from megatron_vlm.data.conversation import TEMPLATES
 from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.facts import gather_facts
-from tests.helpers.public_models import CLIP_B_32, CLIP_L_336, QWEN2_7B
+from tests.helpers.public_models import CLIP_B_32, CLIP_L_336, QWEN2_7B, QWEN2_7B_INSTRUCT
 
 RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
 RANKS = {
@@ -25,7 +25,8 @@ RANKS = {
     "bench_packing": 1,
 }
 PUBLIC = {
-    "Qwen/Qwen2-7B-Instruct": QWEN2_7B,
+    "Qwen/Qwen2-7B": QWEN2_7B,
+    "Qwen/Qwen2-7B-Instruct": QWEN2_7B_INSTRUCT,
     "openai/clip-vit-base-patch32": CLIP_B_32,
     "openai/clip-vit-large-patch14-336": CLIP_L_336,
 }
@@ -46,7 +47,9 @@ def without_downloads(config: Config) -> Config:
 def test_recipe(path: Path) -> None:
     config = without_downloads(load_config(path))
     world_size = RANKS[path.stem.partition("_phase")[0]]
-    validate(config, gather_facts(config, TEMPLATES.names(), TASKS.names()), world_size)
+    facts = gather_facts(config, TEMPLATES.names(), TASKS.names())
+    validate(config, facts, world_size)
+    assert facts.context_tokens is not None and config.training.sequence_length <= facts.context_tokens
 
 
 def test_a_wrong_number_of_ranks_is_found() -> None:

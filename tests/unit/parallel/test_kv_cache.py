@@ -44,6 +44,14 @@ def test_a_token_reads_what_its_window_shows(window: int | None, padded: bool) -
         assert num_read <= (window or 100)
 
 
+def test_values_may_have_a_width_of_their_own() -> None:
+    cache = KVCache(5)
+    keys, values = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 3, 6)
+    cache.extend(LAYER, keys[:, :3], values[:, :3])
+    all_keys, all_values = cache.extend(LAYER, keys[:, 3:], values[:, 3:])
+    assert torch.equal(all_keys, keys) and torch.equal(all_values, values)
+
+
 def shared_caches(layout: SequenceLayout, valid: Tensor) -> list[SharedKVCache]:
     """One of each context rank, with the prompt's keys in it."""
     ranks, caches = layout.ring * layout.ulysses, []

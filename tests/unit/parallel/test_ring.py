@@ -71,9 +71,11 @@ def test_layers_of_one_window_share_a_ring() -> None:
     ring = Ring(RingPlan(SequenceLayout(12), (Documents.packed([4, 7], 12), Documents.packed([5, 7], 12))))
     group: Any = None
     shared = SharedSequence(group, ring)
-    assert shared.ring_of(None) is shared.ring_of(7) is shared.ring_of(100) is ring
-    assert shared.ring_of(6) is shared.ring_of(6) is not ring and shared.ring_of(6).plan.window == 6
-    assert shared.ring_of(3).plan.window == 3 and ring.plan.window is None
+    assert shared.ring_of(True, None) is shared.ring_of(True, 7) is shared.ring_of(True, 100) is ring
+    assert shared.ring_of(True, 6) is shared.ring_of(True, 6) is not ring and shared.ring_of(True, 6).plan.window == 6
+    assert shared.ring_of(True, 3).plan.window == 3 and ring.plan.window is None
+    assert shared.ring_of(False, 7) is shared.ring_of(False, None) is not ring
+    assert not shared.ring_of(False, None).plan.causal and shared.ring_of(False, 3).plan.window == 3
 
 
 def test_a_ring_and_its_group_have_one_size() -> None:
