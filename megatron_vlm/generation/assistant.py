@@ -111,7 +111,7 @@ class Assistant:
         check_integer("max_new_tokens", max_new_tokens, 1)
         check_integer("batch_size", batch_size, 1)
         several, are_several = list_prompts(prompts)
-        questions = self._questions(several)
+        questions = self.questions(several)
         answers: list[str] = []
         for start in range(0, len(questions), batch_size):
             part = questions[start : start + batch_size]
@@ -143,7 +143,7 @@ class Assistant:
         if len(texts) != len(several) or not all(isinstance(text, str) for text in texts):
             raise DataError(f"answers: found {answers!r}, needs {f'{len(several)} texts' if are_several else 'a text'}")
         answered = []
-        for question, text in zip(self._questions(several), texts, strict=True):
+        for question, text in zip(self.questions(several), texts, strict=True):
             turns = (*question.sample.turns, Turn("assistant", str(text)))
             answered.append(replace(question, sample=replace(question.sample, turns=turns)))
         scores: list[Score] = []
@@ -172,7 +172,8 @@ class Assistant:
         rows = decode(self.model, batch, sampler or Sampler(Sampling(), ()), stopping, max_new_tokens)
         return [stopping.text(row) for row in rows]
 
-    def _questions(self, prompts: Sequence[Prompt]) -> list[Question]:
+    def questions(self, prompts: Sequence[Prompt]) -> list[Question]:
+        """Prompts read, with frames in the places of videos; pictures are not. Raises DataError as `generate`."""
         read = [
             show_frames(*read_prompt(prompt, self.image_token, number), self.video, self.image_token)
             for number, prompt in enumerate(prompts, start=1)

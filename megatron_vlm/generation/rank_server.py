@@ -9,10 +9,9 @@ import sys
 import threading
 import traceback
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-from megatron_vlm.errors import MegatronVlmError
+from megatron_vlm.errors import DataError, MegatronVlmError
 from megatron_vlm.runtime.launch import read_launch
 from megatron_vlm.runtime.logging import get_logger, quiet_libraries
 
@@ -36,7 +35,7 @@ def main(connection_handle: int, lifeline: int) -> None:
                 assistant = _load(path, options)
             else:
                 method, prompts, arguments, options = request
-                _check_images(assistant, prompts)
+                _check_pictures(assistant, prompts)
                 answers = getattr(assistant, method)(prompts, *arguments, **options)
                 reply = answers if read_launch().rank == 0 else None
         except MegatronVlmError as error:
@@ -52,16 +51,22 @@ def _load(path: str, options: dict[str, Any]) -> Any:
     return load(path, **options)
 
 
-def _check_images(assistant: Any, prompts: list[Any]) -> None:
-    """Reads every image file, so that one that cannot be read is told by all ranks, and none waits for another that
-    found out alone while encoding. Raises DataError."""
-    from megatron_vlm.generation.prompts import read_prompt
+def _check_pictures(assistant: Any, prompts: list[Any]) -> None:
+    """Reads every image and frame, each rank its share, so that one that cannot be read is told by all ranks, and none
+    waits for another that found out alone while encoding. A collective. Raises DataError."""
+    from megatron_vlm.runtime.collectives import all_gather_objects
 
-    for number, prompt in enumerate(prompts, start=1):
-        sample, images = read_prompt(prompt, assistant.image_token, number)
-        for image in images:
-            if isinstance(image, Path):
-                assistant.reader.read(image, sample.origin)
+    world, fault = assistant.model.grid.world, None
+    try:
+        pictures = [read for question in assistant.questions(prompts) for read in question.images]
+        first, stop = (len(pictures) * rank // world.size() for rank in (world.rank(), world.rank() + 1))
+        for read in pictures[first:stop]:
+            read()
+    except DataError as error:
+        fault = error
+    for found in all_gather_objects(fault, world):
+        if found is not None:
+            raise found
 
 
 def _end_with_parent(lifeline: int) -> None:

@@ -11,6 +11,7 @@ when that breaks. And a rank that fails alone leaves the others waiting for it: 
 asked next needs another `load`.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -167,15 +168,18 @@ class RankedAssistant:
         return self._ask((method, ready, arguments, options))
 
     def _ask(self, request: tuple[Any, ...]) -> Any:
-        """Sends every rank the same -> rank 0's reply."""
+        """Sends every rank the same -> rank 0's reply. Interrupted, it closes: the replies would be taken for those to
+        the next request."""
         if not self.close.alive:
             raise ParallelError(f"the ranks of {self.path} are closed; load it again")
-        for connection in self._children.connections:
-            try:
-                connection.send(request)
-            except BrokenPipeError:
-                continue  # its end is seen where its reply is awaited
-        replies = _gather(self._children.connections)
+        try:
+            for connection in self._children.connections:
+                with contextlib.suppress(BrokenPipeError):  # its end is seen where its reply is awaited
+                    connection.send(request)
+            replies = _gather(self._children.connections)
+        except BaseException:
+            self.close()
+            raise
         failures = {rank: reply for rank, reply in replies.items() if isinstance(reply, Exception)}
         if not failures:
             return replies[0]

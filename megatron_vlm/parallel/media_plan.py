@@ -22,6 +22,7 @@ U*ring rank; n rows. "Encoded rows" of a rank: the rows of its items in ascendin
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -86,13 +87,20 @@ class MediaCost:
 
 
 def assign(costs: Sequence[float], num_ranks: int) -> list[int]:
-    """The rank of each item: longest first, onto the least loaded rank (Graham's LPT rule); ties by index."""
+    """The rank of each item: longest first, onto the least loaded rank (Graham's LPT rule). Items of one cost change
+    places until each rank's are neighbours: a rank that encodes neighbouring frames of a video decodes no others."""
     loads = [(0.0, rank) for rank in range(num_ranks)]
     ranks = [0] * len(costs)
-    for item in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
-        load, rank = loads[0]
-        ranks[item] = rank
-        heapq.heapreplace(loads, (load + costs[item], rank))
+    by_cost = sorted(range(len(costs)), key=lambda index: (-costs[index], index))
+    for cost, items in groupby(by_cost, key=costs.__getitem__):
+        of_one_cost = list(items)
+        taken = []
+        for _ in of_one_cost:
+            load, rank = loads[0]
+            taken.append(rank)
+            heapq.heapreplace(loads, (load + cost, rank))
+        for item, rank in zip(of_one_cost, sorted(taken), strict=True):
+            ranks[item] = rank
     return ranks
 
 

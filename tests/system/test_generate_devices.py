@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.tiny import tiny_dataset, tiny_tokenizer
+from tests.helpers.videos import make_video
 from tests.system.test_failures import environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LIMIT_SECONDS = 600
 ASK = """
-import json, os, signal, sys
+import json, os, signal, sys, threading
 from megatron_vlm import load
 from megatron_vlm.errors import MegatronVlmError
 from megatron_vlm.generation.chat import Chat
@@ -51,6 +52,8 @@ with load(path, devices=["cpu", "cpu"]) as assistant:
     told["bad image"] = error_of(lambda: assistant.generate(["bad.png", "?"]))
     told["bad markers"] = error_of(lambda: assistant.generate("<image>?"))
     told["tp2 scores"] = scores(assistant)
+    told["video"] = assistant.generate(["clip.mp4", "far?"], max_new_tokens=8)
+    told["bad video"] = error_of(lambda: assistant.generate(["short.mkv", "?"]))
     told["bad answers"] = error_of(lambda: assistant.score(prompts, ["near"]))
     told["alive after"] = assistant.generate(prompts, max_new_tokens=8) == told["tp2"][0]
     pids = [process.pid for process in assistant._children.processes]
@@ -66,10 +69,17 @@ for axis in ("ring", "ulysses"):
     with load(path, devices=["cpu", "cpu"], **{axis: 2}) as assistant:
         told[axis], told[f"{axis} scores"] = ask(assistant), scores(assistant)
         told[f"{axis} alone"] = assistant.score("far?", "near").log_probability
+with load(path, devices=["cpu", "cpu"]) as assistant:
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        assistant.generate(prompts, max_new_tokens=400)
+    except KeyboardInterrupt:
+        told["after interrupt"] = error_of(lambda: assistant.generate("?"))
 told["missing"] = error_of(lambda: load("nowhere", devices=["cpu", "cpu"]))
 told["no rank"] = error_of(lambda: load(path, ring=0))
 alone = load(path, devices=["cpu"])
 told["alone"], told["scores"] = ask(alone), scores(alone)
+told["video alone"] = alone.generate(["clip.mp4", "far?"], max_new_tokens=8)
 print(json.dumps(told))
 """
 WAIT = """
@@ -91,6 +101,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ranks_answer_as_one_process_and_fail_with_one_error(model: Path, tmp_path: Path) -> None:
     tiny_tokenizer(tmp_path), tiny_dataset(tmp_path)
     (tmp_path / "ask.py").write_text(ASK)
+    make_video(tmp_path / "clip.mp4", 24, g="8")
+    whole = make_video(tmp_path / "short.mkv", 24, g="8", crf="10").read_bytes()
+    (tmp_path / "short.mkv").write_bytes(whole[: len(whole) // 2])  # its last frames are the other rank's to read
     command = [sys.executable, "ask.py", str(model), str(tmp_path / "images" / "1-0.png")]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
@@ -108,6 +121,8 @@ def test_ranks_answer_as_one_process_and_fail_with_one_error(model: Path, tmp_pa
     assert len(set(told["alone"][0])) == 3 and told["alone"][0] != told["alone"][1]
     assert told["bad image"].startswith("BadSample: prompt 1: image") and "cannot be read" in told["bad image"]
     assert "1 image marker" in told["bad markers"] and told["alive after"]
+    assert told["video"] == told["video alone"] and "short.mkv cannot be read" in told["bad video"], told["bad video"]
+    assert told["after interrupt"].startswith("ParallelError: the ranks of ")
     assert told["closed"].startswith("ParallelError: the ranks of ") and told["left"] == []
     assert told["killed"].startswith("ParallelError: rank 1 of ") and "exit code -9" in told["killed"]
     assert told["left after kill"] == []

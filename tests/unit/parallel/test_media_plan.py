@@ -173,12 +173,16 @@ def test_everything_is_encoded_once(plan: MediaPlan) -> None:
 def test_assignment_is_balanced(costs: list[int], num_ranks: int) -> None:
     """No rank's load exceeds the mean by a whole item: what greedy assignment guarantees, and round robin does not."""
     ranks = assign(costs, num_ranks)
+    for cost in set(costs):  # frames of a video that one rank encodes are neighbours, and decoded in one go
+        of_one_cost = [rank for c, rank in zip(costs, ranks, strict=True) if c == cost]
+        assert of_one_cost == sorted(of_one_cost)
     loads = [sum(c for c, r in zip(costs, ranks, strict=True) if r == rank) for rank in range(num_ranks)]
     assert max(loads) <= sum(costs) / num_ranks + max(costs, default=0) * (1 - 1 / num_ranks)
 
 
 def test_assignment_examples() -> None:
-    assert assign([1, 1, 1, 1], 2) == [0, 1, 0, 1]  # ties by index
+    assert assign([1, 1, 1, 1], 2) == [0, 0, 1, 1]  # neighbours
+    assert assign([1, 3, 1, 1, 1], 2) == [0, 0, 1, 1, 1]
     assert assign([1, 2, 5, 4], 2) == [0, 1, 0, 1]  # longest first: {5, 1} and {4, 2}
     assert assign([], 3) == []
     assert assign([0.0, 0.0], 2) == [0, 0]
