@@ -102,7 +102,7 @@ def test_ranks_answer_as_one_process_and_fail_with_one_error(model: Path, tmp_pa
     tiny_tokenizer(tmp_path), tiny_dataset(tmp_path)
     (tmp_path / "ask.py").write_text(ASK)
     make_video(tmp_path / "clip.mp4", 24, g="8")
-    whole = make_video(tmp_path / "short.mkv", 24, g="8", crf="10").read_bytes()
+    whole = make_video(tmp_path / "short.mkv", 48, g="8", crf="10").read_bytes()
     (tmp_path / "short.mkv").write_bytes(whole[: len(whole) // 2])  # its last frames are the other rank's to read
     command = [sys.executable, "ask.py", str(model), str(tmp_path / "images" / "1-0.png")]
     done = subprocess.run(
