@@ -77,22 +77,6 @@ def names_its_model(model: ModelConfig) -> bool:
     return all((part.path is None) != (part.config is None) for part in (model.language, model.vision))
 
 
-def idle_keys(config: Config) -> list[str]:
-    """Keys that the recipe sets and that do nothing, for want of the one that switches them on."""
-    if config.precision.fp8 is not None:
-        return []
-    keys = (
-        ("precision", ("fp8_backend", "fp8_gradients", "fp8_exclude")),
-        ("ops", ("fp8_quantise",)),
-    )
-    idle = []
-    for name, of_fp8 in keys:
-        section = getattr(config, name)
-        default = type(section)()
-        idle += [f"{name}.{key}" for key in of_fp8 if getattr(section, key) != getattr(default, key)]
-    return idle
-
-
 def trains(component: str, name: str, model: ModelConfig) -> bool:
     """Whether a parameter trains: its component (language, vision, projector) is switched on, and no `model.freeze`
     regex matches anywhere in its global name."""

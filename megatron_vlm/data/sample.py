@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_vlm.errors import DataError
+from megatron_vlm.ops.labels import IGNORE as IGNORE  # of tokens that are not trained; all of data has it from here
 
 VIDEO_TOKEN = "<video>"  # a video's marker in a text, where it is one by its record
 
-IGNORE = -100  # label of a token that is not trained
 Role = Literal["system", "user", "assistant"]
 
 

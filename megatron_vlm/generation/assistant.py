@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_vlm.config.schema import DataConfig
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.media import MediaReader, to_rgb
-from megatron_vlm.data.sample import Frame, Sample, Turn
+from megatron_vlm.data.sample import BadSample, Frame, Sample, Turn
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.data.video.files import read_pictures
 from megatron_vlm.errors import ConfigError, DataError
@@ -172,6 +172,16 @@ class Assistant:
         rows = decode(self.model, batch, sampler or Sampler(Sampling(), ()), stopping, max_new_tokens)
         return [stopping.text(row) for row in rows]
 
+    def check_question(self, sample: Sample) -> None:
+        """Raises BadSample where `answer` would refuse a sample's last question for its text, or the template's."""
+        num_tokens = len(self.encoder.encode_prompt(sample).ids)
+        if self.context_tokens is not None and num_tokens > self.context_tokens:
+            raise BadSample(
+                f"{sample.origin}: sample {sample.id!r}: its question has {num_tokens} tokens, images included; "
+                f"{self._describe_context()}",
+                "beyond the context",
+            )
+
     def questions(self, prompts: Sequence[Prompt]) -> list[Question]:
         """Prompts read, with frames in the places of videos; pictures are not. Raises DataError as `generate`."""
         read = [
@@ -188,7 +198,7 @@ class Assistant:
         if self.context_tokens is None or lengths[longest] + max_new_tokens <= self.context_tokens:
             return
         found = f"{questions[longest].sample.origin} has {lengths[longest]} tokens, images included"
-        needed = f"the model's context (max_position_embeddings) is {self.context_tokens}"
+        needed = self._describe_context()
         if lengths[longest] > self.context_tokens:
             raise DataError(f"{found}; {needed}")
         if not self._context_told and self.model.grid.replica_rank == 0:
@@ -197,6 +207,9 @@ class Assistant:
                 found, max_new_tokens, needed,
             )  # fmt: skip
         self._context_told = True
+
+    def _describe_context(self) -> str:
+        return f"the model's context (max_position_embeddings) is {self.context_tokens}"
 
     def _pixels(self, image: ImageSource | Frame, sample: Sample) -> Tensor:
         if isinstance(image, Frame):

@@ -49,10 +49,10 @@ def decode(
     last_positions = prompts.position_ids[:, -1:].to(device)
     documents = prompts.documents if grid.sizes.context > 1 else None
     cache = make_cache(prompts.valid[:, own], max_new_tokens, grid)
-    replica = Replica(model, cache, sampler, layout, documents)
     answers: list[list[int]] = [[] for _ in range(ids.shape[0])]
     unfinished = set(range(ids.shape[0]))
     with decoding(model):
+        replica = Replica(model, cache, sampler, layout, documents)
         features: LocalFeatures | None = encode_images(model, prompts)
         for number in range(max_new_tokens):
             ids = replica.next_tokens(ids, positions, features)  # -> [b, 1]

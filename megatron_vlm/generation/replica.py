@@ -6,8 +6,10 @@ last token tells the replica, so that all ranks stop together. Context ranks sha
 every rank's. Nothing here goes beyond the replica: data-parallel replicas never wait for each other.
 
 Hazards: a step of one token cannot be cut over tensor ranks, so sequence parallelism is off meanwhile, in the modules
-of megatron-core and in the configuration they share; a model in training gets all that back as it was. Messages pair up
-by order alone, so no other traffic of the pipeline group may be under way.
+of megatron-core and in the configuration they share. Attention backends made for whole rows take neither one token nor
+padding on the left, so one that the recipe names is left to `auto` meanwhile, as `OpsConfig.anywhere` does for a model
+that is loaded to be asked. A model in training gets all that back as it was. Messages pair up by order alone, so no
+other traffic of the pipeline group may be under way.
 
 Letters: b prompts, s tokens of this step on this rank, h hidden.
 """
@@ -23,7 +25,8 @@ from megatron_vlm.generation.token_step import TokenStep
 from megatron_vlm.models.language import LanguageModel
 from megatron_vlm.models.merge import LocalFeatures
 from megatron_vlm.models.vlm import VisionLanguageModel
-from megatron_vlm.parallel.context_attention import KVCache
+from megatron_vlm.ops.dispatch import AUTO
+from megatron_vlm.parallel.context_attention import ContextAttention, KVCache
 from megatron_vlm.parallel.groups import Coordinates, Grid
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.runtime.device import current_device
@@ -33,34 +36,35 @@ SEQUENCE_SWITCHES = ("sequence_parallel", "reduce_scatter_embeddings", "scatter_
 
 @contextlib.contextmanager
 def decoding(model: VisionLanguageModel) -> Iterator[None]:
-    """The model in evaluation mode and without sequence parallelism; afterwards every module is as it was."""
-    before: list[tuple[object, str, bool]] = []
+    """The model in evaluation mode, without sequence parallelism and with attention's backend `auto`; afterwards every
+    module is as it was."""
+    meanwhile: list[tuple[object, str, object]] = []  # owner, attribute, value
     for part in model.modules():
-        before += [(module, "training", module.training) for module in part.modules()]
+        meanwhile += [(module, "training", False) for module in part.modules()]
     for chunk in model.language:
-        before += _sequence_switches(chunk)
+        meanwhile += [(owner, name, False) for owner, name in _sequence_switches(chunk)]
+        meanwhile += [(module, "backend", AUTO) for module in chunk.modules() if isinstance(module, ContextAttention)]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in meanwhile]
     try:
-        for owner, name, _ in before:
-            setattr(owner, name, False)
+        for owner, name, value in meanwhile:
+            setattr(owner, name, value)
         yield
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
 
 
-def _sequence_switches(chunk: nn.Module) -> list[tuple[object, str, bool]]:
-    """(owner, attribute, value) of whatever makes the chunk cut its sequences. Parameters keep their marks."""
+def _sequence_switches(chunk: nn.Module) -> list[tuple[object, str]]:
+    """(owner, attribute) of whatever makes the chunk cut its sequences. Parameters keep their marks."""
     owners = [owner for module in chunk.modules() for owner in (module, getattr(module, "config", None))]
-    return [
-        (owner, name, getattr(owner, name)) for owner in owners for name in SEQUENCE_SWITCHES if hasattr(owner, name)
-    ]
+    return [(owner, name) for owner in owners for name in SEQUENCE_SWITCHES if hasattr(owner, name)]
 
 
 class Replica:
     """Decodes one batch, step by step; every call is a collective of the replica.
 
     Args:
-        model: `decoding`.
+        model: `decoding`, already now: token steps note what the layers are set to.
         cache: of this rank's layers.
         choose: logits [b, V] -> tokens [b, 1]; called on the last stage.
         layout: of the prompt over the context ranks.

@@ -31,12 +31,11 @@ from torch.distributed import ReduceOp
 from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.ops.fp8 import FORMATS, fp8_linear, fp8_obstacle
+from megatron_vlm.ops.labels import IGNORE
 from megatron_vlm.parallel.groups import Grid
 from megatron_vlm.parallel.layout import SequenceLayout
 from megatron_vlm.runtime.collectives import all_reduce_
 from megatron_vlm.runtime.device import current_device
-
-NOT_TRAINED = -100  # the label that the loss ignores
 
 
 class Fp8Layer:
@@ -137,7 +136,7 @@ def counted_tokens(labels: Tensor, grid: Grid) -> Tensor:
     sizes, place = grid.sizes, grid.coordinates
     layout = SequenceLayout(labels.shape[1] * sizes.context, sizes.ring, sizes.ulysses)
     positions = layout.positions(place.ring, place.ulysses).to(labels.device)
-    last = torch.where(labels != NOT_TRAINED, positions, -1).amax(1)  # [b]; -1: none
+    last = torch.where(labels != IGNORE, positions, -1).amax(1)  # [b]; -1: none
     if sizes.context > 1:
         all_reduce_(last, grid.context, ReduceOp.MAX)
     return positions[None, :] <= last[:, None]

@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vlm.ops.labels import IGNORE
 from megatron_vlm.ops.reference import LossRules, SoftTargets
 from megatron_vlm.runtime.collectives import all_reduce_
 
@@ -208,7 +209,7 @@ def linear_cross_entropy(
     *,
     vocab_size: int,
     group: dist.ProcessGroup | None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE,
     chunk_tokens: int = 1024,
     **rules: Unpack[LossRules],
 ) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_vlm.ops.labels import IGNORE
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 inside (Zhang and Sennrich 2019)."""
@@ -174,7 +176,7 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     vocab_size: int,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE,
     **rules: Unpack[LossRules],
 ) -> Tensor:
     """Per-token cross entropy of hidden @ weight^T over the first `vocab_size` rows of the whole weight.

@@ -9,18 +9,22 @@ by replica, and the answers gathered at the end.
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.loader import SampleSource, StepFetcher, build_held_out_loader
+from megatron_vlm.data.sample import BadSample
+from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.report import Report
 from megatron_vlm.evaluation.run import Asked, EvaluationRequest, EvaluationStopped, evaluate
 from megatron_vlm.generation.assistant import Assistant
+from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training.job import Job
 
+logger = get_logger(__name__)
 QUESTIONS_AT_A_TIME = 16  # gradients and optimizer states stay, so the cache has less room than in tools/evaluate.py
 
 
@@ -36,6 +40,7 @@ class EvaluationReport:
     task: str | None = None  # this and the rest where evaluation.task is named
     score: float | None = None  # mean over all questions, 0..1
     forms: dict[str, float] | None = None  # the same by question form
+    not_asked: dict[str, int] = field(default_factory=dict)  # questions that do not fit, by reason; the loss has them
 
 
 def build_held_out(job: Job) -> "HeldOut | None":
@@ -44,7 +49,8 @@ def build_held_out(job: Job) -> "HeldOut | None":
 
     Raises:
         ConfigError: no token is known that ends an answer.
-        DataError: a sample that cannot be used, or is longer than training.sequence_length.
+        DataError: a sample that cannot be used, or is longer than training.sequence_length; a question of the task
+            that is longer than the model's context, which under data.on_bad_sample: skip is left out, unless all are.
     """
     return None if job.config.training.mode == "train" else HeldOut(job)
 
@@ -66,7 +72,7 @@ class HeldOut:
         if config.evaluation.task is not None:
             assistant = Assistant.of(job.model, config.data, job.tokenizer)
             request = make_request(config, config.evaluation.task)
-            self.questions = Questions(assistant, self.samples, request)
+            self.questions = Questions.of(assistant, self.samples, request)
 
     def evaluate(self, updates: int, is_stopped: Callable[[], bool] = lambda: False) -> EvaluationReport | None:
         """A collective call. The model, its mode and all random states are left as they were.
@@ -98,24 +104,57 @@ class HeldOut:
         num_samples -= blanked.total()
         left_out = dict(blanked + Counter(self.samples.index.dropped))
         report = EvaluationReport(updates, loss_sum / max(1, num_tokens), num_samples, num_tokens, left_out)
-        if answers is None:
+        if self.questions is None or answers is None:
             return report
         forms = {form.form: form.score for form in answers.forms}
-        return replace(report, task=answers.task, score=answers.score, forms=forms)
+        not_asked = dict(self.questions.not_asked)
+        return replace(report, task=answers.task, score=answers.score, forms=forms, not_asked=not_asked)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Held-out samples as questions to the model in training."""
+    """Held-out samples as questions to the model in training.
+
+    Args:
+        numbers: of the samples that are asked.
+        not_asked: how many are not, by reason.
+    """
 
     assistant: Assistant
     samples: SampleSource
     request: EvaluationRequest
+    numbers: Sequence[int]
+    not_asked: Mapping[str, int]
+
+    @classmethod
+    def of(cls, assistant: Assistant, samples: SampleSource, request: EvaluationRequest) -> "Questions":
+        """All that can be asked. Raises DataError for the first that cannot; where that is tolerated, if none can."""
+        numbers: list[int] = []
+        bad: list[BadSample] = []
+        for number in range(len(samples.index)):
+            sample = samples.sample(number)
+            try:
+                assistant.check_question(sample)
+                numbers.append(number)
+            except BadSample as error:
+                if not request.tolerant:
+                    raise
+                bad.append(error)
+        not_asked = Counter(error.reason for error in bad)
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(not_asked.items()))
+        if not numbers:
+            raise DataError(f"no question of {samples.file.path} can be asked ({counts}); the first: {bad[0]}")
+        if bad and assistant.model.grid.rank == 0:
+            logger.warning(
+                "%d of %d questions of %s are not asked (%s); the first: %s",
+                len(bad), len(bad) + len(numbers), samples.file.path, counts, bad[0],
+            )  # fmt: skip
+        return cls(assistant, samples, request, numbers, not_asked)
 
     def ask(self, is_stopped: Callable[[], bool]) -> Report:
-        """All of them. Raises DataError and EvaluationStopped as `evaluate`."""
+        """All `numbers`. Raises DataError and EvaluationStopped as `evaluate`."""
         source = self.samples
-        read = [source.sample(number) for number in range(len(source.index))]
+        read = [source.sample(number) for number in self.numbers]
         return evaluate(self.assistant, [Asked(sample, source.media_root) for sample in read], self.request, is_stopped)
 
 

@@ -6,8 +6,9 @@ Here the layers' knowledge meets (DESIGN D12): validation is pure and knows no m
 import torch
 
 from megatron_vlm.config.context import split_context
+from megatron_vlm.config.idle import idle_settings
 from megatron_vlm.config.schema import Config
-from megatron_vlm.config.validation import ModelFacts, idle_keys, names_its_model, validate
+from megatron_vlm.config.validation import ModelFacts, names_its_model, validate
 from megatron_vlm.data.conversation import TEMPLATES
 from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.facts import gather_facts
@@ -35,8 +36,6 @@ def settle(
     if names_its_model(config.model):
         facts = gather_facts(config, TEMPLATES.names(), TASKS.names(), device)
     validate(config, facts, world_size)
-    if idle := idle_keys(config):
-        logger.warning("%s: without effect, as precision.fp8 is null", ", ".join(idle))
     assert facts is not None, "validate refuses a recipe that does not name its model"
     length, known = config.training.sequence_length, facts.context_tokens
     if known is not None and length > known:
@@ -49,4 +48,6 @@ def settle(
         logger.info("%s", reason)
         config = config.model_copy(update={"parallel": parallel})
         validate(config, facts, world_size)  # again, now that it is known how many ranks are a ring
+    for idle in idle_settings(config, facts, world_size):
+        logger.warning("%s", idle)
     return config, facts

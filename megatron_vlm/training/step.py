@@ -268,5 +268,5 @@ def forward_step(
 def sum_loss(labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """labels [b, s], per-token losses [b, s] -> their sum, the number of trained tokens, and what is reported."""
     total = losses.sum()
-    num_tokens = (labels != -100).sum(dtype=torch.int32)
+    num_tokens = (labels != IGNORE).sum(dtype=torch.int32)
     return total, num_tokens, {"loss_and_tokens": torch.stack([total.detach().double(), num_tokens.double()])}

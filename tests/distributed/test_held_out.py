@@ -19,6 +19,7 @@ from tests.unit.generation.conftest import hf_llava
 
 STEPS = 2
 NUM_HELD_OUT = 11  # no multiple of the batch
+LONG, CONTEXT = (2, 6, 10), 62  # three samples whose questions have 63 tokens, all others fewer
 COPIES_COUNT = "copies_count"
 FAST = {
     "tp2-pp2-sp": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
@@ -162,6 +163,47 @@ def test_bad_samples_that_may_be_skipped_are_as_if_they_were_not_there(ranks, tm
     for report in ranks.run(2, evaluate_once, recipe):
         assert report.left_out == {"malformed": 1, "damaged": 1}, "one by the index, one for its picture"
         assert_same(replace(report, left_out={}), without)
+
+
+def set_context(recipe: dict[str, Any], num_tokens: int) -> None:
+    recipe["model"]["language"]["config"]["max_position_embeddings"] = num_tokens
+
+
+def refusal(recipe: dict[str, Any]) -> str:
+    """Why the evaluation cannot be built; nothing is trained or asked before."""
+    from megatron_vlm.errors import DataError
+
+    with contextlib.ExitStack() as stack:
+        try:
+            start(recipe, stack)
+        except DataError as error:
+            return str(error)
+    return ""
+
+
+def test_questions_beyond_the_models_context_are_told_before_the_first_step(ranks, tmp_path):
+    recipe = recipe_in(tmp_path)
+    set_context(recipe, CONTEXT)
+    (said,) = ranks.run(1, refusal, recipe)
+    assert "held_out.json element 2: sample 'sample-2': its question has 63 tokens, " in said, said
+    assert f"images included; the model's context (max_position_embeddings) is {CONTEXT}" in said
+
+
+def test_questions_beyond_the_models_context_may_be_skipped_and_are_counted(ranks, tmp_path):
+    recipe = recipe_in(tmp_path, data={"on_bad_sample": "skip"}, parallel={"tensor": 2})
+    (whole, _), long = ranks.run(2, evaluate_once, recipe), {"beyond the context": len(LONG)}
+    set_context(recipe, CONTEXT)
+    for report in ranks.run(2, evaluate_once, recipe):
+        assert (report.not_asked, report.left_out, report.num_samples) == (long, {}, NUM_HELD_OUT)
+        assert report.loss == pytest.approx(whole.loss, rel=1e-6) and report.score != whole.score
+    samples = json.loads((tmp_path / "held_out.json").read_text())
+    kept = [sample for number, sample in enumerate(samples) if number not in LONG]
+    (tmp_path / "held_out.json").write_text(json.dumps(kept))
+    for fewer in ranks.run(2, evaluate_once, recipe):
+        assert (fewer.not_asked, fewer.score, fewer.forms) == ({}, report.score, report.forms)
+    (tmp_path / "held_out.json").write_text(json.dumps([samples[number] for number in LONG]))
+    (said, _) = ranks.run(2, refusal, recipe)
+    assert "can be asked (3 beyond the context); the first: " in said
 
 
 def test_mode_train_evaluates_nothing(ranks, tmp_path):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_vlm.config import Config, names_its_model, packages, trains, validate
-from megatron_vlm.config.validation import idle_keys, validate_layout
+from megatron_vlm.config.validation import validate_layout
 from megatron_vlm.errors import ConfigError
 from tests.unit.config.recipes import FACTS, facts, recipe
 
@@ -344,19 +344,6 @@ def test_an_old_transformer_engine_is_none(
     monkeypatch.setattr(packages.importlib.util, "find_spec", lambda module: object())
     monkeypatch.setattr(packages, "version", version)
     assert {name for name in packages.installed_packages() if "transformer" in name} == expected
-
-
-def test_fp8_keys_without_fp8_are_told() -> None:
-    idle = recipe(precision={"fp8_backend": "native", "fp8_exclude": {"last": 1}})
-    assert idle_keys(idle) == ["precision.fp8_backend", "precision.fp8_exclude"]
-    assert idle_keys(recipe(precision={"fp8_gradients": "e5m2"})) == ["precision.fp8_gradients"]
-    assert idle_keys(recipe()) == []
-    assert idle_keys(recipe(precision={"fp8": "tensorwise", "fp8_gradients": "e5m2"})) == []
-
-
-def test_an_operation_of_fp8_without_fp8_is_told() -> None:
-    assert idle_keys(recipe(ops={"fp8_quantise": "reference", "norm": "reference"})) == ["ops.fp8_quantise"]
-    assert idle_keys(recipe(precision={"fp8": "tensorwise"}, ops={"fp8_quantise": "reference"})) == []
 
 
 def test_backends_that_cannot_run_are_told_with_everything_else() -> None:

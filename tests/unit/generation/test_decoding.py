@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_vlm.errors import ConfigError
 from tests.unit.generation.conftest import Pair
 
 NUM_NEW = 8
@@ -107,3 +108,23 @@ def test_stops_computing_when_every_row_has_ended(pair, prompts, monkeypatch):
 @pytest.mark.parametrize("num_new", [0, 1])
 def test_short_limits(pair, prompts, num_new):
     assert [len(row) for row in decode(pair, batch_of(pair, prompts), num_new=num_new)] == [num_new] * len(prompts)
+
+
+def test_a_named_attention_backend_waits_until_all_is_decoded(pair, prompts, monkeypatch):
+    """cuDNN takes no single query and no hidden keys; on the CPU it takes nothing, so whoever asks it is seen."""
+    from megatron_vlm.generation.replica import decoding
+    from megatron_vlm.generation.scoring import score
+
+    model, batch = pair.ours.model, batch_of(pair, prompts)
+    labelled = replace(batch, labels=batch.ids)
+    answers, scores = decode(pair, batch), score(model, labelled)
+    cores = [layer.self_attention.core_attention for layer in model.language[0].decoder.layers]
+    for core in cores:
+        monkeypatch.setattr(core, "backend", "cudnn")
+    with pytest.raises(ConfigError, match="cudnn"):
+        model.language[0](batch.ids, batch.position_ids)
+    assert decode(pair, batch) == answers and score(model, labelled) == scores
+    with pytest.raises(InterruptedError), decoding(model):
+        assert {core.backend for core in cores} == {"auto"}
+        raise InterruptedError
+    assert [core.backend for core in cores] == ["cudnn"] * len(cores) != []

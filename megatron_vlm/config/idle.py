@@ -1,0 +1,59 @@
+"""What a recipe sets and what does nothing in it: told as warnings, for whoever set it expects something of it.
+
+A recipe that names such a key is valid: the key may wait for another model, or for more ranks.
+"""
+
+from collections.abc import Iterator
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.config.validation import ModelFacts, trains
+
+
+def idle_settings(config: Config, facts: ModelFacts, world_size: int) -> list[str]:
+    """`keys: without effect, as reason`, a line for each reason.
+
+    Args:
+        config: a valid recipe, its `parallel.context` split (`context.split_context`).
+        facts: of its model.
+        world_size: number of ranks.
+    """
+    found = [*_fp8(config), *_recomputation(config, facts), *_sharing(config, world_size)]
+    return [f"{keys}: without effect, as {reason}" for keys, reason in found]
+
+
+def idle_keys(config: Config) -> list[str]:
+    """Keys that only FP8 reads, without FP8."""
+    if config.precision.fp8 is not None:
+        return []
+    keys = (
+        ("precision", ("fp8_backend", "fp8_gradients", "fp8_exclude")),
+        ("ops", ("fp8_quantise",)),
+    )
+    idle = []
+    for name, of_fp8 in keys:
+        section = getattr(config, name)
+        default = type(section)()
+        idle += [f"{name}.{key}" for key in of_fp8 if getattr(section, key) != getattr(default, key)]
+    return idle
+
+
+def _fp8(config: Config) -> Iterator[tuple[str, str]]:
+    if idle := idle_keys(config):
+        yield ", ".join(idle), "precision.fp8 is null"
+
+
+def _recomputation(config: Config, facts: ModelFacts) -> Iterator[tuple[str, str]]:
+    """`full` is of the tower's layers, `encoder` of tower and projector, or of the projector alone where the tower is
+    frozen (models/vision/encoder.py). What has no gradient keeps nothing anyway."""
+    mode = config.training.recompute.vision
+    parts = {"none": {}, "full": {"vision": "tower"}, "encoder": {"vision": "tower", "projector": "projector"}}[mode]
+    if parts and not any(trains(part, name, config.model) for part in parts for name in facts.parameter_names[part]):
+        yield f"training.recompute.vision {mode}", f"no parameter of the {' and the '.join(parts.values())} trains"
+
+
+def _sharing(config: Config, world_size: int) -> Iterator[tuple[str, str]]:
+    parallel = config.parallel
+    if parallel.ring_mode == "all_gather" and parallel.ring == 1:
+        yield "parallel.ring_mode all_gather", "there is no ring (parallel.ring is 1)"
+    if parallel.media_group == "world" and world_size == parallel.replica:
+        yield "parallel.media_group world", "all ranks are one data-parallel replica"

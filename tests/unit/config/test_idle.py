@@ -1,0 +1,74 @@
+"""What a recipe sets and what does nothing in it is told with its reason, and nothing else is."""
+
+import pytest
+
+from megatron_vlm.config.idle import idle_keys, idle_settings
+from megatron_vlm.training.recipe import settle
+from tests.unit.config.recipes import FACTS, facts, recipe
+
+FULL = "training.recompute.vision full: without effect, as no parameter of the tower trains"
+ENCODER = "training.recompute.vision encoder: without effect, as no parameter of the tower and the projector trains"
+RING = "parallel.ring_mode all_gather: without effect, as there is no ring (parallel.ring is 1)"
+GROUP = "parallel.media_group world: without effect, as all ranks are one data-parallel replica"
+
+
+def test_fp8_keys_without_fp8_are_told() -> None:
+    idle = recipe(precision={"fp8_backend": "native", "fp8_exclude": {"last": 1}})
+    assert idle_keys(idle) == ["precision.fp8_backend", "precision.fp8_exclude"]
+    assert idle_keys(recipe(precision={"fp8_gradients": "e5m2"})) == ["precision.fp8_gradients"]
+    assert idle_keys(recipe()) == []
+    assert idle_keys(recipe(precision={"fp8": "tensorwise", "fp8_gradients": "e5m2"})) == []
+
+
+def test_an_operation_of_fp8_without_fp8_is_told() -> None:
+    assert idle_keys(recipe(ops={"fp8_quantise": "reference", "norm": "reference"})) == ["ops.fp8_quantise"]
+    assert idle_keys(recipe(precision={"fp8": "tensorwise"}, ops={"fp8_quantise": "reference"})) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "train", "freeze", "told"),
+    [
+        ("none", {}, (), []),
+        ("full", {}, (), [FULL]),  # the projector trains, which this mode leaves alone
+        ("full", {"vision": True}, (), []),
+        ("full", {"vision": True}, (r"^vision\.",), [FULL]),
+        ("encoder", {}, (), []),  # of the projector
+        ("encoder", {"projector": False}, (), [ENCODER]),
+        ("encoder", {}, (r"^projector\.",), [ENCODER]),
+        ("encoder", {"projector": False, "vision": True}, (), []),
+    ],
+)
+def test_recomputing_what_is_frozen_is_told(mode, train, freeze, told):
+    config = recipe(training__recompute={"vision": mode}, model__train=train, model__freeze=freeze)
+    assert idle_settings(config, FACTS, 1) == told
+
+
+def test_a_projector_without_parameters_has_nothing_to_recompute():
+    config = recipe(training__recompute={"vision": "encoder"})
+    names = {**FACTS.parameter_names, "projector": ()}
+    assert idle_settings(config, facts(parameter_names=names), 1) == [ENCODER]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "told"),
+    [
+        ({}, 4, []),
+        ({"ring_mode": "all_gather"}, 4, [RING]),
+        ({"ring_mode": "all_gather", "ulysses": 4}, 4, [RING]),
+        ({"ring_mode": "all_gather", "ring": 2}, 4, []),
+        ({"media_group": "world", "ring": 2}, 2, [GROUP]),
+        ({"media_group": "world", "ring": 2}, 4, []),
+        ({"media_group": "world", "ring_mode": "all_gather"}, 1, [RING, GROUP]),
+    ],
+)
+def test_sharing_with_nobody_is_told(parallel, world_size, told):
+    assert idle_settings(recipe(parallel=parallel), FACTS, world_size) == told
+
+
+@pytest.mark.parametrize(("ranks_per_node", "told"), [(4, [RING]), (2, [])])
+def test_the_ring_is_the_one_that_context_is_split_into_and_is_told_once(monkeypatch, ranks_per_node, told):
+    said = []
+    monkeypatch.setattr("megatron_vlm.training.recipe.gather_facts", lambda *_: FACTS)
+    monkeypatch.setattr("megatron_vlm.training.recipe.logger.warning", lambda text, *parts: said.append(text % parts))
+    settle(recipe(parallel={"context": 4, "ring_mode": "all_gather"}), 4, ranks_per_node)
+    assert said == told
