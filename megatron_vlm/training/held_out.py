@@ -142,7 +142,7 @@ class Questions:
                 bad.append(error)
         not_asked = Counter(error.reason for error in bad)
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(not_asked.items()))
-        if not numbers:
+        if bad and not numbers:
             raise DataError(f"no question of {samples.file.path} can be asked ({counts}); the first: {bad[0]}")
         if bad and assistant.model.grid.rank == 0:
             logger.warning(
