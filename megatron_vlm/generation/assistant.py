@@ -23,11 +23,11 @@ from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.media import MediaReader, to_rgb
 from megatron_vlm.data.sample import BadSample, Frame, Sample, Turn
 from megatron_vlm.data.tokenizer import Tokenizer
-from megatron_vlm.data.video.files import read_pictures
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.generation.decoding import decode
 from megatron_vlm.generation.prompts import (
     ImageSource,
+    LazyPixels,
     Prompt,
     PromptBatch,
     Question,
@@ -39,7 +39,7 @@ from megatron_vlm.generation.prompts import (
 from megatron_vlm.generation.sampling import Sampler, Sampling, SamplingOptions, check_integer
 from megatron_vlm.generation.scoring import score
 from megatron_vlm.generation.stopping import Stopping
-from megatron_vlm.generation.videos import show_frames
+from megatron_vlm.generation.videos import FrameReader, show_frames
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.runtime.logging import get_logger, quietly
 
@@ -188,7 +188,14 @@ class Assistant:
             show_frames(*read_prompt(prompt, self.image_token, number), self.video, self.image_token)
             for number, prompt in enumerate(prompts, start=1)
         ]
-        return [Question(sample, [partial(self._pixels, image, sample) for image in images]) for sample, images in read]
+        return [Question(sample, self._lazy(images, sample)) for sample, images in read]
+
+    def _lazy(self, images: Sequence[ImageSource | Frame], sample: Sample) -> list[LazyPixels]:
+        frames = FrameReader(self.reader, images, sample.origin)
+        return [
+            partial(frames.read, place) if isinstance(image, Frame) else partial(self._pixels, image, sample)
+            for place, image in enumerate(images)
+        ]
 
     def _check_context(self, questions: Sequence[Question], batch: PromptBatch, max_new_tokens: int) -> None:
         """Beyond the positions it was trained on a model says nothing sensible: DataError for a prompt that reaches
@@ -211,10 +218,7 @@ class Assistant:
     def _describe_context(self) -> str:
         return f"the model's context (max_position_embeddings) is {self.context_tokens}"
 
-    def _pixels(self, image: ImageSource | Frame, sample: Sample) -> Tensor:
-        if isinstance(image, Frame):
-            (pixels,) = read_pictures(self.reader, [image], Path(), sample.origin)
-            return pixels
+    def _pixels(self, image: ImageSource, sample: Sample) -> Tensor:
         if isinstance(image, Image.Image):
             try:
                 return self.reader.prepare(to_rgb(image))

@@ -1,16 +1,16 @@
-"""Videos among what is asked about: each is shown as the frames that `data.video` of the model's recipe takes of it.
-
-The ranks that encode frames read them one by one, not in one pass as training does: they are few here.
-"""
+"""Videos among what is asked about: each is shown as the frames that `data.video` of the model's recipe takes of it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from megatron_vlm.config.schema import VideoConfig
+from megatron_vlm.data.media import MediaReader
 from megatron_vlm.data.sample import VIDEO_TOKEN, Frame, Sample
-from megatron_vlm.data.video.files import count_frames
+from megatron_vlm.data.video.files import count_frames, read_pictures
 from megatron_vlm.data.video.sampling import with_frames
 from megatron_vlm.generation.prompts import VIDEO_SUFFIXES, ImageSource
 
@@ -44,3 +44,39 @@ def show_frames(
     others = iter(pictures)
     sources = [image if isinstance(image, Frame) else next(others) for image in shown.images]
     return replace(shown, images=tuple(map(str, sources))), sources
+
+
+class FrameReader:
+    """Reads the frames among a prompt's pictures when they are asked for: those asked for in order in one pass through
+    their video.
+
+    Args:
+        reader: prepares them.
+        pictures: of the prompt, as `show_frames` gives them.
+        owner: whom errors name.
+    """
+
+    def __init__(self, reader: MediaReader, pictures: Sequence[ImageSource | Frame], owner: str) -> None:
+        self.reader, self.pictures, self.owner = reader, pictures, owner
+        self._pass: Iterator[Tensor] = iter(())
+        self._next: int | None = None  # the place whose pixels the pass under way gives next
+        self._stop = 0  # the place behind its last
+
+    def read(self, place: int) -> Tensor:
+        """Pixels [3, H, W] of the frame at a place among the pictures. Raises BadSample as `read_pictures`."""
+        if place != self._next:
+            frames = self._from(place)
+            self._pass, self._stop = read_pictures(self.reader, frames, Path(), self.owner), place + len(frames)
+        self._next = None  # a pass that fails is over
+        pixels = next(self._pass)
+        self._next = place + 1 if place + 1 < self._stop else None
+        return pixels
+
+    def _from(self, place: int) -> list[Frame]:
+        """The frame there, and those of the same video right behind it."""
+        frames: list[Frame] = []
+        for picture in self.pictures[place:]:
+            if not isinstance(picture, Frame) or (frames and not picture.follows(frames[-1])):
+                break
+            frames.append(picture)
+        return frames

@@ -63,6 +63,8 @@ class LlavaSide:
         self.data_seconds = (time.perf_counter() - started) / num_batches
         image_token = _unused_id(self.batches, language.vocab_size)
         self.inputs = [micro_batches(batch, image_token) for batch in self.batches]
+        of_rows = [sum(tensors["input_ids"].numel() for tensors in inputs) for inputs in self.inputs]
+        self.row_tokens = [int(_over_ranks(float(number))) for number in of_rows]
         self.num_tokens = [_over_ranks(float(batch.num_trained_tokens_local)) for batch in self.batches]
         model = build_llava(config, language, survey, image_token)
         self.parameters = [p for p in model.parameters() if p.requires_grad]

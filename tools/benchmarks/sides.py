@@ -97,6 +97,7 @@ class Side(Protocol):
     batches: list["StepBatch"]
     data_seconds: float
     replica_ranks: int  # that share a row
+    row_tokens: list[int]  # by batch: of its rows on all ranks, padding included
 
     def step(self, number: int, exact_times: bool) -> tuple[Any, dict[str, float]]:
         """Trains on one batch -> (what `losses` makes a loss of, seconds by phase where the side knows them)."""
@@ -229,7 +230,7 @@ def _facts(side: Side, config: Config) -> Facts:
         num_threads=torch.get_num_threads(),
         samples=len(batches[0].sample_ids),
         tokens=mean([batch.num_tokens for batch in batches]),
-        row_tokens=mean([batch.length * len(batch.row_tokens) for batch in batches]),
+        row_tokens=mean(side.row_tokens),
         trained_tokens=mean(trained),
         media=mean([batch.num_media for batch in batches]),
         data_seconds=max(_gather(side.data_seconds)),

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config.schema import VideoConfig
-from megatron_vlm.data.sample import Frame
+from megatron_vlm.data.sample import BadSample, Frame
+from megatron_vlm.data.video import files
 from megatron_vlm.errors import DataError
 from megatron_vlm.generation.prompts import read_prompt
-from megatron_vlm.generation.videos import show_frames
+from megatron_vlm.generation.videos import FrameReader, show_frames
 from tests.helpers.videos import make_folder, make_video, picture
+from tests.unit.data.test_video import READER, told
 
 
 def test_frames_stand_where_the_video_stood(tmp_path: Path) -> None:
@@ -24,8 +26,6 @@ def test_frames_stand_where_the_video_stood(tmp_path: Path) -> None:
 
 
 def test_answers_are_those_to_the_frames(pair, tmp_path: Path) -> None:
-    from megatron_vlm.data.video import files
-
     folder = make_folder(tmp_path / "frames", 3)
     frames = [folder / f"{number}.png" for number in range(3)]
     question, options = "how many near?", {"max_new_tokens": 8}
@@ -35,6 +35,34 @@ def test_answers_are_those_to_the_frames(pair, tmp_path: Path) -> None:
     clip = make_video(tmp_path / "clip.mp4", 40, g="10", crf="10")
     decoded = list(files._decode(clip, Frame(str(clip), 0, 8), range(8), "s"))
     assert pair.ours.generate([str(clip), question], **options) == pair.ours.generate([*decoded, question], **options)
+
+
+def test_frames_in_order_are_read_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip, passes = make_video(tmp_path / "clip.mp4", 24, g="24", crf="10"), []
+    decode = files._decode
+    monkeypatch.setattr(files, "_decode", lambda *given: passes.append(list(given[2])) or decode(*given))
+    still = picture(7)
+    prompt = [clip, still, clip, "What?"]
+    _, sources = show_frames(*read_prompt(prompt, "<image>", 1), VideoConfig(num_frames=4), "<image>")
+    frames = FrameReader(READER, sources, "prompt 1")
+
+    def read(*places: int) -> list[int]:
+        return [told(frames.read(place)) for place in places]
+
+    whole = read(0, 1, 2, 3)
+    assert passes == [[0, 1, 2, 3]] and whole == sorted(whole) and len(set(whole)) == 4
+    assert read(5, 6) == whole[:2] and read(2, 3, 1) == [whole[2], whole[3], whole[1]]
+    assert passes[1:] == [[0, 1, 2, 3], [2, 3], [1, 2, 3]]
+
+
+def test_a_frame_that_fails_fails_again(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "a.mkv", 48, g="8", crf="10")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    frames = FrameReader(READER, [Frame(str(path), number, 8) for number in range(8)], "s")
+    assert [told(frames.read(0)), told(frames.read(1))] == [0, 7]
+    for _ in range(2):
+        with pytest.raises(BadSample, match="ends before its header says"):
+            frames.read(7)
 
 
 def test_a_video_that_is_none_is_named(pair, tmp_path: Path) -> None:
