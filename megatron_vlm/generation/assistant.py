@@ -40,6 +40,7 @@ from megatron_vlm.generation.sampling import Sampler, Sampling, SamplingOptions,
 from megatron_vlm.generation.scoring import score
 from megatron_vlm.generation.stopping import Stopping
 from megatron_vlm.generation.videos import FrameReader, show_frames
+from megatron_vlm.models.architectures import context_tokens
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.runtime.logging import get_logger, quietly
 
@@ -71,7 +72,7 @@ class Assistant:
         self.reader = MediaReader(model.media_spec, data.image_mode)
         self.stop_ids = find_stop_ids(encoder, configured_stops)
         hf_config = model.language[0].spec.hf_config
-        self.context_tokens: int | None = getattr(hf_config, "max_position_embeddings", None)
+        self.context_tokens = context_tokens(hf_config)
         self._context_told = False  # once is enough
 
     @classmethod

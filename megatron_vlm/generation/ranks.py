@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -172,10 +173,11 @@ class RankedAssistant:
         the next request."""
         if not self.close.alive:
             raise ParallelError(f"the ranks of {self.path} are closed; load it again")
+        message = bytes(ForkingPickler.dumps(request))
         try:
             for connection in self._children.connections:
                 with contextlib.suppress(BrokenPipeError):  # its end is seen where its reply is awaited
-                    connection.send(request)
+                    connection.send_bytes(message)
             replies = _gather(self._children.connections)
         except BaseException:
             self.close()

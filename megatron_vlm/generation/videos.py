@@ -1,7 +1,7 @@
 """Videos among what is asked about: each is shown as the frames that `data.video` of the model's recipe takes of it."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class FrameReader:
 
     def __init__(self, reader: MediaReader, pictures: Sequence[ImageSource | Frame], owner: str) -> None:
         self.reader, self.pictures, self.owner = reader, pictures, owner
-        self._pass: Iterator[Tensor] = iter(())
+        self._pass: Generator[Tensor, None, None] | None = None
         self._next: int | None = None  # the place whose pixels the pass under way gives next
         self._stop = 0  # the place behind its last
 
@@ -68,8 +68,12 @@ class FrameReader:
             frames = self._from(place)
             self._pass, self._stop = read_pictures(self.reader, frames, Path(), self.owner), place + len(frames)
         self._next = None  # a pass that fails is over
+        assert self._pass is not None
         pixels = next(self._pass)
-        self._next = place + 1 if place + 1 < self._stop else None
+        if place + 1 < self._stop:
+            self._next = place + 1
+        else:
+            self._pass.close()  # and with it the file
         return pixels
 
     def _from(self, place: int) -> list[Frame]:

@@ -132,6 +132,14 @@ def check_architecture(hf_config: "PretrainedConfig") -> None:
         raise ConfigError(f"model.language: rope_type is {rope_type!r}, allowed: {', '.join(ROPE_TYPES)}")
 
 
+def context_tokens(hf_config: "PretrainedConfig") -> int | None:
+    """Positions that the model knows: `max_position_embeddings`, stretched by RoPE's factor where that is linear; None
+    where its config does not say."""
+    known: int | None = getattr(hf_config, "max_position_embeddings", None)
+    rope = hf_config.rope_parameters
+    return int(known * rope["factor"]) if known is not None and rope["rope_type"] == "linear" else known
+
+
 def attention_windows(hf_config: "PretrainedConfig") -> tuple[int | None, ...]:
     """By layer of the whole model: how many keys a query sees at most, its own included; None: all before it.
 

@@ -14,7 +14,7 @@ from megatron_vlm.config.megatron import QKV_BIAS_ALWAYS
 from megatron_vlm.config.packages import installed_packages
 from megatron_vlm.config.schema import Config, VisionConfig
 from megatron_vlm.config.validation import ModelFacts, names_its_model
-from megatron_vlm.models.architectures import LANGUAGE_MODELS, like_tensors_of, load_language_config
+from megatron_vlm.models.architectures import LANGUAGE_MODELS, context_tokens, like_tensors_of, load_language_config
 from megatron_vlm.models.families import FAMILIES
 from megatron_vlm.models.projectors import PROJECTORS, build_projector
 from megatron_vlm.models.projectors.base import backend_obstacle
@@ -59,7 +59,7 @@ def gather_facts(
         templates=tuple(templates),
         tasks=tuple(tasks),
         installed=installed_packages(),
-        context_tokens=getattr(language, "max_position_embeddings", None),
+        context_tokens=context_tokens(language),
         backend_obstacles=tuple(_backend_obstacles(config, language, projector, device)),
     )
 

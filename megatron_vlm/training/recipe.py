@@ -37,17 +37,22 @@ def settle(
         facts = gather_facts(config, TEMPLATES.names(), TASKS.names(), device)
     validate(config, facts, world_size)
     assert facts is not None, "validate refuses a recipe that does not name its model"
-    length, known = config.training.sequence_length, facts.context_tokens
-    if known is not None and length > known:
-        logger.warning(
-            "training.sequence_length %d: the language model knows positions up to %d (max_position_embeddings); "
-            "longer samples train positions it has not seen, and generation refuses them", length, known,
-        )  # fmt: skip
     if config.parallel.context is not None:
         parallel, reason = split_context(config.parallel, facts.num_attention_heads, ranks_per_node)
         logger.info("%s", reason)
         config = config.model_copy(update={"parallel": parallel})
         validate(config, facts, world_size)  # again, now that it is known how many ranks are a ring
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        _warn(config, facts, world_size)
+    return config, facts
+
+
+def _warn(config: Config, facts: ModelFacts, world_size: int) -> None:
     for idle in idle_settings(config, facts, world_size):
         logger.warning("%s", idle)
-    return config, facts
+    length, known = config.training.sequence_length, facts.context_tokens
+    if known is not None and length > known and not config.data.packing:  # a packed row is longer than its samples
+        logger.warning(
+            "training.sequence_length %d: the language model knows %d positions (max_position_embeddings); longer "
+            "samples train positions it has not seen, and generation refuses them", length, known,
+        )  # fmt: skip

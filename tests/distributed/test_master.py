@@ -233,6 +233,7 @@ def test_planted_fault_is_found(ranks: RankPool, reference: Any, name: str) -> N
 def test_tolerances() -> None:
     """They are the product's, and not to be loosened there without notice here."""
     assert (difference.TOLERANCE, difference.UPDATE_TOLERANCE, difference.ROUNDING) == (1e-5, 1e-4, 1e-6)
+    assert MIN_EPS == 1e-5 and RATES == {"lr": 1e-3, "lr_projector": 3e-3, "lr_vision": 2e-3}
 
 
 def check(

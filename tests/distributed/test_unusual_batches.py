@@ -1,7 +1,7 @@
 """Batches that a layout could stumble over, in the master test's manner: equal to one process to its tolerances.
 
-Rows of a prime length that no layout can cut; videos, whose frames are encoded one here, one there; a step without any
-picture, in which three of four ranks that share a sequence hold no trained token; a video of 2,048 frames.
+Rows of a prime length that no layout can cut; videos, whose frames several ranks encode; a step without any picture, in
+which three of four ranks that share a sequence hold no trained token; a video of 2,048 frames.
 """
 
 import json

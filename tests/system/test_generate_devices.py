@@ -19,8 +19,9 @@ from tests.system.test_failures import environment
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LIMIT_SECONDS = 600
 ASK = """
-import json, os, signal, sys, threading
+import json, os, signal, sys
 from megatron_vlm import load
+from megatron_vlm.generation import ranks
 from megatron_vlm.errors import MegatronVlmError
 from megatron_vlm.generation.chat import Chat
 
@@ -55,6 +56,10 @@ with load(path, devices=["cpu", "cpu"]) as assistant:
     told["video"] = assistant.generate(["clip.mp4", "far?"], max_new_tokens=8)
     told["bad video"] = error_of(lambda: assistant.generate(["short.mkv", "?"]))
     told["bad answers"] = error_of(lambda: assistant.score(prompts, ["near"]))
+    try:
+        assistant.generate("?", stop=(part for part in "."))
+    except TypeError as error:
+        told["not to be sent"] = str(error)
     told["alive after"] = assistant.generate(prompts, max_new_tokens=8) == told["tp2"][0]
     pids = [process.pid for process in assistant._children.processes]
 told["closed"] = error_of(lambda: assistant.generate("?"))
@@ -70,11 +75,13 @@ for axis in ("ring", "ulysses"):
         told[axis], told[f"{axis} scores"] = ask(assistant), scores(assistant)
         told[f"{axis} alone"] = assistant.score("far?", "near").log_probability
 with load(path, devices=["cpu", "cpu"]) as assistant:
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    gather = ranks._gather
+    ranks._gather = lambda connections: os.kill(os.getpid(), signal.SIGINT) or gather(connections)
     try:
-        assistant.generate(prompts, max_new_tokens=400)
+        assistant.generate(prompts, max_new_tokens=8)
     except KeyboardInterrupt:
         told["after interrupt"] = error_of(lambda: assistant.generate("?"))
+    ranks._gather = gather
 told["missing"] = error_of(lambda: load("nowhere", devices=["cpu", "cpu"]))
 told["no rank"] = error_of(lambda: load(path, ring=0))
 alone = load(path, devices=["cpu"])
@@ -122,6 +129,7 @@ def test_ranks_answer_as_one_process_and_fail_with_one_error(model: Path, tmp_pa
     assert told["bad image"].startswith("BadSample: prompt 1: image") and "cannot be read" in told["bad image"]
     assert "1 image marker" in told["bad markers"] and told["alive after"]
     assert told["video"] == told["video alone"] and "short.mkv cannot be read" in told["bad video"], told["bad video"]
+    assert "pickle" in told["not to be sent"]
     assert told["after interrupt"].startswith("ParallelError: the ranks of ")
     assert told["closed"].startswith("ParallelError: the ranks of ") and told["left"] == []
     assert told["killed"].startswith("ParallelError: rank 1 of ") and "exit code -9" in told["killed"]

@@ -13,7 +13,7 @@ rotation that the container asks for is not applied.
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +58,9 @@ def survey(path: Path, owner: str) -> VideoFacts:
         return _read_facts(container, stream)
 
 
-def read_pictures(reader: MediaReader, pictures: Sequence[Picture], root: Path, owner: str) -> Iterator[Tensor]:
+def read_pictures(
+    reader: MediaReader, pictures: Sequence[Picture], root: Path, owner: str
+) -> Generator[Tensor, None, None]:
     """Pixels [3, H, W] of pictures: of one image file, or of any frames of one video in ascending order.
 
     Raises:
@@ -89,8 +91,8 @@ def _decode(path: Path, video: Frame, numbers: Sequence[int], owner: str) -> Ite
         assert rate and base, "without them there are no facts"
         first = stream.start_time or 0
         times = [first + int((2 * frames[number] - 1) / (2 * rate) / base) for number in numbers]
-        starts = [_find_start(container, stream, time) for time in times]
-        for _, group in groupby(zip(starts, times, strict=True), key=lambda found: found[0].keyframe):
+        starts = ((_find_start(container, stream, time), time) for time in times)  # of a group while it is wanted
+        for _, group in groupby(starts, key=lambda found: found[0].keyframe):
             together = list(group)
             container.seek(together[0][0].target, stream=stream)
             yield from _walk(container, stream, [time for _, time in together], int(MISSING_SECONDS / base))

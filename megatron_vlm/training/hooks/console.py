@@ -39,9 +39,11 @@ class ConsoleHook(Hook):
 
     def after_evaluation(self, report: EvaluationReport) -> None:
         score = "" if report.score is None else f", {report.task} {report.score:.1%}"
+        not_asked = f", {sum(report.not_asked.values())} not asked" if report.not_asked else ""
         logger.info(
-            "evaluation after %d steps: loss %.4f%s (%d samples)", report.step, report.loss, score, report.num_samples
-        )
+            "evaluation after %d steps: loss %.4f%s (%d samples%s)",
+            report.step, report.loss, score, report.num_samples, not_asked,
+        )  # fmt: skip
 
     def close(self) -> None:
         self.bar.close()

@@ -91,6 +91,7 @@ def shrink(config: Config, world_size: int) -> tuple[Config, list[Tree]]:
     if config.data.image_mode == "processor":
         tree["data"]["image_mode"] = "pad"  # the processor's settings stay behind with the tower's path
     tree["precision"] = {"params": "fp32", "grad_reduce": "fp32"}  # nothing of FP8: see above
+    tree["ops"].pop("fp8_quantise", None)
     tree["optimizer"] |= {name: rate for name, rate in RATES.items() if tree["optimizer"][name] is not None}
     tree["optimizer"]["eps"] = max(config.optimizer.eps, MIN_EPS)
     tree["schedule"] |= {"warmup_ratio": 0.0, "min_lr": 0.0}

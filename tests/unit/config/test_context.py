@@ -75,4 +75,6 @@ def test_rows_longer_than_the_models_context_are_told(monkeypatch, known, told):
     monkeypatch.setattr("megatron_vlm.training.recipe.logger.warning", lambda text, *parts: said.append(text % parts))
     settle(recipe(training__sequence_length=2048), 1, ranks_per_node=1)
     assert [text.partition(":")[0] for text in said] == ["training.sequence_length 2048"] * told
-    assert all("positions up to 2047 (max_position_embeddings)" in text for text in said)
+    assert all("knows 2047 positions (max_position_embeddings)" in text for text in said)
+    settle(recipe(training__sequence_length=2048, data__packing=True), 1, ranks_per_node=1)
+    assert len(said) == told

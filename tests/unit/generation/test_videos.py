@@ -55,6 +55,19 @@ def test_frames_in_order_are_read_in_one_pass(tmp_path: Path, monkeypatch: pytes
     assert passes[1:] == [[0, 1, 2, 3], [2, 3], [1, 2, 3]]
 
 
+def test_a_video_that_was_read_is_closed(tmp_path: Path) -> None:
+    clip = make_video(tmp_path / "clip.mp4", 8, g="8")
+    open_files = lambda: len(list(Path("/proc/self/fd").iterdir()))  # noqa: E731
+    before = open_files()
+    readers = [FrameReader(READER, [Frame(str(clip), number, 2) for number in range(2)], "s") for _ in range(3)]
+    for frames in readers:
+        frames.read(0)
+    assert open_files() == before + 3
+    for frames in readers:
+        frames.read(1)
+    assert open_files() == before
+
+
 def test_a_frame_that_fails_fails_again(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mkv", 48, g="8", crf="10")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

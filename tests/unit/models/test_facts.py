@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from megatron_vlm.config.schema import Config
+from megatron_vlm.config.schema import Config, LanguageConfig
 from megatron_vlm.config.validation import validate
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.architectures import context_tokens, load_language_config
 from megatron_vlm.models.facts import gather_facts
 from tests.helpers.ranks import RankPool
 from tests.unit.models.recipes import SMALL_LLAMA, SMALL_TOWER, small_recipe
@@ -76,3 +77,11 @@ def names_of_built_model(config: Config) -> dict[str, set[str]]:
     model = build_model(config, grid)
     unused = {f"vision.{name}" for name in model.vision.tower.survey.unreached}
     return {"all": {name for name, _ in model.named_parameters()}, "unused": unused}
+
+
+@pytest.mark.parametrize(
+    ("rope", "known"), [(None, 64), ({"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, 256)]
+)
+def test_positions_that_the_model_knows_are_stretched_with_linear_rope(rope, known):
+    changes = {"max_position_embeddings": 64} | ({} if rope is None else {"rope_parameters": rope})
+    assert context_tokens(load_language_config(LanguageConfig(config=SMALL_LLAMA | changes))) == known
