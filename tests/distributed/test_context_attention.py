@@ -90,10 +90,10 @@ IN_LAYERS = [  # what a model may ask of mcore's door to attention: no mask too,
 @pytest.mark.parametrize(("ulysses", "ring"), [(1, 1), *LAYOUTS])
 def test_the_layers_attend_so(ranks: RankPool, ulysses: int, ring: int) -> None:
     """mcore's `core_attention` as the layers call it, with its rotation by the documents' own positions."""
-    for case in IN_LAYERS:
-        case = dataclasses.replace(case, seed=10 * ulysses + ring)
-        slices = ranks.run(ulysses * ring, run_core_attention, ulysses, ring, case)
-        found = assembled(slices, case.layout(ulysses, ring))
+    cases = [dataclasses.replace(case, seed=10 * ulysses + ring) for case in IN_LAYERS]
+    by_rank = ranks.run(ulysses * ring, run_core_attention, ulysses, ring, cases)
+    for case, slices in zip(cases, zip(*by_rank, strict=True), strict=True):
+        found = assembled(list(slices), case.layout(ulysses, ring))
         for name, wanted in expected_of_rotated(case).items():
             assert distance(found[name], wanted) < 1e-5, f"{name} of {case}"
 
@@ -101,7 +101,7 @@ def test_the_layers_attend_so(ranks: RankPool, ulysses: int, ring: int) -> None:
 def test_the_layers_have_their_windows_and_the_softcap(ranks: RankPool) -> None:
     """Where documents are longer than the window; the layer is the second of two, of which the first has none."""
     case = Case(6, 3, "spanning", window=5, softcap=1.5)
-    found = assembled(ranks.run(2, run_core_attention, 1, 2, case), case.layout(1, 2))
+    found = assembled([result for (result,) in ranks.run(2, run_core_attention, 1, 2, [case])], case.layout(1, 2))
     for name, wanted in expected_of_rotated(case).items():
         assert distance(found[name], wanted) < 1e-5, name
     for change in ({"window": 6}, {"window": None}, {"softcap": None}):

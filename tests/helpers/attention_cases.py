@@ -119,8 +119,16 @@ def local_results(
     return {"out": out.detach(), **{f"d{name}": leaf.grad for name, leaf in zip("qkv", leaves, strict=True)}}
 
 
-def run_core_attention(ulysses: int, ring: int, case: Case) -> dict[str, Tensor]:
-    """As `run_cases` for one case, by the layers' core attention, which rotates queries and keys first."""
+def run_core_attention(ulysses: int, ring: int, cases: list[Case]) -> list[dict[str, Tensor]]:
+    """As `run_cases`, by the layers' core attention, which rotates queries and keys first."""
+    groups = groups_of(ulysses, ring)
+    return [core_attention(case, groups, ulysses, ring) for case in cases]
+
+
+def core_attention(
+    case: Case, groups: tuple[dist.ProcessGroup, dist.ProcessGroup], ulysses: int, ring: int
+) -> dict[str, Tensor]:
+    """This rank's out, dq, dk and dv of one case."""
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -138,7 +146,7 @@ def run_core_attention(ulysses: int, ring: int, case: Case) -> dict[str, Tensor]
     core = ContextAttention(
         config=config, layer_number=2, attn_mask_type=mask_type, softmax_scale=case.softmax_scale, backend=case.backend
     )
-    ulysses_group, ring_group = groups_of(ulysses, ring)
+    ulysses_group, ring_group = groups
     layout = case.layout(ulysses, ring)
     positions, inputs = layout.positions(ring_group.rank(), ulysses_group.rank()), case.inputs()
     is_alone = ulysses == ring == 1 and case.rows == "whole"
