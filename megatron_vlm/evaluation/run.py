@@ -18,15 +18,16 @@ from torch import Tensor
 
 from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.media import MediaReader
-from megatron_vlm.data.sample import BadSample, Picture, Sample
+from megatron_vlm.data.sample import BadSample, Sample
 from megatron_vlm.data.sources.llava_json import LlavaFile
-from megatron_vlm.data.video.files import count_frames, read_pictures
+from megatron_vlm.data.video.files import count_frames
 from megatron_vlm.data.video.sampling import with_frames
 from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.report import NO_FORM, Record, Report, make_report
 from megatron_vlm.evaluation.tasks import TASKS, Scorer
 from megatron_vlm.generation.assistant import Assistant
 from megatron_vlm.generation.prompts import Question
+from megatron_vlm.generation.videos import PictureReader
 from megatron_vlm.parallel.groups import Grid
 from megatron_vlm.runtime.collectives import all_gather_objects
 from megatron_vlm.runtime.logging import get_logger
@@ -164,22 +165,19 @@ def _gather(records: list[Record], faults: Faults, grid: Grid) -> list[Record]:
 
 def _question(number: int, asked: Asked, reader: MediaReader, faults: Faults | None) -> Question:
     sample = asked.sample
-    owner = f"{sample.origin}: sample {sample.id!r}"
-    return Question(
-        sample, [partial(_read, reader, asked.folder, image, owner, number, faults) for image in sample.images]
-    )
+    pictures = PictureReader(reader, sample.images, f"{sample.origin}: sample {sample.id!r}", asked.folder)
+    return Question(sample, [partial(_read, pictures, place, number, faults) for place in range(len(sample.images))])
 
 
-def _read(reader: MediaReader, folder: Path, image: Picture, owner: str, number: int, faults: Faults | None) -> Tensor:
+def _read(pictures: PictureReader, place: int, number: int, faults: Faults | None) -> Tensor:
     """Pixels [3, H, W]; where they cannot be read and `faults` are noted, of a blank image."""
     try:
-        (pixels,) = read_pictures(reader, [image], folder, owner)
-        return pixels
+        return pictures.read(place)
     except BadSample as error:
         if faults is None:
             raise
         faults[number] = error.reason
-        return reader.blank_pixels()
+        return pictures.reader.blank_pixels()
 
 
 def _record(number: int, sample: Sample, answer: str, scorer: Scorer) -> Record:

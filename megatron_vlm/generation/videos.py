@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.media import MediaReader
-from megatron_vlm.data.sample import VIDEO_TOKEN, Frame, Sample
+from megatron_vlm.data.sample import VIDEO_TOKEN, Frame, Picture, Sample
 from megatron_vlm.data.video.files import count_frames, read_pictures
 from megatron_vlm.data.video.sampling import with_frames
 from megatron_vlm.generation.prompts import VIDEO_SUFFIXES, ImageSource
@@ -46,27 +46,30 @@ def show_frames(
     return replace(shown, images=tuple(map(str, sources))), sources
 
 
-class FrameReader:
-    """Reads the frames among a prompt's pictures when they are asked for: those asked for in order in one pass through
+class PictureReader:
+    """Reads files and frames of a conversation when they are asked for: frames asked for in order in one pass through
     their video.
 
     Args:
         reader: prepares them.
-        pictures: of the prompt, as `show_frames` gives them.
+        pictures: of the conversation, in order; others than files and frames are not asked for.
         owner: whom errors name.
+        root: where relative paths begin.
     """
 
-    def __init__(self, reader: MediaReader, pictures: Sequence[ImageSource | Frame], owner: str) -> None:
-        self.reader, self.pictures, self.owner = reader, pictures, owner
+    def __init__(
+        self, reader: MediaReader, pictures: Sequence[Picture | ImageSource], owner: str, root: Path = Path()
+    ) -> None:
+        self.reader, self.pictures, self.owner, self.root = reader, pictures, owner, root
         self._pass: Generator[Tensor, None, None] | None = None
         self._next: int | None = None  # the place whose pixels the pass under way gives next
         self._stop = 0  # the place behind its last
 
     def read(self, place: int) -> Tensor:
-        """Pixels [3, H, W] of the frame at a place among the pictures. Raises BadSample as `read_pictures`."""
+        """Pixels [3, H, W] of the picture at a place. Raises BadSample as `read_pictures`."""
         if place != self._next:
-            frames = self._from(place)
-            self._pass, self._stop = read_pictures(self.reader, frames, Path(), self.owner), place + len(frames)
+            pictures = self._from(place)
+            self._pass, self._stop = read_pictures(self.reader, pictures, self.root, self.owner), place + len(pictures)
         self._next = None  # a pass that fails is over
         assert self._pass is not None
         pixels = next(self._pass)
@@ -76,11 +79,16 @@ class FrameReader:
             self._pass.close()  # and with it the file
         return pixels
 
-    def _from(self, place: int) -> list[Frame]:
-        """The frame there, and those of the same video right behind it."""
-        frames: list[Frame] = []
-        for picture in self.pictures[place:]:
-            if not isinstance(picture, Frame) or (frames and not picture.follows(frames[-1])):
+    def _from(self, place: int) -> list[Picture]:
+        """The picture there; if it is a frame, also those of the same video right behind it."""
+        last = self.pictures[place]
+        assert isinstance(last, str | Path | Frame)
+        if not isinstance(last, Frame):
+            return [str(last)]
+        pictures: list[Picture] = [last]
+        for picture in self.pictures[place + 1 :]:
+            if not (isinstance(picture, Frame) and picture.follows(last)):
                 break
-            frames.append(picture)
-        return frames
+            pictures.append(picture)
+            last = picture
+        return pictures

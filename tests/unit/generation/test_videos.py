@@ -9,7 +9,7 @@ from megatron_vlm.data.sample import BadSample, Frame
 from megatron_vlm.data.video import files
 from megatron_vlm.errors import DataError
 from megatron_vlm.generation.prompts import read_prompt
-from megatron_vlm.generation.videos import FrameReader, show_frames
+from megatron_vlm.generation.videos import PictureReader, show_frames
 from tests.helpers.videos import make_folder, make_video, picture
 from tests.unit.data.test_video import READER, told
 
@@ -44,7 +44,7 @@ def test_frames_in_order_are_read_in_one_pass(tmp_path: Path, monkeypatch: pytes
     still = picture(7)
     prompt = [clip, still, clip, "What?"]
     _, sources = show_frames(*read_prompt(prompt, "<image>", 1), VideoConfig(num_frames=4), "<image>")
-    frames = FrameReader(READER, sources, "prompt 1")
+    frames = PictureReader(READER, sources, "prompt 1")
 
     def read(*places: int) -> list[int]:
         return [told(frames.read(place)) for place in places]
@@ -59,7 +59,7 @@ def test_a_video_that_was_read_is_closed(tmp_path: Path) -> None:
     clip = make_video(tmp_path / "clip.mp4", 8, g="8")
     open_files = lambda: len(list(Path("/proc/self/fd").iterdir()))  # noqa: E731
     before = open_files()
-    readers = [FrameReader(READER, [Frame(str(clip), number, 2) for number in range(2)], "s") for _ in range(3)]
+    readers = [PictureReader(READER, [Frame(str(clip), number, 2) for number in range(2)], "s") for _ in range(3)]
     for frames in readers:
         frames.read(0)
     assert open_files() == before + 3
@@ -71,7 +71,7 @@ def test_a_video_that_was_read_is_closed(tmp_path: Path) -> None:
 def test_a_frame_that_fails_fails_again(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mkv", 48, g="8", crf="10")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    frames = FrameReader(READER, [Frame(str(path), number, 8) for number in range(8)], "s")
+    frames = PictureReader(READER, [Frame(str(path), number, 8) for number in range(8)], "s")
     assert [told(frames.read(0)), told(frames.read(1))] == [0, 7]
     for _ in range(2):
         with pytest.raises(BadSample, match="ends before its header says"):
