@@ -174,9 +174,11 @@ def window_too_wide() -> list[Any]:
     from megatron_vlm.parallel.context_attention import SharedSequence
 
     original = SharedSequence.ring_of
-    return [
-        mock.patch.object(SharedSequence, "ring_of", lambda shared, window: original(shared, window and window + 1))
-    ]
+
+    def wider(shared: SharedSequence, causal: bool, window: int | None) -> Any:
+        return original(shared, causal, window and window + 1)
+
+    return [mock.patch.object(SharedSequence, "ring_of", wider)]
 
 
 def windows_of_local_layers() -> list[Any]:
