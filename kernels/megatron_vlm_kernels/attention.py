@@ -53,13 +53,11 @@ class Rules:
     key_valid: Tensor | None = None
     rectangles: RectangleList | None = None
 
-    @property
-    def score_factors(self) -> tuple[float, float]:
-        """(scale, softcap) of `base2_scores`."""
-        log2e = LOG2E.value
+    def score_factors(self, unit: float = LOG2E.value) -> tuple[float, float]:
+        """(scale, softcap) of `scaled_scores`, which are `unit` times the scores."""
         if self.softcap is None:
-            return self.softmax_scale * log2e, 0.0
-        return self.softmax_scale / self.softcap, self.softcap * log2e
+            return self.softmax_scale * unit, 0.0
+        return self.softmax_scale / self.softcap, self.softcap * unit
 
 
 @dataclass(frozen=True)
@@ -182,8 +180,8 @@ def _tanh(x):
 
 
 @triton.jit
-def base2_scores(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Scores times log2(e) of q k^T; `scale` and `softcap` from `Rules.score_factors`."""
+def scaled_scores(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Scores, times a unit, of q k^T; `scale` and `softcap` from `Rules.score_factors`."""
     scores = products * scale
     if HAS_SOFTCAP:
         scores = softcap * _tanh(scores)
@@ -244,7 +242,7 @@ def _fold(
     at = tl.cast(block, tl.int64)
     k_tile = load_tile(k + at * k_stride, k_stride, k_len - block, D, KEYS, BLOCK_D, MASKED, WIDE)
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-    scores = base2_scores(products, scale, softcap, HAS_SOFTCAP)
+    scores = scaled_scores(products, scale, softcap, HAS_SOFTCAP)
     if MASKED:
         keys = block + tl.arange(0, KEYS)
         visible = visible_keys(queries, keys, k_len, lower, upper, valid, HAS_VALID)
@@ -425,7 +423,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Ru
             num_keys,
             rules.lower,
             rules.upper,
-            *rules.score_factors,
+            *rules.score_factors(),
             heads // kv_heads,
             *(x.stride()[:3] for x in (q, k, v, out)),
             lse.stride()[:2],

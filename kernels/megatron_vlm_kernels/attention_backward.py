@@ -25,12 +25,12 @@ from megatron_vlm_kernels.attention import (
     NOT_SPECIALIZED,
     Blocks,
     Rules,
-    base2_scores,
     is_hopper,
     key_range,
     launches,
     load_tile,
     padded_width,
+    scaled_scores,
     tile_mask,
     tile_of,
     tile_pointers,
@@ -88,10 +88,20 @@ def _delta_kernel(
 
 
 @triton.jit
-def _base2_lse(lse, offsets, num_left):
-    """log2(e) * lse; +inf, under which every probability is 0, for queries that see no key or do not exist."""
+def _load_lse(lse, offsets, num_left, UNIT: tl.constexpr):
+    """UNIT * lse; +inf, under which every probability is 0, for queries that see no key or do not exist."""
     found = tl.load(lse + offsets, mask=offsets < num_left, other=float("-inf"))
-    return tl.where(found == float("-inf"), float("inf"), found * LOG2E)
+    return tl.where(found == float("-inf"), float("inf"), found * UNIT)
+
+
+@triton.jit
+def _probabilities(scores, lse, UNIT: tl.constexpr):
+    """exp(score - lse), both given UNIT times as large. With log2(e) that is a power of two at once; with 1, for fp32,
+    the lse is the caller's, not rounded once more: one error for all probabilities of a query."""
+    if UNIT == 1.0:
+        return tl.exp2((scores - lse) * LOG2E)
+    else:
+        return tl.exp2(scores - lse)
 
 
 @triton.jit
@@ -122,14 +132,15 @@ def _add_query_gradient(
     HAS_VALID: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """dq + ds k of one block of keys, from `block` on."""
     at = tl.cast(block, tl.int64)
     k_tile = load_tile(k + at * k_stride, k_stride, k_len - block, D, KEYS, BLOCK_D, MASKED, WIDE)
     v_tile = load_tile(v + at * v_stride, v_stride, k_len - block, DV, KEYS, BLOCK_DV, MASKED, WIDE)
     products = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-    scores = base2_scores(products, scale, softcap, HAS_SOFTCAP)
-    p = tl.exp2(scores - lse[:, None])
+    scores = scaled_scores(products, scale, softcap, HAS_SOFTCAP)
+    p = _probabilities(scores, lse[:, None], UNIT)
     if MASKED:
         keys = block + tl.arange(0, KEYS)
         p = tl.where(visible_keys(queries, keys, k_len, lower, upper, valid, HAS_VALID), p, 0.0)
@@ -179,6 +190,7 @@ def _query_gradient_kernel(
     HAS_SOFTCAP: tl.constexpr,
     INTO: tl.constexpr,
     WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Program (tile of queries, head). INTO: added to what dq holds."""
     head = tl.program_id(1)
@@ -205,23 +217,26 @@ def _query_gradient_kernel(
     queries = start + offsets
     q_tile = load_tile(q, q_strides[1], num_left, D, QUERIES, BLOCK_D, True, WIDE)
     dout_tile = load_tile(dout, dout_strides[1], num_left, DV, QUERIES, BLOCK_DV, True, WIDE).to(q_tile.dtype)
-    of_lse = _base2_lse(lse, offsets, num_left)
+    of_lse = _load_lse(lse, offsets, num_left, UNIT)
     of_delta = tl.load(delta + offsets, mask=offsets < num_left, other=0.0)
     found = tl.zeros([QUERIES, BLOCK_D], dtype=tl.float32)
     for block in range(first, tl.minimum(full, stop), KEYS):
         found = _add_query_gradient(
             found, q_tile, dout_tile, of_lse, of_delta, k, v, valid, block, queries, k_len, lower, upper, scale,
             softcap, k_strides[1], v_strides[1], KEYS, D, DV, BLOCK_D, BLOCK_DV, True, HAS_VALID, HAS_SOFTCAP, WIDE,
+            UNIT,
         )  # fmt: skip
     for block in range(full, masked, KEYS):
         found = _add_query_gradient(
             found, q_tile, dout_tile, of_lse, of_delta, k, v, valid, block, queries, k_len, lower, upper, scale,
             softcap, k_strides[1], v_strides[1], KEYS, D, DV, BLOCK_D, BLOCK_DV, False, False, HAS_SOFTCAP, WIDE,
+            UNIT,
         )  # fmt: skip
     for block in range(masked, stop, KEYS):
         found = _add_query_gradient(
             found, q_tile, dout_tile, of_lse, of_delta, k, v, valid, block, queries, k_len, lower, upper, scale,
             softcap, k_strides[1], v_strides[1], KEYS, D, DV, BLOCK_D, BLOCK_DV, True, HAS_VALID, HAS_SOFTCAP, WIDE,
+            UNIT,
         )  # fmt: skip
     found = found * softmax_scale
     if INTO:
@@ -257,6 +272,7 @@ def _add_key_gradients(
     MASKED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """(dk + ds^T q, dv + p^T dout) of one block of queries, from `block` on. Tiles are [keys, queries]."""
     at, num_left = tl.cast(block, tl.int64), q_len - block
@@ -264,11 +280,11 @@ def _add_key_gradients(
     dout_tile = load_tile(dout + at * dout_stride, dout_stride, num_left, DV, QUERIES, BLOCK_DV, MASKED, WIDE)
     dout_tile = dout_tile.to(q_tile.dtype)
     offsets = tl.arange(0, QUERIES)
-    of_lse = _base2_lse(lse + at, offsets, num_left)
+    of_lse = _load_lse(lse + at, offsets, num_left, UNIT)
     of_delta = tl.load(delta + at + offsets, mask=offsets < num_left, other=0.0)
     products = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-    scores = base2_scores(products, scale, softcap, HAS_SOFTCAP)
-    p = tl.exp2(scores - of_lse[None, :])
+    scores = scaled_scores(products, scale, softcap, HAS_SOFTCAP)
+    p = _probabilities(scores, of_lse[None, :], UNIT)
     if MASKED:
         distance = keys[:, None] - (block + offsets)[None, :]
         p = tl.where((distance >= lower) & (distance <= upper), p, 0.0)
@@ -321,6 +337,7 @@ def _key_gradients_kernel(
     HAS_SOFTCAP: tl.constexpr,
     INTO: tl.constexpr,
     WIDE: tl.constexpr,
+    UNIT: tl.constexpr,
 ):
     """Program (tile of keys, kv head): over the query heads of its group. INTO: added to what dk and dv hold."""
     kv_head = tl.program_id(1)
@@ -354,18 +371,21 @@ def _key_gradients_kernel(
                 of_k, of_v, k_tile, v_tile, head_q, head_dout, head_lse, head_delta, block, keys, q_len, lower, upper,
                 scale, softcap, q_strides[1], dout_strides[1], QUERIES, D, DV, BLOCK_D, BLOCK_DV, True, HAS_SOFTCAP,
                 WIDE,
+                UNIT,
             )  # fmt: skip
         for block in range(full, masked, QUERIES):
             of_k, of_v = _add_key_gradients(
                 of_k, of_v, k_tile, v_tile, head_q, head_dout, head_lse, head_delta, block, keys, q_len, lower, upper,
                 scale, softcap, q_strides[1], dout_strides[1], QUERIES, D, DV, BLOCK_D, BLOCK_DV, False, HAS_SOFTCAP,
                 WIDE,
+                UNIT,
             )  # fmt: skip
         for block in range(masked, stop, QUERIES):
             of_k, of_v = _add_key_gradients(
                 of_k, of_v, k_tile, v_tile, head_q, head_dout, head_lse, head_delta, block, keys, q_len, lower, upper,
                 scale, softcap, q_strides[1], dout_strides[1], QUERIES, D, DV, BLOCK_D, BLOCK_DV, True, HAS_SOFTCAP,
                 WIDE,
+                UNIT,
             )  # fmt: skip
     of_k = of_k * softmax_scale
     if HAS_VALID:  # a key's gradients are rows of their own
@@ -434,6 +454,7 @@ def _launch(inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...], rules: Ru
     num_keys, kv_heads, v_width = v.shape[1:]
     padded, v_padded = padded_width(width), padded_width(v_width)
     valid = None if rules.key_valid is None else within_heads(rules.key_valid).view(torch.uint8)
+    unit = 1.0 if q.dtype == torch.float32 else LOG2E.value
     kernels = ((_key_gradients_kernel, True, kv_heads), (_query_gradient_kernel, False, heads))
     for kernel, of_keys, num_heads in kernels:
         blocks = backward_blocks(max(padded, v_padded), q.dtype, is_hopper(q.device), of_keys)
@@ -455,7 +476,7 @@ def _launch(inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...], rules: Ru
                 num_keys,
                 rules.lower,
                 rules.upper,
-                *rules.score_factors,
+                *rules.score_factors(unit),
                 rules.softmax_scale,
                 heads // kv_heads,
                 *(x.stride()[:3] for x in (dout, q, k, v)),
@@ -473,6 +494,7 @@ def _launch(inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...], rules: Ru
                 HAS_SOFTCAP=rules.softcap is not None,
                 INTO=into,
                 WIDE=is_interpreted(),
+                UNIT=unit,
                 num_warps=blocks.num_warps,
                 num_stages=blocks.num_stages,
             )
