@@ -31,6 +31,7 @@ from megatron_vlm.data.video.files import read_pictures
 from megatron_vlm.data.video.sampling import with_frames
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.errors import DataError
+from megatron_vlm.models.architectures import attention_windows, load_language_config
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.layout import SequenceLayout, padded_length, row_length
 from megatron_vlm.parallel.media_plan import plan_media
@@ -81,6 +82,7 @@ def make_plan(config: Config, samples: SampleIndex) -> RowPlan:
             training.sequence_length,
             training.micro_batch_size,
             data.shuffle,
+            attention_windows(load_language_config(config.model.language)),
         )
         get_logger(__name__).info("%s", plan)
         return plan

@@ -7,12 +7,12 @@ Rows are filled first-fit-decreasing within a window of the plan's order. A wind
 so that what its last row leaves empty is little, whatever the lengths: 1,024 rows lose under a thousandth to it. (A
 batch of 64 mixed samples packed by itself fills 13 or 14 rows of 4,096 tokens, and loses a twentieth.)
 
-Rows of equal length differ in work, which for attention is the sum of the squares of the documents' lengths. Two orders
+Rows of equal length differ in work, which for attention is the pairs of query and key of their documents. Two orders
 make up for that, neither of which depends on the number of ranks, so every layout trains the same rows:
 
-- `deal_work` orders a step's rows, so that micro-batches, and the shares of a power of two of data-parallel ranks, are
-  of nearly equal work. (64 rows of tests/helpers/draws.py over 8 ranks: the slowest has 1.01 times the mean, in random
-  order 1.3. Other numbers of ranks get less even shares: 48 rows over 3 ranks 1.09, 96 rows over 24 ranks 1.35.)
+- `deal_work` orders a step's rows, so that micro-batches, and the shares of any number of data-parallel ranks, are of
+  nearly equal work. (Rows of tests/helpers/draws.py: of 64 over 8 ranks the slowest has 1.02 times the mean, in random
+  order 1.3; 48 over 3 ranks 1.01, 96 over 24 ranks 1.12.)
 - `pack_rows` puts a row's longest document last, the second longest first and the others between, shortest first:
   under the zigzag of the ring (`parallel.layout`) the slowest of 2, 4, 8 ranks then has 1.11, 1.13, 1.15 times the
   mean (the same draw), in random order 1.19, 1.29, 1.35, and in the best of 30 random orders 1.10, 1.13, 1.13.
@@ -21,9 +21,12 @@ Hazard: a resumed run must find the rows that it had. What is here may only chan
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+
+from megatron_vlm.parallel.layout import causal_pairs
 
 WINDOW_ROWS = 1024  # rows' worth of tokens that are packed together
 
@@ -70,14 +73,23 @@ def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int
     return [row for row in rows if row]
 
 
-def row_work(lengths: Sequence[int]) -> int:
-    """Work of a row's attention: the sum of the squares of its documents' lengths. Nothing is computed for padding."""
-    return sum(length * length for length in lengths)
+def attention_work(tokens: np.ndarray, windows: Sequence[int | None] = (None,)) -> np.ndarray:
+    """Pairs of query and key of samples [n] over all layers; a row's work is their sum, since nothing is computed for
+    its padding.
+
+    Args:
+        tokens: [n] their lengths.
+        windows: by layer (`models.architectures.attention_windows`).
+    """
+    lengths, places = np.unique(tokens, return_inverse=True)
+    layers = Counter(windows)
+    pairs = [sum(layers[window] * causal_pairs(length, window) for window in layers) for length in lengths.tolist()]
+    return np.array(pairs)[places]
 
 
 def deal_work(work: Sequence[int], micro_batch_size: int) -> list[int]:
     """An order of rows in which micro-batches are of nearly equal work, and so are the ranks' shares for any number of
-    ranks that is a power of two, and for no other (micro-batches are dealt to ranks in turn).
+    ranks that divides that of the micro-batches (these are dealt to ranks in turn).
 
     Args:
         work: of each row; their number is a multiple of `micro_batch_size`.
@@ -85,30 +97,37 @@ def deal_work(work: Sequence[int], micro_batch_size: int) -> list[int]:
     Returns:
         The rows' indices, `micro_batch_size` of each micro-batch after the other.
     """
-    micro_batches = _even_groups(list(range(len(work))), work, len(work) // micro_batch_size)
+    micro_batches = _even_groups(work, len(work) // micro_batch_size)
     sums = [sum(work[row] for row in rows) for rows in micro_batches]
-    return [row for number in _deal(list(range(len(sums))), sums) for row in micro_batches[number]]
+    return [row for number in _deal(sums) for row in micro_batches[number]]
 
 
-def _deal(items: list[int], work: Sequence[int]) -> list[int]:
-    """Halves of even work stand at even and at odd places, the halves of these at every fourth, and so on."""
-    if len(items) < 2:
-        return items
-    even, odd = (_deal(half, work) for half in _even_groups(items, work, 2))
-    dealt = [0] * len(items)
-    dealt[0::2], dealt[1::2] = even, odd
+def _deal(work: Sequence[int]) -> list[int]:
+    """Items in the order of their places: the longest first, each to the free place whose ranks have least, over all
+    numbers of ranks at once. (That is the step that adds least to the sum, over numbers of ranks, of the variance of
+    the ranks' shares relative to their mean.)"""
+    num_items = len(work)
+    rank_counts = [count for count in range(2, num_items) if num_items % count == 0]
+    loads = np.zeros(num_items)  # by place: what the ranks that it belongs to have, each relative to its rank's share
+    dealt = [0] * num_items
+    for item in sorted(range(num_items), key=lambda item: (-work[item], item)):
+        place = int(loads.argmin())
+        dealt[place] = item
+        for count in rank_counts:
+            loads[place % count :: count] += count * work[item]
+        loads[place] = np.inf
     return dealt
 
 
-def _even_groups(items: list[int], work: Sequence[int], num_groups: int) -> list[list[int]]:
-    """Groups of equal size (the first one larger, where it must be) and nearly equal work: longest first onto the least
-    loaded group that is not full."""
-    size, rest = divmod(len(items), num_groups)
+def _even_groups(work: Sequence[int], num_groups: int) -> list[list[int]]:
+    """Items in groups of equal size and nearly equal work: longest first onto the least loaded group that is not
+    full."""
+    size = len(work) // num_groups
     groups: list[list[int]] = [[] for _ in range(num_groups)]
     loads = [(0, number) for number in range(num_groups)]  # a heap of the groups that are not full
-    for item in sorted(items, key=lambda item: (-work[item], item)):
+    for item in sorted(range(len(work)), key=lambda item: (-work[item], item)):
         load, number = heapq.heappop(loads)
         groups[number].append(item)
-        if len(groups[number]) < size + (number < rest):
+        if len(groups[number]) < size:
             heapq.heappush(loads, (load + work[item], number))
     return groups

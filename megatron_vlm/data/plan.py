@@ -17,12 +17,13 @@ A permutation sorts the raw output of a bit generator, which numpy promises neve
 carries no such promise, and a resumed run must see the order it would have seen.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 
-from megatron_vlm.data.packing import deal_work, pack_rows, row_work
+from megatron_vlm.data.packing import attention_work, deal_work, pack_rows
 
 POOL_BATCHES = 50  # samples are sorted by length among so many batches' worth; all of them: every epoch would be alike
 
@@ -123,6 +124,7 @@ class PackedPlan:
             allows (`packing.WINDOW_ROWS`).
         row_length: tokens of every row, `packed_length`; no sample is longer.
         micro_batch_size: rows of a micro-batch; what a step trains does not depend on it.
+        windows: of the language model's layers (`packing.attention_work`); nor on them.
     """
 
     def __init__(
@@ -133,14 +135,16 @@ class PackedPlan:
         row_length: int,
         micro_batch_size: int,
         shuffle: bool = True,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
         order = np.argsort(_raw((seed, 0, 2), len(tokens)), kind="stable") if shuffle else np.arange(len(tokens))
         rows = pack_rows(tokens, order, row_length)
         self.packed_length, self.micro_batch_size = row_length, micro_batch_size
         self._rows = Plan(len(rows), seed, global_batch_size, shuffle)
-        self._work = np.array([row_work(tokens[list(row)].tolist()) for row in rows])
         self._samples = np.concatenate(rows)
         self._ends = np.cumsum([len(row) for row in rows])
+        starts = np.concatenate([[0], self._ends[:-1]])
+        self._work = np.add.reduceat(attention_work(tokens, windows)[self._samples], starts)
         self.num_tokens = int(tokens.sum(dtype=np.int64))
 
     @property

@@ -296,6 +296,12 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
     return joined
 
 
+def causal_pairs(num_tokens: int, window: int | None) -> int:
+    """Pairs of query and key in a document: a query sees itself and what is before it, in the window."""
+    width = num_tokens if window is None else min(num_tokens, window)
+    return width * (width + 1) // 2 + (num_tokens - width) * width
+
+
 def work(layout: SequenceLayout, documents: Documents, causal: bool, window: int | None) -> Tensor:
     """Visible query-key pairs per ring rank and step: [R, R] int64, summed over that ring rank's Ulysses ranks."""
     steps = range(layout.ring)

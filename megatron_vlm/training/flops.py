@@ -37,6 +37,7 @@ from megatron_vlm.models.facts import language_parameter_names
 from megatron_vlm.models.freezing import trainable_names
 from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.models.vision.encoder import VisionEncoder
+from megatron_vlm.parallel.layout import causal_pairs
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,6 @@ def step_flops(shape: ModelShape, sample_tokens: Sequence[int], num_trained_toke
             total += block.flops(tokens, pairs, trains_before)
             trains_before |= block.trains
     return total
-
-
-def causal_pairs(num_tokens: int, window: int | None) -> int:
-    """Pairs of query and key in a row of its own: a query sees itself and what is before it, in the window."""
-    width = num_tokens if window is None else min(num_tokens, window)
-    return width * (width + 1) // 2 + (num_tokens - width) * width
 
 
 def model_shape(vision: VisionEncoder, spec: LanguageSpec, model: ModelConfig) -> ModelShape:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from megatron_vlm.config.schema import Config
 from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.models.vision.encoder import VisionEncoder
+from megatron_vlm.parallel.layout import causal_pairs
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.parallel.timeline import Timeline, simulate
-from megatron_vlm.training.flops import Block, ModelShape, causal_pairs, model_shape
+from megatron_vlm.training.flops import Block, ModelShape, model_shape
 
 from .batch import Batch
 

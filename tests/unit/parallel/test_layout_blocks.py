@@ -133,7 +133,7 @@ def test_chunks_apart_share_one_block_at_most(
 
 
 def test_padding_is_no_work() -> None:
-    """As `data.packing.row_work` counts it, and wherever the padding stands."""
+    """As `data.packing.attention_work` counts it, and wherever the padding stands."""
     for lengths in ([1762, 572], [4095], [4096], [1] * 1000):
         pairs = work(SequenceLayout(4096, ring=4), Documents.packed(lengths, 4096), causal=True, window=None)
         assert pairs.sum() == sum(length * (length + 1) // 2 for length in lengths)
