@@ -57,9 +57,12 @@ def main() -> None:
         output = make_output(arguments) if launch.rank == 0 else None
         names = ("device", "tensor", "pipeline", "ulysses", "ring", "template", "dtype", "downsample_order")
         assistant = load(arguments.checkpoint, **{name: getattr(arguments, name) for name in names})
-        from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, read_questions
+        from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, find_unanswerable, read_questions
 
         asked = read_questions(arguments.data, arguments.media_root, assistant.image_token, assistant.video)
+        bad = find_unanswerable(assistant, len(asked), lambda number: asked[number].sample, progress=True)
+        if bad:
+            raise next(iter(bad.values()))
         request = EvaluationRequest(
             task=arguments.task,
             blank_images=arguments.blank_images,

@@ -92,6 +92,30 @@ def read_questions(
     return asked
 
 
+def find_unanswerable(
+    assistant: Assistant, num_samples: int, sample: Callable[[int], Sample], progress: bool = False
+) -> dict[int, BadSample]:
+    """Which samples `evaluate` would fail at for their texts, by number and in order; a collective call, of which every
+    rank checks its share and knows the whole.
+
+    Args:
+        sample: of a number.
+        progress: show how far it is.
+    """
+    grid = assistant.model.grid
+    share = range(grid.rank, num_samples, grid.world.size())
+    bad: dict[int, BadSample] = {}
+    with Progress("checking questions", total=len(share), enabled=progress) as shown:
+        for number in share:
+            try:
+                assistant.check_question(sample(number))
+            except BadSample as error:
+                bad[number] = error
+            shown.advance(1)
+    gathered = all_gather_objects(bad, grid.world)
+    return dict(sorted(item for part in gathered for item in part.items()))
+
+
 def evaluate(
     assistant: Assistant,
     asked: Sequence[Asked],

@@ -16,10 +16,9 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.loader import SampleSource, StepFetcher, build_held_out_loader
-from megatron_vlm.data.sample import BadSample
 from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.report import Report
-from megatron_vlm.evaluation.run import Asked, EvaluationRequest, EvaluationStopped, evaluate
+from megatron_vlm.evaluation.run import Asked, EvaluationRequest, EvaluationStopped, evaluate, find_unanswerable
 from megatron_vlm.generation.assistant import Assistant
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training.job import Job
@@ -129,17 +128,11 @@ class Questions:
     @classmethod
     def of(cls, assistant: Assistant, samples: SampleSource, request: EvaluationRequest) -> "Questions":
         """All that can be asked. Raises DataError for the first that cannot; where that is tolerated, if none can."""
-        numbers: list[int] = []
-        bad: list[BadSample] = []
-        for number in range(len(samples.index)):
-            sample = samples.sample(number)
-            try:
-                assistant.check_question(sample)
-                numbers.append(number)
-            except BadSample as error:
-                if not request.tolerant:
-                    raise
-                bad.append(error)
+        bad_by_number = find_unanswerable(assistant, len(samples.index), samples.sample)
+        numbers = [number for number in range(len(samples.index)) if number not in bad_by_number]
+        bad = list(bad_by_number.values())
+        if bad and not request.tolerant:
+            raise bad[0]
         not_asked = Counter(error.reason for error in bad)
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(not_asked.items()))
         if bad and not numbers:

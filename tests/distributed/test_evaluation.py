@@ -1,5 +1,6 @@
 """A checkpoint saved in one layout, evaluated in others: always the records of one process."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,17 @@ def records_of(checkpoint: str, data: Path, ranks: dict[str, int]) -> list[Any]:
     assistant = open_checkpoint(checkpoint, **ranks)
     report = evaluate(assistant, read_questions([data], None, assistant.image_token), request)
     return [*report.records, *report.blank_records]
+
+
+def unanswerable(checkpoint: str, data: Path) -> list[tuple[int, str, str]]:
+    """Number, reason and words of each question that cannot be asked, as this rank knows them."""
+    from megatron_vlm.evaluation.run import find_unanswerable, read_questions
+    from megatron_vlm.generation.load import open_checkpoint
+
+    assistant = open_checkpoint(checkpoint)
+    asked = read_questions([data], None, assistant.image_token)
+    found = find_unanswerable(assistant, len(asked), lambda number: asked[number].sample)
+    return [(number, bad.reason, str(bad)) for number, bad in found.items()]
 
 
 def load_beside_training(recipe: dict[str, Any], checkpoint: str) -> str:
@@ -84,6 +96,19 @@ def test_a_replica_without_a_question_is_no_trouble(ranks, trained, tmp_path):
     data = tiny_dataset(tmp_path, 1, "one.json")
     records = ranks.run(4, records_of, trained[1], data, {"tensor": 2})
     assert len(records[0]) == 2 and records == [records[0]] * 4
+
+
+def test_every_rank_knows_the_questions_that_cannot_be_asked(ranks, trained, tmp_path):
+    """Each has checked a third of them, and every place of a third is among those that are too long."""
+    data, too_long = tiny_dataset(tmp_path, 11, "long.json"), (1, 3, 4, 8)
+    records = json.loads(data.read_text())
+    for number in too_long:
+        records[number]["conversations"][-2]["value"] += " how" * 300  # of 256 positions
+    data.write_text(json.dumps(records))
+    (alone,) = ranks.run(1, unanswerable, trained[1], data)
+    assert [(number, reason) for number, reason, _ in alone] == [(number, "beyond the context") for number in too_long]
+    assert all(f"sample 'sample-{number}'" in words for number, _, words in alone)
+    assert ranks.run(3, unanswerable, trained[1], data) == [alone] * 3
 
 
 def test_layouts_that_do_not_fit_are_refused_with_one_line(ranks, trained):

@@ -112,6 +112,20 @@ def test_evaluate_on_two_ranks_writes_and_prints_its_numbers(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_question_beyond_the_context_is_found_before_anything_is_asked(run, tmp_path):
+    record = json.loads(tiny_dataset(run, 6, "long.json").read_text())
+    record[4]["conversations"][-2]["value"] += " how" * 300  # of 256 positions
+    (run / "long.json").write_text(json.dumps(record))
+    question = ["--task", "exact_match", "--data", run / "long.json", "--output", tmp_path / "results"]
+    for ranks in (1, 2):
+        done = tool_on_ranks(ranks, tmp_path / str(ranks), "evaluate.py", run / "checkpoints", *question)
+        assert done.code != 0 and "exact_match" not in done.stdout, done.stdout
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert "long.json element 4: sample 'sample-4': its question has 3" in done.stderr
+        assert "max_position_embeddings) is 256" in done.stderr
+
+
+@pytest.mark.slow
 def test_a_failing_rank_ends_the_evaluation_with_one_line(run, tmp_path):
     record = json.loads(tiny_dataset(run, 2, "bad.json").read_text())
     record[1]["image"] = "images/gone.png"  # rank 1's only question
