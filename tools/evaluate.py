@@ -54,7 +54,7 @@ def main() -> None:
         get_logger("megatron_vlm").setLevel(logging.WARNING)  # what is printed is the result
         TASKS.get(arguments.task)  # a name mistyped shall not cost the loading of a model
         prepare(arguments.device, launch.local_world_size)
-        output = make_output(arguments) if launch.rank == 0 else None
+        output = find_output(arguments) if launch.rank == 0 else None
         names = ("device", "tensor", "pipeline", "ulysses", "ring", "template", "dtype", "downsample_order")
         assistant = load(arguments.checkpoint, **{name: getattr(arguments, name) for name in names})
         from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, find_unanswerable, read_questions
@@ -76,8 +76,9 @@ def main() -> None:
         teardown()
 
 
-def make_output(arguments: argparse.Namespace) -> Path:
-    """The folder for the results, made and tried before the time of an evaluation is spent.
+def find_output(arguments: argparse.Namespace) -> Path:
+    """The folder for the results, or where it will be made, tried before the time of an evaluation is spent: an
+    evaluation that fails leaves nothing behind.
 
     Raises:
         CheckpointError, ConversionError, ConfigError: no model there, or not as it is asked for.
@@ -90,9 +91,9 @@ def make_output(arguments: argparse.Namespace) -> Path:
     if output is None:
         is_ours = find_foreign(arguments.checkpoint, arguments.downsample_order) is None
         output = (find_checkpoint(arguments.checkpoint).parent if is_ours else Path()) / "evaluation"
+    nearest = next(folder for folder in (output, *output.parents) if folder.exists())
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
+        with tempfile.TemporaryFile(dir=nearest):
             return output
     except OSError as error:
         raise DataError(f"evaluation results cannot be written to {output}: {error.strerror}") from error

@@ -1,6 +1,5 @@
 """tools/bench.py throughput on real processes: a tiny model, both sides, one rank and two."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from megatron_vlm.runtime.launch import Launch
 from megatron_vlm.training.phases import PHASES
 from tests.helpers.tiny import tiny_recipe
 from tests.system.test_tools import tool, tool_on_ranks
-from tools.benchmarks.sides import PRODUCT, TRANSFORMERS
-from tools.benchmarks.throughput import SidesDifferError, measure
+from tools.benchmarks.sides import PRODUCT, TRANSFORMERS, SideRequest
+from tools.benchmarks.throughput import WARM_UP_STEPS, SidesDifferError, measure
 
 pytestmark = pytest.mark.slow
 SHORT = ["--against", "transformers", "--rounds", "2", "--steps", "2"]
@@ -75,13 +74,19 @@ def test_a_comparison_on_two_ranks_and_the_recipes_data(recipe: Path, tmp_path: 
 
 def test_sides_with_other_weights_have_no_ratio(tmp_path: Path) -> None:
     """The wrong variant: all but the seed of the weights is as in the comparisons above."""
-    arguments = argparse.Namespace(rounds=1, steps=1, answers=0.5)
-    seeds = {PRODUCT: 11, TRANSFORMERS: 12}
-    configs = {
-        name: tiny_recipe(tmp_path, runtime={"seed": seed}, data={"shuffle": False}) for name, seed in seeds.items()
-    }
+    requests = [
+        SideRequest(
+            name,
+            tiny_recipe(tmp_path, runtime={"seed": seed}, data={"shuffle": False}),
+            Launch(),
+            num_batches=1,
+            num_steps=WARM_UP_STEPS + 2,
+            answers=0.5,
+        )
+        for name, seed in {PRODUCT: 11, TRANSFORMERS: 12}.items()
+    ]
     with pytest.raises(SidesDifferError, match="loss of step 1 is"):
-        measure(configs, Launch(), arguments)
+        measure(requests, rounds=1)
 
 
 def test_what_transformers_cannot_train_costs_one_line(recipe: Path) -> None:
