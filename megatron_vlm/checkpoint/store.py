@@ -35,7 +35,7 @@ from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import Grid
 from megatron_vlm.runtime.failure import kind_of
 from megatron_vlm.runtime.logging import get_logger
-from megatron_vlm.runtime.seeding import random_states, restore_random_states, seed_everything
+from megatron_vlm.runtime.seeding import are_of_this_device, random_states, restore_random_states, seed_everything
 
 _PER_LAYER_KEYS = {"non_homogeneous_layers": True}
 _RANDOM_KEY = "random_states"
@@ -154,10 +154,11 @@ def load_checkpoint(
         return 0
     assert optimizer is not None
     load_optimizer_state(optimizer, loaded["optimizer"])
-    if is_same_layout:
+    if is_same_layout and are_of_this_device(loaded["random"]):
         restore_random_states(loaded["random"])
     else:
-        logger.info("another layout than the checkpoint's: random numbers are drawn anew, from seed and step")
+        other = "kind of device" if is_same_layout else "layout"
+        logger.info("another %s than the checkpoint's: random numbers are drawn anew, from seed and step", other)
         seed_everything(manifest.config["runtime"]["seed"], model.grid, manifest.step)
     return manifest.step
 

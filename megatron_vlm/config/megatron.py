@@ -129,6 +129,7 @@ def _parallelism(config: Config) -> dict[str, Any]:
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline if interleaved else None,
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
+        "batch_p2p_sync": False,  # waits for the whole GPU after each message, for a torch before 1.13
         "variable_seq_lengths": False,  # all rows of a step have one length
         "deallocate_pipeline_outputs": not interleaved,  # a sent activation is needed by the graph only
     }

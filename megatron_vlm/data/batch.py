@@ -33,7 +33,9 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same rows on a device."""
-        ids, labels, position_ids = (x.to(device) for x in (self.ids, self.labels, self.position_ids))
+        ids, labels, position_ids = (
+            x.to(device, non_blocking=True) for x in (self.ids, self.labels, self.position_ids)
+        )
         return MicroBatch(ids, labels, position_ids, self.documents, self.sample_ids)
 
     def without(self, rows: Sequence[int]) -> "MicroBatch":

@@ -135,7 +135,7 @@ def counted_tokens(labels: Tensor, grid: Grid) -> Tensor:
     """
     sizes, place = grid.sizes, grid.coordinates
     layout = SequenceLayout(labels.shape[1] * sizes.context, sizes.ring, sizes.ulysses)
-    positions = layout.positions(place.ring, place.ulysses).to(labels.device)
+    positions = layout.positions(place.ring, place.ulysses).to(labels.device, non_blocking=True)
     last = torch.where(labels != IGNORE, positions, -1).amax(1)  # [b]; -1: none
     if sizes.context > 1:
         all_reduce_(last, grid.context, ReduceOp.MAX)

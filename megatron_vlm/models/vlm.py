@@ -107,9 +107,9 @@ class VisionLanguageModel:
     def place(self, received: Tensor, route: Route, micro_batch: int) -> LocalFeatures:
         """received [n_recv, h] -> one micro-batch's features, as a leaf that takes a gradient where vision trains."""
         index = _of_micro_batch(route, micro_batch)
-        rows = received.detach()[index.to(received.device)]
+        rows = received.detach()[index.to(received.device, non_blocking=True)]
         rows.requires_grad_(self.vision_trains and torch.is_grad_enabled())
-        position, row = route.position[index].to(rows.device), route.row[index].to(rows.device)
+        position, row = (x[index].to(rows.device, non_blocking=True) for x in (route.position, route.row))
         return LocalFeatures(rows=rows, position=position, row=row)
 
     def collect_gradients(self, route: Route, features: Sequence[LocalFeatures]) -> Tensor:
@@ -120,7 +120,7 @@ class VisionLanguageModel:
             features: what `place` gave for each of its micro-batches, in ascending order.
         """
         grads = [_gradient(local.rows) for local in features]
-        order = torch.argsort(route.micro_batch, stable=True).to(grads[0].device)
+        order = torch.argsort(route.micro_batch, stable=True).to(grads[0].device, non_blocking=True)
         stacked = torch.cat(grads)
         assert stacked.shape[0] == order.shape[0], f"{stacked.shape[0]} placed rows, {order.shape[0]} received"
         collected = torch.empty_like(stacked)

@@ -150,7 +150,8 @@ def attention_backward_cudnn(
     """See `ops.attention.attention_backward`."""
     unused = torch.empty(0, dtype=torch.int64, device=q.device)  # the state of dropout
     gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        *(x.to(q.dtype).transpose(1, 2) for x in (dout, q, k, v, out)),  # [b, s, heads, d] -> [b, heads, s, d]
+        # Contiguous: torch finds a graph by the strides of q, k and v, and makes it for those of dout and out.
+        *(x.to(q.dtype).contiguous().transpose(1, 2) for x in (dout, q, k, v, out)),  # -> [b, heads, s, d]
         lse.contiguous()[..., None],
         unused,
         unused,

@@ -16,7 +16,7 @@ from megatron_vlm.errors import ParallelError
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 from megatron_vlm.runtime.collectives import all_reduce_
 from megatron_vlm.runtime.device import current_device
-from megatron_vlm.runtime.distributed import init_grid
+from megatron_vlm.runtime.distributed import init_grid, world_timeout
 
 __all__ = ["Coordinates", "Grid", "GridSizes", "build_grid", "vision_process_groups"]
 
@@ -57,13 +57,13 @@ def build_grid(sizes: GridSizes, virtual_pipeline: int = 1) -> Grid:
     if sizes.world != world_size:
         raise ParallelError(f"number of ranks: found {world_size}, needed {sizes.world} for {sizes}")
     init_grid(sizes.tensor, sizes.pipeline, virtual_pipeline, sizes.ulysses, sizes.ring)
-    coordinates = sizes.coordinates(rank)
-    solo = dist.new_group([rank], use_local_synchronization=True)
+    coordinates, timeout = sizes.coordinates(rank), world_timeout()
+    solo = dist.new_group([rank], timeout=timeout, use_local_synchronization=True)
     ulysses, ring = (solo, solo)
     if sizes.context > 1:  # megatron-core keeps the last grid's where this one has none
         ulysses, ring = parallel_state.get_hierarchical_context_parallel_groups()
         all_reduce_(torch.zeros(1, device=current_device()), ring)  # NCCL connects a group in its first collective
-    replicas = [dist.new_group(sizes.replica_ranks(data)) for data in range(sizes.data)]
+    replicas = [dist.new_group(sizes.replica_ranks(data), timeout=timeout) for data in range(sizes.data)]
     return Grid(
         sizes=sizes,
         rank=rank,

@@ -31,7 +31,7 @@ def send_features(encoded: Tensor, route: Route, group: ProcessGroup) -> Tensor:
     Returns:
         [n_recv, h], placed by the route's `micro_batch`, `row` and `position`.
     """
-    rows = encoded[route.send_rows.to(encoded.device)]  # [n_encoded, h] -> [n_send, h]
+    rows = encoded[route.send_rows.to(encoded.device, non_blocking=True)]  # [n_encoded, h] -> [n_send, h]
     return all_to_all_rows(rows, route.send_splits, route.recv_splits, group)
 
 
@@ -49,8 +49,8 @@ def return_gradients(grads: Tensor, route: Route, num_encoded_rows: int, group: 
         [n_encoded, h], every row set exactly once.
     """
     assert len(route.grad_rows) == num_encoded_rows, f"{len(route.grad_rows)} gradients for {num_encoded_rows} rows"
-    rows = grads[route.grad_send_rows.to(grads.device)]  # [n_recv, h] -> [n_grad_send, h]
+    rows = grads[route.grad_send_rows.to(grads.device, non_blocking=True)]  # [n_recv, h] -> [n_grad_send, h]
     received = all_to_all_rows(rows, route.grad_send_splits, route.grad_recv_splits, group)
     returned = torch.empty_like(received)
-    returned[route.grad_rows.to(grads.device)] = received  # order of arrival -> encoded order
+    returned[route.grad_rows.to(grads.device, non_blocking=True)] = received  # order of arrival -> encoded order
     return returned

@@ -79,6 +79,8 @@ def prepare(requested: DeviceRequest, local_world_size: int = 1) -> "torch.devic
         return _prepared
     if requested == "cpu":
         hide_cuda()
+    else:  # one queue to the GPU: what megatron-core starts first, communication, runs first (read when CUDA starts)
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     import torch
 
     num_gpus = 0 if requested == "cpu" else torch.cuda.device_count()

@@ -56,10 +56,24 @@ def init_world(launch: Launch, device: "torch.device", timeout_seconds: float, n
     )
 
 
+def world_timeout() -> timedelta:
+    """Of the default process group's collectives. Groups beside it are to be made with it: they would have torch's own
+    default otherwise, 10 minutes for NCCL and 30 for gloo."""
+    import torch.distributed as dist
+
+    from megatron_vlm.runtime.device import current_device
+
+    world = dist.group.WORLD
+    assert world is not None, "there is no default process group"
+    timeout: timedelta = world._get_backend(current_device()).options._timeout
+    return timeout
+
+
 def init_grid(tensor: int, pipeline: int, virtual_pipeline: int = 1, ulysses: int = 1, ring: int = 1) -> None:
     """megatron-core's parallel state: rank = tp + T*(cp + C*(dp + D*pp)), cp = ulysses rank + U * ring rank.
 
-    No extra gloo groups are made: optimizers are built with use_gloo_process_groups=False, checkpoints use the others.
+    Collectives of all its groups have the world's timeout. No extra gloo groups are made: optimizers are built with
+    use_gloo_process_groups=False, checkpoints use the others.
     """
     from megatron.core import parallel_state
 
@@ -70,6 +84,7 @@ def init_grid(tensor: int, pipeline: int, virtual_pipeline: int = 1, ulysses: in
         virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
         context_parallel_size=context,
         hierarchical_context_parallel_sizes=[ulysses, ring] if context > 1 else None,
+        distributed_timeout_minutes=world_timeout().total_seconds() / 60,
         order="tp-cp-ep-dp-pp",
         create_gloo_process_groups=False,
     )

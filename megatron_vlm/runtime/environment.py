@@ -28,7 +28,7 @@ MIN_SHARED_GIB = 1.0  # docker gives 64 MiB unless told; a step's pictures of se
 MIN_OPEN_FILES = 4096
 CHILD_SECONDS = 120
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_", "VILA_SLURM_", "TORCHELASTIC_")
-LIBRARY_KNOBS = ("CUDA_VISIBLE_DEVICES", "NCCL_", "GLOO_", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
+LIBRARY_KNOBS = ("CUDA_", "NCCL_", "GLOO_", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
 DRIVER_FILE, MEMORY_LIMIT_FILE = Path("/proc/driver/nvidia/version"), Path("/sys/fs/cgroup/memory.max")
 
 IMPORTS = """

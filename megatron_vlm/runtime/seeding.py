@@ -60,8 +60,14 @@ def random_states() -> dict[str, Any]:
     }
 
 
+def are_of_this_device(states: dict[str, Any]) -> bool:
+    """Whether `random_states` was called on a device whose generator has states as this one's (CPU, CUDA)."""
+    found: torch.Tensor = states["device"]
+    return found.numel() == torch.cuda.get_rng_state().numel()
+
+
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Puts every stream where `random_states` found it."""
+    """Puts every stream where `random_states` found it; the states `are_of_this_device`."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     version, internal, gauss = states["python"]

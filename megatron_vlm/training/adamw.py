@@ -51,7 +51,7 @@ class AdamW(torch.optim.Optimizer):
             if "exp_avg" not in self.state[p]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        count = torch.tensor(float(group["step"]), device=params[0].device)
+        count = torch.full((), float(group["step"]), device=params[0].device)  # a tensor from a number would be copied
         torch._fused_adamw_(
             params,
             [p.grad for p in params if p.grad is not None],

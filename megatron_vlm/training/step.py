@@ -134,7 +134,7 @@ class TrainStep:
     def _encode(self, batch: StepBatch, window: MediaWindow, clock: PhaseClock) -> EncodedMedia:
         """Phase 1. A rank with no picture still joins the exchange."""
         with clock.phase("encode"), torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
-            encoded = self.model.encode(window.pixels.to(current_device()), window.own_spans)
+            encoded = self.model.encode(window.pixels.to(current_device(), non_blocking=True), window.own_spans)
         with clock.phase("exchange"):
             received = self.model.exchange(joined(encoded), window.route)
             features = [self.model.place(received, window.route, m) for m in window.micro_batches]
@@ -147,7 +147,9 @@ class TrainStep:
         faults = torch.zeros(len(plan.items), dtype=torch.int32)
         faults[plan.items_of(plan.media_rank(grid.coordinates))] = torch.tensor(window.faults, dtype=torch.int32)
         shared = all_reduce_(
-            faults.to(current_device()), media_group(grid, plan.over_world), torch.distributed.ReduceOp.MAX
+            faults.to(current_device(), non_blocking=True),
+            media_group(grid, plan.over_world),
+            torch.distributed.ReduceOp.MAX,
         )
         faulty: dict[tuple[int, int, int], int] = {}
         for item, fault in zip(plan.items, shared.tolist(), strict=True):

@@ -240,6 +240,17 @@ def test_random_numbers_go_on_in_the_same_layout_only(ranks: RankPool, recipe: d
     assert "random numbers are drawn anew" in elsewhere[0][0] and "drawn anew" not in again[0][0]
 
 
+CUDA_STATE = torch.zeros(16, dtype=torch.uint8)  # a seed and an offset
+
+
+def test_random_numbers_of_another_kind_of_device_are_drawn_anew(ranks: RankPool, recipe: dict[str, Any]) -> None:
+    (drawn,) = ranks.run(1, draw_after_saving, recipe, CUDA_STATE)
+    load = {"checkpoint": {"load": recipe["checkpoint"]["directory"]}}
+    (elsewhere,) = ranks.run(1, draw_after_loading, merged(recipe, load))
+    assert "another kind of device than the checkpoint's: random numbers are drawn anew" in elsewhere[0]
+    assert not set(elsewhere[1]) & set(drawn[1])
+
+
 def draw() -> tuple[list[float], list[float]]:
     """From the stream that copies of a parameter share, and the one of a tensor rank (dropout in a split layer)."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -249,11 +260,18 @@ def draw() -> tuple[list[float], list[float]]:
         return shared, torch.rand(4).tolist()
 
 
-def draw_after_saving(recipe: dict[str, Any]) -> tuple[str, list[float], list[float]]:
+def draw_after_saving(
+    recipe: dict[str, Any], device_state: torch.Tensor | None = None
+) -> tuple[str, list[float], list[float]]:
+    """`device_state` stands for the device's generator's."""
+    from megatron_vlm.checkpoint import store
+
     job = new_job(recipe)
     train_steps(job, 1)
     draw()
-    save(job, 1)
+    states = store.random_states() | ({} if device_state is None else {"device": device_state})
+    with mock.patch.object(store, "random_states", lambda: states):
+        save(job, 1)
     return ("", *draw())
 
 

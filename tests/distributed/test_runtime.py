@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -85,12 +87,20 @@ def test_every_failed_ranks_traceback_is_told_and_the_pool_recovers(tmp_path) ->
         pool.stop()
 
 
+def timeout_of(group: Any) -> timedelta:
+    """Of its collectives."""
+    return group._get_backend(torch.device("cpu")).options._timeout
+
+
 def describe_grid(sizes: GridSizes, virtual_pipeline: int = 1) -> dict[str, object]:
     from megatron.core import parallel_state
 
     from megatron_vlm.parallel.groups import build_grid
 
     grid = build_grid(sizes, virtual_pipeline)
+    assert {timeout_of(group) for group in vars(grid).values() if isinstance(group, dist.ProcessGroup)} == {
+        timeout_of(dist.group.WORLD)
+    }
     names = ("tensor", "context", "data", "data_context", "pipeline", "replica", "world", "solo")
     groups = {name: dist.get_process_group_ranks(getattr(grid, name)) for name in names}
     total = torch.ones(())

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import torch
 
-from megatron_vlm.runtime.seeding import random_states, restore_random_states, seed_everything
+from megatron_vlm.runtime.seeding import are_of_this_device, random_states, restore_random_states, seed_everything
 from tests.helpers.solo import one_rank
 
 
@@ -48,3 +48,10 @@ def test_streams_differ_by_seed_and_step_and_by_nothing_else() -> None:
     distinct = [drawn[0], drawn[2], drawn[4], drawn[5]]
     for stream in range(4):
         assert len({str(numbers[stream]) for numbers in distinct}) == 4
+
+
+def test_states_of_another_kind_of_device_are_told_apart() -> None:
+    with one_rank():
+        states = through_a_file(random_states())
+    assert are_of_this_device(states)
+    assert not are_of_this_device({**states, "device": torch.zeros(16, dtype=torch.uint8)})  # CUDA's: seed and offset
