@@ -35,6 +35,7 @@ MAY_DIFFER: dict[str, bool] = {
     "data.video": True,  # frames that it adds or leaves out are seen in the fingerprint
     "data.group_by_modality_length": False,
     "data.packing": False,
+    "data.pad_to_multiple_of": True,
     "data.on_long_sample": True,  # samples that it changes are seen in the fingerprint
     "data.on_bad_sample": True,  # samples that it drops are seen in the fingerprint
     "data.num_workers": True,

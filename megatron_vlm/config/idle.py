@@ -17,7 +17,7 @@ def idle_settings(config: Config, facts: ModelFacts, world_size: int) -> list[st
         facts: of its model.
         world_size: number of ranks.
     """
-    found = [*_fp8(config), *_recomputation(config, facts), *_sharing(config, world_size)]
+    found = [*_fp8(config), *_rows(config), *_recomputation(config, facts), *_sharing(config, world_size)]
     return [f"{keys}: without effect, as {reason}" for keys, reason in found]
 
 
@@ -40,6 +40,12 @@ def idle_keys(config: Config) -> list[str]:
 def _fp8(config: Config) -> Iterator[tuple[str, str]]:
     if idle := idle_keys(config):
         yield ", ".join(idle), "precision.fp8 is null"
+
+
+def _rows(config: Config) -> Iterator[tuple[str, str]]:
+    data = config.data
+    if data.packing and data.pad_to_multiple_of is not None:
+        yield "data.pad_to_multiple_of", "packed rows have training.sequence_length tokens"
 
 
 def _recomputation(config: Config, facts: ModelFacts) -> Iterator[tuple[str, str]]:

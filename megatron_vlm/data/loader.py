@@ -5,7 +5,8 @@ step's number, so a resumed run, on any layout, goes on with exactly the batches
 replica reads the replica's texts, and only the pictures it encodes itself.
 
 All rows of one step have one length, on all ranks: training.sequence_length where they are packed, else the longest row
-of the global batch, known from the index; rounded up to what the layout can cut.
+of the global batch, known from the index; rounded up to what the layout can cut. On a GPU rows that are not packed are
+rounded up further: cuDNN builds its graphs anew for every length, forward and backward, and keeps them all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,10 @@ from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.layout import SequenceLayout, padded_length, row_length
 from megatron_vlm.parallel.media_plan import plan_media
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
+from megatron_vlm.runtime.device import is_on_gpu
 from megatron_vlm.runtime.logging import get_logger
+
+GPU_ROW_MULTIPLE = 64  # of sequences up to 4,096 tokens at most 64 lengths
 
 
 def build_loader(
@@ -148,6 +152,8 @@ class StepShape:
     at: Coordinates  # of this rank
     micro_batch_size: int  # b
     num_micro_batches: int
+    sequence_length: int  # the most tokens that a row may hold
+    row_multiple: int  # rows are made as long as a multiple of it, but no longer than that
     media_window: int  # micro-batches
     sequence_parallel: bool
     media_over_world: bool
@@ -164,6 +170,8 @@ class StepShape:
             at=place,
             micro_batch_size=training.micro_batch_size,
             num_micro_batches=num_micro_batches,
+            sequence_length=training.sequence_length,
+            row_multiple=config.data.pad_to_multiple_of or (GPU_ROW_MULTIPLE if is_on_gpu() else 1),
             media_window=training.media_window or num_micro_batches,
             sequence_parallel=config.parallel.sequence,
             media_over_world=config.parallel.media_group == "world",
@@ -172,7 +180,8 @@ class StepShape:
     def layout(self, longest: int) -> SequenceLayout:
         """The layout of rows that hold `longest` tokens."""
         cut = (self.sizes.ring, self.sizes.ulysses, self.sizes.tensor if self.sequence_parallel else 1)
-        return SequenceLayout(padded_length(longest, *cut), *cut)
+        rounded = min(padded_length(longest, tensor=self.row_multiple), self.sequence_length)
+        return SequenceLayout(padded_length(rounded, *cut), *cut)
 
     def rows_of(self, micro_batch: int, data_rank: int | None = None) -> range:
         """The global batch's rows that are in one micro-batch of a data-parallel rank, by default this one's."""

@@ -107,6 +107,11 @@ def is_prepared() -> bool:
     return _prepared is not None
 
 
+def is_on_gpu() -> bool:
+    """Whether this process computes on one; False, too, before it is prepared."""
+    return _prepared is not None and _prepared.type == "cuda"
+
+
 def current_device() -> "torch.device":
     """The device new tensors of this rank belong on. `prepare` has run."""
     assert _prepared is not None, "runtime.device.prepare has not run"

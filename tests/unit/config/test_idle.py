@@ -43,6 +43,12 @@ def test_recomputing_what_is_frozen_is_told(mode, train, freeze, told):
     assert idle_settings(config, FACTS, 1) == told
 
 
+def test_a_padding_of_packed_rows_is_told():
+    told = ["data.pad_to_multiple_of: without effect, as packed rows have training.sequence_length tokens"]
+    assert idle_settings(recipe(data__packing=True, data__pad_to_multiple_of=8), FACTS, 1) == told
+    assert idle_settings(recipe(data__pad_to_multiple_of=8), FACTS, 1) == []
+
+
 def test_a_projector_without_parameters_has_nothing_to_recompute():
     config = recipe(training__recompute={"vision": "encoder"})
     names = {**FACTS.parameter_names, "projector": ()}

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from megatron_vlm.config.schema import Config
+from megatron_vlm.data import loader
 from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.loader import build_held_out_loader, build_loader
 from megatron_vlm.data.media import FAULTS, MediaReader
@@ -57,6 +58,27 @@ def equal(first: Any, second: Any) -> bool:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("loader")
+
+
+def row_lengths(config: Config, sizes: GridSizes = ONE_RANK) -> list[tuple[int, int]]:
+    """By step: tokens of its longest row, and of all of its rows with their padding."""
+    return [(max(batch.row_tokens), batch.length) for batch in steps_of(config, sizes)]
+
+
+def test_rows_are_padded_to_a_multiple(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = row_lengths(tiny_recipe(folder))
+    assert all(length == longest for longest, length in plain)
+    wide = row_lengths(tiny_recipe(folder, data={"pad_to_multiple_of": 24}))
+    assert wide == [(longest, -(-longest // 24) * 24) for longest, _ in plain] and wide != plain
+    cut = row_lengths(tiny_recipe(folder, data={"pad_to_multiple_of": 24}), GridSizes(ring=5))
+    assert cut == [(longest, -(-length // 10) * 10) for longest, length in wide]
+    most = max(longest for longest, _ in plain)  # of which no memory estimate knows more
+    short = row_lengths(tiny_recipe(folder, data={"pad_to_multiple_of": 1000}, training={"sequence_length": most}))
+    assert {length for _, length in short} == {most}
+    monkeypatch.setattr(loader, "is_on_gpu", lambda: True)
+    assert row_lengths(tiny_recipe(folder)) == [(longest, -(-longest // 64) * 64) for longest, _ in plain]
+    packed = {"packing": True, "pad_to_multiple_of": 24}
+    assert {length for _, length in row_lengths(tiny_recipe(folder, data=packed))} == {128}
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
