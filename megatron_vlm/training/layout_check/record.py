@@ -83,7 +83,7 @@ def observe(job: Job, num_steps: int, after_step: Callable[[int], None] = lambda
                 job.optimizer.param_groups, batch.step, config.training.steps, config.optimizer, config.schedule
             )
             with first_forward(job, batch, record) if number == 0 else contextlib.nullcontext():
-                result = job.step(batch)
+                result = job.step(batch, exact_times=True)  # a GPU is waited for in the phase that hangs
             record.sample_ids.append(list(batch.sample_ids))
             record.losses.append(result.loss)
             record.norms.append(result.grad_norm)
