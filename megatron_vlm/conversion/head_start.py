@@ -1,9 +1,9 @@
 """An import's head start: the language model's weights begin to move while torch and transformers are imported.
 
 Their import takes as long as the disk takes for several gigabytes. What the weights of a model like Llama become
-(Mistral's are the same) is told by their names and shapes but for one number, that of the heads, which config.json has
-where it is not the default. So the plan is guessed from headers, and compared with the one made from the model's own
-config when that is known (`importing`); where they differ, the import starts again.
+(Mistral's are the same, Phi-3's the same but fused) is told by their names and shapes but for one number, that of the
+heads, which config.json has where it is not the default. So the plan is guessed from headers, and compared with the one
+made from the model's own config when that is known (`importing`); where they differ, the import starts again.
 """
 
 import json
@@ -25,7 +25,7 @@ from megatron_vlm.conversion.mappings import (
 from megatron_vlm.conversion.native_writing import Parameter, lay_out
 from megatron_vlm.errors import ConversionError
 
-LLAMA_HEADS = 32  # where a config does not say; Mistral's and Qwen2's default, too
+LLAMA_HEADS = 32  # where a config does not say; Mistral's, Qwen2's and Phi-3's default, too
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -61,19 +61,24 @@ def _sizes(settings: dict[str, Any], stored: dict[str, StoredTensor]) -> Any:
     """What `language_mappings` asks of a config."""
     layer = "model.layers.0"
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    queries, hidden = shapes[f"{layer}.self_attn.q_proj.weight"]
+    hidden, queries = shapes[f"{layer}.self_attn.o_proj.weight"]
+    if fused := shapes.get(f"{layer}.self_attn.qkv_proj.weight"):
+        model_type, keys = "phi3", (fused[0] - queries) // 2
+    else:
+        model_type = "qwen2" if f"{layer}.self_attn.q_proj.bias" in shapes else "llama"
+        keys = shapes[f"{layer}.self_attn.k_proj.weight"][0]
     heads = settings.get("num_attention_heads") or LLAMA_HEADS
     if not isinstance(heads, int):
         raise TypeError("heads that are no whole number")
     width = queries // heads
     return SimpleNamespace(
-        model_type="qwen2" if f"{layer}.self_attn.q_proj.bias" in shapes else "llama",
+        model_type=model_type,
         vocab_size=shapes[EMBEDDING][0],
         hidden_size=hidden,
-        intermediate_size=shapes[f"{layer}.mlp.gate_proj.weight"][0],
+        intermediate_size=shapes[f"{layer}.mlp.down_proj.weight"][1],
         num_hidden_layers=1 + max(int(found[1]) for name in shapes if (found := _LAYER.match(name))),
         num_attention_heads=heads,
-        num_key_value_heads=shapes[f"{layer}.self_attn.k_proj.weight"][0] // width,
+        num_key_value_heads=keys // width,
         head_dim=width,
         tie_word_embeddings=HEAD not in shapes,
     )

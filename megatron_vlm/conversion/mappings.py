@@ -6,6 +6,7 @@ bidirectional table is Megatron-Bridge's.
 
 The hazards live in two classes. `QKV`: mcore keeps the heads interleaved by group (q q k v | q q k v | ...), Hugging
 Face apart. `GatedMLP`: each rank holds its slice of gate above its slice of up, so cutting the concatenation is wrong.
+Some models have either as one tensor: `Fused` takes it apart for these two, and nothing else knows of it.
 
 torch is imported where tensors are cut, so that the table is at hand before (`head_start`).
 
@@ -16,6 +17,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from megatron_vlm.models.architectures import LANGUAGE_MODELS, head_width
@@ -90,6 +92,10 @@ class Mapping(ABC):
     def row_runs(self) -> list[tuple[int, int, int]]:
         """The whole parameter, as one rank has it, as runs of the sources' rows: (source, first row, row after)."""
         return [(source, 0, shape[0] if shape else 1) for source, shape in enumerate(self.shapes)]
+
+    def apart(self) -> "Mapping":
+        """The same parameter made of all its parts, though some may be one tensor on the disk."""
+        return self
 
 
 class Replicated(Mapping):
@@ -172,8 +178,35 @@ class QKV(Mapping):
         return tuple(part.flatten(0, 1) for part in groups.split(widths, dim=1))
 
 
+@dataclass(frozen=True)
+class Fused(Mapping):
+    """The sources of another mapping as one, in their order: [a, ...], [b, ...], ... <- [a + b + ..., ...]."""
+
+    parts: Mapping
+
+    @classmethod
+    def of(cls, parts: Mapping, source: str) -> "Fused":
+        """The mapping whose sources are rows of the tensor `source`."""
+        whole = (sum(shape[0] for shape in parts.shapes), *parts.shapes[0][1:])
+        return cls(parts.name, (source,), (whole,), parts)
+
+    def row_runs(self) -> list[tuple[int, int, int]]:
+        starts = list(accumulate((shape[0] for shape in self.parts.shapes), initial=0))
+        return [(0, starts[part] + first, starts[part] + after) for part, first, after in self.parts.row_runs()]
+
+    def shard(self, full: "Sequence[Tensor]", rank: int, size: int) -> "Tensor":
+        return self.parts.shard(full[0].split([shape[0] for shape in self.parts.shapes]), rank, size)
+
+    def unshard(self, shards: "Sequence[Tensor]") -> "tuple[Tensor, ...]":
+        return (_joined(self.parts.unshard(shards)),)
+
+    def apart(self) -> Mapping:
+        return self.parts
+
+
 def language_mappings(hf_config: "PretrainedConfig") -> list[Mapping]:
-    """The table of a Llama-architecture language model (Llama, Mistral; Qwen2 with its biases on q, k and v)."""
+    """The table of a Llama-architecture language model (Llama, Mistral; Qwen2 with its biases on q, k and v; Phi-3
+    with q, k and v in one tensor, gate and up in another)."""
     vocabulary, hidden = hf_config.vocab_size, hf_config.hidden_size
     table: list[Mapping] = [
         Vocab("language.embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ((vocabulary, hidden),)),
@@ -215,9 +248,11 @@ def _layer_mappings(hf_config: "PretrainedConfig", layer: int) -> list[Mapping]:
     if hf_config.model_type == "qwen2":
         biases = tuple(f"{projection}.bias" for projection in projections)
         table.append(QKV(f"{attention}.linear_qkv.bias", biases, tuple((n,) for n in rows), groups))
-    for name, parameter in LANGUAGE_MODELS.get(hf_config.model_type).parameters(hf_config).items():
+    architecture = LANGUAGE_MODELS.get(hf_config.model_type)
+    for name, parameter in architecture.parameters(hf_config).items():
         table.append(Replicated(f"{ours}.{name}", (f"{theirs}.{parameter.source}",), ((parameter.size,),)))
-    return table
+    fused = {f"{ours}.{name}": f"{theirs}.{source}" for name, source in architecture.fused.items()}
+    return [Fused.of(entry, fused[entry.name]) if entry.name in fused else entry for entry in table]
 
 
 def _joined(parts: "Sequence[Tensor]", dim: int = 0) -> "Tensor":

@@ -44,6 +44,7 @@ _LANGUAGES = {
     "LlavaLlamaForCausalLM": "llama",
     "LlavaMistralForCausalLM": "mistral",
     "LlavaQwenForCausalLM": "qwen2",
+    "LlavaPhiForCausalLM": "phi3",
 }
 _NUM_SHOWN = 4  # names per error
 

@@ -10,7 +10,7 @@ Hazard: a parameter that a layer has and its entry does not name is found when w
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_vlm.errors import ConfigError
@@ -62,23 +62,36 @@ class LanguageArchitecture:
         parameters: what a layer has more: name within our layer ("self_attention.q_layernorm.weight") -> where it comes
             from. Which of them tensor or sequence parallelism must sum is megatron-core's to know.
         logit_softcap: the final logits become this much * tanh(logits / this much); None: they stay.
+        fused: parameters whose parts (q, k, v; gate, up) are one tensor on the disk, too, one above the other: name
+            within our layer ("mlp.linear_fc1.weight") -> name within theirs ("mlp.gate_up_proj.weight").
     """
 
     layer: Callable[["OpsConfig"], "ModuleSpec"] = _llama_layer
     settings: Callable[["PretrainedConfig"], Mapping[str, Any]] = _nothing
     parameters: Callable[["PretrainedConfig"], Mapping[str, LayerParameter]] = _nothing
     logit_softcap: Callable[["PretrainedConfig"], float | None] = _no_softcap
+    fused: Mapping[str, str] = field(default_factory=dict)
 
 
 LANGUAGE_MODELS: Registry[LanguageArchitecture] = Registry("language model")
 LANGUAGE_MODELS.register("llama")(LanguageArchitecture())
 LANGUAGE_MODELS.register("mistral")(LanguageArchitecture())
 LANGUAGE_MODELS.register("qwen2")(LanguageArchitecture())
+LANGUAGE_MODELS.register("phi3")(
+    LanguageArchitecture(
+        fused={
+            "self_attention.linear_qkv.weight": "self_attn.qkv_proj.weight",
+            "mlp.linear_fc1.weight": "mlp.gate_up_proj.weight",
+        }
+    )
+)
 
 FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"  # as transformers names them
 WINDOW, USES_WINDOW, LAYER_TYPES = "sliding_window", "use_sliding_window", "layer_types"
 ATTENTION_SOFTCAP, LOGIT_SOFTCAP = "attn_logit_softcapping", "final_logit_softcapping"
 ROPE_TYPES = ("default", "linear", "llama3")  # those whose frequencies do not depend on the sequence's length
+ROTARY_SHARE = "partial_rotary_factor"  # of a head's width
+DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 
 
 def head_width(hf_config: "PretrainedConfig") -> int:
@@ -119,7 +132,8 @@ def load_language_config(language: "LanguageConfig") -> "PretrainedConfig":
 
 
 def check_architecture(hf_config: "PretrainedConfig") -> None:
-    """Raises ConfigError, naming key and value, for a model or position encoding that the layers here do not compute.
+    """Raises ConfigError, naming key and value, for a model, position encoding or dropout that the layers here do not
+    compute, or a padding token that transformers could not.
 
     Biases and activations are `config.megatron.transformer_config`'s to refuse.
     """
@@ -130,6 +144,11 @@ def check_architecture(hf_config: "PretrainedConfig") -> None:
     rope_type = hf_config.rope_parameters["rope_type"]
     if rope_type not in ROPE_TYPES:
         raise ConfigError(f"model.language: rope_type is {rope_type!r}, allowed: {', '.join(ROPE_TYPES)}")
+    share = hf_config.rope_parameters.get(ROTARY_SHARE)
+    if share not in (None, 1):
+        raise ConfigError(f"model.language: {ROTARY_SHARE} is {share}, allowed: 1")
+    _check_dropout(hf_config)
+    _check_padding(hf_config)
 
 
 def context_tokens(hf_config: "PretrainedConfig") -> int | None:
@@ -188,3 +207,19 @@ def _check_attention(hf_config: "PretrainedConfig") -> None:
         found = getattr(hf_config, key, None)
         if found != allowed:
             raise ConfigError(f"model.language: {key} is {found}, allowed: {'null' if allowed is None else allowed}")
+
+
+def _check_dropout(hf_config: "PretrainedConfig") -> None:
+    """Raises ConfigError for a dropout that transformers has in training: no layer here drops anything."""
+    known = inspect.signature(type(hf_config)).parameters
+    for key in DROPOUTS:
+        if key in known and (found := getattr(hf_config, key)):
+            raise ConfigError(f"model.language: {key} is {found}, allowed: 0")
+
+
+def _check_padding(hf_config: "PretrainedConfig") -> None:
+    """Raises ConfigError for a padding token outside the vocabulary, as Phi-3's default is in a small one: it would
+    train, and transformers could not build what is exported."""
+    padding, rows = getattr(hf_config, "pad_token_id", None), hf_config.vocab_size
+    if padding is not None and padding >= rows:
+        raise ConfigError(f"model.language: pad_token_id is {padding}, allowed: less than vocab_size, {rows}, or null")

@@ -17,7 +17,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.registry import did_you_mean
 
-OTHER_KEYS = ("rope_theta", "rope_scaling", "torch_dtype", "head_dim")  # read, though not every class lists them
+# read, though not every class lists them
+OTHER_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype", "head_dim")
 
 
 def refuse_missing_directory(key: str, path: str) -> None:
@@ -56,8 +57,7 @@ def config_from_dict(key: str, settings: dict[str, Any]) -> PretrainedConfig:
     if model_type not in CONFIG_MAPPING:
         hint = did_you_mean(str(model_type), CONFIG_MAPPING, "needs a model type that transformers knows")
         raise ConfigError(f"{key}.model_type: found {model_type!r}, {hint}")
-    defaults = AutoConfig.for_model(model_type)
-    known = {*vars(defaults), *defaults.attribute_map, *OTHER_KEYS}
+    known = known_keys(model_type)
     for name in values:
         if name not in known:
             raise ConfigError(
@@ -65,8 +65,14 @@ def config_from_dict(key: str, settings: dict[str, Any]) -> PretrainedConfig:
             )
     try:
         return AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise ConfigError(f"{key}: {model_type} refuses it: {_reason(error)}") from error
+
+
+def known_keys(model_type: str) -> set[str]:
+    """The keys of a model type: its class' own, other names of them, and those that transformers reads all the same."""
+    defaults = AutoConfig.for_model(model_type)
+    return {*vars(defaults), *defaults.attribute_map, *OTHER_KEYS}
 
 
 def _reason(error: Exception) -> str:

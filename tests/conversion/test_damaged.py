@@ -190,7 +190,7 @@ CONFIGS = {
     "image_aspect_ratio": ("anyres", "needs pad or square"),
     "mm_vision_select_feature": ("slicefour", "needs patch or cls_patch"),
     "mm_use_im_start_end": (True, "needs false"),
-    "architectures": (["LlavaMptForCausalLM"], "needs one of LLaVA over llama or mistral or qwen"),
+    "architectures": (["LlavaMptForCausalLM"], "needs one of LLaVA over llama or mistral or qwen or phi"),
     "mm_vision_tower": ("./nowhere/at/all", "nowhere/at/all"),
     "mm_projector_type": ("mlp2x_relu", "did you mean 'mlp2x_gelu'"),
     "mm_vision_select_layer": (-9, "select_layer is -9"),
@@ -201,10 +201,15 @@ MALFORMED = {
     "mm_vision_select_layer": ([-2], "mm_vision_select_layer is [-2], needs a number"),
     "mm_vision_tower": (None, "mm_vision_tower is None, needs a directory or a hub id"),
     "mm_projector_type": (None, "mm_projector_type is None, needs a projector's name"),
-    "architectures": (5, "architectures is 5, needs one of LLaVA over llama or mistral or qwen"),
+    "architectures": (5, "architectures is 5, needs one of LLaVA over llama or mistral or qwen or phi"),
     "hidden_size": ("64", "hidden_size"),
 }
-CASES_OF_CONFIGS = [*CONFIGS.items(), *MALFORMED.items()]
+OTHER_MODELS = [  # Phi-2 has LLaVAs under the same name
+    ("architectures", (["LlavaPhiForCausalLM"], "missing: model.layers.0.mlp.gate_up_proj.weight")),
+    ("partial_rotary_factor", (0.5, "partial_rotary_factor is 0.5, allowed: 1")),
+    ("attention_dropout", (0.1, "attention_dropout is 0.1, allowed: 0")),
+]
+CASES_OF_CONFIGS = [*CONFIGS.items(), *MALFORMED.items(), *OTHER_MODELS]
 
 
 @pytest.mark.parametrize(("key", "case"), CASES_OF_CONFIGS)

@@ -34,7 +34,14 @@ def real_plan(folder):
     return lay_out(language_mappings(foreign.language), foreign.source.stored)
 
 
-KINDS = [Kind(), Kind(language="qwen2"), Kind(language="mistral"), Kind(tied=True), Kind(dtype="fp32")]
+KINDS = [
+    Kind(),
+    Kind(language="qwen2"),
+    Kind(language="mistral"),
+    Kind(language="phi3"),
+    Kind(tied=True),
+    Kind(dtype="fp32"),
+]
 
 
 @pytest.mark.parametrize("write", [llava, llava_hf, lambda path, kind: with_old_names(llava_hf(path, kind))])
@@ -44,9 +51,10 @@ def test_the_guess_is_the_plan(tmp_path, write, kind):
     assert guess_plan(folder) == real_plan(folder) != []
 
 
-def test_groups_of_heads_are_told_by_the_shapes(tmp_path):
+@pytest.mark.parametrize("language", ["mistral", "phi3"])
+def test_groups_of_heads_are_told_by_the_shapes(tmp_path, language):
     """transformers writes no number that is its model type's default, and Mistral's default is not Llama's."""
-    folder = llava_hf(tmp_path / "model", Kind(language="mistral"))
+    folder = llava_hf(tmp_path / "model", Kind(language=language))
     plan, settings = real_plan(folder), json.loads((folder / "config.json").read_text())
     del settings["text_config"]["num_key_value_heads"]
     (folder / "config.json").write_text(json.dumps(settings))
@@ -60,17 +68,18 @@ def test_it_begins_without_torch(tmp_path):
     assert told == [str(len(real_plan(folder)))]
 
 
-def test_a_wrong_guess_is_begun_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("language", ["llama", "phi3"])
+def test_a_wrong_guess_is_begun_again(tmp_path, monkeypatch, language):
     """Heads that config.json does not say, and that are not the default's: the same checkpoint all the same."""
-    folder = llava_hf(tmp_path / "model")
+    folder = llava_hf(tmp_path / "model", Kind(language=language))
     right = Manifest.read(import_model(open_foreign(folder), tmp_path / "right"))
     sizes = head_start._sizes
 
     def wrong(settings, stored):
         guess = sizes(settings, stored)
-        guess.num_key_value_heads = 1
-        guess.head_dim *= stored["model.layers.0.self_attn.k_proj.weight"].shape[0] // guess.head_dim
-        guess.num_attention_heads = stored["model.layers.0.self_attn.q_proj.weight"].shape[0] // guess.head_dim
+        groups, guess.num_key_value_heads = guess.num_key_value_heads, 1
+        guess.head_dim *= groups
+        guess.num_attention_heads //= groups
         return guess
 
     monkeypatch.setattr(head_start, "_sizes", wrong)

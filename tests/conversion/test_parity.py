@@ -94,6 +94,17 @@ WINDOWED_CASES = [
     replace(case, text={**case.text, "model_type": "mistral", "sliding_window": 5})
     for case in (next(c for c in CASES if sum(c.images)), next(c for c in TENSOR_CASES if c.sequence))
 ]
+PHI3_CASES = [  # whose RoPE is the plain one, its only other being one we refuse
+    replace(case, text={**case.text, "model_type": "phi3", "sliding_window": window, "pad_token_id": None})
+    for case, window in zip(
+        [
+            *[c for c in CASES if c.seed % 5 in (0, 3, 4) and sum(c.images)][:2],
+            *[c for c in TENSOR_CASES if c.seed % 5 in (0, 3, 4)][:2],
+        ],
+        (None, 5, None, 5),
+        strict=True,
+    )
+]
 CASES_WITH_IMAGES = [case for case in CASES if sum(case.images) and case.text["num_attention_heads"] > 1]
 
 
@@ -127,6 +138,17 @@ def test_logits_equal_transformers_at_tp2(case: Case, ranks: RankPool) -> None:
 @pytest.mark.parametrize("case", WINDOWED_CASES, ids=lambda case: f"seed{case.seed}-tp{case.tensor}")
 def test_logits_of_a_mistral_with_a_short_window_equal_transformers(case: Case, ranks: RankPool) -> None:
     assert relative_difference(case, ranks) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", PHI3_CASES, ids=lambda case: f"seed{case.seed}-tp{case.tensor}")
+def test_logits_of_a_phi3_equal_transformers(case: Case, ranks: RankPool) -> None:
+    assert relative_difference(case, ranks) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", PHI3_CASES[::3], ids=lambda case: f"seed{case.seed}-tp{case.tensor}")
+@pytest.mark.parametrize("fault", ["swapped_gate_up", "swapped_key_value", "queries_last"])
+def test_fused_rows_in_another_order_are_seen(case: Case, fault: str, ranks: RankPool) -> None:
+    assert relative_difference(case, ranks, fault) > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("window", [4, 6, None])
@@ -208,6 +230,8 @@ def our_logits(case: Case, state: dict[str, Tensor], batch: Batch, fault: str | 
     grid = build_grid(GridSizes.from_config(config.parallel, case.tensor), config.parallel.virtual_pipeline)
     seed_everything(0, grid)
     model = build_model(config, grid).train(False)
+    if fault in FUSED_ROWS:
+        state = reorder_fused(state, case, fault)
     load_hf_state(model, swap_heads(state, case) if fault == "swapped_heads" else state, grid)
     with torch.no_grad():
         return forward(model, case, batch, fault)
@@ -266,3 +290,21 @@ def swap_heads(state: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
     heads = state[name].unflatten(0, (case.text["num_attention_heads"], -1)).clone()
     heads[[0, 1]] = heads[[1, 0]].clone()
     return {**state, name: heads.flatten(0, 1)}
+
+
+FUSED_ROWS = {  # fault -> tensor, and its parts in the order they are given
+    "swapped_gate_up": ("mlp.gate_up_proj", (1, 0)),
+    "swapped_key_value": ("self_attn.qkv_proj", (0, 2, 1)),
+    "queries_last": ("self_attn.qkv_proj", (1, 2, 0)),
+}
+
+
+def reorder_fused(state: dict[str, Tensor], case: Case, fault: str) -> dict[str, Tensor]:
+    """Parts of a fused tensor of the first layer change places."""
+    tensor, order = FUSED_ROWS[fault]
+    name = next(n for n in state if n.endswith(f"layers.0.{tensor}.weight"))
+    heads, groups = (case.text[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
+    sizes = (1, 1) if len(order) == 2 else (heads, groups, groups)
+    unit = state[name].shape[0] // sum(sizes)
+    parts = state[name].split([size * unit for size in sizes])
+    return {**state, name: torch.cat([parts[i] for i in order])}

@@ -84,8 +84,8 @@ def through_a_job(ranks: RankPool, source: Path, directory: Path, layout: str) -
     return Path(saved[0])
 
 
-def check_round_trip(ranks: RankPool, directory: Path, format: str, dtype: str, tied: bool, layout: str) -> None:
-    source = WRITERS[format](directory / "source", Kind(dtype=dtype, tied=tied))
+def check_round_trip(ranks: RankPool, directory: Path, format: str, kind: Kind, layout: str) -> None:
+    source = WRITERS[format](directory / "source", kind)
     saved = through_a_job(ranks, source, directory, layout)
     exported = directory / "exported"
     plan_export(saved).write(exported)
@@ -109,13 +109,20 @@ def loads_in_transformers(exported: Path, source: Path) -> None:
 
 @pytest.mark.parametrize(("format", "dtype", "tied", "layout"), FAST)
 def test_what_comes_back_is_what_went_in(ranks, tmp_path, format, dtype, tied, layout):
-    check_round_trip(ranks, tmp_path, format, dtype, tied, layout)
+    check_round_trip(ranks, tmp_path, format, Kind(dtype=dtype, tied=tied), layout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("format", "dtype", "tied", "layout"), [case for case in ALL if case not in FAST])
 def test_what_comes_back_is_what_went_in_everywhere(ranks, tmp_path, format, dtype, tied, layout):
-    check_round_trip(ranks, tmp_path, format, dtype, tied, layout)
+    check_round_trip(ranks, tmp_path, format, Kind(dtype=dtype, tied=tied), layout)
+
+
+@pytest.mark.parametrize(
+    "layout", ["tp2", pytest.param("tp4", marks=pytest.mark.slow), pytest.param("tp2-pp2", marks=pytest.mark.slow)]
+)
+def test_what_is_fused_comes_back_out_of_shards(ranks, tmp_path, layout):
+    check_round_trip(ranks, tmp_path, "llava-hf", Kind(language="phi3"), layout)
 
 
 KINDS = [
@@ -124,6 +131,8 @@ KINDS = [
     Kind(language="qwen2", tower="siglip"),
     Kind(language="mistral"),
     pytest.param(Kind(language="mistral", tower="siglip", tied=True), marks=pytest.mark.slow),
+    Kind(language="phi3"),
+    pytest.param(Kind(language="phi3", tower="siglip", tied=True), marks=pytest.mark.slow),
 ]
 
 
@@ -220,8 +229,9 @@ def test_a_first_phase_becomes_a_whole_directory(tmp_path):
     assert all(torch.equal(back.source.read(name), foreign.source.read(name)) for name in back.source.names())
 
 
-def test_formats_change_into_each_other_without_a_bit_lost(tmp_path):
-    source = llava_hf(tmp_path / "source", Kind(dtype="fp16"))
+@pytest.mark.parametrize("kind", [Kind(dtype="fp16"), Kind(language="phi3")], ids=str)
+def test_formats_change_into_each_other_without_a_bit_lost(tmp_path, kind):
+    source = llava_hf(tmp_path / "source", kind)
     import_model(open_foreign(source), tmp_path / "ours")
     plan_export(tmp_path / "ours", "llava").write(tmp_path / "llava")
     import_model(open_foreign(tmp_path / "llava"), tmp_path / "again")

@@ -25,11 +25,24 @@ SHAPES = {
     "qwen2": Shape({"model_type": "qwen2"}),
     "qwen2-tied-bf16": Shape({"model_type": "qwen2", "tie_word_embeddings": True}, dtype=torch.bfloat16),
     "mistral": Shape({"model_type": "mistral", "sliding_window": 5}),
+    "phi3": Shape({"model_type": "phi3", "sliding_window": 5, "pad_token_id": None}),
     "llama-fp16": Shape(dtype=torch.float16),
 }
-SHAPE_OF = {"swapped_query_key": "mha", "biases_not_grouped": "qwen2"}  # of a fault; the others': llama
-FAST_SHAPES = ("llama", "llama-siglip", "qwen2-tied-bf16")
-FAST_FAULTS = ("swapped_query_key", "heads_not_grouped", "wrong_projector_index", "swapped_gate_up")
+SHAPE_OF = {  # of a fault; the others': llama
+    "swapped_query_key": "mha",
+    "biases_not_grouped": "qwen2",
+    "fused_key_value_swapped": "phi3",
+    "fused_gate_up_swapped": "phi3",
+}
+FAST_SHAPES = ("llama", "llama-siglip", "qwen2-tied-bf16", "phi3")
+FAST_FAULTS = (
+    "swapped_query_key",
+    "heads_not_grouped",
+    "wrong_projector_index",
+    "swapped_gate_up",
+    "fused_key_value_swapped",
+    "fused_gate_up_swapped",
+)
 
 
 def fast(names: Iterable[str], chosen: Sequence[str]) -> list[Any]:
@@ -79,7 +92,12 @@ def test_a_right_import_agrees(models: Models, shape: str) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "form"),
-    [("llama", "llava"), ("llama", "llava-named-tower"), pytest.param("qwen2", "llava", marks=pytest.mark.slow)],
+    [
+        ("llama", "llava"),
+        ("llama", "llava-named-tower"),
+        pytest.param("phi3", "llava", marks=pytest.mark.slow),
+        pytest.param("qwen2", "llava", marks=pytest.mark.slow),
+    ],
 )
 def test_both_foreign_forms_agree(models: Models, shape: str, form: str) -> None:
     assert run(models.get(shape, "llava-hf"), models.get(shape, form)).agrees

@@ -17,6 +17,7 @@ from tests.distributed.test_master import (
     FAULTS,
     HANGING_FAULT,
     OVERLAP,
+    PHI3,
     PROJECTOR_ONLY,
     TIED,
     WINDOWS,
@@ -39,6 +40,7 @@ TP2_SP_PP2 = parallel(4, tensor=2, pipeline=2, sequence=True)
 RING2 = parallel(2, ring=2)
 SLIDING_PP2 = layout(2, parallel={"pipeline": 2}, model=WINDOWS)
 SLIDING_RING2 = layout(2, parallel={"ring": 2}, model=WINDOWS)
+PHI3_TP2, PHI3_RING2 = (layout(2, parallel={kind: 2}, model=PHI3) for kind in ("tensor", "ring"))
 FP8 = {"fp8": "tensorwise", "fp8_exclude": {"first": 1, "last": 1}}
 RIGHT = {
     "tp2-sp-pp2": TP2_SP_PP2,
@@ -58,6 +60,7 @@ RIGHT_SLOW = {
     "fp8-tp2-sp": layout(2, parallel={"tensor": 2, "sequence": True}, precision=FP8),
     "sliding-pp2": SLIDING_PP2,
     "sliding-ring2": SLIDING_RING2,
+    "phi3-tp2": PHI3_TP2,
     "virtual2-overlap-dp2": parallel(4, pipeline=2, virtual_pipeline=2, **OVERLAP),
 }
 
@@ -90,6 +93,7 @@ FAULTS_FOUND_SLOW = [
     ("vision_gradient_not_over_model_ranks", TP2_SP_PP2, *PROJECTOR, (0, 1, 2, 3)),
     ("swapped_feature_rows", TP2_SP_PP2, *MERGED, (0, 1)),
     ("norm_gradients_not_reduced", TP2_SP_PP2, *NORM, (2, 3)),
+    ("ring_block_gradient_dropped", PHI3_RING2, *LAST_QKV, (0, 1)),  # the keys and values it has in one tensor, apart
     ("window_too_wide", SLIDING_RING2, *LAYER, (0, 1)),
     ("windows_of_local_layers", SLIDING_PP2, "language forward", "value of language.decoder.layers.2", (1,)),
     ("vision_gradient_not_over_data", TP2_DP2, *PROJECTOR, (0, 1, 2, 3)),

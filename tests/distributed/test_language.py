@@ -28,6 +28,8 @@ LAYOUTS = {
     "tp2 pp2 sp": {"tensor": 2, "pipeline": 2, "sequence": True},
 }
 TIED_LAYOUTS = ("tp2", "pp2", "tp2 pp2 sp")
+PHI3 = {"model_type": "phi3", "sliding_window": 5, "pad_token_id": None}  # fused on the disk, and its rows cut here
+PHI3_LAYOUTS = ("tp2 sp", pytest.param("tp4 sp, fewer kv heads", marks=pytest.mark.slow))
 
 
 @dataclass
@@ -82,6 +84,11 @@ def test_layout_equals_transformers(ranks, layout):
 @pytest.mark.parametrize("layout", TIED_LAYOUTS)
 def test_tied_heads_equal_transformers(ranks, layout):
     assert max(differences(ranks, LAYOUTS[layout], {"tie_word_embeddings": True}).values()) < 1e-5
+
+
+@pytest.mark.parametrize("layout", PHI3_LAYOUTS)
+def test_phi3_equals_transformers(ranks, layout):
+    assert max(differences(ranks, LAYOUTS[layout], PHI3).values()) < 1e-5
 
 
 @pytest.mark.parametrize(

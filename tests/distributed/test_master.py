@@ -46,6 +46,7 @@ MIXED_WINDOWS = {  # the halves of a pipeline of two have layers in another orde
     "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
 }
 WINDOWS = {"language": {"config": MIXED_WINDOWS}, "freeze": [r"linear_qkv\.bias"]}  # keys' have hardly a gradient
+PHI3 = {"language": {"config": {"model_type": "phi3", "sliding_window": 7, "pad_token_id": None}}}
 PACKED = {"packing": True}
 PADDED = {"pad_to_multiple_of": 32}
 FUSED_OPS = {"norm": "triton", "activation": "triton", "rope": "triton"}  # by Triton's interpreter
@@ -114,6 +115,7 @@ SLOW = {
     "windows-tp2-sp-ring2": layout(4, parallel={"tensor": 2, "sequence": True, "ring": 2}, model=WINDOWS),
     "windows-ring2-all-gather": layout(2, parallel={"ring": 2, "ring_mode": "all_gather"}, model=WINDOWS),
     "windows-pp2-virtual2": layout(2, parallel={"pipeline": 2, "virtual_pipeline": 2}, model=WINDOWS),
+    "phi3-tp2-sp-ring2": layout(4, parallel={"tensor": 2, "sequence": True, "ring": 2}, model=PHI3),
     "recompute-full": layout(
         4,
         parallel={"tensor": 2, "pipeline": 2, "sequence": True},

@@ -28,8 +28,8 @@ TINY_SIGLIP = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
 }
-SLIDING_WINDOW = 9  # of a Mistral
-LLAVA_NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen"}
+LLAVA_NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen", "phi3": "Phi"}
+LANGUAGE_KEYS = {"mistral": {"sliding_window": 9}, "phi3": {"sliding_window": 9, "pad_token_id": None}}  # of their own
 TOWERS = {"clip": tiny_clip(), "siglip": TINY_SIGLIP}
 _TO_LLAVA = (
     (r"language_model\.lm_head", "lm_head"),
@@ -55,7 +55,7 @@ def hf_model(kind: Kind, vocab_size: int, image_token_id: int) -> Any:
     from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
     text = {**tiny_llama(vocab_size), "model_type": kind.language, "tie_word_embeddings": kind.tied}
-    text |= {"sliding_window": SLIDING_WINDOW} if kind.language == "mistral" else {}
+    text |= LANGUAGE_KEYS.get(kind.language, {})
     text |= {"num_attention_heads": 8, "num_key_value_heads": 4}  # for four tensor-parallel ranks
     config = LlavaConfig(
         text_config=AutoConfig.for_model(**text),

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from tests.helpers.foreign_models import LLAVA_NAMES
+
 VOCABULARY = 400
 WIDTH = 32
 
@@ -107,7 +109,7 @@ def save_llava(model: Any, folder: Path, tower_inside: bool = True) -> Path:
         if tower_inside or "vision_tower" not in name:
             state[names.get(prefix, "") + name.removeprefix(prefix)] = tensor
     torch.save(state, folder / "pytorch_model.bin")
-    kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen"}[config.text_config.model_type]
+    kind = LLAVA_NAMES[config.text_config.model_type]
     settings = config.text_config.to_dict() | {
         "architectures": [f"Llava{kind}ForCausalLM"],
         "model_type": f"llava_{kind.lower()}",

@@ -18,6 +18,8 @@ TELLS = {
     "biases_not_grouped": "decoder layer 1 attention",  # needs biases
     "swapped_norms": "decoder layer 1 attention",
     "swapped_gate_up": "decoder layer 1 MLP",
+    "fused_key_value_swapped": "decoder layer 1 attention",  # these two need fused sources
+    "fused_gate_up_swapped": "decoder layer 1 MLP",
     "swapped_layers": "decoder layer 0 attention",
     "wrong_projector_index": "projector",  # needs a tower of the language model's width
     "tower_swapped_query_key": "tower layer 1",
@@ -52,6 +54,22 @@ def _entry(ending: str, spoil: Callable[[Any], Any]) -> list[Any]:
 def _reordered(ending: str, order: Sequence[int]) -> list[Any]:
     """An entry takes its sources in another order."""
     return _entry(ending, lambda entry: replace(entry, sources=tuple(entry.sources[i] for i in order)))
+
+
+def _fused_in_another_order(ending: str, order: Sequence[int]) -> list[Any]:
+    """An entry whose sources are one tensor takes its parts, of equal rows, in another order."""
+
+    def spoil(entry: Any) -> Any:
+        class Wrong(type(entry.parts)):  # type: ignore[misc]
+            def shard(self, full: Any, rank: int, size: int) -> Any:
+                return super().shard([full[i] for i in order], rank, size)
+
+            def row_runs(self) -> Any:
+                return [(order[source], first, after) for source, first, after in super().row_runs()]
+
+        return replace(entry, parts=Wrong(**vars(entry.parts)))
+
+    return _entry(ending, spoil)
 
 
 def _swapped(one: str, other: str) -> Callable[[str], str]:
@@ -91,6 +109,8 @@ FAULTS: dict[str, Callable[[], list[Any]]] = {
     "biases_not_grouped": lambda: _entry("linear_qkv.bias", lambda entry: replace(entry, num_groups=1)),
     "swapped_norms": _norms,
     "swapped_gate_up": lambda: _reordered("linear_fc1.weight", (1, 0)),
+    "fused_key_value_swapped": lambda: _fused_in_another_order("linear_qkv.weight", (0, 2, 1)),
+    "fused_gate_up_swapped": lambda: _fused_in_another_order("linear_fc1.weight", (1, 0)),
     "swapped_layers": _layers,
     "wrong_projector_index": lambda: _renamed("projector_name", _swapped("linear_1", "linear_2")),
     "tower_swapped_query_key": lambda: _renamed(

@@ -36,11 +36,12 @@ from megatron_vlm.conversion.sources import (
     vision_rename,
 )
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.models.hf_config import OTHER_KEYS, config_from_dict, config_from_path
+from megatron_vlm.models.hf_config import config_from_dict, config_from_path, known_keys
 
 NAME = "llava"
 PROJECTOR_FILE = "mm_projector.bin"
-LANGUAGES = {"llama": "llama", "mistral": "mistral", "qwen": "qwen2"}  # in the architecture's name -> model type
+# In the architecture's name -> model type. Two systems have a LlavaPhiForCausalLM: LLaVA++'s, over Phi-3, is read.
+LANGUAGES = {"llama": "llama", "mistral": "mistral", "qwen": "qwen2", "phi": "phi3"}
 IMAGE_MODES = {"pad": "pad", "square": "processor", None: "processor"}  # image_aspect_ratio -> data.image_mode
 FEATURES = {"patch": "patch", "cls_patch": "cls_patch"}
 TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -257,8 +258,7 @@ def _language(base: Path, settings: dict[str, Any], alone: bool) -> PretrainedCo
             f"{base}/config.json: architectures is {settings.get('architectures')!r}, needs one of LLaVA over "
             f"{' or '.join(LANGUAGES)}"
         )
-    defaults = AutoConfig.for_model(kind)
-    known = {*vars(defaults), *defaults.attribute_map, *OTHER_KEYS} - {"architectures", "model_type"}
+    known = known_keys(kind) - {"architectures", "model_type"}
     own = {key: value for key, value in settings.items() if key in known}
     return config_from_dict(f"{base}/config.json", {**own, "model_type": kind})
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from megatron_vlm.conversion.formats.base import FORMATS
 from megatron_vlm.models.families import FAMILIES
 
-LANGUAGE_TYPES = ("llama", "mistral", "qwen2")  # Hugging Face model types that a directory of these formats can name
+# Hugging Face model types that a directory of these formats can name
+LANGUAGE_TYPES = ("llama", "mistral", "qwen2", "phi3")
 Cell = tuple[str, str, str, str]  # format, family, language model, direction
 
 

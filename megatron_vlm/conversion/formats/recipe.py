@@ -12,6 +12,8 @@ from megatron_vlm.conversion.mappings import COMPUTED_BUFFERS
 from megatron_vlm.conversion.sources import PartSource
 from megatron_vlm.conversion.weights import VISION_PARTS, fill_language, fill_vision
 from megatron_vlm.errors import ConversionError
+from megatron_vlm.models.architectures import check_architecture
+from megatron_vlm.models.hf_config import known_keys
 from megatron_vlm.models.vision.survey import TowerSurvey
 
 if TYPE_CHECKING:  # they bring megatron-core in, which takes seconds and which a converter does not need
@@ -26,11 +28,12 @@ def config_of(foreign: ForeignModel, **sections: Any) -> Config:
         sections: what differs, by section, key by key: `parallel={"tensor": 2}`.
 
     Raises:
-        ConfigError: a section that is not valid.
+        ConfigError: a section that is not valid, or an architecture this package does not build.
     """
+    check_architecture(foreign.language)
     at_path = foreign.vision_path is not None
     model = {
-        "language": {"config": settings_of(foreign.language), "tokenizer": str(foreign.tokenizer)},
+        "language": {"config": _known_settings(foreign.language), "tokenizer": str(foreign.tokenizer)},
         "vision": {
             "path": str(foreign.vision_path) if at_path else None,
             "config": None if at_path else settings_of(foreign.vision),
@@ -72,6 +75,12 @@ def settings_of(config: PretrainedConfig) -> dict[str, Any]:
     settings = {key: value for key, value in config.to_diff_dict().items() if not key.startswith("_")}
     settings.pop("transformers_version", None)
     return {**settings, "model_type": config.model_type}
+
+
+def _known_settings(config: PretrainedConfig) -> dict[str, Any]:
+    """`settings_of` without the keys that only code beside the weights reads (Phi-3's `auto_map`, `attention_bias`)."""
+    known = {*known_keys(config.model_type), "model_type"}
+    return {key: value for key, value in settings_of(config).items() if key in known}
 
 
 def fill_model(model: "VisionLanguageModel", foreign: ForeignModel, grid: "Grid") -> None:

@@ -85,7 +85,7 @@ class Parameters:
     def _compare(self, field: str, phase: str, what: str, allow: Allow) -> Iterator[Difference]:
         """All tensors of a record's field in forward order. The phase `backward` is each component's own."""
         hf_config = load_language_config(self.config.model.language)
-        table = {entry.name: entry for entry in language_mappings(hf_config)}
+        table = {entry.name: entry.apart() for entry in language_mappings(hf_config)}
         names = list(getattr(self.one, field))
         assert set(names) == {name for record in self.many for name in getattr(record, field)}, f"{field} incomplete"
         language = [name for name in language_parameter_names(hf_config) if name in names]

@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from megatron_vlm.conversion.mappings import (
     QKV,
+    Fused,
     GatedMLP,
     Vocab,
     canonical_name,
@@ -25,8 +26,13 @@ def llama(**changes):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 6,
+        "pad_token_id": None,
     }
     return AutoConfig.for_model(**{**settings, **changes})
+
+
+def phi3():
+    return llama(model_type="phi3")
 
 
 def random_sources(entry):
@@ -38,7 +44,7 @@ def random_sources(entry):
     size=st.sampled_from([1, 2, 4]),
     kv_heads=st.sampled_from([1, 2, 4]),
     vocabulary=st.integers(5, 40),
-    model_type=st.sampled_from(["llama", "mistral", "qwen2"]),
+    model_type=st.sampled_from(["llama", "mistral", "qwen2", "phi3"]),
 )
 @settings(max_examples=30, deadline=None)
 def test_unshard_is_the_inverse_of_shard(size, kv_heads, vocabulary, model_type):
@@ -53,7 +59,7 @@ def test_unshard_is_the_inverse_of_shard(size, kv_heads, vocabulary, model_type)
 def test_the_table_names_every_tensor_of_transformers_models_and_their_shapes():
     from transformers import AutoModelForCausalLM
 
-    for config in (llama(), llama(model_type="qwen2"), llama(tie_word_embeddings=True)):
+    for config in (llama(), llama(model_type="qwen2"), llama(model_type="phi3"), llama(tie_word_embeddings=True)):
         with torch.device("meta"):
             state = AutoModelForCausalLM.from_config(config).state_dict()
         if config.tie_word_embeddings:
@@ -75,6 +81,32 @@ def test_gated_mlp_keeps_gate_above_up_on_every_rank():
     entry = GatedMLP("x", ("gate", "up"), ((4, 1), (4, 1)))
     gate, up = torch.arange(4.0)[:, None], 10 + torch.arange(4.0)[:, None]
     assert entry.shard([gate, up], 1, 2).flatten().tolist() == [2, 3, 12, 13]
+
+
+def test_what_is_fused_is_cut_as_if_it_were_apart():
+    q, k, v = torch.arange(8.0)[:, None], 10 + torch.arange(4.0)[:, None], 20 + torch.arange(4.0)[:, None]
+    gate, up = torch.arange(4.0)[:, None], 10 + torch.arange(4.0)[:, None]
+    heads = QKV("x", ("q", "k", "v"), ((8, 1), (4, 1), (4, 1)), num_groups=2)
+    for apart, parts in ((heads, (q, k, v)), (GatedMLP("x", ("gate", "up"), ((4, 1), (4, 1))), (gate, up))):
+        whole = torch.cat(parts)
+        entry = Fused.of(apart, "whole")
+        assert (entry.name, entry.sources, entry.shapes) == ("x", ("whole",), (whole.shape,))
+        assert entry.apart() is apart and apart.apart() is apart
+        for size in (1, 2, 4):
+            shards = [entry.shard([whole], rank, size) for rank in range(size)]
+            assert all(shard.equal(apart.shard(parts, rank, size)) for rank, shard in enumerate(shards))
+            assert entry.unshard(shards)[0].equal(whole)
+        runs = [whole[first:after] for _, first, after in entry.row_runs()]
+        assert torch.cat(runs).equal(entry.shard([whole], 0, 1))
+
+
+def test_phi3_is_fused_in_the_order_that_transformers_takes_it_apart():
+    layer = {entry.name.removeprefix("language.decoder.layers.0."): entry for entry in language_mappings(phi3())}
+    heads, mlp = layer["self_attention.linear_qkv.weight"], layer["mlp.linear_fc1.weight"]
+    assert heads.sources == ("model.layers.0.self_attn.qkv_proj.weight",) and heads.shapes == ((48, 16),)
+    assert mlp.sources == ("model.layers.0.mlp.gate_up_proj.weight",) and mlp.shapes == ((48, 16),)
+    assert [entry.shapes for entry in (heads.apart(), mlp.apart())] == [((24, 16), (12, 16), (12, 16)), ((24, 16),) * 2]
+    assert heads.row_runs()[:4] == [(0, 0, 12), (0, 24, 30), (0, 36, 42), (0, 12, 24)]  # two queries, key, value; two
 
 
 def test_vocabulary_is_padded_with_zeros_also_where_a_rank_has_only_padding():

@@ -94,6 +94,7 @@ MODELS = {
     "qwen2": {"model_type": "qwen2"},
     "tied": {"tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", "sliding_window": WINDOW},
+    "phi3": {"model_type": "phi3", "sliding_window": WINDOW, "pad_token_id": None},
     "mixed": {
         "model_type": "qwen2",
         "use_sliding_window": True,

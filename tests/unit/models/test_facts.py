@@ -13,6 +13,7 @@ from tests.unit.models.recipes import SMALL_LLAMA, SMALL_TOWER, small_recipe
 
 TEMPLATES, TASKS = ("auto",), ("exact_match",)
 QWEN2 = {**SMALL_LLAMA, "model_type": "qwen2"}
+PHI3 = {**SMALL_LLAMA, "model_type": "phi3", "pad_token_id": None}
 
 
 def test_numbers() -> None:
@@ -56,7 +57,7 @@ def test_backends_are_asked_where_the_device_is_known() -> None:
     assert quantise.startswith("ops.fp8_quantise: 'triton' cannot run: ")
 
 
-@pytest.mark.parametrize("language", [SMALL_LLAMA, {**SMALL_LLAMA, "tie_word_embeddings": True}, QWEN2])
+@pytest.mark.parametrize("language", [SMALL_LLAMA, {**SMALL_LLAMA, "tie_word_embeddings": True}, QWEN2, PHI3])
 def test_parameter_names_are_those_of_the_real_model(language: dict, ranks: RankPool) -> None:
     config = small_recipe(language={"config": language})
     facts = gather_facts(config, TEMPLATES, TASKS)

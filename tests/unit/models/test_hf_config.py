@@ -8,6 +8,11 @@ import pytest
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.hf_config import config_from_dict, config_from_path
 
+SU = {  # what Phi-3's first long contexts were called; transformers trips over the key that it fills in for `longrope`
+    "model_type": "phi3",
+    "rope_scaling": {"type": "su", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
+}
+
 
 def test_values_reach_the_config() -> None:
     settings = {"model_type": "llama", "hidden_size": 64, "rope_theta": 5e5, "num_attention_heads": 4}
@@ -24,6 +29,7 @@ def test_values_reach_the_config() -> None:
         ({"model_type": "lama"}, r"config.model_type: found 'lama', did you mean .*'llama'"),
         ({"hidden_size": 63}, r"config.model_type: found None"),
         ({"model_type": "llama", "hidden_size": "wide"}, r"model.language.config: llama refuses it: .*hidden_size"),
+        (SU, r"model.language.config: phi3 refuses it: .*original_max_position_embeddings"),
     ],
 )
 def test_what_is_wrong_is_named_on_one_line(settings: dict, message: str) -> None:

@@ -28,7 +28,10 @@ VARIANTS = {
         }
     },
     "qwen2": {"model_type": "qwen2"},
+    "phi3": {"model_type": "phi3", "pad_token_id": None},
+    "phi3, tied": {"model_type": "phi3", "pad_token_id": None, "tie_word_embeddings": True},
 }
+PHI3 = {"model_type": "phi3", "sliding_window": 5, "pad_token_id": None}
 MISTRAL = {"model_type": "mistral", "sliding_window": 5}
 MIXED = {
     "model_type": "qwen2",
@@ -36,7 +39,7 @@ MIXED = {
     "sliding_window": 5,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
 }
-WINDOWED = {"mistral": MISTRAL, "mixed": MIXED}
+WINDOWED = {"mistral": MISTRAL, "mixed": MIXED, "phi3": PHI3}
 CAP = 0.8
 
 
@@ -105,6 +108,8 @@ def test_sliding_windows_equal_transformers(grid, variant):
         ("mistral", (6, 6, 6, 6)),
         ("mistral", (4, 4, 4, 4)),
         ("mistral", (5, 5, 5, None)),
+        ("phi3", (6, 6, 6, 6)),
+        ("phi3", (4, 4, 4, 4)),
         ("mixed", (5, 5, None, 5)),  # as numbers counted from 0 would have it
     ],
 )
@@ -253,6 +258,18 @@ def test_a_frozen_model_without_pictures_still_has_a_graph(grid):
     model(ids, positions, labels=labels).sum().backward()
 
 
+PHI3_DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
+LONGROPE = {
+    **PHI3,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+    },
+}
+
+
 def test_an_own_path_or_dictionary_gives_the_config(tmp_path):
     from megatron_vlm.models.architectures import load_language_config
 
@@ -264,12 +281,23 @@ def test_an_own_path_or_dictionary_gives_the_config(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "olmo"}, "model_type is 'olmo', allowed: llama, mistral, qwen2"),
+        ({"model_type": "olmo"}, "model_type is 'olmo', allowed: llama, mistral, phi3, qwen2"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "rope_type is 'dynamic', allowed: default, linear, llama3",
         ),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, allowed: 1 or more, or null"),
+        ({**PHI3, "sliding_window": 0}, "sliding_window is 0, allowed: 1 or more, or null"),
+        (LONGROPE, "rope_type is 'longrope', allowed: default, linear, llama3"),
+        ({**PHI3, "partial_rotary_factor": 0.75}, r"model.language: partial_rotary_factor is 0.75, allowed: 1$"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5, allowed: 1",
+        ),
+        *(({**PHI3, key: 0.1}, f"model.language: {key} is 0.1, allowed: 0$") for key in PHI3_DROPOUTS),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1, allowed: 0"),
+        ({"model_type": "phi3"}, "pad_token_id is 32000, allowed: less than vocab_size, 61, or null"),
+        ({"pad_token_id": 61}, "pad_token_id is 61, allowed: less than vocab_size, 61, or null"),
     ],
 )
 def test_an_architecture_we_do_not_build_is_refused(changes, message):

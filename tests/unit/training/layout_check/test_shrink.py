@@ -91,12 +91,18 @@ def test_a_small_recipe_keeps_its_sizes(tmp_path: Path) -> None:
     assert [len(sample.get("image") or ()) > 0 for sample in samples[:3]] == [True, True, False]
 
 
-@pytest.mark.parametrize("mixed", [False, True])
-def test_sliding_windows_stay_and_are_short(tmp_path: Path, mixed: bool) -> None:
+WINDOWED: dict[str, dict[str, Any]] = {
+    "mistral": {"model_type": "mistral"},
+    "mixed": {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 7},
+    "phi3": {"model_type": "phi3", "pad_token_id": None},
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_sliding_windows_stay_and_are_short(tmp_path: Path, kind: str) -> None:
     """Of both kinds of layers, where there are two, each of the four chunks has one, and no two in the same order as
     the chunk a stage has beside it."""
-    mix = {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 7}
-    own = {"sliding_window": 4096, "num_hidden_layers": 8} | (mix if mixed else {"model_type": "mistral"})
+    own = {"sliding_window": 4096, "num_hidden_layers": 8} | WINDOWED[kind]
     recipe = tiny_recipe(tmp_path, parallel={"pipeline": 2, "virtual_pipeline": 2})
     assert recipe.model.language.config is not None
     language = recipe.model.language.model_copy(update={"config": recipe.model.language.config | own})
@@ -104,7 +110,7 @@ def test_sliding_windows_stay_and_are_short(tmp_path: Path, mixed: bool) -> None
     windows = attention_windows(load_language_config(small.model.language))
     assert {window for window in windows if window is not None} == {5} and small.training.sequence_length > 10
     chunks = [windows[start : start + 2] for start in range(0, 8, 2)]
-    if mixed:
+    if kind == "mixed":
         assert all(set(chunk) == {5, None} for chunk in chunks)
         assert chunks[0] != chunks[2] and chunks[1] != chunks[3] and chunks[0] != chunks[1]
     else:
