@@ -25,6 +25,7 @@ from megatron_vlm.generation import ranks
 from megatron_vlm.errors import MegatronVlmError
 from megatron_vlm.generation.chat import Chat
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job begins without
 path, image = sys.argv[1:]
 prompts = [["far?"], [image, "What is this red?"], [image, image, "which?"]]
 drawn = {"temperature": 1.5, "top_p": 0.9, "seed": 3}
