@@ -91,8 +91,8 @@ def find_output(arguments: argparse.Namespace) -> Path:
     if output is None:
         is_ours = find_foreign(arguments.checkpoint, arguments.downsample_order) is None
         output = (find_checkpoint(arguments.checkpoint).parent if is_ours else Path()) / "evaluation"
-    nearest = next(folder for folder in (output, *output.parents) if folder.exists())
     try:
+        nearest = next(folder for folder in (output, *output.parents) if folder.exists())
         with tempfile.TemporaryFile(dir=nearest):
             return output
     except OSError as error:

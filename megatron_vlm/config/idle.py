@@ -43,8 +43,10 @@ def _fp8(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _rows(config: Config) -> Iterator[tuple[str, str]]:
+    """Rows of held-out samples are never packed."""
     data = config.data
-    if data.packing and data.pad_to_multiple_of is not None:
+    evaluates = config.evaluation.path is not None and config.training.mode != "train"
+    if data.packing and data.pad_to_multiple_of is not None and not evaluates:
         yield "data.pad_to_multiple_of", "packed rows have training.sequence_length tokens"
 
 

@@ -155,7 +155,9 @@ class DataConfig(Section):
     video: VideoConfig = VideoConfig()
     group_by_modality_length: bool = False  # batches of one modality and of similar lengths, as LLaVA samples
     packing: bool = False  # rows of training.sequence_length tokens, each of several samples
-    pad_to_multiple_of: PositiveInt | None = None  # length of rows that are not packed; null: 64 on a GPU, else 1
+    pad_to_multiple_of: PositiveInt | None = (
+        None  # tokens of unpacked rows, as far as they may; null: 64 on GPUs, else 1
+    )
     on_long_sample: Literal["error", "truncate"] = "error"  # longer than training.sequence_length; pictures stay whole
     on_bad_sample: Literal["error", "skip"] = "error"
     num_workers: NonNegativeInt = 2

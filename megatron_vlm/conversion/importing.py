@@ -80,7 +80,9 @@ def _write_parts(foreign: ForeignModel, config: Config, partial: Path) -> None:
     check_vocabulary(tokenizer, foreign.image_token, foreign.language.vocab_size)
     survey = survey_tower(config.model.vision, config.model.projector)
     check_selection(foreign, survey)
-    foreign.language.name_or_path = survey.hf_config.name_or_path = ""  # no paths of this machine
+    for part in (foreign.language, survey.hf_config):
+        part.name_or_path = ""  # no paths of this machine
+        vars(part).pop("auto_map", None)  # nor names of code that is not taken along
     tokenizer.save_pretrained(partial / "tokenizer")
     foreign.language.save_pretrained(partial / "language")
     survey.hf_config.save_pretrained(partial / "vision")

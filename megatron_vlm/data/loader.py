@@ -180,7 +180,7 @@ class StepShape:
     def layout(self, longest: int) -> SequenceLayout:
         """The layout of rows that hold `longest` tokens."""
         cut = (self.sizes.ring, self.sizes.ulysses, self.sizes.tensor if self.sequence_parallel else 1)
-        rounded = min(padded_length(longest, tensor=self.row_multiple), self.sequence_length)
+        rounded = min(-(-longest // self.row_multiple) * self.row_multiple, self.sequence_length)
         return SequenceLayout(padded_length(rounded, *cut), *cut)
 
     def rows_of(self, micro_batch: int, data_rank: int | None = None) -> range:

@@ -17,7 +17,8 @@ make up for that, neither of which depends on the number of ranks, so every layo
   under the zigzag of the ring (`parallel.layout`) the slowest of 2, 4, 8 ranks then has 1.11, 1.13, 1.15 times the
   mean (the same draw), in random order 1.19, 1.29, 1.35, and in the best of 30 random orders 1.10, 1.13, 1.13.
 
-Hazard: a resumed run must find the rows that it had. What is here may only change together with `data.packing`.
+Hazard: a resumed run must find the rows that it had. `pack_rows` may only change together with `data.packing`; another
+`deal_work` leaves a step its rows, and its loss up to rounding.
 """
 
 import heapq

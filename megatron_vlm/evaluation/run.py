@@ -101,6 +101,9 @@ def find_unanswerable(
     Args:
         sample: of a number.
         progress: show how far it is.
+
+    Raises:
+        DataError: what `sample` raises, where it is no BadSample; on the rank whose share it is in.
     """
     grid = assistant.model.grid
     share = range(grid.rank, num_samples, grid.world.size())

@@ -1,15 +1,19 @@
 """tools/evaluate.py on a model of another system: where its results go, and that this is known before it is loaded."""
 
+import errno
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from megatron_vlm.errors import DataError
 from tests.helpers.processes import ROOT, environment
 from tests.helpers.tiny import tiny_dataset
 from tests.helpers.verify_models import Shape, draw, save_llava_hf, save_llava_projector
+from tools.evaluate import find_output
 
 
 def evaluate(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -42,6 +46,17 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_looked_for
     done = evaluate(tmp_path, "nowhere", "--data", "none.json", "--output", tmp_path / "file" / "results")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == f"error: evaluation results cannot be written to {tmp_path}/file/results: Not a directory\n"
+
+
+def test_a_folder_that_may_not_be_entered_is_found_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Which root may enter all the same."""
+
+    def closed(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "exists", closed)
+    with pytest.raises(DataError, match=r"closed/results: Permission denied"):
+        find_output(Namespace(output=tmp_path / "closed" / "results"))
 
 
 def test_nothing_is_made_where_there_is_no_model(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ def test_a_question_beyond_the_context_is_found_before_anything_is_asked(run, tm
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         assert "long.json element 4: sample 'sample-4': its question has 3" in done.stderr
         assert "max_position_embeddings) is 256" in done.stderr
+        assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.slow

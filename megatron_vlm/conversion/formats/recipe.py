@@ -78,7 +78,8 @@ def settings_of(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _known_settings(config: PretrainedConfig) -> dict[str, Any]:
-    """`settings_of` without the keys that only code beside the weights reads (Phi-3's `auto_map`, `attention_bias`)."""
+    """`settings_of` without the keys that transformers passes over, as those for code beside the weights (Phi-3's
+    `auto_map`). Those of them that tell of another attention `check_architecture` has refused."""
     known = {*known_keys(config.model_type), "model_type"}
     return {key: value for key, value in settings_of(config).items() if key in known}
 

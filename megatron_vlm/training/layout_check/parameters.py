@@ -96,7 +96,7 @@ class Parameters:
             yield from self._tensor(entry, field, in_phase, what, allow)
 
     def _tensor(self, entry: Mapping, field: str, phase: str, what: str, allow: Allow) -> Iterator[Difference]:
-        """A difference for each part that the parameter has in the Hugging Face model; where all hold, and copies that
+        """A difference for each part that the parameter has in a Llama; where all hold, and copies that
         must be the same bits are not, one for that."""
         parts = entry.unshard([getattr(self.one, field)[entry.name]])
         slots = self._variants(entry, field)

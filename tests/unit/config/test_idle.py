@@ -47,6 +47,9 @@ def test_a_padding_of_packed_rows_is_told():
     told = ["data.pad_to_multiple_of: without effect, as packed rows have training.sequence_length tokens"]
     assert idle_settings(recipe(data__packing=True, data__pad_to_multiple_of=8), FACTS, 1) == told
     assert idle_settings(recipe(data__pad_to_multiple_of=8), FACTS, 1) == []
+    packed = {"data__packing": True, "data__pad_to_multiple_of": 8, "evaluation__path": "held_out.json"}
+    assert idle_settings(recipe(**packed), FACTS, 1) == told
+    assert idle_settings(recipe(**packed, training__mode="train_and_eval"), FACTS, 1) == []  # whose rows are not packed
 
 
 def test_a_projector_without_parameters_has_nothing_to_recompute():

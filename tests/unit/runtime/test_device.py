@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,13 +43,25 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     ],
 )
 def test_decision(unprepared: pytest.MonkeyPatch, requested, gpus: int, local_ranks: int, expected: str) -> None:
-    import os
-
     with_gpus(unprepared, gpus)
     assert not device.is_prepared()
     assert device.prepare(requested, local_ranks).type == expected
     assert device.prepare("auto", local_ranks).type == expected  # again: no change
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ("0,1" if expected == "cuda" else "")
+
+
+@pytest.mark.parametrize(
+    ("requested", "set_before", "expected"), [("auto", None, "1"), ("auto", "8", "8"), ("cpu", None, None)]
+)
+def test_a_gpu_has_one_queue_unless_told(
+    unprepared: pytest.MonkeyPatch, requested, set_before: str | None, expected: str | None
+) -> None:
+    with_gpus(unprepared, 1)
+    unprepared.setenv("CUDA_DEVICE_MAX_CONNECTIONS", set_before or "")  # so that it is put back afterwards
+    if set_before is None:
+        del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+    device.prepare(requested)
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
 
 
 def test_unused_gpus_are_mentioned(unprepared: pytest.MonkeyPatch) -> None:
