@@ -9,7 +9,7 @@ of the global batch, known from the index; rounded up to what the layout can cut
 rounded up further: cuDNN builds its graphs anew for every length, forward and backward, and keeps them all.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.layout import SequenceLayout, padded_length, row_length
 from megatron_vlm.parallel.media_plan import plan_media
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
-from megatron_vlm.runtime.device import is_on_gpu
+from megatron_vlm.runtime.device import current_device, is_on_gpu
 from megatron_vlm.runtime.logging import get_logger
 
 GPU_ROW_MULTIPLE = 64  # of sequences up to 4,096 tokens at most 64 lengths
@@ -72,7 +72,7 @@ def build_loader(
             "rows of training.sequence_length %d tokens are padded to %d, which the ranks that share them can cut",
             longest, length,
         )  # fmt: skip
-    return OrderedItems(fetcher, range(start_step, start_step + num_steps), data.num_workers)
+    return OrderedItems(fetcher, range(start_step, start_step + num_steps), data.num_workers, pinning())
 
 
 def make_plan(config: Config, samples: SampleIndex) -> RowPlan:
@@ -106,7 +106,20 @@ def build_held_out_loader(
     num_samples = len(source.index)
     plan = Plan(num_samples, config.runtime.seed, batch_size, shuffle=False)
     fetcher = StepFetcher(plan, source, StepShape.of(config, sizes, rank), num_rows=num_samples)
-    return OrderedItems(fetcher, range(-(-num_samples // batch_size)), config.data.num_workers)
+    return OrderedItems(fetcher, range(-(-num_samples // batch_size)), config.data.num_workers, pinning())
+
+
+def pinning() -> Callable[[StepBatch], StepBatch] | None:
+    """What a thread does to a step before it is asked for: on CUDA, pins it; on the CPU, nothing."""
+    if not is_on_gpu():
+        return None
+    device = current_device()
+
+    def pin(batch: StepBatch) -> StepBatch:
+        with torch.cuda.device(device):  # a new thread's is the first GPU, where this rank shall take no memory
+            return batch.pinned()
+
+    return pin
 
 
 def _open_source(

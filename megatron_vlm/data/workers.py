@@ -10,16 +10,22 @@ wrapping of the worker's traceback into its text.
 
 Hazard: torch passes every tensor of an item as a file descriptor of its own, and a step of some hundred micro-batches
 exceeds the usual limit of 1,024; the rank then waits for ever. So an item crosses as plain bytes.
+
+Those bytes are read and unpickled by a thread of the rank, one item ahead, while the caller works on the last one.
+torch's own thread for that (`pin_memory`) would do it on CUDA only, and keep all items that were prefetched.
 """
 
+import atexit
 import multiprocessing
 import pickle
 import re
+import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
-from typing import Generic, Protocol, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -30,6 +36,10 @@ from megatron_vlm.runtime.signals import end_with_parent, kept_from_children
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 PREFETCHED_ITEMS = 2  # per worker
+POLL_SECONDS = 0.1  # between two looks of the reading thread at whether it is still wanted
+WATCH_SECONDS = 1.0  # between two looks of the waiting caller at the workers
+END_SECONDS = 5.0  # at most, for the thread to end
+_NOT_YET = re.compile(r"DataLoader timed out")
 _DEAD_WORKER = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)")
 
 
@@ -41,9 +51,9 @@ class Producer(Protocol[T_co]):
 
 @dataclass(frozen=True)
 class Failure:
-    """An error on its way from a worker."""
+    """An error on its way from a worker, or from the thread that reads."""
 
-    error: MegatronVlmError
+    error: BaseException
 
 
 class _Items(Dataset):
@@ -66,15 +76,22 @@ class OrderedItems(Generic[T]):
     Args:
         producer: picklable where there are workers.
         numbers: the items wanted.
-        num_workers: processes; 0 makes each item when it is asked for, in this process.
+        num_workers: processes; 0 makes each item when it is asked for, in this process and thread.
+        prepare: makes of each item the one that is given, in the thread that reads them; left out without workers.
 
     Raises:
         MegatronVlmError: from iterating, what the producer raised for that item.
         DataError: from iterating, where a worker was killed.
     """
 
-    def __init__(self, producer: Producer[T], numbers: Sequence[int], num_workers: int) -> None:
-        self.numbers, self.producer = numbers, producer
+    def __init__(
+        self,
+        producer: Producer[T],
+        numbers: Sequence[int],
+        num_workers: int,
+        prepare: Callable[[T], T] | None = None,
+    ) -> None:
+        self.numbers, self.producer, self.prepare = numbers, producer, prepare
         if num_workers:
             multiprocessing.set_forkserver_preload(["__main__", type(producer).__module__])
         self._loader: DataLoader = DataLoader(
@@ -86,6 +103,7 @@ class OrderedItems(Generic[T]):
             multiprocessing_context=multiprocessing.get_context("forkserver") if num_workers else None,
             worker_init_fn=_end_with_the_rank,
             prefetch_factor=PREFETCHED_ITEMS if num_workers else None,
+            timeout=POLL_SECONDS if num_workers else 0,
             generator=torch.Generator(),  # its own: starting a pass draws from it, not from the model's random state
         )
 
@@ -93,15 +111,26 @@ class OrderedItems(Generic[T]):
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[T]:
-        with kept_from_children(with_tracker=self._loader.num_workers > 0):  # a signal to save ends no worker
-            stream = iter(self._loader)
-        for worker in getattr(stream, "_workers", ()):
+        if self._loader.num_workers:
+            yield from self._one_ahead()
+            return
+        for item in self._loader:
+            yield _opened(item)
+
+    def _one_ahead(self) -> Iterator[T]:
+        with kept_from_children(with_tracker=True):  # a signal to save ends no worker
+            stream: Any = iter(self._loader)
+        for worker in stream._workers:
             weakref.finalize(stream, _kill, worker)  # at this process's end at the latest
+        reader: _Reader[T] = _Reader(stream, self.prepare)
+        atexit.register(reader.end)  # a daemon that runs while Python is taken down can crash it
         try:
-            for made in stream:
-                item = pickle.loads(made) if self._loader.num_workers else made
-                if isinstance(item, Failure):
-                    raise item.error
+            reader.start()
+            reader.ask()
+            for number in range(1, len(self) + 1):
+                item = _opened(reader.take())
+                if number < len(self):
+                    reader.ask()
                 yield item
         except RuntimeError as error:
             if not _DEAD_WORKER.search(str(error)):
@@ -109,9 +138,75 @@ class OrderedItems(Generic[T]):
             reason = " ".join(str(error).split())
             raise DataError(f"{reason} (data.num_workers: {self._loader.num_workers}; was the memory full?)") from error
         finally:
-            # The error's traceback makes this frame part of a cycle. Were the stream collected with it, torch's queues
-            # would be closed before it could tell the workers to end, and it would wait 5 s for each.
-            del stream
+            reader.end()
+            atexit.unregister(reader.end)
+            # Not left to the collection of the stream, which an error's traceback holds: in a cycle, torch's queues
+            # could be closed before it tells the workers to end, and it would wait 5 s for each.
+            stream._shutdown_workers()
+
+
+class _Reader(threading.Thread, Generic[T]):
+    """Takes an item from the workers each time it is asked to; until it has ended, nobody else touches the stream.
+
+    It never waits for a worker longer than POLL_SECONDS at a time: torch's loader then raises and can be asked anew.
+    Only a worker killed while it sends leaves it waiting for the rest of the item, for ever; hence a daemon thread, and
+    a caller that watches the workers.
+    """
+
+    def __init__(self, stream: Any, prepare: Callable[[T], T] | None) -> None:
+        super().__init__(name="next item", daemon=True)
+        self._stream, self._prepare = stream, prepare
+        self._asked: SimpleQueue[bool] = SimpleQueue()
+        self._made: SimpleQueue[T | Failure] = SimpleQueue()
+        self._ends = threading.Event()
+
+    def run(self) -> None:
+        while self._asked.get():
+            self._made.put(self._make())
+
+    def ask(self) -> None:
+        """Has one more item made."""
+        self._asked.put(True)
+
+    def take(self) -> T | Failure:
+        """Waits for the item that was asked for, or what was raised instead; signals are handled meanwhile."""
+        died = False
+        while True:
+            try:
+                return self._made.get(timeout=WATCH_SECONDS)
+            except Empty:
+                if died:
+                    return Failure(RuntimeError("DataLoader worker exited unexpectedly, in the middle of an item"))
+                died = not all(worker.is_alive() for worker in self._stream._workers)
+
+    def end(self) -> None:
+        """Ends the thread, whatever it waits for. Can be called again."""
+        self._ends.set()
+        self._asked.put(False)
+        if self.is_alive() and self is not threading.current_thread():  # which may be collecting an abandoned pass
+            self.join(END_SECONDS)
+
+    def _make(self) -> T | Failure:
+        try:
+            item = pickle.loads(self._read())
+            return item if self._prepare is None or isinstance(item, Failure) else self._prepare(item)
+        except BaseException as error:
+            return Failure(error)
+
+    def _read(self) -> bytes:
+        while True:
+            try:
+                return next(self._stream)
+            except RuntimeError as error:
+                if self._ends.is_set() or not _NOT_YET.match(str(error)):
+                    raise
+
+
+def _opened(item: T | Failure) -> T:
+    """The item. Raises what was raised instead of one."""
+    if isinstance(item, Failure):
+        raise item.error
+    return item
 
 
 def _kill(worker: BaseProcess) -> None:

@@ -1,6 +1,8 @@
 """The stream of steps: the same global batches in every layout, every picture read by one rank of its replica."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import CLIPImageProcessorPil
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data import loader
 from megatron_vlm.data.batch import StepBatch
-from megatron_vlm.data.loader import build_held_out_loader, build_loader
+from megatron_vlm.data.loader import build_held_out_loader, build_loader, pinning
 from megatron_vlm.data.media import FAULTS, MediaReader
 from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.data.tokenizer import load_tokenizer
@@ -436,3 +438,31 @@ def test_long_samples_are_truncated_where_that_is_asked(tmp_path: Path) -> None:
     for name in changed:
         assert cut[name][0] <= 60 and whole[name][1] == 2 and cut[name][1] in (1, 2)
     assert {cut[name][1] for name in changed} & {1}, "some lost a picture"
+
+
+def test_pictures_are_pinned_on_cuda_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for CUDA: which tensors, on which device, and that nothing else of a step changes."""
+    config = tiny_recipe(folder)
+    assert pinning() is None  # on the CPU, and where the device is not decided yet
+    batch, pinned, devices = steps_of(config, count=1)[0], [], []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor.clone()
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        devices.append(wanted)
+        yield
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(loader, "is_on_gpu", lambda: True)
+    monkeypatch.setattr(loader, "current_device", lambda: torch.device("cuda", 3))
+    tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
+    prepare = build_loader(config, tokenizer, SPEC, ONE_RANK, 0, 0, 1).prepare
+    assert prepare is not None and not pinned
+    copy = prepare(batch)
+    assert devices == [torch.device("cuda", 3)] and equal(copy, batch)
+    assert [id(x) for x in pinned] == [id(window.pixels) for window in batch.windows]
+    assert all(new.pixels is not old.pixels for new, old in zip(copy.windows, batch.windows, strict=True))
