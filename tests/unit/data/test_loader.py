@@ -78,6 +78,7 @@ def test_rows_are_padded_to_a_multiple(folder: Path, monkeypatch: pytest.MonkeyP
     short = row_lengths(tiny_recipe(folder, data={"pad_to_multiple_of": 1000}, training={"sequence_length": most}))
     assert {length for _, length in short} == {most}
     monkeypatch.setattr(loader, "is_on_gpu", lambda: True)
+    monkeypatch.setattr(loader, "pinning", lambda: None)
     assert row_lengths(tiny_recipe(folder)) == [(longest, -(-longest // 64) * 64) for longest, _ in plain]
     packed = {"packing": True, "pad_to_multiple_of": 24}
     assert {length for _, length in row_lengths(tiny_recipe(folder, data=packed))} == {128}
