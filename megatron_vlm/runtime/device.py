@@ -58,13 +58,15 @@ REDIRECTED: dict[str, str] = {
 }
 
 
-def prepare(requested: DeviceRequest, local_world_size: int = 1) -> "torch.device":
+def prepare(requested: DeviceRequest, local_world_size: int = 1, one_queue: bool = True) -> "torch.device":
     """Decides the device of this process and makes megatron-core run on it. Idempotent.
 
     Args:
         requested: `cpu` hides CUDA; `cuda` needs a GPU per local rank; `auto` takes CUDA where there is one GPU per
             local rank, else the CPU, saying so where GPUs stay unused.
         local_world_size: ranks on this machine.
+        one_queue: to the GPU, unless CUDA_DEVICE_MAX_CONNECTIONS is set: what megatron-core starts first,
+            communication, then runs first.
 
     Raises:
         ConfigError: `cuda` without enough GPUs, or after the process was prepared for the CPU (or the reverse).
@@ -79,7 +81,7 @@ def prepare(requested: DeviceRequest, local_world_size: int = 1) -> "torch.devic
         return _prepared
     if requested == "cpu":
         hide_cuda()
-    else:  # one queue to the GPU: what megatron-core starts first, communication, runs first (read when CUDA starts)
+    elif one_queue:  # read when CUDA starts
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     import torch
 

@@ -10,7 +10,6 @@ in fails because another child has ended.
 
 import contextlib
 import gc
-import os
 import shutil
 import time
 import traceback
@@ -134,9 +133,7 @@ def _serve(request: SideRequest, connection: Connection) -> None:
     from megatron_vlm.runtime.distributed import init_world, teardown
 
     config, launch = request.config, request.launch
-    if request.name == TRANSFORMERS:
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "8")  # CUDA's own default, which `prepare` then leaves
-    device = prepare(config.runtime.device, launch.local_world_size)
+    device = prepare(config.runtime.device, launch.local_world_size, one_queue=request.name != TRANSFORMERS)
     init_world(launch, device, config.runtime.timeout_seconds, f"bench/{request.name}")
     from torch.distributed import barrier
 

@@ -60,6 +60,10 @@ def test_a_gpu_has_one_queue_unless_told(
     unprepared.setenv("CUDA_DEVICE_MAX_CONNECTIONS", set_before or "")  # so that it is put back afterwards
     if set_before is None:
         del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+    unprepared.setattr(device, "_prepared", None)
+    device.prepare(requested, one_queue=False)
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == set_before
+    unprepared.setattr(device, "_prepared", None)
     device.prepare(requested)
     assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == expected
 
