@@ -124,7 +124,7 @@ class StepBatch:
         nothing. Needs CUDA. Tokens stay: the step cuts each micro-batch, into new memory, before it moves it.
 
         Hazard: torch keeps page-locked memory for reuse and rounds it up to a power of two; a job needs room on the
-        host for two steps' pictures, each up to doubled.
+        host for two steps' pictures (four where held-out data is evaluated in training), each up to doubled.
         """
         return replace(self, windows=tuple(replace(w, pixels=w.pixels.pin_memory()) for w in self.windows))
 

@@ -138,11 +138,13 @@ class OrderedItems(Generic[T]):
             reason = " ".join(str(error).split())
             raise DataError(f"{reason} (data.num_workers: {self._loader.num_workers}; was the memory full?)") from error
         finally:
-            reader.end()
-            atexit.unregister(reader.end)
-            # Not left to the collection of the stream, which an error's traceback holds: in a cycle, torch's queues
-            # could be closed before it tells the workers to end, and it would wait 5 s for each.
-            stream._shutdown_workers()
+            try:
+                reader.end()
+            finally:
+                atexit.unregister(reader.end)
+                # Not left to the collection of the stream, which an error's traceback holds: in a cycle, torch's queues
+                # could be closed before it tells the workers to end, and it would wait 5 s for each.
+                stream._shutdown_workers()
 
 
 class _Reader(threading.Thread, Generic[T]):
@@ -177,7 +179,7 @@ class _Reader(threading.Thread, Generic[T]):
             except Empty:
                 if died:
                     return Failure(RuntimeError("DataLoader worker exited unexpectedly, in the middle of an item"))
-                died = not all(worker.is_alive() for worker in self._stream._workers)
+                died = not (self.is_alive() and all(worker.is_alive() for worker in self._stream._workers))
 
     def end(self) -> None:
         """Ends the thread, whatever it waits for. Can be called again."""
