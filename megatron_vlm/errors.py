@@ -1,9 +1,18 @@
-"""What a user can fix, as one family of exceptions.
+"""What a user can fix, as one family of exceptions, and how an error is told.
 
 Every command line prints such an error as one line and exits non-zero (DESIGN 5). Our own broken invariants are
 asserts instead: those are bugs and keep their traceback. The message names the field or file, what was found and
 what is needed.
+
+A message may quote a file name, a record or a library's own words, that is text of anybody: `shown` makes it safe for a
+terminal and a log, `one_line` makes a line of any exception.
 """
+
+import re
+
+# Control characters but line feed and tab; what reorders text or breaks a line in some viewers; halves of surrogates,
+# which no output encodes.
+_NOT_SHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class MegatronVlmError(ValueError):
@@ -36,3 +45,27 @@ class TrainingError(MegatronVlmError):
 
 class NotFiniteError(TrainingError):
     """A run's numbers are not finite; raised by all ranks together."""
+
+
+def shown(text: object) -> str:
+    r"""Text of anybody, for a terminal or a log: control characters are escapes (`\x1b`) and send nothing.
+
+    Line feeds and tabs stay. The marks that change the direction of text, and halves of surrogates, are escapes too.
+    """
+    return _NOT_SHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def one_line(error: BaseException, first: bool = False) -> str:
+    """What an exception says, in one line and `shown`; its kind, where it says nothing.
+
+    Args:
+        error: any exception.
+        first: only the first line that is not blank, of libraries that go on with advice.
+    """
+    try:
+        text = str(error)
+    except Exception:  # a library's exception may fail to tell itself
+        text = ""
+    if first:
+        text = next((line for line in text.splitlines() if line.strip()), "")
+    return shown(" ".join(text.split())) or type(error).__name__

@@ -18,6 +18,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vlm.errors import shown
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs
@@ -99,7 +100,7 @@ def _import(arguments: argparse.Namespace) -> None:
         foreign = _open(arguments)
         written.show(f"importing {arguments.source}", size_bytes(foreign))
         checkpoint = complete_import(foreign, arguments.destination, writer)
-    print(f"{arguments.source} ({foreign.format}) -> {checkpoint}")
+    print(shown(f"{arguments.source} ({foreign.format}) -> {checkpoint}"))
 
 
 def _open(arguments: argparse.Namespace) -> "ForeignModel":
@@ -136,7 +137,7 @@ def _export(arguments: argparse.Namespace) -> None:
     with _Bytes() as written:
         written.show(f"exporting {arguments.checkpoint}", plan.size_bytes)
         plan.write(arguments.destination, written.advance)
-    print(f"{arguments.checkpoint} -> {arguments.destination} ({plan.format})")
+    print(shown(f"{arguments.checkpoint} -> {arguments.destination} ({plan.format})"))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -145,7 +146,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     comparison = compare(
         arguments.a, arguments.b, arguments.media, arguments.prompt, arguments.device, arguments.downsample_order
     )
-    print(comparison)
+    print(shown(comparison))
     if not comparison.agrees:
         raise SystemExit(1)
 
@@ -154,7 +155,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     _prepare()
     from megatron_vlm.conversion.inspection import inspect
 
-    print(inspect(arguments.directory))
+    print(shown(inspect(arguments.directory)))
 
 
 def _prepare() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_vlm.errors import ConfigError  # noqa: E402 (after the checkout is on the path)
+from megatron_vlm.errors import ConfigError, shown  # noqa: E402 (after the checkout is on the path)
 from megatron_vlm.runtime.command_line import CommandLine, whole_number  # noqa: E402
 from megatron_vlm.runtime.environment import Finding, State, accelerators, launcher_variables, machine, meeting  # noqa: E402
 from megatron_vlm.runtime.launch import environment_of_child  # noqa: E402
@@ -197,7 +197,7 @@ def show(found: list[Finding]) -> None:
     width = max(len(one.name) for one in found)
     for one in found:
         advice = f"  -> {one.advice}" if one.advice else ""
-        print(f"{MARKS[one.state]:>6}  {one.name:<{width}}  {one.value}{advice}")
+        print(shown(f"{MARKS[one.state]:>6}  {one.name:<{width}}  {one.value}{advice}"))
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
@@ -231,7 +231,7 @@ def main() -> None:
             write(arguments.json, report | {"backends": backends})
         if arguments.recipe:
             check_recipe(arguments.recipe, arguments.overrides, arguments.world_size)
-            print(f"    ok  {arguments.recipe} is valid on {arguments.world_size} rank(s)")
+            print(f"    ok  {shown(arguments.recipe)} is valid on {arguments.world_size} rank(s)")
         broken = [one.name for one in found if one.state == "broken"]
         if broken:
             print(f"broken: {', '.join(broken)}")

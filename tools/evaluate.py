@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, shown
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
 
 if TYPE_CHECKING:
@@ -111,11 +111,12 @@ def show(report: "Report", output: Path) -> None:
     )
     for form in report.forms:
         blank = [f"{form.blank_score:.1%}"] if form.blank_score is not None else []
-        baseline = f"{form.baseline_score:.1%} ({form.baseline_answer})"
-        table.add_row(form.form, f"{form.num_questions:,}", f"{form.score:.1%}", *blank, baseline)
+        baseline = shown(f"{form.baseline_score:.1%} ({form.baseline_answer})")
+        table.add_row(shown(form.form), f"{form.num_questions:,}", f"{form.score:.1%}", *blank, baseline)
     console = stdout_console()
     console.print(table)
-    console.print(f"{report.task}: {report.score:.1%} of {len(report.records):,} questions; answers in {output}")
+    line = f"{report.task}: {report.score:.1%} of {len(report.records):,} questions; answers in {output}"
+    console.print(shown(line))
 
 
 if __name__ == "__main__":

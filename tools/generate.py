@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.errors import ConfigError, DataError, one_line, shown
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
 
 if TYPE_CHECKING:
@@ -89,17 +89,17 @@ def answer(assistant: Any, arguments: argparse.Namespace, launch: "Launch") -> N
     elif launch.world_size == 1 or assistant.model.grid.coordinates.data == 0:  # further replicas have nothing to do
         found = assistant.generate([*arguments.media, arguments.prompt], **options)
         if launch.rank == 0:
-            print(found)
+            print(shown(found))
 
 
 def chat(assistant: Any, arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     """Turns from standard input until its end; what is wrong with one costs a line on stderr."""
     from megatron_vlm.generation.chat import Chat
 
-    conversation, shown = Chat(assistant, **options), list(arguments.media)
+    conversation, media = Chat(assistant, **options), list(arguments.media)
     if arguments.prompt is not None:
-        print(conversation.say([*shown, arguments.prompt]), flush=True)
-        shown = []
+        print(shown(conversation.say([*media, arguments.prompt])), flush=True)
+        media = []
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:
@@ -108,13 +108,13 @@ def chat(assistant: Any, arguments: argparse.Namespace, options: dict[str, Any])
             return
         try:
             if line.split()[:1] == [MEDIA]:
-                shown += [Path(name) for name in shlex.split(line)[1:]]
+                media += [Path(name) for name in shlex.split(line)[1:]]
             elif line:
-                print(conversation.say([*shown, line]), flush=True)
-                shown = []
+                print(shown(conversation.say([*media, line])), flush=True)
+                media = []
         except (DataError, ValueError) as error:
-            sys.stderr.write(f"error: {error}\n")
-            shown = []
+            sys.stderr.write(f"error: {one_line(error)}\n")
+            media = []
 
 
 def device(text: str) -> int | str:

@@ -7,6 +7,7 @@ With --check-layout nothing is trained: the recipe, shrunk, is run in its layout
 first tensor that differs is named.
 """
 
+from megatron_vlm.errors import shown
 from megatron_vlm.runtime.command_line import CommandLine
 from megatron_vlm.runtime.signals import StopSignals
 
@@ -29,7 +30,7 @@ def main() -> None:
 
             report = check_layout(config, launch)
             if launch.rank == 0 and report.comparisons:
-                print(report.table(), flush=True)
+                print(shown(report.table()), flush=True)
             report.raise_on_fault()
         else:
             from megatron_vlm.training.loop import train

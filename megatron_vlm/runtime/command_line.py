@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from megatron_vlm.errors import ConfigError, ParallelError
+from megatron_vlm.errors import ConfigError, ParallelError, one_line
 from megatron_vlm.runtime.failure import fail_together
 from megatron_vlm.runtime.garbage import spare_imports
 from megatron_vlm.runtime.launch import Launch, read_launch
@@ -72,7 +72,7 @@ class CommandLine(argparse.ArgumentParser):
         try:
             launch = read_launch()
         except ParallelError as error:
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(f"error: {one_line(error)}\n")
             raise SystemExit(1) from error
         with fail_together(launch, debug="--debug" in sys.argv):
             yield self._read_arguments(), launch

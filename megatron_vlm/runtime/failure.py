@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from megatron_vlm.errors import MegatronVlmError
+from megatron_vlm.errors import MegatronVlmError, one_line, shown
 from megatron_vlm.runtime import device
 from megatron_vlm.runtime.launch import Launch, connect_store
 from megatron_vlm.runtime.logging import quiet_libraries
@@ -91,15 +91,15 @@ def kind_of(error: BaseException) -> Kind:
 def describe(error: BaseException, launch: Launch, debug: bool) -> str:
     """What the speaker writes: one line, or a traceback for our own errors and for debugging."""
     kind = kind_of(error)
-    one_line = " ".join(str(error).split())
+    line = one_line(error)
     if kind == "user" and not debug:
         if _is_out_of_memory(error):
-            told = ". ".join(one_line.split(". ")[:2])  # torch goes on at length
+            told = ". ".join(line.split(". ")[:2])  # torch goes on at length
             return f"error: rank {launch.rank} is out of memory ({told}){_NEEDS_LESS_MEMORY}"
-        return f"error: {one_line}"
+        return f"error: {line}"
     if kind == "echo" and not debug:
-        return f"error: rank {launch.rank} lost another rank, which ended without a word (killed?): {one_line}"
-    return f"rank {launch.rank} failed:\n{''.join(traceback.format_exception(error)).rstrip()}"
+        return f"error: rank {launch.rank} lost another rank, which ended without a word (killed?): {line}"
+    return f"rank {launch.rank} failed:\n{shown(''.join(traceback.format_exception(error)).rstrip())}"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -138,7 +138,7 @@ def _report(launch: Launch, kind: Kind, message: str) -> None:
             store.set("spoken", "1")
         _appears(store, "spoken", SPEAKING_SECONDS)
     except dist.DistError as error:  # the store's host is gone or never was: better two voices than none
-        alone = f"\n(rank {launch.rank} could not reach the other ranks: {' '.join(str(error).split())})"
+        alone = f"\n(rank {launch.rank} could not reach the other ranks: {one_line(error)})"
         _say(message if kind == "user" else message + alone)
 
 

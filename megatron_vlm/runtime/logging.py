@@ -13,6 +13,8 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_vlm.errors import shown
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -27,19 +29,30 @@ def get_logger(name: str) -> logging.Logger:
 
         rank = int(os.environ.get("RANK", 0))
         handler = RichHandler(console=stdout_console(), show_path=False, log_time_format="%H:%M:%S")
-        handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+        handler.setFormatter(_Shown("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
         root.addHandler(handler)
         root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
         root.propagate = False
     return logging.getLogger(name if name.split(".")[0] == _ROOT else f"{_ROOT}.{name}")
 
 
-def stdout_console() -> "Console":
-    """A console on stdout; without a terminal its lines are long enough to stay whole."""
+class _Shown(logging.Formatter):
+    """A message may quote a file's name or a record: nothing of it is sent to the terminal as control."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
+def stdout_console(width: int = 200) -> "Console":
+    """A console on stdout, which takes no text for markup.
+
+    Args:
+        width: columns where there is no terminal; by default lines are long enough to stay whole.
+    """
     from rich.console import Console
 
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)
+    console = Console(highlight=False, markup=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from types import TracebackType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from megatron_vlm.errors import shown
 from megatron_vlm.runtime.logging import stdout_console
 
 
@@ -32,7 +33,7 @@ class Progress:
         enabled: bool = True,
         line_interval_seconds: float = 10.0,
     ) -> None:
-        self.description = description
+        self.description = shown(description)
         self.total = total
         self.first = self.completed = completed
         self.enabled = enabled and os.environ.get("RANK", "0") == "0"
@@ -42,19 +43,20 @@ class Progress:
         self.last_line = float("-inf")
         self.bar: RichProgress | None = None
         if self.enabled and self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = RichProgress(*columns, TextColumn("{task.fields[facts]}"), console=self.console)
-            self.task = self.bar.add_task(description, total=total, completed=completed, facts="")
+            bars = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            texts = [TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[facts]")]
+            self.bar = RichProgress(texts[0], *bars, texts[1], console=self.console)
+            self.task = self.bar.add_task(self.description, total=total, completed=completed, facts="")
             self.bar.start()
 
     def update(self, completed: int, facts: str = "") -> None:
         """`completed` parts are done; `facts` is shown beside ("loss 2.31")."""
         self.completed = completed
         if self.bar is not None:
-            self.bar.update(self.task, completed=completed, facts=facts)
+            self.bar.update(self.task, completed=completed, facts=shown(facts))
         elif self.enabled and self._line_is_due():
             self.last_line = time.monotonic()
-            self.console.print(f"{self.description} {completed}/{self.total}  {facts}  {self._left()}", markup=False)
+            self.console.print(f"{self.description} {completed}/{self.total}  {shown(facts)}  {self._left()}")
 
     def advance(self, num_parts: int = 1, facts: str = "") -> None:
         """`num_parts` more are done."""

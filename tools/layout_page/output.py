@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, shown
+from megatron_vlm.runtime.logging import stdout_console
 
 from .page import page
 from .svg import count, si, size
@@ -30,10 +29,10 @@ def show(name: str, config: Config, arguments: argparse.Namespace) -> None:
         write(arguments.html, page(view))
     if arguments.json:
         write(arguments.json, json.dumps(view.as_json(), indent=1) + "\n")
-    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    console = stdout_console(PIPED_WIDTH)
     for table in (held(view), needed(view), sent(view), *([attended(view)] if view.sizes.ring > 1 else [])):
         console.print(table)
-    console.print(step_line(view), style="dim", highlight=False, soft_wrap=True)
+    console.print(shown(step_line(view)), style="dim", soft_wrap=True)
 
 
 def write(path: Path, contents: str) -> None:
@@ -107,7 +106,7 @@ def step_line(view: View) -> str:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(
-        title=title, title_justify="left", title_style="bold", box=None, header_style="dim", padding=(0, 2, 0, 0)
+        title=shown(title), title_justify="left", title_style="bold", box=None, header_style="dim", padding=(0, 2, 0, 0)
     )
     for column in ("rank", *columns):
         table.add_column(column, justify="left" if column == "layers" else "right", no_wrap=column != "layers")

@@ -1,9 +1,11 @@
 """Logging and progress: rank 0 tells, the others only warn, and nothing of ours goes to stderr."""
 
+import io
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from megatron_vlm.runtime.progress import Progress
 
@@ -66,3 +68,29 @@ def test_other_ranks_and_disabled_bars_are_silent(
     with Progress("training", total=1) as bar:
         bar.update(1)
     assert capsys.readouterr().out == ""
+
+
+def test_control_characters_and_markup_are_told_not_sent(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with Progress("indexing [/x].json\x1b]0;owned\x07", total=1) as bar:
+        bar.advance(facts="loss [red]\x1b[1m :smile:")
+    told = capsys.readouterr().out
+    assert r"indexing [/x].json\x1b]0;owned\x07 1/1" in told and r"loss [red]\x1b[1m :smile:" in told
+    assert "\x1b" not in told
+
+
+def test_a_bar_on_a_terminal_takes_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich formats its columns as markup by default, and fails at a closing tag that was never opened."""
+    monkeypatch.delenv("RANK", raising=False)
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=200)
+    monkeypatch.setattr("megatron_vlm.runtime.progress.stdout_console", lambda: terminal)
+    with Progress("indexing [/x].json\x1b]0;owned", total=2) as bar:
+        bar.update(2, "[/y]")
+    told = terminal.file.getvalue()
+    assert "[/x].json" in told and "[/y]" in told and "\x1b]0;" not in told
+
+
+def test_a_log_line_sends_nothing() -> None:
+    program = "from megatron_vlm.runtime.logging import get_logger; get_logger('megatron_vlm').warning('a [/b] %s', '\\x1b]0;')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert r"a [/b] \x1b]0;" in done.stdout and "\x1b" not in done.stdout

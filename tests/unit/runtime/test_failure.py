@@ -117,3 +117,9 @@ def test_nodes_that_would_miss_each_other_after_a_restart(launcher: pytest.Monke
         with launcher.context() as changed:
             changed.setenv(name, value)
             assert read_launch().world_size == 4
+
+
+def test_what_is_told_sends_no_control() -> None:
+    for error in (ConfigError("\x1b]0;owned\x07"), KeyError("\x1b]0;owned\x07")):
+        told = describe(error, Launch(), debug=False)
+        assert "\x1b" not in told and "\x07" not in told and r"\x1b]0;owned\x07" in told.replace("\\\\", "\\")

@@ -1,0 +1,111 @@
+"""One rule for files that are read: regular ones, or the error says what else was found.
+
+A FIFO, a socket or a device in a file's place would block a run for ever or feed it without end, so a path of anybody
+is opened by `open_regular`, or checked by `check_regular` where a library opens it itself. Every fault is an OSError,
+also a name that no file can have and text that is not UTF-8.
+"""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+MAX_TEXT_BYTES = 1 << 30  # of a file that is read as one text: far above any real one, far below the memory
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a directory",
+}
+
+
+class FileKindError(OSError):
+    """Something else stands where a regular file is needed, or the name is none that a file can have."""
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file for reading, in bytes; never waits for a writer.
+
+    Raises:
+        OSError: it cannot be opened; FileKindError: it is no regular file.
+    """
+    check_regular(path)  # before: to open some devices has an effect
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _refuse_other(os.fstat(handle).st_mode, path)  # after: it may have been changed meanwhile
+        return cast(BinaryIO, open(handle, "rb"))
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def check_regular(path: str | os.PathLike[str], or_directory: bool = False) -> os.stat_result:
+    """What `os.stat` says of a regular file, links followed.
+
+    Args:
+        path: the file.
+        or_directory: a directory is good too.
+
+    Raises:
+        OSError: it is not there; FileKindError: it is something else.
+    """
+    try:
+        found = os.stat(path)
+    except ValueError as error:  # a null character, half a surrogate
+        raise FileKindError(errno.EINVAL, f"is no name of a file ({error})", os.fspath(path)) from error
+    if not (or_directory and stat.S_ISDIR(found.st_mode)):
+        _refuse_other(found.st_mode, path)
+    return found
+
+
+def read_bytes(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """All bytes of a regular file. Raises OSError, also where there are more than `max_bytes`."""
+    with open_regular(path) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"has more than the {max_bytes:,} bytes that are allowed", os.fspath(path))
+    return data
+
+
+def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """A regular file as UTF-8 text. Raises OSError, also where it is not UTF-8 or has more than `max_bytes`."""
+    try:
+        return read_bytes(path, max_bytes).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OSError(errno.EILSEQ, f"is not UTF-8 text (byte {error.start})", os.fspath(path)) from error
+
+
+def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> Any:
+    """What a JSON file holds. Raises OSError, ValueError: it is not JSON."""
+    return parse_json(read_text(path, max_bytes))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds; bytes are UTF-8 and nothing else.
+
+    Raises:
+        ValueError: it is not JSON, or nests deeper than Python reads; UnicodeDecodeError among them.
+    """
+    try:
+        # `json.loads` would guess an encoding, and let halves of surrogates pass
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("its JSON nests too deep to be read") from error
+
+
+def stays_inside(name: object) -> bool:
+    """Whether a name is a relative path below its folder, written in the one way `Path` writes it."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return False
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts and path.parts != () and str(path) == name
+
+
+def _refuse_other(mode: int, path: str | os.PathLike[str]) -> None:
+    if not stat.S_ISREG(mode):
+        what = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise FileKindError(errno.EINVAL, f"is {what}, a regular file is needed", os.fspath(path))
