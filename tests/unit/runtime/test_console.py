@@ -91,6 +91,7 @@ def test_a_bar_on_a_terminal_takes_no_markup(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_log_line_sends_nothing() -> None:
-    program = "from megatron_vlm.runtime.logging import get_logger; get_logger('megatron_vlm').warning('a [/b] %s', '\\x1b]0;')"
+    call = r"get_logger('megatron_vlm').warning('a [/b] %s', '\x1b]0;')"
+    program = f"from megatron_vlm.runtime.logging import get_logger; {call}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert r"a [/b] \x1b]0;" in done.stdout and "\x1b" not in done.stdout
