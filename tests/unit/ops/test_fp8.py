@@ -4,6 +4,8 @@ The bound is no tolerance: rounding a number to FP8 errs by at most half a unit 
 number times the scale where that is more; a product's error follows, and is asserted of every element.
 """
 
+import time
+
 import pytest
 import torch
 from torch import Tensor
@@ -115,6 +117,44 @@ def test_the_gemm_of_torch_equals_its_twin(formats: tuple[torch.dtype, torch.dty
     ours, twin = (matmul(left, right, torch.float32, backend=backend) for backend in ("scaled_mm", "reference"))
     assert ours.shape == (20, 50)
     torch.testing.assert_close(ours, twin, rtol=1e-6, atol=1e-5)
+
+
+@pytest.fixture
+def measured_anew():
+    """What a processor is measured to be does not outlive the test."""
+    fp8.cpu_slowness.cache_clear()
+    yield
+    fp8.cpu_slowness.cache_clear()
+
+
+def test_a_processor_that_multiplies_fp8_slowly_is_not_asked_to(
+    monkeypatch: pytest.MonkeyPatch, measured_anew: None
+) -> None:
+    """Planted: a product as slow as on an Intel Xeon with AMX, 0.06 GFLOP/s. It is called for the measurement alone,
+    and the numbers are the same."""
+    left, right = (quantise(draw(160, 96, seed=seed).float(), E4M3) for seed in range(2))
+    native, calls = torch._scaled_mm, []
+    expected = matmul(left, right, torch.float32, backend="scaled_mm")
+
+    def slow(a: Tensor, b: Tensor, **options: object) -> Tensor:
+        calls.append(tuple(a.shape))
+        time.sleep(2 * a.shape[0] * a.shape[1] * b.shape[1] / 0.06e9)
+        return native(a, b, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", slow)
+    for _ in range(3):
+        found = matmul(left, right, torch.float32)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+    assert set(calls) == {(64, 64)} and len(calls) == 3
+    assert fp8.MATMUL.find("auto", left.rows, right.rows).name == "reference"
+    reason = fp8.MATMUL.backends[0].unfit(left.rows, right.rows)
+    assert reason is not None and "times as long for it as for the same product in fp32" in reason
+
+
+def test_a_processor_that_multiplies_fp8_well_is_asked_to(monkeypatch: pytest.MonkeyPatch, measured_anew: None) -> None:
+    monkeypatch.setattr(torch, "_scaled_mm", lambda a, b, scale_a, scale_b, out_dtype: torch.zeros(1))  # in no time
+    left = torch.zeros(16, 16).to(E4M3)
+    assert fp8.MATMUL.find("auto", left, left).name == "scaled_mm"
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
