@@ -7,10 +7,12 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_vlm.checkpoint.manifest import FileRecord
 from megatron_vlm.conversion.files import Span, file_version
-from megatron_vlm.errors import ConversionError
+from megatron_vlm.errors import ConversionError, one_line
+from megatron_vlm.runtime.files import open_regular
 
 _PIECE_BYTES = 16 * 2**20  # written at a time
 
@@ -84,14 +86,14 @@ class SourceFiles:
     """
 
     def __init__(self) -> None:
-        self._handles: dict[Path, int] = {}
+        self._files: dict[Path, BinaryIO] = {}
 
     def __enter__(self) -> "SourceFiles":
         return self
 
     def __exit__(self, *error: object) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
+        for file in self._files.values():
+            file.close()
 
     def copy(self, span: Span, file: HashingFile) -> None:
         """Appends to a file. Raises OSError where that cannot be written."""
@@ -117,11 +119,11 @@ class SourceFiles:
             return num_read
 
     def _handle(self, span: Span) -> int:
-        if span.path not in self._handles:
-            self._handles[span.path] = os.open(span.path, os.O_RDONLY)
-            if file_version(self._handles[span.path]) != span.version:
+        if span.path not in self._files:
+            self._files[span.path] = open_regular(span.path)
+            if file_version(self._files[span.path].fileno()) != span.version:
                 raise OSError("it has changed since it was first looked at")
-        return self._handles[span.path]
+        return self._files[span.path].fileno()
 
 
 @contextlib.contextmanager
@@ -129,4 +131,4 @@ def _told_as_source(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConversionError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise ConversionError(f"{path}: cannot be read: {error.strerror or one_line(error)}") from error

@@ -9,7 +9,6 @@ Hazards: a pickle runs code, so one is read by torch's unpickler for plain data 
 be written to.
 """
 
-import json
 import mmap
 import os
 import pickle
@@ -17,10 +16,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from megatron_vlm.conversion.dtypes import BY_CODE, DTYPES
-from megatron_vlm.errors import ConversionError
+from megatron_vlm.conversion.dtypes import DTYPES
+from megatron_vlm.conversion.safetensors_header import MAX_HEADER_BYTES, read_header
+from megatron_vlm.errors import ConversionError, one_line
+from megatron_vlm.runtime.files import check_regular, open_regular, parse_json, read_text, stays_inside
 
 if TYPE_CHECKING:  # imported where a tensor is made
     from torch import Tensor
@@ -115,20 +116,14 @@ class SafetensorsFile:
         end = _LENGTH_BYTES + length
         if len(self._map) < _LENGTH_BYTES or end > len(self._map):
             raise ConversionError(f"{path}: {len(self._map)} bytes, which is no whole safetensors header")
+        if length > MAX_HEADER_BYTES:
+            raise ConversionError(f"{path}: a safetensors header of {length} bytes, needs up to {MAX_HEADER_BYTES}")
         self.header = bytes(self._map[:end])
-        try:
-            entries: dict[str, Any] = json.loads(self.header[_LENGTH_BYTES:])
-            entries.pop("__metadata__", None)
-            self._places = {name: self._place(name, entry) for name, entry in entries.items()}
-        except ConversionError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConversionError(f"{path}: no safetensors header: {error!r}") from error
-        self._check(len(self._map) - end)
+        self._places = read_header(self.header[_LENGTH_BYTES:], len(self._map) - end, path)
 
     def names(self) -> Collection[str]:
         """In the order of their bytes."""
-        return sorted(self._places, key=lambda name: self._places[name][2])
+        return self._places.keys()
 
     def read(self, name: str) -> "Tensor":
         """A view of the file."""
@@ -145,32 +140,15 @@ class SafetensorsFile:
         dtype, shape, start, end = self._places[name]
         return StoredTensor(dtype, shape, Span(self.path, self._version, len(self.header) + start, end - start))
 
-    def _place(self, name: str, entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-        start, end = entry["data_offsets"]
-        if entry["dtype"] not in BY_CODE:
-            known = ", ".join(BY_CODE)
-            raise ConversionError(f"{self.path}: {name} is of dtype {entry['dtype']}, needs one of {known}")
-        return BY_CODE[entry["dtype"]], tuple(entry["shape"]), start, end
-
-    def _check(self, size_bytes: int) -> None:
-        expected = 0
-        for name in self.names():
-            dtype, shape, start, end = self._places[name]
-            if start != expected or end - start != prod(shape) * DTYPES[dtype].num_bytes:
-                raise ConversionError(f"{self.path}: the header gives {name} bytes {start} to {end}, which do not fit")
-            expected = end
-        if expected != size_bytes:
-            raise ConversionError(f"{self.path}: {size_bytes} bytes of tensors, the header needs {expected}")
-
 
 def _mapped(path: Path) -> tuple[mmap.mmap, tuple[int, ...]]:
     """The file, and which version of it."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a tensor must think that it can be written
             return mapped, file_version(file.fileno())
     except (OSError, ValueError) as error:
-        raise ConversionError(f"{path}: cannot be opened: {error}") from error
+        raise ConversionError(f"{path}: cannot be opened: {one_line(error)}") from error
 
 
 class PickleFile:
@@ -185,8 +163,8 @@ class PickleFile:
 
         self.path = path
         try:
-            with open(path, "rb") as file:
-                is_zip = file.read(len(_ZIP)) == _ZIP
+            with open_regular(path) as file:
+                is_zip, size_bytes = file.read(len(_ZIP)) == _ZIP, os.fstat(file.fileno()).st_size
             tensors = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
         except pickle.UnpicklingError as error:
             raise ConversionError(
@@ -194,10 +172,11 @@ class PickleFile:
                 "model again as safetensors"
             ) from error
         except Exception as error:  # damaged bytes make torch and the unpickler raise almost anything
-            reason = (str(error) or repr(error)).partition("\n")[0]
-            raise ConversionError(f"{path}: cannot be read: {reason}") from error
+            raise ConversionError(f"{path}: cannot be read: {one_line(error, first=True)}") from error
         if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
             raise ConversionError(f"{path}: holds no dictionary of tensors")
+        for name, tensor in tensors.items():
+            _check_plain(name, tensor, size_bytes, path)
         self._tensors: dict[str, Tensor] = tensors
 
     def names(self) -> Collection[str]:
@@ -211,6 +190,18 @@ class PickleFile:
     def stored(self, name: str) -> StoredTensor:
         """Where it is in the mapped file. Raises ConversionError for a dtype that no model here has."""
         return stored_in_memory(self._tensors[name], name, self.path)
+
+
+def _check_plain(name: object, tensor: "Tensor", size_bytes: int, path: Path) -> None:
+    """Raises ConversionError for what torch may store, too, and is no array in the file: sparse, quantised or
+    without data, or repeating itself (`expand`) to more than the file's bytes."""
+    import torch
+
+    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    if not isinstance(name, str) or not is_plain or tensor.is_quantized or tensor.device.type != "cpu":
+        raise ConversionError(f"{path}: {name!r} is no plain tensor under a name; save the model as safetensors")
+    if tensor.numel() * tensor.element_size() > size_bytes:
+        raise ConversionError(f"{path}: {name!r} is of shape {list(tensor.shape)}, more than the file's bytes")
 
 
 def open_weight_file(path: Path) -> WeightFile:
@@ -249,16 +240,19 @@ class WeightFolder:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in listed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConversionError(f"{index}: no index of weights: {error!r}") from error
+        found = parse_json(read_text(index), unique_keys=True)
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{index}: no index of weights: {one_line(error)}") from error
+    listed = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise ConversionError(f"{index}: no index of weights: needs a weight_map from tensors to names of files")
+    return listed
 
 
 def _listing(folder: Path) -> tuple[Path | None, list[str], dict[str, str] | None]:
     """The index that counts, the weight files, and tensor -> file where there is an index."""
     for name, pattern in ((SAFETENSORS_INDEX, "*.safetensors"), (PICKLE_INDEX, "pytorch_model*.bin")):
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name):
             listed = _read_index(folder / name)
             return folder / name, sorted(set(listed.values())), listed
         if found := sorted(path.name for path in folder.glob(pattern)):
@@ -268,8 +262,12 @@ def _listing(folder: Path) -> tuple[Path | None, list[str], dict[str, str] | Non
 
 def _inside(folder: Path, name: str, index: Path | None) -> Path:
     """A link out of the directory is fine (the hub's cache has them), a name that leads out of it is not."""
-    if Path(name).name != name or name in ("", ".."):
+    if not stays_inside(name) or "/" in name:
         raise ConversionError(f"{index}: names the file {name!r}, which lies outside of {folder}")
-    if not (folder / name).is_file():
-        raise ConversionError(f"{folder / name}: this shard is missing")
+    try:
+        check_regular(folder / name)
+    except FileNotFoundError as error:
+        raise ConversionError(f"{folder / name}: this shard is missing") from error
+    except OSError as error:
+        raise ConversionError(f"{folder / name}: cannot be opened: {one_line(error)}") from error
     return folder / name

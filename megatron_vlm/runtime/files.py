@@ -84,17 +84,30 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> 
     return parse_json(read_text(path, max_bytes))
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, unique_keys: bool = False) -> Any:
     """What a JSON text holds; bytes are UTF-8 and nothing else.
+
+    Args:
+        unique_keys: refuse an object that has a key twice; else the last of them counts.
 
     Raises:
         ValueError: it is not JSON, or nests deeper than Python reads; UnicodeDecodeError among them.
     """
     try:
         # `json.loads` would guess an encoding, and let halves of surrogates pass
-        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+        whole = text if isinstance(text, str) else text.decode("utf-8")
+        return json.loads(whole, object_pairs_hook=_unique if unique_keys else None)
     except RecursionError as error:
         raise ValueError("its JSON nests too deep to be read") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"it has {twice!r} twice")
+    return found
 
 
 def stays_inside(name: object) -> bool:
