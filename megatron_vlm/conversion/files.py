@@ -30,7 +30,7 @@ SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 INDEXES = (SAFETENSORS_INDEX, PICKLE_INDEX)
 _ZIP = b"PK\x03\x04"  # what torch.save writes since 1.6, and alone can be mapped
-_LENGTH_BYTES = 8  # of the number that heads a safetensors file
+LENGTH_BYTES = 8  # of the number that heads a safetensors file
 
 
 @dataclass(frozen=True)
@@ -112,14 +112,14 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._map, self._version = _mapped(path)
-        length = int.from_bytes(self._map[:_LENGTH_BYTES], "little")
-        end = _LENGTH_BYTES + length
-        if len(self._map) < _LENGTH_BYTES or end > len(self._map):
+        length = int.from_bytes(self._map[:LENGTH_BYTES], "little")
+        end = LENGTH_BYTES + length
+        if len(self._map) < LENGTH_BYTES or end > len(self._map):
             raise ConversionError(f"{path}: {len(self._map)} bytes, which is no whole safetensors header")
         if length > MAX_HEADER_BYTES:
             raise ConversionError(f"{path}: a safetensors header of {length} bytes, needs up to {MAX_HEADER_BYTES}")
         self.header = bytes(self._map[:end])
-        self._places = read_header(self.header[_LENGTH_BYTES:], len(self._map) - end, path)
+        self._places = read_header(self.header[LENGTH_BYTES:], len(self._map) - end, path)
 
     def names(self) -> Collection[str]:
         """In the order of their bytes."""
@@ -193,12 +193,12 @@ class PickleFile:
 
 
 def _check_plain(name: object, tensor: "Tensor", size_bytes: int, path: Path) -> None:
-    """Raises ConversionError for what torch may store, too, and is no array in the file: sparse, quantised or
-    without data, or repeating itself (`expand`) to more than the file's bytes."""
+    """Raises ConversionError for what torch may store, too, and is no array in the file: sparse or without
+    data, or repeating itself (`expand`) to more than the file's bytes."""
     import torch
 
     is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    if not isinstance(name, str) or not is_plain or tensor.is_quantized or tensor.device.type != "cpu":
+    if not isinstance(name, str) or not is_plain or tensor.device.type != "cpu":
         raise ConversionError(f"{path}: {name!r} is no plain tensor under a name; save the model as safetensors")
     if tensor.numel() * tensor.element_size() > size_bytes:
         raise ConversionError(f"{path}: {name!r} is of shape {list(tensor.shape)}, more than the file's bytes")

@@ -6,7 +6,6 @@ heads, which config.json has where it is not the default. So the plan is guessed
 made from the model's own config when that is known (`importing`); where they differ, the import starts again.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from megatron_vlm.conversion.mappings import (
     language_mappings,
 )
 from megatron_vlm.conversion.native_writing import Parameter, lay_out
-from megatron_vlm.errors import ConversionError
+from megatron_vlm.runtime.files import read_json
 
 LLAMA_HEADS = 32  # where a config does not say; Mistral's, Qwen2's and Phi-3's default, too
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -37,12 +36,12 @@ def guess_plan(folder: Path) -> list[Parameter]:
     if not any(folder.glob("*.safetensors")):
         return []
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        settings = read_json(folder / "config.json")
         places = WeightFolder(folder).places
         stored = {canonical_name(name): file.stored(name) for name, file in places.items()}
         table = language_mappings(_sizes(settings.get("text_config") or settings, stored))
         return lay_out(table, stored.__getitem__) if _fits(table, stored) else []
-    except (ConversionError, OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         return []
 
 
@@ -71,12 +70,15 @@ def _sizes(settings: dict[str, Any], stored: dict[str, StoredTensor]) -> Any:
     if not isinstance(heads, int):
         raise TypeError("heads that are no whole number")
     width = queries // heads
+    num_layers = 1 + max(int(found[1]) for name in shapes if (found := _LAYER.match(name)))
+    if num_layers > len(shapes):
+        raise ValueError("fewer tensors than layers")
     return SimpleNamespace(
         model_type=model_type,
         vocab_size=shapes[EMBEDDING][0],
         hidden_size=hidden,
         intermediate_size=shapes[f"{layer}.mlp.down_proj.weight"][1],
-        num_hidden_layers=1 + max(int(found[1]) for name in shapes if (found := _LAYER.match(name))),
+        num_hidden_layers=num_layers,
         num_attention_heads=heads,
         num_key_value_heads=keys // width,
         head_dim=width,

@@ -12,24 +12,30 @@ A checkpoint trained from an imported one keeps it too (`carry`).
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import torch
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.conversion.files import SafetensorsFile
+from megatron_vlm.conversion.dtypes import DTYPES
+from megatron_vlm.conversion.files import LENGTH_BYTES, SafetensorsFile
 from megatron_vlm.conversion.formats.base import ForeignModel, read_json
 from megatron_vlm.conversion.formats.recipe import settings_of
+from megatron_vlm.conversion.safetensors_header import read_header
 from megatron_vlm.conversion.sources import FolderSource
 from megatron_vlm.data.tokenizer import load_tokenizer
-from megatron_vlm.errors import CheckpointError
+from megatron_vlm.errors import CheckpointError, ConversionError, one_line, shown
 from megatron_vlm.models.hf_config import config_from_path
+from megatron_vlm.runtime.files import read_bytes, stays_inside
 from megatron_vlm.runtime.logging import get_logger
 
 FOLDER = "origin"
@@ -41,6 +47,32 @@ _BESIDE_THE_MODEL = ("architectures", "dtype", "_name_or_path")  # of a config: 
 _OF_A_CALL = ("padding", "truncation")  # what a tokenizer keeps of its last use
 
 logger = get_logger(__name__)
+
+
+def _plain_name(file: str) -> str:
+    if not stays_inside(file) or "/" in file:
+        raise ValueError(f"found {file!r}, needs the name of a file in one folder")
+    return file
+
+
+def _known_dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise ValueError(f"found dtype {name!r}, needs one of {', '.join(DTYPES)}")
+    return name
+
+
+_FileName: TypeAlias = Annotated[str, AfterValidator(_plain_name)]
+_Dtype: TypeAlias = Annotated[str, AfterValidator(_known_dtype)]
+_Size: TypeAlias = Annotated[int, Field(strict=True, ge=0)]
+
+
+class _Record(BaseModel):
+    """origin.json: whoever wrote it, its files stay in their folders and its dtypes are dtypes."""
+
+    format: str
+    weights: dict[_FileName, list[tuple[str, str, _Dtype, tuple[_Size, ...]]]]
+    referenced: dict[str, tuple[_Dtype, str, str]]
+    reading: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -87,24 +119,36 @@ class Origin:
             return None
         record = read_json(folder / _RECORD)
         try:
-            weights = {
-                file: [OriginTensor(name, own, dtype, tuple(shape)) for name, own, dtype, shape in tensors]
-                for file, tensors in record["weights"].items()
-            }
-            referenced = {name: (dtype, own, bf16) for name, (dtype, own, bf16) in record["referenced"].items()}
-            return cls(folder, record["format"], weights, referenced, record["reading"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{folder / _RECORD} is damaged: {error!r}") from error
+            known = _Record.model_validate(record)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            place = ".".join(map(str, fault["loc"]))
+            raise CheckpointError(f"{folder / _RECORD} is damaged: {place}: {shown(fault['msg'])}") from error
+        weights = {file: [OriginTensor(*entry) for entry in tensors] for file, tensors in known.weights.items()}
+        return cls(folder, known.format, weights, known.referenced, known.reading)
 
     def header(self, file: str) -> bytes | None:
-        """Of a safetensors file; None for one that was a pickle."""
+        """Of a safetensors file; None for one that was a pickle. Raises CheckpointError where it is not that of the
+        file's tensors."""
         path = self.folder / _HEADERS / file
-        return path.read_bytes() if path.is_file() else None
+        if not os.path.lexists(path):
+            return None
+        tensors = {t.disk_name: (t.dtype, t.shape) for t in self.weights[file]}
+        num_bytes = sum(prod(shape) * DTYPES[dtype].num_bytes for dtype, shape in tensors.values())
+        try:
+            header = read_bytes(path)
+            places = read_header(header[LENGTH_BYTES:], num_bytes, path)
+        except (OSError, ConversionError) as error:
+            raise CheckpointError(f"{path} is damaged: {one_line(error)}") from error
+        is_whole = int.from_bytes(header[:LENGTH_BYTES], "little") == len(header) - LENGTH_BYTES
+        if not is_whole or [*tensors.items()] != [(name, (p.dtype, p.shape)) for name, p in places.items()]:
+            raise CheckpointError(f"{path} is damaged: it is not the header of the tensors in {_RECORD}")
+        return header
 
     def spare(self) -> dict[str, Tensor]:
         """The tensors no model here has, by canonical name."""
         path = self.folder / _SPARE
-        if not path.is_file():
+        if not os.path.lexists(path):
             return {}
         file = SafetensorsFile(path)
         return {name: file.read(name) for name in file.names()}

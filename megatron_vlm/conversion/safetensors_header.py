@@ -9,7 +9,7 @@ sizes, so that arithmetic with them stays small whoever wrote the file.
 
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from megatron_vlm.conversion.dtypes import BY_CODE, DTYPES
 from megatron_vlm.errors import ConversionError, one_line
@@ -70,10 +70,10 @@ def _place(entry: Any, name: str) -> Place:
         raise ConversionError(f"{name} has the shape {_short(shape)}, needs up to {MAX_DIMS} whole numbers from 0")
     if not _are_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ConversionError(f"{name} has data_offsets {_short(offsets)}, needs two whole numbers from 0 in order")
-    return Place(BY_CODE[code], tuple(shape), *offsets)
+    return Place(BY_CODE[code], tuple(shape), offsets[0], offsets[1])
 
 
-def _are_numbers(found: Any) -> bool:
+def _are_numbers(found: Any) -> TypeGuard[list[int]]:
     """Whether it is a list of whole numbers that 64 bits hold; true and false are none."""
     return isinstance(found, list) and all(type(number) is int and 0 <= number <= _MAX_NUMBER for number in found)
 

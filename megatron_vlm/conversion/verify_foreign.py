@@ -8,13 +8,13 @@ Hazard: transformers fills what it finds no tensor for with random numbers and p
 both are errors here.
 """
 
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -31,7 +31,7 @@ from megatron_vlm.conversion.formats.base import has_tokenizer, read_json, recog
 from megatron_vlm.conversion.verify_projectors import plain_projector
 from megatron_vlm.conversion.verify_side import Facts, coarsest, round_weights
 from megatron_vlm.conversion.verify_trace import HEAD, Anatomy, Probe, Trace, traced
-from megatron_vlm.errors import ConversionError
+from megatron_vlm.errors import ConversionError, one_line
 from megatron_vlm.models.vision.preprocessing import PixelFormat, pixel_format
 from megatron_vlm.models.vision.survey import find_layers
 from megatron_vlm.runtime.device import current_device
@@ -160,7 +160,7 @@ class LlavaSide(ForeignSide):
         places = WeightFolder(self.folder).places
         tensors = {name: file.read(name) for name, file in places.items() if not name.endswith(_BUFFERS)}
         extra = self.folder / _PROJECTOR_FILE
-        if not any(_PROJECTOR in name for name in tensors) and extra.is_file():
+        if not any(_PROJECTOR in name for name in tensors) and os.path.lexists(extra):
             file = open_weight_file(extra)
             tensors |= {name: file.read(name) for name in file.names()}
         language: dict[str, Tensor] = {}
@@ -227,8 +227,8 @@ def _loaded(model: Any, origin: str, folder: Path | None, is_part: bool = False,
         loaded, report = model.from_pretrained(
             place, dtype=torch.float32, output_loading_info=True, local_files_only=True, **options
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = (str(error) or repr(error)).strip().partition("\n")[0]
+    except Exception as error:  # a config or weights of anybody make transformers raise almost anything
+        reason = one_line(error, first=True)
         raise ConversionError(f"{origin}: transformers cannot load it as {model.__name__}: {reason}") from error
     kinds = {"missing": "missing_keys"} if is_part else {"missing": "missing_keys", "left over": "unexpected_keys"}
     for what, key in kinds.items():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_vlm.errors import ConversionError
+from megatron_vlm.errors import ConversionError, one_line
 
 NUM_PROTOTYPES = 256
 
@@ -44,7 +44,7 @@ def plain_projector(
             projector = _mlp(state)
         projector.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConversionError(f"{origin}: the projector is none of LLaVA's: {reason}") from error
     return projector
 

@@ -4,7 +4,7 @@ A format is a module of this package: how its directories are recognised and ope
 in it, how their tensors and configuration are called there. The engine does the rest.
 """
 
-import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +18,10 @@ from megatron_vlm.checkpoint.manifest import FILE_NAME as MANIFEST
 from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.mappings import EMBEDDING, HEAD
 from megatron_vlm.conversion.sources import FolderSource, WeightSource, resolve_folder
-from megatron_vlm.errors import ConversionError
+from megatron_vlm.errors import ConversionError, one_line
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.registry import Registry
+from megatron_vlm.runtime.files import parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class Format:
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FORMATS: Registry[Format] = Registry("format")
+MAX_CONFIG_BYTES = 2**26  # far above any real one; Python's objects of it may take thirty times as much
 
 
 def open_foreign(path: str | Path, format: str | None = None, places: Places = Places()) -> ForeignModel:
@@ -169,7 +171,7 @@ def recognised(folder: Path) -> str | None:
 
 
 def _recognised(folder: Path) -> Format | None:
-    if (folder / MANIFEST).exists() or not (folder / "config.json").is_file():
+    if os.path.lexists(folder / MANIFEST) or not os.path.lexists(folder / "config.json"):
         return None
     settings = read_json(folder / "config.json")
     return next((f for f in map(FORMATS.get, FORMATS.names()) if f.recognises(folder, settings)), None)
@@ -178,9 +180,9 @@ def _recognised(folder: Path) -> Format | None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises ConversionError."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = parse_json(read_text(path, MAX_CONFIG_BYTES))
     except (OSError, ValueError) as error:
-        raise ConversionError(f"{path}: cannot be read: {error}") from error
+        raise ConversionError(f"{path}: cannot be read: {one_line(error)}") from error
     if not isinstance(settings, dict):
         raise ConversionError(f"{path}: holds a {type(settings).__name__}, needs an object")
     return settings
@@ -217,8 +219,8 @@ def is_tied(declared: bool, source: WeightSource) -> bool:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a directory holds a tokenizer's vocabulary."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    """Whether a directory holds a tokenizer's vocabulary, or what stands in its place."""
+    return any(os.path.lexists(folder / name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def fitting_template(folder: Path, language: PretrainedConfig) -> str:
@@ -229,7 +231,7 @@ def fitting_template(folder: Path, language: PretrainedConfig) -> str:
     roles of `vicuna_v1` by `message['role'].upper()`.
 
     Raises:
-        ConversionError: a template over typed parts that none of ours stands for.
+        ConversionError: a template over typed parts that none of ours stands for, or one that cannot be read.
     """
     file, text = _chat_template(folder)
     if not text:
@@ -250,7 +252,10 @@ def _chat_template(folder: Path) -> tuple[Path, str]:
     """(file, template) of a directory, the template empty where there is none."""
     for name in ("tokenizer_config.json", "chat_template.json"):
         path = folder / name
-        if path.is_file() and (text := read_json(path).get("chat_template")):
+        if os.path.lexists(path) and (text := read_json(path).get("chat_template")):
             return path, str(text)
     jinja = folder / "chat_template.jinja"
-    return jinja, jinja.read_text(encoding="utf-8") if jinja.is_file() else ""
+    try:
+        return jinja, read_text(jinja, MAX_CONFIG_BYTES) if os.path.lexists(jinja) else ""
+    except OSError as error:
+        raise ConversionError(f"{jinja}: cannot be read: {one_line(error)}") from error

@@ -5,6 +5,7 @@ Its config.json is the language model's with `mm_*` keys. The tower is inside th
 """
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -206,7 +207,7 @@ def _written_projector(target: Target) -> dict[str, str]:
     if not key:
         return {"mm_projector_type": kind}
     carried = target.checkpoint / CARRIED_CONFIG
-    came = read_json(carried).get("mm_projector_type") if carried.is_file() else None
+    came = read_json(carried).get("mm_projector_type") if os.path.lexists(carried) else None
     return {"mm_projector_type": DOWNSAMPLE if came == DOWNSAMPLE else kind, **key}
 
 
@@ -235,7 +236,7 @@ def _checked(folder: Path, settings: dict[str, Any]) -> tuple[str, str]:
 
 def _is_projector_alone(folder: Path) -> bool:
     weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    return not weights and (folder / PROJECTOR_FILE).is_file()
+    return not weights and os.path.lexists(folder / PROJECTOR_FILE)
 
 
 def _base_of(folder: Path, settings: dict[str, Any], place: str | None) -> Path:

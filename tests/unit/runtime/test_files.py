@@ -92,3 +92,9 @@ def test_names_inside(name: str) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "../a", "a/../b", "/etc/passwd", "a\0b", "a//b", "a/", "./a", 1, None])
 def test_names_that_lead_elsewhere(name: object) -> None:
     assert not stays_inside(name)
+
+
+def test_a_key_may_be_asked_to_stand_once() -> None:
+    assert parse_json('{"a": 1, "a": 2}') == {"a": 2}
+    with pytest.raises(ValueError, match="it has 'a' twice"):
+        parse_json('[{"b": {"a": 1, "b": 2, "a": 2}}]', unique_keys=True)
