@@ -22,7 +22,6 @@ import io
 import json
 import os
 import shutil
-import stat
 import tempfile
 import time
 from collections import Counter
@@ -35,13 +34,14 @@ import numpy as np
 
 from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.conversation import ConversationEncoder, EncodedSample
-from megatron_vlm.data.media import MediaReader
-from megatron_vlm.data.sample import BadSample, Sample
+from megatron_vlm.data.media import MediaReader, check_file
+from megatron_vlm.data.sample import BadSample, Sample, told_of
 from megatron_vlm.data.sources import Extent, RecordFile
 from megatron_vlm.data.video.files import count_frames
 from megatron_vlm.data.video.sampling import place, with_frames
 from megatron_vlm.data.workers import OrderedItems
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, one_line
+from megatron_vlm.runtime.files import check_regular, open_regular, parse_json, read_json
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.progress import Progress
 
@@ -67,6 +67,8 @@ class SampleIndex:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        for name in ("samples.npy", "ids.bin", "frames.npy"):
+            check_regular(folder / name)
         self._records = np.load(folder / "samples.npy", mmap_mode="r")
         ids = folder / "ids.bin"
         self._ids = np.memmap(ids, np.uint8, mode="r") if ids.stat().st_size else np.empty(0, np.uint8)
@@ -77,7 +79,7 @@ class SampleIndex:
             raise ValueError(f"frames.npy has {len(self._frames)} videos, {needed} are needed")
         self.tokens: np.ndarray = self._records["tokens"]
         self.images: np.ndarray = self._records["images"]
-        contents = json.loads((folder / "contents.json").read_text(encoding="utf-8"))
+        contents = read_json(folder / "contents.json")
         self.dropped: dict[str, int] = contents["dropped"]
         self.num_truncated: int = contents["truncated"]
         self.fingerprint_of_contents: dict[str, int | str] = contents["fingerprint"]
@@ -156,13 +158,15 @@ class Measurer:
         sample_id, origin, raw = str(extent.number), self.file.origin(extent), self.file.read_bytes(extent)
         media: dict[str, list[str]] = {"images": [], "videos": []}
         try:
-            sample = self.file.parse(raw, origin, sample_id)
+            with told_of(origin):
+                sample = self.file.parse(raw, origin, sample_id)
             sample_id = sample.id
             media = {name: [str(self.media_root / str(path)) for path in getattr(sample, name)] for name in media}
             digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
-            self._check_files(sample)
-            frames = count_frames(sample, self.media_root, self.sampling)
-            encoded = self._encode(sample, frames)
+            with told_of(f"{origin}: sample {sample_id!r}"):
+                self._check_files(sample)
+                frames = count_frames(sample, self.media_root, self.sampling)
+                encoded = self._encode(sample, frames)
             is_truncated = encoded.num_cut > 0
             return Measured(len(encoded.ids), len(encoded.image_starts), digest, sample_id, is_truncated, frames)
         except BadSample as error:
@@ -172,17 +176,14 @@ class Measurer:
 
     def _check_files(self, sample: Sample) -> None:
         owner = f"{sample.origin}: sample {sample.id!r}"
-        advice = "(data.media_root is joined with the path in the file)"
+        advice = " (data.media_root is joined with the path in the file)"
         for image in sample.images:
             path = place(image, self.media_root)
-            if not os.path.isfile(path):
-                raise BadSample(f"{owner}: image {path} does not exist {advice}", "missing")
+            check_file(path, "image", owner, advice)
             if self.skip is not None:
                 self.skip.media.check_header(path, owner)
         for video in sample.videos:
-            path = self.media_root / video
-            if not os.path.exists(path):
-                raise BadSample(f"{owner}: video {path} does not exist {advice}", "missing")
+            check_file(self.media_root / video, "video", owner, advice)
 
     def _encode(self, sample: Sample, frames: tuple[int, ...]) -> EncodedSample:
         """Its tokens."""
@@ -240,7 +241,7 @@ def open_index(
                 if not folder.exists():
                     _build(Measurer(file, encoder, media_root, file.scan(), skip, sampling), folder)
         except OSError as error:
-            raise DataError(f"the index of {file.path} cannot be written to {folder}: {error}") from error
+            raise DataError(f"the index of {file.path} cannot be written to {folder}: {one_line(error)}") from error
     index = _open(folder, with_check=rank == 0)
     if index.dropped and rank == 0:
         counts, num_dropped = _list_counts(index.dropped), sum(index.dropped.values())
@@ -262,13 +263,15 @@ def _open(folder: Path, with_check: bool) -> SampleIndex:
             _refuse_mended(folder)
         return SampleIndex(folder)
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"the index {folder} is damaged ({error}); remove the folder: it is built again") from error
+        raise DataError(
+            f"the index {folder} is damaged ({one_line(error)}); remove the folder: it is built again"
+        ) from error
 
 
 def _refuse_mended(folder: Path) -> None:
     """Raises DataError where pictures that were missing at indexing are there now."""
-    with open(folder / "dropped.jsonl", encoding="utf-8") as lines:
-        dropped = [Dropped(**json.loads(line)) for line in lines]
+    with open_regular(folder / "dropped.jsonl") as lines:
+        dropped = [Dropped(**parse_json(line)) for line in lines]
     missing = [one for one in dropped if one.reason == "missing"]
     mended = [one for one in missing if all(map(os.path.isfile, one.images)) and all(map(os.path.exists, one.videos))]
     if mended:
@@ -300,11 +303,15 @@ def _fingerprint(
     file: RecordFile, encoder: ConversationEncoder, media_root: Path, skip: SkipRule | None, sampling: VideoConfig
 ) -> str:
     try:
-        facts = file.path.stat()
+        facts = check_regular(file.path)
     except OSError as error:
         raise DataError(f"data file {file.path} cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(facts.st_mode):
-        raise DataError(f"data file {file.path} cannot be read: it is not a file")
+    try:
+        resolved_root = str(media_root.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a null character
+        raise DataError(
+            f"data.media_root: found {media_root}, needs the name of a folder: {one_line(error)}"
+        ) from error
     tokenizer = encoder.tokenizer
     parts = [
         FORMAT,
@@ -318,7 +325,7 @@ def _fingerprint(
         file.image_token,
         encoder.tokens_per_image,
         encoder.max_tokens,
-        str(media_root.resolve()),
+        resolved_root,
         sampling.model_dump(),
         None if skip is None else [skip.max_tokens, skip.media.image_mode, repr(skip.media.spec)],
     ]
@@ -339,8 +346,8 @@ def _cache_root(path: Path, spare_root: Path) -> Path:
             spare.mkdir(parents=True, exist_ok=True)
         except OSError as spare_error:
             raise DataError(
-                f"the index of {path} can be written neither to {beside} nor to {spare}: {spare_error}"
-            ) from (spare_error)
+                f"the index of {path} can be written neither to {beside} nor to {spare}: {one_line(spare_error)}"
+            ) from spare_error
         return spare
 
 

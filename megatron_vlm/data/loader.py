@@ -26,12 +26,12 @@ from megatron_vlm.data.index import SampleIndex, SkipRule, describe_length, open
 from megatron_vlm.data.media import FAULTS, MediaReader
 from megatron_vlm.data.media_windows import SamplePlace, WorldSharing
 from megatron_vlm.data.plan import GroupedPlan, PackedPlan, Plan, RowPlan
-from megatron_vlm.data.sample import IGNORE, BadSample, Frame, Sample
+from megatron_vlm.data.sample import IGNORE, BadSample, Frame, Sample, told_of
 from megatron_vlm.data.sources import SOURCES, RecordFile
 from megatron_vlm.data.video.files import read_pictures
 from megatron_vlm.data.video.sampling import with_frames
 from megatron_vlm.data.workers import OrderedItems
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, one_line
 from megatron_vlm.models.architectures import attention_windows, load_language_config
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.layout import SequenceLayout, padded_length, row_length
@@ -216,7 +216,9 @@ class SampleSource:
 
     def sample(self, number: int) -> Sample:
         """One sample, with its videos' frames. Raises DataError where the file is gone, or this is no longer in it."""
-        sample, counts = self.file.read(self.index.extent(number)), self.index.frame_counts(number)
+        extent, counts = self.index.extent(number), self.index.frame_counts(number)
+        with told_of(self.file.origin(extent)):
+            sample = self.file.read(extent)
         if len(sample.videos) != len(counts):
             raise self._changed(sample, f"{len(sample.videos)} videos, {len(counts)}")
         return with_frames(sample, counts, self.encoder.image_token)
@@ -224,7 +226,8 @@ class SampleSource:
     def document(self, number: int) -> Document:
         """One sample. Raises DataError where it is no longer what was indexed."""
         sample = self.sample(number)
-        encoded = self.encoder.encode(sample)
+        with told_of(f"{sample.origin}: sample {sample.id!r}"):
+            encoded = self.encoder.encode(sample)
         if len(encoded.ids) != self.index.tokens[number]:
             raise self._changed(sample, f"{len(encoded.ids)} tokens, {self.index.tokens[number]}")
         return sample, encoded
@@ -252,7 +255,7 @@ class SampleSource:
             except BadSample as error:
                 if not self.tolerant:
                     raise
-                get_logger(__name__).warning("%s; it is blanked and the sample not trained", error)
+                get_logger(__name__).warning("%s; it is blanked and the sample not trained", one_line(error))
                 pixels[number:stop] = self.media.blank_pixels()
                 faults[number:stop] = [FAULTS.index(error.reason)] * (stop - number)
             number = stop

@@ -6,14 +6,17 @@ the rank that encodes a picture opens its file.
 
 As there, an alpha channel is dropped and EXIF's rotation is not applied. Hazards: Pillow clips wide grey values to 8
 bits, which makes a 16-bit scan all white, so those are scaled first. A file of some bytes may declare a picture that
-fills the memory, and a picture that is small by itself may do so on its square: both are refused from the header.
+fills the memory, and a picture that is small by itself may do so on its square or while it is resized: all are refused
+from the header. Pillow would take a file for what it begins like, whatever its name, and start Ghostscript for a
+PostScript one: `FORMATS` are all that it may open.
 """
 
 import contextlib
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -21,11 +24,19 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from megatron_vlm.data.sample import BadSample
+from megatron_vlm.errors import one_line
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.preprocessing import load_processor
+from megatron_vlm.runtime.files import FileKindError, check_regular, open_regular
+from megatron_vlm.runtime.limits import bounded
 
 FAULTS = ("none", "missing", "not an image", "damaged", "bomb", "not a video")  # of a picture; 0: it can be read
 MAX_PREPARED_PIXELS = 2 * 89_478_485  # of a picture while it is prepared; Pillow's own bound of what may be read, twice
+
+# What pictures that are trained on come in; no reader among them starts a program. JPEG's reads MPO too.
+FORMATS: tuple[str, ...] = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "DIB", "JPEG2000")
+if find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
+    FORMATS += ("AVIF",)
 
 ImageMode = Literal["pad", "resize", "processor"]
 
@@ -58,8 +69,7 @@ class MediaReader:
         if self.blank:
             return self.blank_pixels()
         with self._opened(path, sample) as file:
-            image = to_rgb(file)
-        return self.prepare(image)
+            return self.prepare(to_rgb(file))
 
     def check_header(self, path: str | Path, sample: str) -> None:
         """Raises as `read` does, of what can be told without decoding the picture."""
@@ -71,7 +81,8 @@ class MediaReader:
         return self.prepare(Image.new("RGB", (self.spec.width, self.spec.height), self.mean_colour))
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """An RGB picture of any size -> pixels [3, H, W], fp32, normalised."""
+        """An RGB picture -> pixels [3, H, W], fp32, normalised. Raises DecompressionBombError as `refuse_size`."""
+        self.refuse_size(*image.size)
         if self._processor is not None:
             return torch.from_numpy(np.array(self._processor(image)["pixel_values"][0], dtype=np.float32))
         if self.image_mode == "pad":
@@ -87,30 +98,68 @@ class MediaReader:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(path) as file:
-                    self._refuse_size(*file.size)
+                check_file(path, "image", sample)
+                with open_regular(path) as bytes_of_it, open_picture(bytes_of_it) as file:
+                    self.refuse_size(*file.size)
                     yield file
-        except FileNotFoundError as error:
-            raise BadSample(f"{sample}: image {path} does not exist", "missing") from error
+        except BadSample:
+            raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise BadSample(f"{sample}: image {path} is too large to be decoded: {error}", "bomb") from error
+            raise BadSample(f"{sample}: image {path} is too large to be decoded: {one_line(error)}", "bomb") from error
         except UnidentifiedImageError as error:
             raise BadSample(f"{sample}: image {path} cannot be read: it is not an image", "not an image") from error
         except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
-            raise BadSample(f"{sample}: image {path} cannot be read: {error}", "damaged") from error
+            raise BadSample(f"{sample}: image {path} cannot be read: {one_line(error)}", "damaged") from error
 
-    def _refuse_size(self, width: int, height: int) -> None:
-        """A strip may be small by itself and huge as a square, or where its short side is stretched to the tower's."""
+    def refuse_size(self, width: int, height: int) -> None:
+        """A strip may be small by itself and huge as a square, where its short side is stretched to the tower's, or
+        between the two passes of a resize, when it has the new width and still its own height.
+
+        Raises:
+            DecompressionBombError: it would take more than MAX_PREPARED_PIXELS on its way.
+            ValueError: it has no pixels.
+        """
         longer, shorter = max(width, height), min(width, height)
         if not shorter:
             raise ValueError(f"it has {width} x {height} pixels")
         edge = self._processor.size.shortest_edge if self._processor is not None else None
-        num_pixels = longer**2 if self.image_mode == "pad" else edge**2 * longer // shorter if edge else 0
+        if self.image_mode == "pad":
+            num_pixels = longer**2
+        elif edge:
+            new_width, new_height = edge * width // shorter, edge * height // shorter
+            num_pixels = new_width * max(new_height, height)
+        else:
+            num_pixels = self.spec.width * height
         if num_pixels > MAX_PREPARED_PIXELS:
             raise Image.DecompressionBombError(
                 f"its {width} x {height} pixels become {num_pixels} with data.image_mode {self.image_mode}, "
                 f"{MAX_PREPARED_PIXELS} are allowed"
             )
+
+
+def open_picture(file: BinaryIO) -> Image.Image:
+    """A picture with its header read. The only door to Pillow: formats that are trained on, and no more time for the
+    header than any takes.
+
+    Raises:
+        UnidentifiedImageError: it is none of FORMATS. LimitError: its header does not end. Pillow's readers raise
+            almost anything.
+    """
+    return bounded(lambda: Image.open(file, formats=FORMATS))
+
+
+def check_file(path: str | Path, kind: Literal["image", "video"], owner: str, advice: str = "") -> None:
+    """Raises BadSample where a picture's or video's path leads to nothing, or to what is no file (of a video: and no
+    folder either); a named pipe would be waited for, for ever."""
+    try:
+        check_regular(path, or_directory=kind == "video")
+    except FileKindError as error:
+        reason = "not an image" if kind == "image" else "not a video"
+        raise BadSample(f"{owner}: {kind} {path} cannot be read: {error.strerror}", reason) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BadSample(f"{owner}: {kind} {path} does not exist{advice}", "missing") from error
+    except OSError as error:  # as where a network folder is gone
+        raise BadSample(f"{owner}: {kind} {path} cannot be read: {error.strerror}{advice}", "missing") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

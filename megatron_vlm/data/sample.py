@@ -1,9 +1,11 @@
 """One training conversation, as every source gives it: turns of text and the pictures and videos they mention."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, one_line
 from megatron_vlm.ops.labels import IGNORE as IGNORE  # of tokens that are not trained; all of data has it from here
 
 VIDEO_TOKEN = "<video>"  # a video's marker in a text, where it is one by its record
@@ -75,3 +77,13 @@ class BadSample(DataError):
     def __init__(self, message: str, reason: str = "malformed") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+@contextlib.contextmanager
+def told_of(owner: str) -> Iterator[None]:
+    """What one sample makes Python refuse (its memory, its stack, an arithmetic that has no result) is that sample's
+    fault, and not the rank's: a BadSample that names `owner`."""
+    try:
+        yield
+    except (MemoryError, RecursionError, ArithmeticError) as error:
+        raise BadSample(f"{owner} cannot be used: {type(error).__name__}: {one_line(error)}") from error

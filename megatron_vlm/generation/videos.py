@@ -1,5 +1,6 @@
 """Videos among what is asked about: each is shown as the frames that `data.video` of the model's recipe takes of it."""
 
+import os
 import re
 from collections.abc import Generator, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from megatron_vlm.generation.prompts import VIDEO_SUFFIXES, ImageSource
 
 def is_video(image: ImageSource) -> bool:
     """Whether it is a container of a known kind, or a folder of frames."""
-    return isinstance(image, Path) and (image.suffix.lower() in VIDEO_SUFFIXES or image.is_dir())
+    return isinstance(image, Path) and (image.suffix.lower() in VIDEO_SUFFIXES or os.path.isdir(image))
 
 
 def show_frames(

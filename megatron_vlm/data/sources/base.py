@@ -16,6 +16,7 @@ from typing import NamedTuple
 from megatron_vlm.data.sample import Sample
 from megatron_vlm.errors import DataError
 from megatron_vlm.registry import Registry
+from megatron_vlm.runtime.files import open_regular
 
 
 class Extent(NamedTuple):
@@ -64,7 +65,7 @@ class RecordFile(ABC):
     def read_bytes(self, extent: Extent) -> bytes:
         """One record as the file has it. Raises DataError where the file is gone."""
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
                 return os.pread(file.fileno(), extent.size, extent.offset)
         except OSError as error:
             raise DataError(f"data file {self.path} cannot be read: {error.strerror}") from error

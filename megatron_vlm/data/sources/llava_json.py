@@ -18,7 +18,8 @@ from typing import Any
 
 from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, Role, Sample, Turn
 from megatron_vlm.data.sources.base import SOURCES, Extent, RecordFile
-from megatron_vlm.errors import DataError
+from megatron_vlm.errors import DataError, one_line
+from megatron_vlm.runtime.files import open_regular, parse_json
 
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -50,8 +51,8 @@ class LlavaFile(RecordFile):
             DataError: the file cannot be read, is empty, or is not JSON.
         """
         try:
-            with open(self.path, encoding="latin-1", newline="") as file:
-                text = file.read()
+            with open_regular(self.path) as file:
+                text = file.read().decode("latin-1")
         except OSError as error:
             raise DataError(f"data file {self.path} cannot be read: {error.strerror}") from error
         if text.startswith(UTF_16_MARKS):
@@ -70,7 +71,7 @@ class LlavaFile(RecordFile):
     def origin(self, extent: Extent) -> str:
         """How error messages name the object."""
         if self._is_list is None:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
                 self._is_list = file.read(64).decode("latin-1").removeprefix(BYTE_ORDER_MARK).lstrip().startswith("[")
         return f"{self.path} {'element' if self._is_list else 'line'} {extent.number}"
 
@@ -124,11 +125,11 @@ def parse_record(raw: bytes, origin: str, default_id: str, image_token: str) -> 
     LLaVA does. Raises BadSample naming `origin` and what is wrong.
     """
     try:
-        record = json.loads(raw)
+        record = parse_json(raw)
         if HALF_CHARACTER.search(raw):
             json.dumps(record, ensure_ascii=False).encode()  # it may be half of a pair, which no tokenizer takes
     except (ValueError, RecursionError) as error:
-        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else one_line(error)
         message = f"{origin} is not JSON: {reason}; a file holds one list of objects, or one whole object per line"
         raise BadSample(message) from error
     if not isinstance(record, dict):

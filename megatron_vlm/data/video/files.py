@@ -7,7 +7,9 @@ hour of video decodes the groups of pictures around these, none of them twice.
 Hazards: which picture a frame's number means must not depend on what else is read with it, else two layouts train on
 different pixels. It is the first one shown at or after the number's time, less half a frame; and reading starts at a
 keyframe shown before that time, which is not what a container's own search by decoding time gives. As with pictures, a
-rotation that the container asks for is not applied.
+rotation that the container asks for is not applied. A file may also be a list of other files or of addresses in the
+network (HLS, DASH, concat, SDP), whatever its name, and libav would open those: `CONTAINERS` are all that it may read,
+and nothing but the file itself.
 """
 
 import contextlib
@@ -25,11 +27,17 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_vlm.config.schema import VideoConfig
-from megatron_vlm.data.media import MAX_PREPARED_PIXELS, MediaReader
+from megatron_vlm.data.media import MAX_PREPARED_PIXELS, MediaReader, check_file
 from megatron_vlm.data.sample import BadSample, Frame, Picture, Sample
 from megatron_vlm.data.video.sampling import VideoFacts, frame_numbers, num_sampled, place
+from megatron_vlm.errors import one_line
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+CONTAINERS = (
+    "mov mp4 m4a 3gp 3g2 mj2 matroska webm avi mpeg mpegts mpegvideo ogg flv asf mxf nut gif apng h264 hevc m4v mjpeg "
+    "obu av1 ivf dv yuv4mpegpipe wtv rm wav mp3 flac aac"  # the last without pictures, which is told then
+).split()
+ONLY_THIS_FILE = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
 MISSING_SECONDS = 1.0  # at a video's end, where headers overstate its length: the last frame stands for what is missing
 
 
@@ -52,7 +60,7 @@ def survey(path: Path, owner: str) -> VideoFacts:
     Raises:
         BadSample: there is no such file, it is no video or its header is damaged; names it and `owner`.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         return VideoFacts(len(_list_pictures(path, owner)), None)
     with _opened(path, owner) as (container, stream):
         return _read_facts(container, stream)
@@ -74,12 +82,15 @@ def read_pictures(
         yield from (reader.blank_pixels() for _ in pictures)
     else:
         numbers = [picture.number for picture in pictures if isinstance(picture, Frame)]
-        if path.is_dir():
+        if os.path.isdir(path):
             files = _list_pictures(path, owner)
             places = _frames_of(len(files), first, path, owner)
             yield from (reader.read(files[places[number]], owner) for number in numbers)
         else:
-            yield from (reader.prepare(image) for image in _decode(path, first, numbers, owner))
+            for image in _decode(path, first, numbers, owner):
+                with _told(path, owner, "damaged"):
+                    pixels = reader.prepare(image)
+                yield pixels
 
 
 def _decode(path: Path, video: Frame, numbers: Sequence[int], owner: str) -> Iterator[Image.Image]:
@@ -181,22 +192,31 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
 @contextlib.contextmanager
 def _opened(path: Path, owner: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container with its header read; whatever is wrong with it, also inside the context, is a BadSample."""
-    is_open = False
+    check_file(path, "video", owner)
+    with _told(path, owner, "not a video"):
+        container = av.open(f"file:{path}", options=ONLY_THIS_FILE)
+    with container, _told(path, owner, "damaged"):
+        if not container.streams.video:
+            raise BadSample(f"{owner}: video {path} has no video stream", "not a video")
+        stream = container.streams.video[0]
+        size = stream.codec_context
+        if size.width * size.height > MAX_PREPARED_PIXELS:
+            message = f"{owner}: video {path} is too large to be decoded: frames of {size.width} x {size.height}"
+            raise BadSample(f"{message} pixels, {MAX_PREPARED_PIXELS} are allowed", "bomb")
+        yield container, stream
+
+
+@contextlib.contextmanager
+def _told(path: Path, owner: str, reason: str) -> Iterator[None]:
+    """Whatever is raised inside is a BadSample: damaged bytes make decoders raise almost anything."""
     try:
-        with av.open(os.fspath(path)) as container:
-            is_open = True
-            if not container.streams.video:
-                raise BadSample(f"{owner}: video {path} has no video stream", "not a video")
-            stream = container.streams.video[0]
-            size = stream.codec_context
-            if size.width * size.height > MAX_PREPARED_PIXELS:
-                message = f"{owner}: video {path} is too large to be decoded: frames of {size.width} x {size.height}"
-                raise BadSample(f"{message} pixels, {MAX_PREPARED_PIXELS} are allowed", "bomb")
-            yield container, stream
+        yield
     except BadSample:
         raise
-    except FileNotFoundError as error:
-        raise BadSample(f"{owner}: video {path} does not exist", "missing") from error
-    except Exception as error:  # damaged bytes make decoders raise almost anything
-        reason = "damaged" if is_open else "not a video"
-        raise BadSample(f"{owner}: video {path} cannot be read: {error}", reason) from error
+    except Image.DecompressionBombError as error:
+        raise BadSample(f"{owner}: video {path} is too large to be decoded: {one_line(error)}", "bomb") from error
+    except Exception as error:
+        told = one_line(error)
+        if reason == "not a video" and isinstance(error, av.ArgumentError):
+            told = "it is in no format that is read as a video (lists of other files are not followed)"
+        raise BadSample(f"{owner}: video {path} cannot be read: {told}", reason) from error

@@ -160,7 +160,7 @@ def test_samples_without_a_name(tmp_path: Path) -> None:
 
 def test_a_folder_is_no_data_file_and_gets_no_index(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    with pytest.raises(DataError, match="data cannot be read: it is not a file"):
+    with pytest.raises(DataError, match="data cannot be read: is a directory, a regular file is needed"):
         open_index(LlavaFile(tmp_path / "data", "<image>"), encoder_in(tmp_path), tmp_path, tmp_path / "spare")
     assert not (tmp_path / "data.index").exists()
 
