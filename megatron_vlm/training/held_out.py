@@ -32,7 +32,8 @@ class EvaluationReport:
     """What one evaluation found, equal on every rank."""
 
     step: int  # updates made before it
-    loss: float  # mean plain cross entropy per trained token, whatever the recipe's `loss` adds in training
+    # mean plain cross entropy per trained token, whatever the recipe's `loss` adds in training; None: of no token
+    loss: float | None
     num_samples: int  # that count: without those left out
     num_tokens: int  # trained ones
     left_out: dict[str, int] = field(default_factory=dict)  # samples, while indexing or for a picture, by reason
@@ -102,7 +103,8 @@ class HeldOut:
             answers = None if self.questions is None else self.questions.ask(is_stopped)
         num_samples -= blanked.total()
         left_out = dict(blanked + Counter(self.samples.index.dropped))
-        report = EvaluationReport(updates, loss_sum / max(1, num_tokens), num_samples, num_tokens, left_out)
+        loss = loss_sum / num_tokens if num_tokens else None
+        report = EvaluationReport(updates, loss, num_samples, num_tokens, left_out)
         if self.questions is None or answers is None:
             return report
         forms = {form.form: form.score for form in answers.forms}

@@ -24,8 +24,10 @@ class StepReport:
     """One step in numbers; of the global batch where not said otherwise."""
 
     step: int  # updates made, this one included
-    loss: float  # mean training loss of the trained tokens, nats: cross entropy, and what the recipe's `loss` adds
-    grad_norm: float
+    # mean training loss of the trained tokens, nats: cross entropy, and what the recipe's `loss` adds; it and the norm
+    # are None where no token was trained
+    loss: float | None
+    grad_norm: float | None
     learning_rates: dict[str, float]  # per component
     trained_tokens: int
     tokens: int  # all but padding, pictures' included

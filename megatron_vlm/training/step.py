@@ -41,14 +41,16 @@ from megatron_vlm.training.phases import PhaseClock
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did, equal on every rank but for `phase_seconds`."""
+    """What one step did, equal on every rank but for `phase_seconds`.
 
-    loss: (
-        float  # the optimised one, with what the recipe's `loss` adds: its sum / trained tokens, over the global batch
-    )
-    grad_norm: float  # before clipping
+    loss: the optimised one, with what the recipe's `loss` adds: its sum / trained tokens, over the global batch. It and
+    the norm are None where no token was trained, as where every sample was blanked: a mean over nothing.
+    """
+
+    loss: float | None
+    grad_norm: float | None  # before clipping
     num_trained_tokens: int
-    updated: bool  # False where a gradient was not finite: nothing changed
+    updated: bool  # False where a gradient was not finite, or nothing was trained: no state of the optimizer changed
     blanked: dict[str, int]  # samples left untrained because of a picture, by reason
     phase_seconds: dict[str, float]  # of this rank
 
@@ -102,10 +104,13 @@ class TrainStep:
             self._train_window(batch, window, clock, sums)
         with clock.phase("update"):
             num_tokens = self._finalize()
-            updated, grad_norm, _ = self.optimizer.step()
+            # without a trained token all gradients are zero: momentum and weight decay alone would change the weights
+            updated, grad_norm, _ = self.optimizer.step() if num_tokens else (False, None, None)
         loss_sum, _, blanked = sums.over_world(self.model.grid)
-        loss = loss_sum / max(1, num_tokens)
-        return StepResult(loss, float(grad_norm or 0.0), num_tokens, bool(updated), blanked, clock.seconds)
+        if not num_tokens:
+            return StepResult(None, None, 0, False, blanked, clock.seconds)
+        norm = float(grad_norm or 0.0)
+        return StepResult(loss_sum / num_tokens, norm, num_tokens, bool(updated), blanked, clock.seconds)
 
     @torch.no_grad()
     def evaluate(self, batch: StepBatch) -> tuple[float, int, dict[str, int]]:

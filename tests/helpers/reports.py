@@ -33,7 +33,7 @@ def step_report(step: int, **changes: Any) -> StepReport:
     return replace(STEP, step=step, **changes)
 
 
-def evaluation_report(step: int, loss: float = 1.5, score: float | None = None) -> EvaluationReport:
+def evaluation_report(step: int, loss: float | None = 1.5, score: float | None = None) -> EvaluationReport:
     """One evaluation, of a task where there is a score."""
     return EvaluationReport(step, loss, 8, 40, {}, None if score is None else "exact_match", score)
 

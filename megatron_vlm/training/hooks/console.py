@@ -28,8 +28,11 @@ class ConsoleHook(Hook):
     def after_step(self, report: StepReport) -> None:
         if report.step % self.logging.every_steps == 0:
             speed = f"{report.tokens_per_second:,.0f} tokens/s  MFU {report.mfu:.1%}"
-            self.bar.update(report.step, f"loss {report.loss:.4f}  {speed}")
-        if not report.updated:
+            loss = "nothing" if report.loss is None else f"{report.loss:.4f}"
+            self.bar.update(report.step, f"loss {loss}  {speed}")
+        if report.loss is None:
+            logger.warning("step %d: nothing was trained, every sample was left out, and nothing updated", report.step)
+        elif not report.updated:
             logger.warning("step %d: a gradient was not finite, the update was left out", report.step)
         if report.ranks is not None and report.ranks.straggler is not None:
             logger.warning("step %d: %s", report.step, report.ranks.straggler)
@@ -40,10 +43,15 @@ class ConsoleHook(Hook):
     def after_evaluation(self, report: EvaluationReport) -> None:
         score = "" if report.score is None else f", {report.task} {report.score:.1%}"
         not_asked = f", {sum(report.not_asked.values())} not asked" if report.not_asked else ""
+        loss = "of nothing" if report.loss is None else f"{report.loss:.4f}"
         logger.info(
-            "evaluation after %d steps: loss %.4f%s (%d samples%s)",
-            report.step, report.loss, score, report.num_samples, not_asked,
-        )  # fmt: skip
+            "evaluation after %d steps: loss %s%s (%d samples%s)",
+            report.step,
+            loss,
+            score,
+            report.num_samples,
+            not_asked,
+        )
 
     def close(self) -> None:
         self.bar.close()

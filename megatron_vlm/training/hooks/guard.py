@@ -2,8 +2,9 @@
 
 Collective, and deterministic: loss, norm and whether there was an update are equal on every rank, so all ranks end at
 the same step with the same error. A single update left out is no reason, since Adam goes on unharmed; many in a row, or
-a loss that is no number, is. An update can also overflow a weight, which no loss has seen yet when a checkpoint is due:
-hence a look at the weights before every save.
+a loss that is no number, is. A step in which nothing was trained says nothing of the numbers, and is passed over. An
+update can also overflow a weight, which no loss has seen yet when a checkpoint is due: hence a look at the weights
+before every save.
 """
 
 import math
@@ -30,6 +31,8 @@ class FiniteGuard(Hook):
         self.report: StepReport | None = None
 
     def after_step(self, report: StepReport) -> None:
+        if report.loss is None:
+            return
         self.report = report
         self.num_left_out = 0 if report.updated else self.num_left_out + 1
         limit = self.job.config.training.max_nonfinite_steps
@@ -51,6 +54,7 @@ class FiniteGuard(Hook):
         where = "training stopped"
         if self.report is not None:
             report = self.report
+            assert report.loss is not None and report.grad_norm is not None, "a step that trained nothing was kept"
             where += f" after step {report.step}: loss {report.loss:.6g}, gradient norm {report.grad_norm:.6g}"
             reason += f"; samples of the step: {_some(report.sample_ids)}"
         return NotFiniteError(f"{where}: {reason}")

@@ -35,6 +35,7 @@ class SummaryHook(Hook):
         self.mfu_seconds = self.tflops_seconds = 0.0
         self.peak_memory_bytes = 0
         self.last: StepReport | None = None
+        self.loss: float | None = None  # of the last step that trained something
         self.evaluation: EvaluationReport | None = None
 
     def after_step(self, report: StepReport) -> None:
@@ -43,6 +44,7 @@ class SummaryHook(Hook):
             self.totals[name] += getattr(report, name)
         self.totals["steps"] += 1
         self.totals["updates_left_out"] += not report.updated
+        self.loss = self.loss if report.loss is None else report.loss
         self.mfu_seconds += report.mfu * report.seconds
         self.tflops_seconds += report.tflops_per_rank * report.seconds
         self.peak_memory_bytes = max(
@@ -73,7 +75,7 @@ class SummaryHook(Hook):
             "of_steps": self.steps,
             **self.totals,
             "padding": self.totals["padding_tokens"] / (self.totals["tokens"] + self.totals["padding_tokens"]),
-            "loss": last.loss,
+            "loss": self.loss,
             "tokens_per_second": self.totals["tokens"] / seconds,
             "tflops_per_rank": self.tflops_seconds / seconds,
             "mfu": self.mfu_seconds / seconds,
@@ -88,14 +90,14 @@ class SummaryHook(Hook):
 
 def _log(summary: dict[str, Any]) -> None:
     logger.info(
-        "%d steps to step %d of %d in %.1f s: %s tokens, %s samples, %s pictures; %.1f%% padding; loss %.4f",
+        "%d steps to step %d of %d in %.1f s: %s tokens, %s samples, %s pictures; %.1f%% padding; loss %s",
         summary["steps"],
         summary["step"],
         summary["of_steps"],
         summary["seconds"],
         *(f"{summary[name]:,}" for name in ("tokens", "samples", "media")),
         100 * summary["padding"],
-        summary["loss"],
+        "none" if summary["loss"] is None else f"{summary['loss']:.4f}",
     )
     logger.info(
         "%s tokens/s, %.3g TFLOP/s per rank, MFU %.1f%% of %.3g FLOP/s (%s), peak memory %.2f GiB",

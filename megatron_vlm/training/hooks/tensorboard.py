@@ -38,7 +38,7 @@ class TensorBoardHook(Hook):
         self._write(Event(session_log=SessionLog(status=SessionLog.START), step=start_step + 1))
 
     def after_step(self, report: StepReport) -> None:
-        scalars = {
+        scalars: dict[str, float | None] = {
             "loss": report.loss,
             "grad_norm": report.grad_norm,
             **{f"learning_rate/{component}": rate for component, rate in report.learning_rates.items()},
@@ -54,7 +54,7 @@ class TensorBoardHook(Hook):
         self._write_scalars(scalars, report.step)
 
     def after_evaluation(self, report: EvaluationReport) -> None:
-        scalars = {"evaluation/loss": report.loss}
+        scalars: dict[str, float | None] = {"evaluation/loss": report.loss}
         if report.score is not None:
             scalars[f"evaluation/{report.task}"] = report.score
         self._write_scalars(scalars, report.step)
@@ -62,8 +62,10 @@ class TensorBoardHook(Hook):
     def close(self) -> None:
         self.file.close()
 
-    def _write_scalars(self, scalars: dict[str, float], step: int) -> None:
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+    def _write_scalars(self, scalars: dict[str, float | None], step: int) -> None:
+        """Scalars of one step; None, a mean over nothing, is no point of a curve."""
+        told = {tag: value for tag, value in scalars.items() if value is not None}
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in told.items()]
         self._write(Event(step=step, summary=Summary(value=values)))
 
     def _write(self, event: Event) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_vlm.data.batch import StepBatch
+from megatron_vlm.errors import DataError
 from megatron_vlm.models.language import LanguageModel
 from megatron_vlm.parallel.layout import SequenceLayout
 from megatron_vlm.runtime.collectives import all_gather_objects, gather_objects
@@ -74,6 +75,9 @@ def observe(job: Job, num_steps: int, after_step: Callable[[int], None] = lambda
 
     Args:
         after_step: told the number of steps made.
+
+    Raises:
+        DataError: a step trains nothing.
     """
     config, record = job.config, Record(job.grid.rank)
     record.before = shards(job)
@@ -85,6 +89,8 @@ def observe(job: Job, num_steps: int, after_step: Callable[[int], None] = lambda
             with first_forward(job, batch, record) if number == 0 else contextlib.nullcontext():
                 result = job.step(batch, exact_times=True)  # a GPU is waited for in the phase that hangs
             record.sample_ids.append(list(batch.sample_ids))
+            if result.loss is None or result.grad_norm is None:
+                raise DataError(f"--check-layout: step {number + 1} has no sample that can be trained, needs one")
             record.losses.append(result.loss)
             record.norms.append(result.grad_norm)
             after_step(number + 1)

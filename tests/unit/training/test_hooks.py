@@ -16,7 +16,7 @@ from megatron_vlm.errors import TrainingError
 from megatron_vlm.training.hooks import showing_hooks
 from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.hooks.console import ConsoleHook
-from megatron_vlm.training.hooks.curves import CurvesHook, draw_curves, smooth
+from megatron_vlm.training.hooks.curves import CurvesHook, draw_curves, smooth, values_of
 from megatron_vlm.training.hooks.files import AppendedFile, replace_file
 from megatron_vlm.training.hooks.jsonl import EVALUATIONS, METRICS, JsonLinesHook, read_lines, to_line
 from megatron_vlm.training.hooks.summary import SummaryHook
@@ -77,6 +77,38 @@ def test_numbers_that_are_not_finite_stay_json(tmp_path: Path) -> None:
     draw_curves(tmp_path)
     assert (tmp_path / "curves.png").exists()
     assert to_line({"evaluation": {"loss": math.nan}}) == b'{"evaluation": {"loss": null}}\n'
+
+
+def test_a_step_that_trained_nothing_is_in_no_mean(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its loss is null: no 0.0 in lines, curves, TensorBoard or the summary, and no gradient that was not finite."""
+    nothing = {"loss": None, "grad_norm": None, "updated": False, "trained_tokens": 0, "blanked": {"damaged": 4}}
+    lines, board = JsonLinesHook(tmp_path, 0), TensorBoardHook(tmp_path, 0)
+    summary = SummaryHook(tmp_path / "summary.jsonl", 3, PEAK, {})
+    console = ConsoleHook(3, 0, LoggingConfig(progress=True))
+    reports = [step_report(1, loss=2.0), step_report(2, **nothing)]
+    for report in [*reports, step_report(3, loss=1.0)]:
+        for hook in (lines, board, summary, console):
+            hook.after_step(report)
+    for hook in (lines, board, console):
+        hook.close()
+    written = read_lines(tmp_path / METRICS)
+    assert [line["loss"] for line in written] == [2.0, None, 1.0] and written[1]["updated"] is False
+    assert scalars(tmp_path, "loss") == {1: 2.0, 3: 1.0} and scalars(tmp_path, "grad_norm").keys() == {1, 3}
+    assert smooth(values_of(written, "loss"))[1] == 2.0
+    draw_curves(tmp_path)
+    assert summary.summary(reports[1])["loss"] == 1.0
+
+
+def test_an_evaluation_of_nothing_has_no_loss(tmp_path: Path) -> None:
+    board, hook = TensorBoardHook(tmp_path, 0), JsonLinesHook(tmp_path, 0)
+    for one in (board, hook, ConsoleHook(3, 0, LoggingConfig(progress=True))):
+        one.after_step(step_report(1))
+        one.after_evaluation(evaluation_report(1, loss=None))
+        one.close()
+    assert read_lines(tmp_path / EVALUATIONS)[0]["loss"] is None
+    with pytest.raises(KeyError):
+        scalars(tmp_path, "evaluation/loss")
+    draw_curves(tmp_path)
 
 
 def scalars(directory: Path, tag: str) -> dict[int, float]:
