@@ -124,6 +124,16 @@ def current_device() -> "torch.device":
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def shares_cores(num_ranks: int) -> bool:
+    """Whether so many ranks of one machine compute on its processors and have fewer cores than threads: then each is
+    slow whenever another one is not, and none of them is to blame."""
+    import torch
+
+    if current_device().type != "cpu":
+        return False
+    return num_ranks * torch.get_num_threads() > len(os.sched_getaffinity(0))
+
+
 def use_adam(adam: type) -> None:
     """Makes megatron-core build `adam` where neither Transformer Engine nor Apex brings a fused one.
 

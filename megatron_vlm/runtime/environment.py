@@ -95,6 +95,11 @@ def model_cache() -> Path:
     return Path(os.environ.get("HF_HOME", default))
 
 
+def own_cache() -> Path:
+    """Where this package keeps what it has measured of the machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_vlm"
+
+
 def launcher_variables() -> dict[str, str]:
     """The variables that decide who this process is among its job's, and those that libraries under it follow."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith((*LAUNCHERS, *LIBRARY_KNOBS))}

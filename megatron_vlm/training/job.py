@@ -59,6 +59,7 @@ class Job:
     step: TrainStep
     start_step: int  # updates already made
     start: Start | None  # the checkpoint it started from
+    ranks_per_node: int  # on this machine
     claim: Claim | None = None  # on the directory it saves into
     data: SampleIndex | None = None  # of the training samples, once `batches` has opened them
 
@@ -149,7 +150,9 @@ def build_job(config: Config, world_size: int, resumes: bool = False, ranks_per_
             logger.info("going on from %s: %d of %d steps are made", start.directory, start_step, config.training.steps)
         else:
             logger.info("weights from %s", start.directory)
-    return Job(config, grid, model, language, vision, optimizer, tokenizer, step, start_step, start, claim)
+    return Job(
+        config, grid, model, language, vision, optimizer, tokenizer, step, start_step, start, ranks_per_node, claim
+    )
 
 
 def loss_rules(loss: LossConfig, tokenizer: Tokenizer) -> LossRules:

@@ -60,7 +60,7 @@ class Meter:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.shape = model_shape(job.model.vision, job.model.language[0].spec, job.config.model)
-        self.peak = peak_of_ranks(DTYPES[job.config.precision.params], job.grid.world)
+        self.peak = peak_of_ranks(DTYPES[job.config.precision.params], job.grid.world, job.ranks_per_node)
         self._started = self._data_seconds = 0.0
 
     def timed(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:

@@ -16,6 +16,7 @@ DATA = "data"
 OWN_WORK = (DATA, "encode")
 SLOW_RATIO = 1.5  # to the median of the other ranks
 SLOW_SECONDS = 0.010  # above it; less is noise
+NUM_REPORTS = 3  # in a row, before a rank is told to hold the others up
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,22 @@ class RankComparison:
             },
             "straggler": None if self.straggler is None else vars(self.straggler),
         }
+
+
+class StragglerWatch:
+    """Tells a rank that stays behind from one that was late once: named where it is the same rank in the same phase in
+    NUM_REPORTS compared steps in a row, and once for each such series."""
+
+    def __init__(self) -> None:
+        self._last: tuple[int, str] | None = None
+        self._num_reports = 0
+
+    def see(self, straggler: Straggler | None) -> Straggler | None:
+        """One compared step's straggler -> the same where it is to be told now."""
+        found = None if straggler is None else (straggler.rank, straggler.phase)
+        self._num_reports = self._num_reports + 1 if found == self._last else 1
+        self._last = found
+        return straggler if self._num_reports == NUM_REPORTS else None
 
 
 def _spread(values: Sequence[float]) -> Spread:

@@ -143,7 +143,7 @@ def _serve(request: SideRequest, connection: Connection) -> None:
 
     before = process_memory().current_bytes
     side = _build(request, config)
-    connection.send(_facts(side, config))
+    connection.send(_facts(side, config, launch.local_world_size))
     _reset_peak()
     while (command := connection.recv()) is not None:
         if command == "memory":
@@ -211,7 +211,7 @@ def _build(request: SideRequest, config: Config) -> Side:
     return ProductSide(config, request.launch, request.num_batches)
 
 
-def _facts(side: Side, config: Config) -> Facts:
+def _facts(side: Side, config: Config, ranks_per_node: int) -> Facts:
     import torch
     from torch.distributed import group
 
@@ -224,7 +224,7 @@ def _facts(side: Side, config: Config) -> Facts:
     of_ranks = _gather([batch.num_trained_tokens_local / side.replica_ranks for batch in batches])
     trained = [round(sum(of_batch)) for of_batch in zip(*of_ranks, strict=True)]
     flops = [side.flops(batch, tokens) for batch, tokens in zip(batches, trained, strict=True)]
-    peak = peak_of_ranks(DTYPES[config.precision.params], group.WORLD)
+    peak = peak_of_ranks(DTYPES[config.precision.params], group.WORLD, ranks_per_node)
     return Facts(
         device=torch.cuda.get_device_name() if current_device().type == "cuda" else "CPU",
         num_threads=torch.get_num_threads(),

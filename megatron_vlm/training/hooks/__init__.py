@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_vlm.config import config_hash, to_yaml
 from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.runtime.device import shares_cores
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.hooks.console import ConsoleHook
@@ -37,11 +38,14 @@ def build_hooks(job: Job, peak: Peak) -> list[Hook]:
         ConfigError, TrainingError: checkpoint.directory cannot be written to.
     """
     left_out = {} if job.data is None else job.data.dropped
-    shown = showing_hooks(job.config, job.start_step, peak, left_out) if job.grid.rank == 0 else []
+    judges = not shares_cores(job.ranks_per_node)
+    shown = showing_hooks(job.config, job.start_step, peak, left_out, judges) if job.grid.rank == 0 else []
     return [*shown, MemoryHook(job), FiniteGuard(job)]  # the guard last: what it ends is on record by then
 
 
-def showing_hooks(config: Config, start_step: int, peak: Peak, left_out: dict[str, int]) -> list[Hook]:
+def showing_hooks(
+    config: Config, start_step: int, peak: Peak, left_out: dict[str, int], judges_ranks: bool = True
+) -> list[Hook]:
     """Rank 0's. `left_out`: samples left out while indexing, by reason. Raises as `build_hooks`."""
     directory, logging = Path(config.checkpoint.directory), config.logging
     try:
@@ -57,7 +61,7 @@ def showing_hooks(config: Config, start_step: int, peak: Peak, left_out: dict[st
         raise ConfigError(f"checkpoint.directory: found {directory}, needs a writable place ({reason})") from error
     logger.info("recipe %s, in full in %s", config_hash(config), directory / "recipe.yaml")
     hooks.append(SummaryHook(directory / "summary.jsonl", config.training.steps, peak, left_out))
-    hooks.append(ConsoleHook(config.training.steps, start_step, logging))
+    hooks.append(ConsoleHook(config.training.steps, start_step, logging, judges_ranks))
     if logging.curves:
         hooks.append(CurvesHook(directory))
     return hooks

@@ -8,6 +8,7 @@ from megatron_vlm.runtime.progress import Progress
 from megatron_vlm.training.held_out import EvaluationReport
 from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.meters import StepReport
+from megatron_vlm.training.ranks import NUM_REPORTS, StragglerWatch
 
 logger = get_logger(__name__)
 
@@ -19,10 +20,12 @@ class ConsoleHook(Hook):
         steps: updates of the whole run.
         start_step: updates already made.
         logging: how often, and whether at all.
+        judges_ranks: a rank that stays behind is told; not where ranks take each other's cores, in turn.
     """
 
-    def __init__(self, steps: int, start_step: int, logging: LoggingConfig) -> None:
+    def __init__(self, steps: int, start_step: int, logging: LoggingConfig, judges_ranks: bool = True) -> None:
         self.logging = logging
+        self.watch = StragglerWatch() if judges_ranks else None
         self.bar = Progress("training", total=steps, completed=start_step, enabled=logging.progress)
 
     def after_step(self, report: StepReport) -> None:
@@ -34,8 +37,11 @@ class ConsoleHook(Hook):
             logger.warning("step %d: nothing was trained, every sample was left out, and nothing updated", report.step)
         elif not report.updated:
             logger.warning("step %d: a gradient was not finite, the update was left out", report.step)
-        if report.ranks is not None and report.ranks.straggler is not None:
-            logger.warning("step %d: %s", report.step, report.ranks.straggler)
+        if report.ranks is not None and self.watch is not None:
+            straggler = self.watch.see(report.ranks.straggler)
+            if straggler is not None:
+                told = "step %d and the %d compared before it: %s"
+                logger.warning(told, report.step, NUM_REPORTS - 1, straggler)
 
     def after_save(self, directory: Path, updates: int) -> None:
         logger.info("saved %s after %d steps", directory, updates)

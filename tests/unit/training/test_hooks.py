@@ -4,19 +4,31 @@ import contextlib
 import json
 import logging
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_vlm.config.schema import LoggingConfig
 from megatron_vlm.errors import TrainingError
-from megatron_vlm.training.hooks import showing_hooks
+from megatron_vlm.runtime import device
+from megatron_vlm.runtime.device import shares_cores
+from megatron_vlm.training.hooks import curves, showing_hooks
 from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.hooks.console import ConsoleHook
-from megatron_vlm.training.hooks.curves import CurvesHook, draw_curves, smooth, values_of
+from megatron_vlm.training.hooks.curves import (
+    CurvesHook,
+    colour_of,
+    draw_curves,
+    moving_mean,
+    num_mean_steps,
+    spans_a_decade,
+    values_of,
+)
 from megatron_vlm.training.hooks.files import AppendedFile, replace_file
 from megatron_vlm.training.hooks.jsonl import EVALUATIONS, METRICS, JsonLinesHook, read_lines, to_line
 from megatron_vlm.training.hooks.summary import SummaryHook
@@ -94,7 +106,7 @@ def test_a_step_that_trained_nothing_is_in_no_mean(tmp_path: Path, caplog: pytes
     written = read_lines(tmp_path / METRICS)
     assert [line["loss"] for line in written] == [2.0, None, 1.0] and written[1]["updated"] is False
     assert scalars(tmp_path, "loss") == {1: 2.0, 3: 1.0} and scalars(tmp_path, "grad_norm").keys() == {1, 3}
-    assert smooth(values_of(written, "loss"))[1] == 2.0
+    assert moving_mean(values_of(written, "loss"), 2)[1] == 2.0
     draw_curves(tmp_path)
     assert summary.summary(reports[1])["loss"] == 1.0
 
@@ -174,9 +186,50 @@ def test_no_picture_before_the_first_step(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_moving_mean_of_a_constant_is_that_constant() -> None:
-    assert all(abs(value - 2.0) < 1e-12 for value in smooth([2.0] * 5))
-    assert smooth([2.0, math.nan, 2.0])[1:] == pytest.approx([2.0, 2.0])
+def test_the_mean_is_of_the_last_steps_that_have_a_number() -> None:
+    assert moving_mean([2.0] * 5, 3) == [2.0] * 5
+    assert moving_mean([2.0, math.nan, 4.0, 9.0], 3) == pytest.approx([2.0, 2.0, 3.0, 6.5])
+    assert math.isnan(moving_mean([math.nan], 3)[0])
+    assert num_mean_steps(5) == 10 and num_mean_steps(1000) == 50
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [([9.0, 1.0], False), ([10.0, 1.0], True), ([10.0, math.nan, 0.5], True), ([1.0, 0.0], False), ([math.nan], False)],
+)
+def test_a_loss_that_spans_a_decade_has_a_logarithmic_axis(losses: list[float], expected: bool) -> None:
+    assert spans_a_decade(losses) is expected
+
+
+def test_times_that_differ_by_noise_have_no_colour() -> None:
+    assert colour_of(0.0004, 0.0001) == 1.0 and colour_of(0.105, 0.1) == 1.0
+    assert colour_of(0.2, 0.1) == 2.0 and colour_of(0.05, 0.1) == 0.5
+
+
+def test_the_curves_appear_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(curves.time, "monotonic", lambda: now[0])
+    lines, hook = JsonLinesHook(tmp_path, 0), CurvesHook(tmp_path)
+    for step, seconds in enumerate((1.0, 20.0, curves.DRAWING_SECONDS), start=1):
+        now[0] = seconds
+        lines.after_step(step_report(step))
+        hook.after_step(step_report(step))
+        assert (tmp_path / "curves.png").exists() is (step == 3)
+    assert hook.due == 2 * curves.DRAWING_SECONDS
+
+
+def test_drawing_costs_a_small_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+
+    def slowly(directory: Path) -> None:
+        now[0] += 3.0
+
+    monkeypatch.setattr(curves.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(curves, "draw_curves", slowly)
+    hook = CurvesHook(tmp_path)
+    now[0] = hook.due
+    hook.after_step(step_report(1))
+    assert hook.due == pytest.approx(now[0] + 3.0 / curves.DRAWING_SHARE)
 
 
 def test_the_summary_adds_up_each_attempt(tmp_path: Path) -> None:
@@ -212,15 +265,47 @@ def test_a_run_without_a_step_has_no_summary(tmp_path: Path) -> None:
     assert not (tmp_path / "summary.jsonl").exists()
 
 
-def test_a_straggler_is_told_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+STRAGGLER = {"data": [0.0] * 3, "encode": [0.1, 0.3, 0.1]}
+NONE = {"data": [0.0] * 3, "encode": [0.1] * 3}
+OTHER = {"data": [0.0] * 3, "encode": [0.3, 0.1, 0.1]}
+
+
+@pytest.mark.parametrize(
+    ("compared", "steps_told"),
+    [
+        ([STRAGGLER] * 2, []),  # it may have been noise
+        ([STRAGGLER] * 7, [3]),
+        ([STRAGGLER, STRAGGLER, NONE, STRAGGLER, STRAGGLER], []),
+        ([STRAGGLER, STRAGGLER, OTHER, STRAGGLER, STRAGGLER], []),
+        ([STRAGGLER] * 3 + [NONE] + [STRAGGLER] * 3, [3, 7]),
+        ([NONE] * 4, []),
+    ],
+)
+def test_a_rank_that_stays_behind_is_told_in_one_line(
+    caplog: pytest.LogCaptureFixture, compared: list[dict[str, list[float]]], steps_told: list[int]
+) -> None:
     hook = ConsoleHook(10, 0, LoggingConfig(progress=False))
     with told(caplog):
-        hook.after_step(step_report(1, ranks=comparison({"data": [0.0] * 3, "encode": [0.1, 0.1, 0.1]})))
-        assert not caplog.records
-        hook.after_step(step_report(2, ranks=comparison({"data": [0.0] * 3, "encode": [0.1, 0.3, 0.1]})))
-    (record,) = caplog.records
-    assert "rank 1" in record.getMessage() and "encode took 300 ms" in record.getMessage()
+        for step, seconds in enumerate(compared, start=1):
+            hook.after_step(step_report(step, ranks=comparison(seconds)))
+            hook.after_step(step_report(step))  # which is not compared, and breaks no series
+    messages = [record.getMessage() for record in caplog.records]
+    assert [int(message.split()[1]) for message in messages] == steps_told
+    assert all("rank 1" in message and "encode took 300 ms" in message for message in messages)
     hook.close()
+
+
+def test_no_rank_is_told_where_ranks_share_cores(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(device, "current_device", lambda: torch.device("cpu"))
+    assert shares_cores(2 // torch.get_num_threads() + 1) and not shares_cores(1)
+    hook = ConsoleHook(10, 0, LoggingConfig(progress=False), judges_ranks=False)
+    with told(caplog):
+        for step in range(1, 6):
+            hook.after_step(step_report(step, ranks=comparison(STRAGGLER)))
+    assert not caplog.records
 
 
 @contextlib.contextmanager

@@ -1,8 +1,12 @@
 """The peak a GPU's name stands for, and one that is measured."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from megatron_vlm.training import peak
 from megatron_vlm.training.peak import by_data_sheet, measure
 
 
@@ -41,3 +45,55 @@ def test_measuring_draws_no_random_number() -> None:
     before = torch.get_rng_state()
     measure(torch.float32, torch.device("cpu"), seconds=0.01)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """One rank, a cache of its own; returns the file."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(peak, "all_gather_objects", lambda value, group: [value])
+    monkeypatch.setattr(peak, "current_device", lambda: torch.device("cpu"))
+    return tmp_path / "megatron_vlm" / peak.KEPT
+
+
+class OneRank:
+    def rank(self) -> int:
+        return 0
+
+
+def test_what_was_measured_is_kept(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy moment later changes nothing; other ranks, threads or numbers are others."""
+    rates = iter([5e10, 4e10, 3e10])
+    monkeypatch.setattr(peak, "measure", lambda dtype, device: next(rates))
+    found = [peak.peak_of_ranks(torch.float32, OneRank(), ranks) for ranks in (1, 1, 2, 1, 2)]
+    assert [one.flops_per_second for one in found] == [5e10, 5e10, 4e10, 5e10, 4e10]
+    assert peak.peak_of_ranks(torch.bfloat16, OneRank(), 1).flops_per_second == 3e10
+    assert str(alone) in found[0].source and len(json.loads(alone.read_text())) == 3
+    assert [path.name for path in alone.parent.iterdir()] == [peak.KEPT]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": "x"}', "[" * 100_000, '{"a": -1.0, "b": NaN, "c": true}'])
+def test_a_damaged_file_is_measured_anew(alone: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    alone.parent.mkdir()
+    alone.write_text(content)
+    assert peak.kept(alone) == {}
+    monkeypatch.setattr(peak, "measure", lambda dtype, device: 2e10)
+    assert peak.peak_of_ranks(torch.float32, OneRank(), 1).flops_per_second == 2e10
+    assert list(peak.kept(alone).values()) == [2e10]
+
+
+def test_a_cache_that_cannot_be_written_costs_no_run(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone.parent.write_text("a file in the folder's place")
+    monkeypatch.setattr(peak, "measure", lambda dtype, device: 2e10)
+    assert peak.peak_of_ranks(torch.float32, OneRank(), 1).flops_per_second == 2e10
+
+
+def test_one_rank_that_is_new_has_all_measure_again(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peak of ranks that share cores is one of all at work."""
+    monkeypatch.setattr(peak, "measure", lambda dtype, device: 2e10)
+    peak.peak_of_ranks(torch.float32, OneRank(), 2)
+    answers = iter([[2e10, None], [1e10, 1e10]])
+    monkeypatch.setattr(peak, "all_gather_objects", lambda value, group: next(answers))
+    monkeypatch.setattr(peak, "measure", lambda dtype, device: 1e10)
+    assert peak.peak_of_ranks(torch.float32, OneRank(), 2).flops_per_second == 2e10
+    assert list(peak.kept(alone).values()) == [1e10]
