@@ -4,13 +4,18 @@ A recipe may name a `base:` (a path relative to its own folder), which may name 
 merge, lists are replaced. `section.key=value` overrides come last. Every violation is reported at once and on one line,
 because a launch on a cluster is too dear to find them one by one.
 
-Hazard: OmegaConf's resolvers could read the environment (`${oc.env:...}`), which would make a run depend on more than
-its recipe; only interpolations of the recipe's own keys (`${checkpoint.directory}`) are allowed.
+Hazards: OmegaConf's resolvers could read the environment (`${oc.env:...}`), which would make a run depend on more than
+its recipe, and put what is secret into what is shared; so of each text, before anything is resolved or merged, only
+interpolations of the recipe's own keys (`${checkpoint.directory}`) are allowed. These and YAML's aliases can make
+gigabytes of a few lines, and its tags raise almost anything: reading is bounded, and whatever it raises is the file's
+fault.
 """
 
 import difflib
 import hashlib
+import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +26,21 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, one_line
 from megatron_vlm.registry import did_you_mean
+from megatron_vlm.runtime.files import read_text
+from megatron_vlm.runtime.limits import LimitError, bounded
 
 _KINDS = {  # what pydantic says in the terms of Python
     "model_type": "must be a section of keys",
     "dict_type": "must be keys with values",
     "tuple_type": "must be a list",
 }
+_OWN_KEY = re.compile(r"\$\{[\w.\-\[\]]+\}")  # a reference to one; resolvers have a colon, or are put together
+_PLAIN = (str, int, float, bool, type(None))
+_LARGEST_INTEGER_BITS = 64
+_LONGEST_CHAIN = 100  # of bases
+_SHOWN_CHARACTERS = 300  # of a value in an error
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -42,14 +54,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: a file that cannot be read, or all violations of the schema, on one line.
     """
     path = Path(path)
-    merged = _read_chain(path, ())
+    merged, parsed = _read_chain(path, ()), [_parse_override(override) for override in overrides]
+
+    def resolve() -> Any:
+        for one in parsed:
+            merged.merge_with(one)
+        return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+
     try:
-        merged.merge_with(_parse_overrides(overrides))
-        tree = OmegaConf.to_container(merged, resolve=False)
-        _refuse_resolvers(tree, str(path))
-        tree = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {_one_line(error)}") from error
+        tree = bounded(resolve)
+    except (OmegaConfBaseException, LimitError, RecursionError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: {one_line(error)}") from error
     assert isinstance(tree, dict)
     return config_from_tree(tree, str(path))
 
@@ -79,56 +94,79 @@ def to_yaml(config: Config) -> str:
 
 def _read_chain(path: Path, children: tuple[Path, ...]) -> DictConfig:
     """The file's tree over its base's, the `base` key taken out."""
+    named_by = f" (base of {children[-1]})" if children else ""
+    tree = _read_file(path, named_by)  # before it is resolved, for which it must be the name of a file
     resolved = path.resolve()
     if resolved in children:
         chain = " -> ".join(child.name for child in (*children, resolved))
         raise ConfigError(f"{children[-1]}: base leads in a circle ({chain}), needs a chain that ends")
-    tree = _read_file(path, children[-1] if children else None)
+    if len(children) == _LONGEST_CHAIN:
+        raise ConfigError(f"{path}{named_by}: is the base of {_LONGEST_CHAIN} others, one over the other, needs fewer")
     base = tree.pop("base", None)
     if base is None:
         return tree
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: base: found {base!r}, needs the path of one recipe")
+        raise ConfigError(f"{path}: base: found {_shortened(base)}, needs the path of one recipe")
     over = _read_chain(path.parent / base, (*children, resolved))
-    over.merge_with(tree)
+    try:
+        bounded(lambda: over.merge_with(tree))
+    except (OmegaConfBaseException, LimitError, RecursionError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be merged with its base: {one_line(error)}") from error
     return over
 
 
-def _read_file(path: Path, child: Path | None) -> DictConfig:
-    named_by = f" (base of {child})" if child else ""
+def _read_file(path: Path, named_by: str) -> DictConfig:
+    """One file's tree. `named_by`: the file that names it as its base, for errors."""
     try:
-        tree = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else _one_line(error)
-        raise ConfigError(f"{path}{named_by}: cannot be read: {reason}") from error
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}{named_by}: not valid YAML: {_yaml_reason(error, path)}") from error
+        text = read_text(path)
+    except OSError as error:
+        raise ConfigError(f"{path}{named_by}: cannot be read: {error.strerror}") from error
+    try:
+        tree = bounded(lambda: OmegaConf.load(io.StringIO(text)))
+    except Exception as error:  # YAML's tags make Python refuse a text in almost any way
+        raise ConfigError(f"{path}{named_by}: not valid YAML: {_yaml_reason(error, text)}") from error
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{path}{named_by}: found a {type(tree).__name__}, needs a mapping of sections")
+    _refuse_what_is_not_plain(tree, f"{path}{named_by}")
     return tree
 
 
-def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"override {override!r}: needs the form section.key=value")
-        try:
-            OmegaConf.from_dotlist([override])
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ConfigError(f"override {override!r}: the value is not valid YAML: {_one_line(error)}") from error
-    return OmegaConf.from_dotlist(list(overrides))
+def _parse_override(override: str) -> DictConfig:
+    key, equals, _ = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"override {override!r}: needs the form section.key=value")
+    try:
+        tree = bounded(lambda: OmegaConf.from_dotlist([override]))
+    except Exception as error:  # as in a file
+        raise ConfigError(
+            f"override {_shortened(override)}: the value is not valid YAML: {_yaml_reason(error, override)}"
+        ) from error
+    _refuse_what_is_not_plain(tree, f"override {_shortened(override)}")
+    return tree
 
 
-def _refuse_resolvers(node: Any, origin: str) -> None:
-    if isinstance(node, Mapping):
-        for value in node.values():
-            _refuse_resolvers(value, origin)
-    elif isinstance(node, list):
-        for value in node:
-            _refuse_resolvers(value, origin)
-    elif isinstance(node, str) and "${oc." in node:
-        raise ConfigError(f"{origin}: found {node!r}, a recipe may refer to its own keys only, as ${{section.key}}")
+def _refuse_what_is_not_plain(tree: DictConfig, origin: str) -> None:
+    """Raises ConfigError for a value that a recipe cannot hold: one that refers to something else than its own keys, is
+    of a kind that JSON does not have, or no program takes."""
+    plain: Any = OmegaConf.to_container(tree, resolve=False)
+    if isinstance(base := plain.get("base"), str) and "${" in base:
+        raise ConfigError(f"{origin}: base: found {_shortened(base)}, needs the path of one recipe as it is")
+    pending = [plain]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, Mapping):
+            pending += [*node.keys(), *node.values()]
+        elif isinstance(node, list):
+            pending += node
+        elif isinstance(node, str) and "${" in _OWN_KEY.sub("", node):
+            raise ConfigError(
+                f"{origin}: found {_shortened(node)}, a recipe may refer to its own keys only, as ${{section.key}}"
+            )
+        elif not isinstance(node, _PLAIN) or (isinstance(node, int) and node.bit_length() > _LARGEST_INTEGER_BITS):
+            raise ConfigError(
+                f"{origin}: found {_shortened(node)}, a recipe holds texts, switches, lists, sections and numbers, "
+                f"integers of up to {_LARGEST_INTEGER_BITS} bits"
+            )
 
 
 def _describe(violation: Any) -> str:
@@ -140,7 +178,7 @@ def _describe(violation: Any) -> str:
     if violation["type"] == "missing":
         return f"{key}: missing, needs a value"
     needed = _KINDS.get(violation["type"]) or violation["msg"][0].lower() + violation["msg"][1:]
-    return f"{key}: found {violation['input']!r}, {needed.replace('input should be', 'must be')}"
+    return f"{key}: found {_shortened(violation['input'])}, {needed.replace('input should be', 'must be')}"
 
 
 def _near_keys(location: tuple[int | str, ...]) -> str:
@@ -170,15 +208,22 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from _all_keys(field.annotation, f"{prefix}{name}.")
 
 
-def _yaml_reason(error: Exception, path: Path) -> str:
+def _yaml_reason(error: Exception, text: str) -> str:
     """Line, column and problem; tabs, which an editor shows as blanks, are named."""
+    if isinstance(error, RecursionError):
+        return "it nests too deep"
     mark = getattr(error, "problem_mark", None)
     if not isinstance(error, yaml.MarkedYAMLError) or mark is None:
-        return _one_line(error)
-    line = path.read_text(encoding="utf-8").splitlines()[mark.line : mark.line + 1]
+        return one_line(error)
+    line = text.splitlines()[mark.line : mark.line + 1]
     tab = "; there is a tab, YAML is indented by blanks" if line and "\t" in line[0] else ""
     return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}{tab}"
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _shortened(value: Any) -> str:
+    """How Python writes a value, as much of it as a line has room for."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        return f"a {type(value).__name__} that is too large to be shown"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

@@ -10,14 +10,15 @@ schedule with a ragged last round, say.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_vlm.config.drift import unknown_changes
 from megatron_vlm.config.packages import PACKAGES, TRANSFORMER_ENGINE
 from megatron_vlm.config.schema import Config, LanguageConfig, ModelConfig, VisionConfig
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, one_line
 from megatron_vlm.registry import did_you_mean
+from megatron_vlm.runtime.limits import LimitError, bounded
 
 FP8_CHANNELS = 16  # what Transformer Engine's FP8 GEMMs need a layer's sides to be multiples of
 
@@ -81,6 +82,20 @@ def trains(component: str, name: str, model: ModelConfig) -> bool:
     """Whether a parameter trains: its component (language, vision, projector) is switched on, and no `model.freeze`
     regex matches anywhere in its global name."""
     return getattr(model.train, component) and not any(re.search(pattern, name) for pattern in model.freeze)
+
+
+def matches(pattern: str, names: Sequence[str]) -> bool:
+    """Whether a `model.freeze` regex matches anywhere in one of the names.
+
+    Raises:
+        ConfigError: it is none, or one that backtracks for ever.
+    """
+    try:
+        return bounded(lambda: any(re.search(pattern, name) for name in names))
+    except LimitError as error:
+        raise ConfigError(f"whose matching does not end: {error}; needs one without nested repetitions") from error
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigError(f"not a regular expression ({one_line(error)})") from error
 
 
 def _divisors(number: int) -> str:
@@ -365,12 +380,12 @@ def _freezing(config: Config, facts: ModelFacts) -> Iterator[str]:
     broken = False
     for position, pattern in enumerate(config.model.freeze):
         try:
-            matches = any(re.search(pattern, name) for _, name in names)
-        except re.error as error:
+            found = matches(pattern, [name for _, name in names])
+        except ConfigError as error:
             broken = True
-            yield f"model.freeze[{position}]: found {pattern!r}, not a regular expression ({error})"
+            yield f"model.freeze[{position}]: found {pattern!r}, {error}"
             continue
-        if not matches:
+        if not found:
             yield (
                 f"model.freeze[{position}]: found {pattern!r}, which matches no parameter, "
                 f"needs one that matches a name like {_examples(facts)}"

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from megatron_vlm.config.schema import ModelConfig
 from megatron_vlm.config.validation import trains
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.vlm import VisionLanguageModel
+from megatron_vlm.runtime.limits import LimitError, bounded
 from megatron_vlm.runtime.logging import get_logger
 
 COMPONENTS = ("language", "vision", "projector")
@@ -39,8 +41,17 @@ def trainable_names(names: Iterable[str], model: ModelConfig, unreached: Collect
         names: global parameter names.
         model: the recipe's model section.
         unreached: global names that the selected hidden state does not depend on.
+
+    Raises:
+        ConfigError: the matching of a regex does not end.
     """
-    return {name for name in names if name not in unreached and trains(component_of(name), name, model)}
+    known = list(names)
+    try:
+        return bounded(
+            lambda: {name for name in known if name not in unreached and trains(component_of(name), name, model)}
+        )
+    except LimitError as error:
+        raise ConfigError(f"model.freeze: found {list(model.freeze)}, whose matching does not end: {error}") from error
 
 
 def apply_freezing(model: VisionLanguageModel, config: ModelConfig) -> dict[str, TrainableCount]:

@@ -13,7 +13,6 @@ would leave the cuts between ranks to tokens that are not trained, and what goes
 the first step's samples has its answer lengthened until it is as long as the longest.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 from megatron_vlm.config.loading import config_from_tree
 from megatron_vlm.config.schema import Config, TrainingConfig
+from megatron_vlm.config.validation import matches
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.sample import Sample
 from megatron_vlm.data.sources import SOURCES, Extent
@@ -200,7 +200,7 @@ def matching_patterns(tree: Tree) -> list[str]:
         for known in gather_facts(without, TEMPLATES.names(), TASKS.names()).parameter_names.values()
         for name in known
     ]
-    return [pattern for pattern in patterns if any(re.search(pattern, name) for name in names)]
+    return [pattern for pattern in patterns if matches(pattern, names)]
 
 
 def pick_samples(config: Config, tokens_per_image: int, num_rows: int) -> tuple[list[Tree], int]:

@@ -103,7 +103,7 @@ def test_bad_files(tmp_path: Path, content: str, expected: str) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "cannot be read: No such file" in error_of(tmp_path / "gone.yaml")
-    assert "cannot be read: Is a directory" in error_of(tmp_path)
+    assert "cannot be read: is a directory, a regular file is needed" in error_of(tmp_path)
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00a")
     error_of(binary)
