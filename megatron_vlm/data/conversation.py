@@ -9,25 +9,25 @@ contains the token that ends a turn; LLaVA adds up the lengths of separately tok
 Trained: all the model must say itself, that is from the end of the generation prompt through the answer to its end of
 turn: the first special token after the answer, or all of the template's text after it where it has none.
 
-Hazard: a template that rewrites earlier answers cannot be followed and is refused, naming the sample.
+Hazards: a template that rewrites earlier answers cannot be followed and is refused, naming the sample. A chat template
+is a program of whoever made the tokenizer: it may raise anything, never end or fill the memory. So rendering is bounded
+and what it raises is told as its fault with that sample. The tokenizers library panics by a BaseException.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from os.path import commonprefix
+from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from megatron_vlm.data.sample import IGNORE, BadSample, Sample, Turn
 from megatron_vlm.data.templates import TEMPLATES
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, one_line
 
 PLACEHOLDER_ID = 0  # valid in every vocabulary; the merge replaces the row
 STAND_IN = "\ue000{}\ue001"  # private-use characters, which no text holds
-
-TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # what running one may raise
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class ConversationEncoder:
         turns = self._turns_of(sample)
         text = self._render(sample, turns)
         spans = self._find_answers(text, sample, turns)
-        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        tokens = self._tokenize(text, sample, return_offsets_mapping=True)
         ids = self.beginning + tokens["input_ids"]
         offsets = [(0, 0)] * len(self.beginning) + tokens["offset_mapping"]
         return self._truncate(self._expand(ids, self._label(ids, offsets, spans), sample), sample)
@@ -126,7 +126,7 @@ class ConversationEncoder:
         turns = self._turns_of(sample)
         turns = turns[:-1] if turns[-1].role == "assistant" else turns
         text = self._render(sample, turns, generation_prompt=True)
-        ids = self.beginning + self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.beginning + self._tokenize(text, sample)["input_ids"]
         return self._expand(ids, [IGNORE] * len(ids), sample)
 
     def find_turn_ends(self) -> frozenset[int]:
@@ -159,19 +159,34 @@ class ConversationEncoder:
         turns = (Turn("user", "?"),)
         try:
             silent, asking = (self.form.render(turns, self.tokenizer, asked) for asked in (False, True))
-        except TEMPLATE_FAULTS as error:
+        except Exception as error:
             raise ConfigError(
                 f"data.template is {self.template!r}, but the template of {self.tokenizer.name_or_path!r} cannot be "
-                f"rendered: {error}"
+                f"rendered: {one_line(error)}"
             ) from error
         return asking.removeprefix(silent) if asking.startswith(silent) else ""
 
     def _render(self, sample: Sample, turns: Sequence[Turn], generation_prompt: bool = False) -> str:
         try:
             return self.form.render(turns, self.tokenizer, generation_prompt)
-        except TEMPLATE_FAULTS as error:
-            message = f"{sample.origin}: sample {sample.id!r}: the chat template refuses it: {error}"
-            raise BadSample(message, "template") from error
+        except Exception as error:
+            raise BadSample(
+                f"{sample.origin}: sample {sample.id!r}: the chat template refuses it: {one_line(error)} "
+                f"(data.template {self.template}, tokenizer {self.tokenizer.name_or_path!r})",
+                "template",
+            ) from error
+
+    def _tokenize(self, text: str, sample: Sample, **options: Any) -> Any:
+        try:
+            return self.tokenizer(text, add_special_tokens=False, **options)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            raise BadSample(
+                f"{sample.origin}: sample {sample.id!r}: the tokenizer {self.tokenizer.name_or_path!r} refuses it: "
+                f"{one_line(error)}",
+                "tokenizer",
+            ) from error
 
     def _find_answers(self, text: str, sample: Sample, turns: Sequence[Turn]) -> list[AnswerSpan]:
         """Where in the rendered text each assistant turn is, by rendering again with stand-ins for the answers."""

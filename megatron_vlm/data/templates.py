@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.registry import Registry
+from megatron_vlm.runtime.limits import bounded
 
 Render = Callable[[Sequence[Turn], PreTrainedTokenizerBase, bool], str]
 
@@ -37,7 +38,8 @@ class Template:
     """One way to write conversations down.
 
     Args:
-        render: (turns, tokenizer, whether the model is to speak next) -> text; raises ValueError for turns it refuses.
+        render: (turns, tokenizer, whether the model is to speak next) -> text; raises any exception for turns it
+            refuses.
         needs: tokens of its own that the tokenizer must know as special ones.
         begins: the tokenizer's begin-of-sequence token, where it has one, comes before the text. It is put there as an
             id: behind a token in the text, some tokenizers cut the first word another way.
@@ -54,9 +56,12 @@ TEMPLATES: Registry[Template] = Registry("template")
 
 
 def render_chat_template(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation_prompt: bool) -> str:
-    """`auto`: the tokenizer's own chat template."""
+    """`auto`: the tokenizer's own chat template, a program of anybody's. Raises LimitError where it does not end, or
+    whatever it raises."""
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    return bounded(
+        lambda: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
+    )
 
 
 def render_plain(turns: Sequence[Turn], _: PreTrainedTokenizerBase, __: bool) -> str:

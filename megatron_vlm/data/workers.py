@@ -30,7 +30,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from megatron_vlm.errors import DataError, MegatronVlmError
+from megatron_vlm.errors import DataError, MegatronVlmError, one_line
 from megatron_vlm.runtime.signals import end_with_parent, kept_from_children
 
 T = TypeVar("T")
@@ -67,6 +67,10 @@ class _Items(Dataset):
             item: object = self.producer.produce(number)
         except MegatronVlmError as error:
             item = Failure(error)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # of a library: a panic in Rust, or it called sys.exit; a worker would just end
+            raise RuntimeError(f"item {number} ended in a {type(error).__name__}: {one_line(error)}") from error
         return item if get_worker_info() is None else pickle.dumps(item)
 
 
@@ -135,8 +139,9 @@ class OrderedItems(Generic[T]):
         except RuntimeError as error:
             if not _DEAD_WORKER.search(str(error)):
                 raise
-            reason = " ".join(str(error).split())
-            raise DataError(f"{reason} (data.num_workers: {self._loader.num_workers}; was the memory full?)") from error
+            raise DataError(
+                f"{one_line(error)} (data.num_workers: {self._loader.num_workers}; was the memory full?)"
+            ) from error
         finally:
             try:
                 reader.end()

@@ -17,6 +17,7 @@ import resource
 import signal
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -33,8 +34,21 @@ class _TimeIsUp(BaseException):
     """No Exception: a library that goes on after any of those is stopped all the same."""
 
 
+class _Timer:
+    """The process's own: how many calls are being timed, one inside the other."""
+
+    depth = 0
+
+    def stop(self, *_: object) -> None:
+        if self.depth:
+            raise _TimeIsUp
+
+
+_timer = _Timer()
+
+
 def bounded(function: Callable[[], T], seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> T:
-    """What the function returns.
+    """What the function returns. Costs about 10 us.
 
     Args:
         seconds: of processor time.
@@ -45,7 +59,7 @@ def bounded(function: Callable[[], T], seconds: float = SECONDS, memory_bytes: i
     """
     try:
         if threading.current_thread() is threading.main_thread():
-            return _in_time(lambda: _in_memory(function, memory_bytes), seconds)
+            return _in_time(function, seconds, memory_bytes)
         return _in_memory(function, memory_bytes)
     except _TimeIsUp as error:
         raise LimitError(f"it takes more than {seconds:g} s of processor time") from error
@@ -53,22 +67,23 @@ def bounded(function: Callable[[], T], seconds: float = SECONDS, memory_bytes: i
         raise LimitError(f"it takes more than {memory_bytes:,} bytes of memory") from error
 
 
-def _in_time(function: Callable[[], T], seconds: float) -> T:
-    handler = signal.signal(signal.SIGVTALRM, _stop)
-    timer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)  # again, where a destructor swallowed the first
+def _in_time(function: Callable[[], T], seconds: float, memory_bytes: int) -> T:
+    _handle_signals(os.getpid())
+    _timer.depth += 1
+    left = signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)  # again, where a destructor swallowed the first
     try:
-        return function()
+        return _in_memory(function, memory_bytes)
     finally:
-        _insist(lambda: signal.setitimer(signal.ITIMER_VIRTUAL, *timer))
-        _insist(lambda: signal.signal(signal.SIGVTALRM, signal.SIG_DFL if handler is None else handler))
+        _insist(lambda: signal.setitimer(signal.ITIMER_VIRTUAL, *left))
+        _timer.depth -= 1
 
 
 def _in_memory(function: Callable[[], T], memory_bytes: int) -> T:
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = _data_bytes() + memory_bytes
-    if soft != resource.RLIM_INFINITY and soft <= wanted:
+    has = int(os.pread(_open_statm(os.getpid()), 200, 0).split()[5]) * _PAGE_BYTES
+    if soft != resource.RLIM_INFINITY and soft <= has + memory_bytes:
         return function()
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (has + memory_bytes, hard))
     try:
         return function()
     finally:
@@ -85,14 +100,13 @@ def _insist(function: Callable[[], Any]) -> None:
             continue
 
 
-def _stop(*_: object) -> None:
-    raise _TimeIsUp
+@cache
+def _handle_signals(_process: int) -> None:
+    """Once in each process; the handler stays, because setting it takes longer than all the rest."""
+    signal.signal(signal.SIGVTALRM, _timer.stop)
 
 
-def _data_bytes() -> int:
-    """What of this process's memory RLIMIT_DATA counts."""
-    handle = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return int(os.read(handle, 200).split()[5]) * _PAGE_BYTES
-    finally:
-        os.close(handle)
+@cache
+def _open_statm(_process: int) -> int:
+    """A handle, for as long as the process lives, of what it has of the memory that RLIMIT_DATA counts."""
+    return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)

@@ -23,11 +23,17 @@ from megatron_vlm.errors import DataError
 SLOW_SECONDS = 0.5
 
 
+class Panic(BaseException):
+    """As pyo3 has it, which is no Exception."""
+
+
 @dataclass(frozen=True)
 class Squares:
     bad: int = -1
     broken: int = -1
     killed: int = -1
+    panicking: int = -1
+    leaving: int = -1
 
     def produce(self, number: int) -> tuple[int, torch.Tensor, int]:
         if number == self.bad:
@@ -36,6 +42,10 @@ class Squares:
             os.kill(os.getpid(), signal.SIGKILL)
         if number == self.broken:
             raise KeyError("a bug")
+        if number == self.panicking:
+            raise Panic("called `Option::unwrap()`")
+        if number == self.leaving:
+            sys.exit(0)
         return number, torch.full((2,), number * number), os.getpid()
 
 
@@ -157,6 +167,16 @@ def is_running(pid: int) -> bool:
 def test_bugs_keep_their_traceback() -> None:
     with pytest.raises(KeyError, match="in produce"):
         list(OrderedItems(Squares(broken=1), range(3), 1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("how", ["panicking", "leaving"])
+def test_what_would_end_a_worker_without_a_word_is_told(num_workers: int, how: str) -> None:
+    kind = {"panicking": r"Panic: called `Option::unwrap\(\)`", "leaving": "SystemExit: 0"}[how]
+    stream = iter(OrderedItems(Squares(**{how: 1}), range(3), num_workers))
+    assert next(stream)[0] == 0
+    with pytest.raises(RuntimeError, match=f"item 1 ended in a {kind}"):
+        next(stream)
 
 
 def test_the_models_random_state_is_left_alone() -> None:

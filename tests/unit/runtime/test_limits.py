@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vlm.runtime.limits import LimitError, bounded
+from megatron_vlm.runtime.limits import LimitError, _timer, bounded
 
 
 def busy() -> None:
@@ -37,7 +37,7 @@ ENDLESS: dict[str, Callable[[], Any]] = {
 
 def limits_of_the_process() -> tuple[Any, ...]:
     timer = signal.getitimer(signal.ITIMER_VIRTUAL)
-    return resource.getrlimit(resource.RLIMIT_DATA), timer, signal.getsignal(signal.SIGVTALRM)
+    return resource.getrlimit(resource.RLIMIT_DATA), timer, _timer.depth
 
 
 @pytest.mark.parametrize("name", ENDLESS)
