@@ -1,0 +1,94 @@
+"""LLaVA's conversation files: JSON lists and lines, with pictures and videos; up to index, samples and pixels."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from megatron_vlm.config.schema import VideoConfig, VisionConfig
+from megatron_vlm.data.conversation import ConversationEncoder
+from megatron_vlm.data.index import SkipRule, open_index
+from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.sources.llava_json import LlavaFile
+from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.video.files import read_pictures
+from megatron_vlm.data.video.sampling import with_frames
+from megatron_vlm.models.vision.survey import survey_tower
+from tests.fuzz import hostile
+from tests.fuzz.kind import Kind, Read
+from tests.helpers.tiny import tiny_clip, tiny_dataset, tiny_tokenizer
+from tests.helpers.videos import make_folder, make_video
+
+MOST_TOKENS = 400
+
+
+@dataclass(frozen=True)
+class Base:
+    """Good records, the media they name, and what reads them."""
+
+    records: list[dict[str, Any]]
+    media: dict[str, bytes]
+    encoder: ConversationEncoder
+    reader: MediaReader
+
+
+def prepare(folder: Path) -> Base:
+    records = json.loads(tiny_dataset(folder, 8).read_text())
+    make_video(folder / "clips" / "a.mp4", 12)
+    make_folder(folder / "clips" / "frames", 3)
+    talk = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "red é 😀"}]
+    records.append({"id": 9, "video": "clips/a.mp4", "conversations": talk})
+    records.append({"id": None, "video": ["clips/frames"], "form": "x", "conversations": talk})
+    media_spec = survey_tower(VisionConfig.model_validate({"config": tiny_clip()}), None).media_spec
+    tokenizer = load_tokenizer(tiny_tokenizer(folder), "<image>")
+    encoder = ConversationEncoder(tokenizer, "auto", "<image>", media_spec.tokens_per_image)
+    media = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for name in ("images", "clips")
+        for path in (folder / name).rglob("*")
+        if path.is_file()
+    }
+    return Base(records, media, encoder, MediaReader(media_spec, "pad"))
+
+
+def make(random: Random, base: Base, folder: Path) -> Read:
+    records = random.sample(base.records, random.choice((1, 3, 6)))
+    for name, data in base.media.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    path = folder / "train.json"
+    if random.random() < 0.2:
+        spoilt = folder / random.choice(list(base.media))
+        if random.random() < 0.7:
+            hostile.in_its_place(random, spoilt)
+        else:
+            spoilt.write_bytes(hostile.some_bytes(random, spoilt.read_bytes()))
+        path.write_text(json.dumps(base.records))
+    elif random.random() < 0.06:
+        hostile.in_its_place(random, path)
+    elif random.random() < 0.5:
+        path.write_bytes(hostile.json_bytes(random, records))
+    else:
+        lines = [json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") for record in records]
+        number = random.randrange(len(lines))
+        lines[number] = hostile.json_bytes(random, records[number]).replace(b"\n", b" ")
+        path.write_bytes(random.choice((b"\n", b"\n", b"\r\n", b"\n\n", b" \n")).join(lines))
+    skip = SkipRule(base.reader, MOST_TOKENS) if random.random() < 0.6 else None
+    return lambda: _read(base, path, skip, folder)
+
+
+def _read(base: Base, path: Path, skip: SkipRule | None, folder: Path) -> None:
+    """As training does: the index, and then every sample and its pixels."""
+    file, sampling = LlavaFile(path, "<image>"), VideoConfig(num_frames=4)
+    index = open_index(file, base.encoder, folder, folder / "spare", skip=skip, sampling=sampling)
+    for number in range(len(index)):
+        index.sample_id(number)
+        sample = with_frames(file.read(index.extent(number)), index.frame_counts(number), "<image>")
+        base.encoder.encode(sample)
+        for picture in sample.images:
+            for _ in read_pictures(base.reader, [picture], folder, sample.id):
+                pass
+
+
+RECORDS = Kind("record", 800, prepare, make, may_read_outside=True)
