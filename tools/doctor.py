@@ -3,17 +3,20 @@
 python tools/doctor.py [--json FILE]
 python tools/doctor.py RECIPE.yaml [section.key=value ...] --world-size N        (also: is the recipe valid on N ranks?)
 
-The exit code is 1 where something that every run needs is missing or broken, or the recipe is not valid; what is
-optional and absent is told with its install line. It is for machines on which nothing is installed yet too: the
+A recipe is judged first: what is wrong with it ends the command at once. The exit code is 1 where something that every
+run needs is missing or broken, or the recipe is not valid; what is optional and absent is told with its install line.
+It is for machines on which nothing is installed yet too: the
 package is taken from this checkout, and what it needs is told, not imported.
 """
 
+import argparse
 import ast
 import json
 import platform
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib import metadata, util
@@ -23,15 +26,23 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_vlm.errors import ConfigError, shown  # noqa: E402 (after the checkout is on the path)
+from megatron_vlm.errors import ConfigError, one_line, shown  # noqa: E402 (after the checkout is on the path)
 from megatron_vlm.runtime.command_line import CommandLine, whole_number  # noqa: E402
-from megatron_vlm.runtime.environment import Finding, State, accelerators, launcher_variables, machine, meeting  # noqa: E402
+from megatron_vlm.runtime.environment import (  # noqa: E402
+    Finding,
+    State,
+    accelerators,
+    late,
+    launcher_variables,
+    machine,
+    meeting,
+)
 from megatron_vlm.runtime.launch import environment_of_child  # noqa: E402
 
 NOT_USED_YET = "not used yet"
 ENABLES = {  # what is there only with it; a test keeps this to the packages of setup.py's extras
     "transformer-engine": "the fused Adam on GPUs",
-    "flash-attn": NOT_USED_YET,
+    "flash-attn": "a backend of ops.attention on GPUs",
     "nvidia-dali-cuda130": NOT_USED_YET,
     "triton": "our fused kernels on GPUs",
     "deepspeed": NOT_USED_YET,
@@ -56,10 +67,11 @@ from megatron_vlm.ops.fp8 import fp8_obstacle
 fp8 = {"transformer_engine": transformer_engine_obstacle(device.type), "native": fp8_obstacle(device)}
 print(json.dumps({"device": str(device), "dtype": str(dtype)[6:], "ops": found, "fp8": fp8}))
 """
-NO_RUN_USES_IT = {  # operations that are there before what calls them
-    "linear into rows": "comes with a merge that writes the projector's rows where they belong",
-    "frames": "comes with decoding on a GPU",
-}
+# Operations that are there before what calls them: a merge that writes the projector's rows where they belong, and
+# decoding on a GPU.
+NO_RUN_USES_IT = ("linear into rows", "frames")
+COLUMNS = 100
+NAMED = ("torch", "megatron-core")  # of the required packages, in the line that counts them
 MARKS = {"ok": "ok", "note": "note", "absent": "-", "broken": "BROKEN"}
 
 
@@ -99,11 +111,18 @@ def packages() -> Iterator[Finding]:
     for requirement, (name, version, fits) in found.items():
         if not fits:
             yield Finding(name, "broken", version or "missing", f"pip install '{requirement}'")
-    shown = [f"{name} {found_version}" for name, found_version, fits in found.values() if fits]
-    state: State = "ok" if len(shown) == len(found) else "note"
-    yield Finding("required", state, f"{len(shown)} of {len(found)} in setup.py's ranges: {', '.join(shown) or 'none'}")
+    fitting = {name: version for name, version, fits in found.values() if fits}
+    state: State = "ok" if len(fitting) == len(found) else "note"
+    named = ", ".join(f"{name} {fitting[name]}" for name in NAMED if name in fitting) or "none of those named most"
+    yield Finding("required", state, f"{len(fitting)} of {len(found)} in setup.py's ranges: {named}")
     for extra, ranges in known.items():
         yield from optional(extra, [(requirement, *find(requirement)) for requirement in ranges])
+    yield Finding("extras", "absent", f"{', '.join(unused())}: {NOT_USED_YET}")
+
+
+def unused() -> list[str]:
+    """Packages that an extra brings and nothing uses yet."""
+    return [name for name, what in ENABLES.items() if what == NOT_USED_YET]
 
 
 def optional(extra: str, found: list[tuple[str, str, str | None, bool]]) -> Iterator[Finding]:
@@ -116,7 +135,9 @@ def optional(extra: str, found: list[tuple[str, str, str | None, bool]]) -> Iter
         )
         return
     for requirement, name, version, fits in found:
-        value = f"{version or 'not installed'} ({ENABLES[name]})"
+        if ENABLES[name] == NOT_USED_YET:  # told together, by `packages`
+            continue
+        value = f"{version} ({ENABLES[name]})" if version else ENABLES[name]
         advice = "" if fits else f"pip install '{requirement}'"
         yield Finding(name, "ok" if fits else "note" if version else "absent", value, advice)
 
@@ -138,7 +159,7 @@ def operations() -> tuple[list[Finding], dict[str, Any]]:
             command, capture_output=True, text=True, timeout=OPERATIONS_SECONDS, env=environment_of_child()
         )
     except subprocess.TimeoutExpired:
-        return [Finding("ops", "broken", f"not known after {OPERATIONS_SECONDS} s", advice)], {}
+        return [late("ops", f"not known after {OPERATIONS_SECONDS} s", advice)], {}
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
         return [Finding("ops", "broken", f"no operation can run: {lines[-1]}", advice)], {}
@@ -148,23 +169,21 @@ def operations() -> tuple[list[Finding], dict[str, Any]]:
 
 def operation(device: str, choice: dict[str, Any]) -> Finding:
     """One operation in a line."""
-    reasons = "".join(f"; not {name}: {reason}" for name, reason in choice["passed_over"].items())
+    name, passed_over = f"ops.{choice['name']}", choice["passed_over"]
     if choice["taken"] is None:
-        return Finding(f"ops.{choice['name']}", "broken", f"nothing can run on {device}{reasons}")
-    offered = ", ".join(choice["offered"])
-    unused = f"; no run uses it yet: it {why}" if (why := NO_RUN_USES_IT.get(choice["name"])) else ""
-    value = f"auto takes {choice['taken']} on {device}; can run: {offered}{reasons}{unused}"
-    return Finding(f"ops.{choice['name']}", "ok", value)
+        return Finding(name, "broken", f"nothing can run on {device}", passed_over=passed_over)
+    unused = "; unused yet" if choice["name"] in NO_RUN_USES_IT else ""
+    value = f"auto takes {choice['taken']}; can run: {', '.join(choice['offered'])}{unused}"
+    return Finding(name, "ok", value, passed_over=passed_over)
 
 
 def fp8(device: str, obstacles: dict[str, str | None]) -> Finding:
     """Who computes `precision.fp8: tensorwise` here, and why not the other. `obstacles`: in auto's order."""
     taken = next((name for name, obstacle in obstacles.items() if obstacle is None), None)
     others = {name: obstacle or f"{taken} comes first" for name, obstacle in obstacles.items() if name != taken}
-    reasons = "; ".join(f"not {name}: {why}" for name, why in others.items())
     if taken is None:
-        return Finding("precision.fp8", "note", f"nothing computes in FP8 on {device}; {reasons}")
-    return Finding("precision.fp8", "ok", f"fp8_backend auto takes {taken} on {device}; {reasons}")
+        return Finding("precision.fp8", "note", f"nothing computes in FP8 on {device}", passed_over=others)
+    return Finding("precision.fp8", "ok", f"fp8_backend auto takes {taken}", passed_over=others)
 
 
 def device_here(requested: str, world_size: int) -> Any:
@@ -178,14 +197,11 @@ def device_here(requested: str, world_size: int) -> Any:
 
 
 def check_recipe(recipe: str, overrides: list[str], world_size: int) -> None:
-    """Raises ConfigError with everything that is wrong with the recipe on that many ranks of one machine, or where it
-    cannot be checked."""
-    try:
-        from megatron_vlm.config import load_config
-        from megatron_vlm.data.sources import SOURCES
-        from megatron_vlm.training.recipe import settle
-    except ImportError as error:
-        raise ConfigError(f"{recipe}: cannot be checked here: {error}; see what is broken above") from error
+    """Raises ConfigError with everything that is wrong with the recipe on that many ranks of one machine; ImportError
+    where it cannot be checked."""
+    from megatron_vlm.config import load_config
+    from megatron_vlm.data.sources import SOURCES
+    from megatron_vlm.training.recipe import settle
 
     config = load_config(recipe, overrides)
     SOURCES.get(config.data.source)
@@ -193,11 +209,21 @@ def check_recipe(recipe: str, overrides: list[str], world_size: int) -> None:
 
 
 def show(found: list[Finding]) -> None:
-    """One line per finding."""
-    width = max(len(one.name) for one in found)
+    """A line per finding, or two; the reasons for what is passed over stand below, each of them once."""
+    width = sorted(len(one.name) for one in found)[-2 - len(found) // 10]  # few are longer, and take their room
+    reasons = list(dict.fromkeys(reason for one in found for reason in one.passed_over.values()))
     for one in found:
-        advice = f"  -> {one.advice}" if one.advice else ""
-        print(shown(f"{MARKS[one.state]:>6}  {one.name:<{width}}  {one.value}{advice}"))
+        not_taken = ", ".join(f"{name} [{reasons.index(reason) + 1}]" for name, reason in one.passed_over.items())
+        value = one.value + (f"; not {not_taken}" if not_taken else "") + (f"  -> {one.advice}" if one.advice else "")
+        print(wrapped(f"{MARKS[one.state]:>6}  {one.name:<{width}}  ", value))
+    for number, reason in enumerate(reasons, start=1):
+        print(wrapped(f"{'':>6}  {f'[{number}]':<{width}}  ", reason))
+
+
+def wrapped(head: str, text: str) -> str:
+    """`head` and `text` in lines of at most COLUMNS, the text's under each other."""
+    indent = " " * len(head)
+    return textwrap.fill(shown(text), COLUMNS, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
@@ -210,6 +236,17 @@ def write(path: Path, report: dict[str, Any]) -> None:
         raise ConfigError(f"--json {path}: cannot be written: {error.strerror}") from error
 
 
+def judge(arguments: argparse.Namespace) -> ConfigError | None:
+    """Says that the recipe is valid, or gives the error for a machine on which it cannot be checked, to be raised once
+    the findings say why. Raises ConfigError where the recipe is wrong."""
+    try:
+        check_recipe(arguments.recipe, arguments.overrides, arguments.world_size)
+    except ImportError as error:
+        return ConfigError(f"{arguments.recipe}: cannot be checked here: {one_line(error)}; see what is broken above")
+    print(f"    ok  {shown(arguments.recipe)} is valid on {arguments.world_size} rank(s)", flush=True)
+    return None
+
+
 def main() -> None:
     parser = CommandLine(__doc__)
     parser.add_argument("recipe", nargs="?", help="a YAML recipe to check as well")
@@ -217,6 +254,7 @@ def main() -> None:
     parser.add_argument("--world-size", type=whole_number(1), default=1, metavar="N", help="ranks (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there too")
     with parser.run() as (arguments, _):
+        unchecked = judge(arguments) if arguments.recipe else None
         found = [*packages(), *machine()]
         imported, num_gpus = accelerators()
         found += [*imported, *communication(num_gpus)]
@@ -229,9 +267,8 @@ def main() -> None:
         if arguments.json:
             report = {"findings": [asdict(one) for one in found], "variables": variables, "gpus": num_gpus}
             write(arguments.json, report | {"backends": backends})
-        if arguments.recipe:
-            check_recipe(arguments.recipe, arguments.overrides, arguments.world_size)
-            print(f"    ok  {shown(arguments.recipe)} is valid on {arguments.world_size} rank(s)")
+        if unchecked is not None:
+            raise unchecked
         broken = [one.name for one in found if one.state == "broken"]
         if broken:
             print(f"broken: {', '.join(broken)}")

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -60,17 +60,20 @@ dist.destroy_process_group()
 @dataclass(frozen=True)
 class Finding:
     """One line of a report. `state`: absent is optional and not there, a note is worth knowing, broken must be mended.
-    `advice`: what to do about it."""
+    `advice`: what to do about it. `passed_over`: of what could have been taken, what was not, and the reason."""
 
     name: str
     state: State
     value: str
     advice: str = ""
+    passed_over: Mapping[str, str] = field(default_factory=dict)
 
 
 def machine() -> Iterator[Finding]:
     """Cores, memory, shared memory, open files, folders to write to."""
-    yield Finding("cores", "ok", f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}")
+    advice = "busy: ask again when it is idle" if (busy := is_busy()) else ""
+    cores = f"{num_cores()} of {os.cpu_count()}; {os.getloadavg()[0]:.1f} processes at work"
+    yield Finding("cores", "note" if busy else "ok", cores, advice)
     yield Finding("memory", "ok", f"{memory_bytes() / GIB:.1f} GiB")
     yield _shared_memory()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -80,6 +83,24 @@ def machine() -> Iterator[Finding]:
         "temporary files", Path(tempfile.gettempdir()), "broken", "set TMPDIR to a folder that can be written"
     )
     yield _writable("model cache", model_cache(), "note", "set HF_HOME to a folder that can be written")
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def is_busy() -> bool:
+    """Whether more processes than there are cores have been at work in the last minute."""
+    return os.getloadavg()[0] > (os.cpu_count() or 1)
+
+
+def late(name: str, value: str, advice: str) -> Finding:
+    """What a probe says that was not done within its time: on a busy machine that is no fault of what was probed."""
+    if not is_busy():
+        return Finding(name, "broken", value, advice)
+    load = f"the machine is busy: {os.getloadavg()[0]:.1f} processes at work on {os.cpu_count()} cores"
+    return Finding(name, "note", f"{value}, but {load}", "ask again when it is idle")
 
 
 def memory_bytes() -> int:
@@ -111,7 +132,7 @@ def accelerators() -> tuple[list[Finding], int]:
         child = _child(IMPORTS)
         done = subprocess.run(child, capture_output=True, text=True, timeout=CHILD_SECONDS, env=environment_of_child())
     except subprocess.TimeoutExpired:
-        return [Finding("imports", "broken", f"not done after {CHILD_SECONDS} s", "look for a hanging file system")], 0
+        return [late("imports", f"not done after {CHILD_SECONDS} s", "look for a hanging file system")], 0
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
         advice = (
@@ -119,9 +140,7 @@ def accelerators() -> tuple[list[Finding], int]:
         )
         return [Finding("imports", "broken", lines[-1], advice)], 0
     facts = json.loads(done.stdout.splitlines()[-1])
-    adam = (
-        f"fused Adam of {facts['fused_adam']}" if facts["fused_adam"] else "no fused Adam (Apex or transformer-engine)"
-    )
+    adam = f"fused Adam of {facts['fused_adam']}" if facts["fused_adam"] else "no fused Adam"
     found = [Finding("imports", "ok", f"torch, megatron.core, transformers; {adam}")]
     if facts["gpus"]:
         driver = DRIVER_FILE.read_text().splitlines()[0] if DRIVER_FILE.is_file() else "driver unknown"
@@ -150,7 +169,7 @@ def meeting(backend: str, num_processes: int, limit_seconds: float = CHILD_SECON
             errors = [rank.communicate(timeout=limit_seconds)[1] for rank in ranks]
         except subprocess.TimeoutExpired:
             advice = "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names the network interface to use"
-            return Finding(name, "broken", f"did not meet within {limit_seconds:.0f} s", advice)
+            return late(name, f"did not meet within {limit_seconds:.0f} s", advice)
         finally:
             for rank in ranks:
                 rank.kill()

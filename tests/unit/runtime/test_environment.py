@@ -1,6 +1,8 @@
 """Probes of the machine: limits below what training needs are told, and nothing that fails takes the prober with it."""
 
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,26 @@ def test_two_processes_meet() -> None:
     assert environment.meeting("gloo", 2).state == "ok"
 
 
-def test_processes_that_do_not_meet_are_told_and_ended() -> None:
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """The processes at work in the last minute, as the machine says."""
+    at_work = [0.5]
+    monkeypatch.setattr(os, "getloadavg", lambda: (at_work[0], 0.0, 0.0))
+    yield at_work
+
+
+def test_what_is_late_on_a_busy_machine_is_not_broken(load: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "CHILD_SECONDS", 0.05)
+    idle = environment.meeting("gloo", 2, limit_seconds=0.05), *environment.accelerators()[0]
+    assert [one.state for one in idle] == ["broken", "broken"]
+    load[0] = 1000.0
+    busy = environment.meeting("gloo", 2, limit_seconds=0.05), *environment.accelerators()[0]
+    assert [one.state for one in busy] == ["note", "note"]
+    assert all("the machine is busy: 1000.0 processes at work" in one.value for one in busy)
+    assert findings()["cores"].state == "note" and "1000.0 processes at work" in findings()["cores"].value
+
+
+def test_processes_that_do_not_meet_are_told_and_ended(load: list[float]) -> None:
     assert environment.meeting("gloo", 2, limit_seconds=0.05).value == "did not meet within 0 s"
     failed = environment.meeting("no_backend", 1)
     assert failed.state == "broken" and "no_backend" in failed.value
