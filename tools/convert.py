@@ -66,6 +66,7 @@ def _add_export(parser: CommandLine) -> None:
     parser.add_argument("destination", type=Path, help="a directory that does not exist, or is empty")
     parser.add_argument("--format", help="default: the one it was imported from, else llava-hf")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: that of the origin, else as stored")
+    parser.add_extensions()
     parser.set_defaults(execute=_export)
 
 
@@ -80,6 +81,7 @@ def _add_verify(parser: CommandLine) -> None:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_downsample_order()
+    parser.add_extensions()
     parser.set_defaults(execute=_verify)
 
 
@@ -131,8 +133,10 @@ def _open(arguments: argparse.Namespace) -> "ForeignModel":
 
 def _export(arguments: argparse.Namespace) -> None:
     _prepare()
+    from megatron_vlm.config.extensions import import_extensions
     from megatron_vlm.conversion.exporting import plan_export
 
+    import_extensions(arguments.extensions)
     plan = plan_export(arguments.checkpoint, arguments.format, arguments.dtype)
     with _Bytes() as written:
         written.show(f"exporting {arguments.checkpoint}", plan.size_bytes)
@@ -141,8 +145,12 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
+    from megatron_vlm.config.extensions import import_extensions
     from megatron_vlm.conversion.verify import compare
+    from megatron_vlm.runtime.device import prepare
 
+    prepare(arguments.device)  # before what an extension imports
+    import_extensions(arguments.extensions)
     comparison = compare(
         arguments.a, arguments.b, arguments.media, arguments.prompt, arguments.device, arguments.downsample_order
     )

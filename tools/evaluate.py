@@ -55,7 +55,8 @@ def main() -> None:
         TASKS.get(arguments.task)  # a name mistyped shall not cost the loading of a model
         prepare(arguments.device, launch.local_world_size)
         output = find_output(arguments) if launch.rank == 0 else None
-        names = ("device", "tensor", "pipeline", "ulysses", "ring", "template", "dtype", "downsample_order")
+        layout = ("device", "tensor", "pipeline", "ulysses", "ring")
+        names = (*layout, "template", "dtype", "downsample_order", "extensions")
         assistant = load(arguments.checkpoint, **{name: getattr(arguments, name) for name in names})
         from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, find_unanswerable, read_questions
 

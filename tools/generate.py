@@ -48,7 +48,8 @@ def main() -> None:
 
         get_logger("megatron_vlm").setLevel(logging.WARNING)  # what is printed is the result
         layout = ("devices", "device", "tensor", "pipeline", "ulysses", "ring")
-        options = {name: getattr(arguments, name) for name in (*layout, "template", "dtype", "downsample_order")}
+        names = (*layout, "template", "dtype", "downsample_order", "extensions")
+        options = {name: getattr(arguments, name) for name in names}
         answer(load(arguments.checkpoint, **options), arguments, launch)
         if arguments.devices is None:  # ranks behind the call end with this process
             teardown()

@@ -13,6 +13,7 @@ least one of the checkpoints that were there stays, under a name that the next s
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +22,16 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from megatron_vlm.checkpoint.integrity import sync_directory
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.runtime.files import read_text
 
 if TYPE_CHECKING:  # names and paths need no torch
     from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 LATEST = "latest"
+MAX_LATEST_BYTES = 256
 _STEP = "step_"
+_NAME = re.compile(rf"{_STEP}[0-9]{{1,20}}", re.ASCII)
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
@@ -42,7 +46,7 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(root: Path) -> list[Path]:
     """The checkpoints of a run's directory, newest first."""
-    found = [path for path in root.glob(f"{_STEP}*") if path.name.removeprefix(_STEP).isdecimal() and path.is_dir()]
+    found = [path for path in root.glob(f"{_STEP}*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -58,16 +62,33 @@ def replaced_path(final: Path) -> Path:
 
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     """A checkpoint directory: `path` itself, or the one `path/latest` names. Raises CheckpointError."""
-    directory = Path(path)
-    pointer = directory / LATEST
-    if pointer.is_file():
-        directory = directory / pointer.read_text(encoding="utf-8").strip()
-        if not directory.exists() and replaced_path(directory).exists():
-            directory = replaced_path(directory)  # killed while it was being replaced
+    directory = latest_of(Path(path)) or Path(path)
     if not directory.is_dir():
         raise CheckpointError(f"no checkpoint at {path}: {directory} is not a directory")
     Manifest.read(directory)
     return directory
+
+
+def latest_of(root: Path) -> Path | None:
+    """The checkpoint that `root/latest` names, which lies beside it; None where there is no such file.
+
+    Raises CheckpointError: it cannot be read, or names anything else.
+    """
+    pointer = root / LATEST
+    if not os.path.lexists(pointer):
+        return None
+    try:
+        name = read_text(pointer, MAX_LATEST_BYTES).strip()
+    except OSError as error:
+        raise CheckpointError(f"{pointer} cannot be read: {error.strerror}") from error
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(f"{pointer}: found {name!r}, needs the name of a checkpoint beside it (step_0000100)")
+    named = root / name
+    if not named.exists() and replaced_path(named).exists():
+        named = replaced_path(named)  # killed while it was being replaced
+    if os.path.dirname(place := os.path.realpath(named)) != os.path.realpath(root):
+        raise CheckpointError(f"{pointer}: found {name}, which is a link to {place}; needs what lies beside it")
+    return named
 
 
 def create_partial(final: Path) -> Path:

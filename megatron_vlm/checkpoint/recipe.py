@@ -1,27 +1,43 @@
-"""The recipe in a checkpoint, for what uses its weights and trains nothing."""
+"""The recipe in a checkpoint, for what uses its weights and trains nothing.
+
+A checkpoint may be anybody's: the extensions that it names are not imported here (`config/extensions.py`), and its
+tokenizer and configs are compared with the manifest before a library reads them.
+"""
 
 from pathlib import Path
 
+from megatron_vlm.checkpoint.integrity import refuse_damage, refuse_unlisted
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config import config_from_tree
 from megatron_vlm.config.schema import Config, LanguageConfig, ParallelConfig, TrainableConfig
 from megatron_vlm.errors import CheckpointError
+
+PARTS = ("tokenizer", "language", "vision")  # directories that libraries read
 
 
 def inference_config(directory: Path, parallel: ParallelConfig) -> Config:
     """The recipe a checkpoint was trained by, made self-contained: models and tokenizer from inside the checkpoint,
     nothing trains, the layout is the given one, and every operation's backend is chosen anew.
 
-    Raises CheckpointError where a part is missing, ConfigError where the recipe is not one this version reads.
+    Raises CheckpointError where a part is missing or damaged, ConfigError where the recipe is not one this version
+    reads, or names an extension that is not imported.
     """
-    for part in ("tokenizer", "language", "vision"):
+    for part in PARTS:
         if not (directory / part).is_dir():
             raise CheckpointError(f"{directory} is incomplete: it has no directory {part!r}; save it again")
-    config = without_training(config_from_tree(Manifest.read(directory).config, f"{directory}/manifest.json"))
+    manifest = Manifest.read(directory)
+    config = without_training(saved_config(directory, manifest))
+    refuse_unlisted(directory, manifest, PARTS)
+    refuse_damage(directory, manifest, [name for name in manifest.files if name.partition("/")[0] in PARTS])
     language = LanguageConfig(path=str(directory / "language"), tokenizer=str(directory / "tokenizer"))
     vision = config.model.vision.model_copy(update={"path": str(directory / "vision"), "config": None})
     model = config.model.model_copy(update={"language": language, "vision": vision})
     return config.model_copy(update={"model": model, "parallel": parallel, "ops": config.ops.anywhere()})
+
+
+def saved_config(directory: Path, manifest: Manifest) -> Config:
+    """The recipe as it was saved. Raises ConfigError, also for an extension that is not imported."""
+    return config_from_tree(manifest.config, f"{directory}/manifest.json", is_trusted=False)
 
 
 def without_training(config: Config) -> Config:

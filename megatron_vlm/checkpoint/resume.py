@@ -1,8 +1,9 @@
 """What a run starts from: the newest good checkpoint of its own directory, else what the recipe names, else nothing.
 
-Good means that every file is what the manifest says; the ranks share the reading. One that is not is passed over for
-the one before it and renamed, so that it is neither met again nor counted among those to keep. Nothing is renamed where
-none is good: then the run does not start, because to begin from the first step would not be what was asked for.
+Good means that the manifest is what was written, and every file what it says; the ranks share the reading. One that is
+not is passed over for the one before it and renamed, so that it is neither met again nor counted among those to keep.
+Nothing is renamed where none is good: then the run does not start, because to begin from the first step would not be
+what was asked for.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,9 @@ class Start:
     def check_recipe(self, config: Config) -> None:
         """Raises ConfigError where a run is to go on under a recipe with another meaning."""
         if self.states == "all":
-            saved = config_from_tree(self.manifest.config, f"{self.directory}/manifest.json")
+            # what it names under `extensions` is imported by no one; what those bring is named by other keys
+            tree = self.manifest.config | {"extensions": config.extensions}
+            saved = config_from_tree(tree, f"{self.directory}/manifest.json")
             refuse_drift(saved, config, str(self.directory))
 
     def check_data(self, fingerprint: dict[str, int | str] | None, config: Config) -> None:

@@ -28,7 +28,9 @@ from megatron_vlm.checkpoint.directory import (
     retire_all_but,
 )
 from megatron_vlm.checkpoint.integrity import records_of
+from megatron_vlm.checkpoint.manifest import BACKENDS_FILE, COMMON_FILE, METADATA_FILE
 from megatron_vlm.checkpoint.planning import Planner
+from megatron_vlm.checkpoint.reading import BACKENDS
 from megatron_vlm.checkpoint.store import TrainingState
 from megatron_vlm.checkpoint.writing import BackgroundWriter, Outcome, Part, SharedMemory, reason_of, start_server
 from megatron_vlm.config.schema import CheckpointConfig
@@ -39,7 +41,7 @@ from megatron_vlm.runtime.signals import maxima
 
 logger = get_logger(__name__)
 REMOVAL_SECONDS = 10.0  # that the end of a run waits for it: the next start removes the rest
-_TORCH_DIST = CheckpointingConfig("torch_dist", 1)  # how dist_checkpointing.load reads it
+_TORCH_DIST = CheckpointingConfig(BACKENDS[0], 1, BACKENDS[1], 1)  # how dist_checkpointing.load reads it
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class CheckpointSaver:
             self._wait_for_removal()  # the disk may have no room for one more
             partial = create_partial(final)
             try:
-                with open(partial / "common.pt", "wb") as file:  # torch's own file would not say why it failed
+                with open(partial / COMMON_FILE, "wb") as file:  # torch's own file would not say why it failed
                     torch.save(common, file)
                 state.write_sources(partial)
             except Exception as error:  # the tokenizers library tells a full disk by an error of its own
@@ -156,8 +158,9 @@ class CheckpointSaver:
             try:
                 FileSystemWriter(partial).finish(self._planner.metadata, [part.results for part in outcomes])
                 save_config(_TORCH_DIST, str(partial))
-                files = records_of(partial, [partial / ".metadata", partial / "metadata.json"])
-                state.manifest({name: r for part in outcomes for name, r in part.files.items()} | files).write(partial)
+                files = records_of(partial, [partial / METADATA_FILE, partial / BACKENDS_FILE])
+                listed = {name: record for part in outcomes for name, record in part.files.items()} | files
+                state.manifest(listed).write(partial)
                 publish(partial, final)
             except OSError:
                 shutil.rmtree(partial, ignore_errors=True)

@@ -10,16 +10,15 @@ silence; here a tensor too many is an error, as one too few. torch's CheckpointE
 caught by name, or a failed load would end a rank without a word.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
@@ -27,10 +26,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_vlm.checkpoint.integrity import find_damage
 from megatron_vlm.checkpoint.manifest import FileRecord, Manifest
 from megatron_vlm.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
-from megatron_vlm.checkpoint.safe_reading import refuse_code
+from megatron_vlm.checkpoint.reading import load_sharded
+from megatron_vlm.checkpoint.stored_metadata import read_metadata
 from megatron_vlm.config.loading import config_hash
 from megatron_vlm.config.schema import Config
-from megatron_vlm.errors import CheckpointError
+from megatron_vlm.errors import CheckpointError, one_line
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import Grid
 from megatron_vlm.runtime.failure import kind_of
@@ -50,7 +50,9 @@ _READ_ERRORS = (
     OSError,
     RuntimeError,
     EOFError,
-    KeyError,
+    LookupError,
+    TypeError,
+    AttributeError,
     UnpicklingError,
     ValueError,
 )
@@ -126,7 +128,6 @@ def load_checkpoint(
     Raises:
         CheckpointError: damaged, unreadable, or of a model with other parameters.
     """
-    refuse_code(directory)
     manifest = Manifest.read(directory)
     if not is_verified and (damage := find_damage(directory, manifest, model.grid.world)) is not None:
         raise CheckpointError(f"{directory} is damaged: {damage}")
@@ -146,17 +147,20 @@ def load_checkpoint(
         state["optimizer"] = sharded_optimizer_state(optimizer, weights, is_loading=True)
         if is_same_layout:
             state["random"] = _random_place(model.grid, None)
-    loaded = _read(state, directory)
-    load_model_state(model, loaded["model"])
+    loaded = _read(state, directory, manifest)
+    with _told_as_misfit(directory):
+        load_model_state(model, loaded["model"])
     if states != "all":
         if optimizer is not None:
             optimizer.reload_model_params()
         return 0
     assert optimizer is not None
-    load_optimizer_state(optimizer, loaded["optimizer"])
-    if is_same_layout and are_of_this_device(loaded["random"]):
-        restore_random_states(loaded["random"])
-    else:
+    with _told_as_misfit(directory):
+        load_optimizer_state(optimizer, loaded["optimizer"])
+        is_same_device = is_same_layout and are_of_this_device(loaded["random"])
+        if is_same_device:
+            restore_random_states(loaded["random"])
+    if not is_same_device:
         other = "kind of device" if is_same_layout else "layout"
         logger.info("another %s than the checkpoint's: random numbers are drawn anew, from seed and step", other)
         seed_everything(manifest.config["runtime"]["seed"], model.grid, manifest.step)
@@ -195,11 +199,21 @@ def _random_place(grid: Grid, states: dict[str, Any] | None) -> ShardedObject:
     return ShardedObject(_RANDOM_KEY, states, (grid.sizes.world,), (grid.rank,))
 
 
-def _read(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+@contextmanager
+def _told_as_misfit(directory: Path) -> Iterator[None]:
+    """What was read is data of any kind: objects that are not what a run keeps are one CheckpointError."""
+    try:
+        yield
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{directory} cannot be loaded into this model: {one_line(error, first=True)}") from error
+
+
+def _read(state: dict[str, Any], directory: Path, manifest: Manifest) -> dict[str, Any]:
     """Fills `state`; raises CheckpointError where checkpoint and `state` do not hold the same tensors."""
     problem = f"{directory} cannot be loaded into this model"
     try:
-        loaded, only_saved, only_wanted = dist_checkpointing.load(state, directory, strict=StrictHandling.RETURN_ALL)
+        metadata = read_metadata(directory, manifest.files)
+        loaded, only_saved, only_wanted = load_sharded(state, directory, metadata)
     except _READ_ERRORS as error:
         raise _as_checkpoint_error(problem, error, _OTHER_STATES if "optimizer" in state else "") from error
     kinds = {"optimizer": "optimizer.", "random": _RANDOM_KEY}
@@ -217,13 +231,14 @@ def _read(state: dict[str, Any], directory: Path) -> dict[str, Any]:
 
 def _as_checkpoint_error(problem: str, error: BaseException, hint: str = "") -> BaseException:
     """`error` in one line as a CheckpointError; itself where it only says that another rank is gone."""
-    if kind_of(error) == "echo":
+    if kind_of(error) == "echo" or isinstance(error, CheckpointError):
         return error
     causes: list[BaseException] = [error]
     if isinstance(error, CheckpointException):  # of all ranks; only the coordinator is told which
         causes = [cause for cause, _ in error.failures.values()] or [RuntimeError("another rank failed")]
-    reason = str(causes[0]) or repr(causes[0])
-    return CheckpointError(f"{problem}: {reason.splitlines()[0]}{hint}")
+        if told := [cause for cause in causes if isinstance(cause, CheckpointError)]:
+            return told[0]
+    return CheckpointError(f"{problem}: {one_line(causes[0], first=True)}{hint}")
 
 
 def _without_prefix(state: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -69,22 +69,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config_from_tree(tree, str(path))
 
 
-def config_from_tree(tree: Mapping[Any, Any], origin: str) -> Config:
+def config_from_tree(tree: Mapping[Any, Any], origin: str, is_trusted: bool = True) -> Config:
     """A `Config` from nested dictionaries. `origin` (a file) heads the error.
+
+    Args:
+        is_trusted: the user's own recipe, whose extensions are imported; a checkpoint's only where they are already.
 
     Raises:
         ConfigError: all violations of the schema, on one line.
     """
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, context={"is_trusted": is_trusted})
     except ValidationError as error:
         raise ConfigError(f"{origin}: " + "; ".join(map(_describe, error.errors()))) from error
 
 
 def config_hash(config: Config) -> str:
     """12 hexadecimal digits that change with any value of the recipe, and with nothing else."""
-    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+    return hash_of_tree(config.model_dump(mode="json"))
+
+
+def hash_of_tree(tree: Mapping[str, Any]) -> str:
+    """The same of a recipe as a checkpoint keeps it."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def to_yaml(config: Config) -> str:

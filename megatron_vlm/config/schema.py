@@ -4,13 +4,13 @@ Pydantic holds the shape and refuses unknown keys; what depends on several field
 weights is in `validation.py`. No torch here: a recipe can be read and checked in milliseconds.
 """
 
-import importlib
-import os
-import sys
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
+
+from megatron_vlm.config.extensions import IN_PYTHON, import_extension, is_imported
+from megatron_vlm.errors import ConfigError
 
 
 def _no_switch(value: Any) -> Any:
@@ -20,17 +20,18 @@ def _no_switch(value: Any) -> Any:
     return value
 
 
-def _import(module: str) -> str:
-    """Imports an extension, so that what it registers is there before anything is looked up by name. It may lie in the
-    working directory, where a script does not look by itself."""
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
+def _import(module: str, info: ValidationInfo) -> str:
+    """Imports an extension, so that what it registers is there before anything is looked up by name. One that a
+    checkpoint names is code of anybody: it must be there already, at the user's word."""
+    is_trusted = info.context is None or info.context["is_trusted"]
+    if not is_trusted and not is_imported(module):
+        message = "is code that a checkpoint's word does not import: if you trust it, name it yourself, {how}"
+        raise PydanticCustomError("untrusted_extension", message, {"how": f"--extensions {module} ({IN_PYTHON})"})
     try:
-        importlib.import_module(module)
-    except Exception as error:  # a user's own code may fail in any way; it is told as the recipe's fault
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        import_extension(module)
+    except ConfigError as error:
         message = "must be a module that Python can import, from here or from PYTHONPATH: {reason}"
-        raise PydanticCustomError("extension", message, {"reason": reason}) from error
+        raise PydanticCustomError("extension", message, {"reason": str(error)}) from error
     return module
 
 
@@ -319,7 +320,8 @@ class OpsConfig(Section):
 
 class Config(Section):
     """A whole recipe. `extensions`: modules of your own that register what the recipe names (examples/extensions); they
-    are imported when the recipe is read, by every process that reads it, a checkpoint's included."""
+    are imported when the recipe is read, by every process that reads it. A checkpoint keeps their names, and whoever
+    loads it names them again (`--extensions`)."""
 
     runtime: RuntimeConfig = RuntimeConfig()
     model: ModelConfig

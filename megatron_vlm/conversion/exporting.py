@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.checkpoint.directory import find_checkpoint
-from megatron_vlm.checkpoint.integrity import sync_directory
+from megatron_vlm.checkpoint.integrity import refuse_damage, refuse_unlisted, sync_directory
 from megatron_vlm.checkpoint.manifest import Manifest
-from megatron_vlm.config.loading import config_from_tree
+from megatron_vlm.checkpoint.recipe import PARTS, saved_config
 from megatron_vlm.config.schema import VisionConfig
 from megatron_vlm.conversion.destination import refuse_taken
 from megatron_vlm.conversion.export_plan import (
@@ -36,8 +36,8 @@ from megatron_vlm.conversion.files import INDEXES, SAFETENSORS_INDEX
 from megatron_vlm.conversion.formats.base import FORMATS, Format, Target, read_json
 from megatron_vlm.conversion.formats.llava import TOWER_INSIDE, told_order
 from megatron_vlm.conversion.mappings import EMBEDDING, HEAD
-from megatron_vlm.conversion.native_reading import NativeSource, check_files
-from megatron_vlm.conversion.origin import SENTENCEPIECE_FILE, Origin, reading_of
+from megatron_vlm.conversion.native_reading import NativeSource
+from megatron_vlm.conversion.origin import FOLDER, SENTENCEPIECE_FILE, Origin, reading_of
 from megatron_vlm.conversion.table import model_mappings
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConversionError
@@ -146,7 +146,8 @@ def plan_export(path: str | Path, format: str | None = None, dtype: str | None =
     """
     checkpoint = find_checkpoint(path)
     manifest = Manifest.read(checkpoint)
-    check_files(checkpoint, manifest)
+    refuse_unlisted(checkpoint, manifest, (*PARTS, FOLDER))
+    refuse_damage(checkpoint, manifest)
     origin = Origin.of(checkpoint)
     target_format = _format_of(format, origin)
     assert target_format.disk_name is not None
@@ -188,7 +189,7 @@ def _format_of(name: str | None, origin: Origin | None) -> Format:
 
 
 def _target(checkpoint: Path, manifest: Manifest) -> Target:
-    config = config_from_tree(manifest.config, f"{checkpoint}/manifest.json")
+    config = saved_config(checkpoint, manifest)
     vision = VisionConfig(
         path=str(checkpoint / "vision"),
         select_layer=config.model.vision.select_layer,

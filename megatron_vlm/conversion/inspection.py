@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_vlm.checkpoint.directory import LATEST
+from megatron_vlm.checkpoint.directory import latest_of
+from megatron_vlm.checkpoint.integrity import refuse_damage
 from megatron_vlm.checkpoint.manifest import FILE_NAME as MANIFEST
-from megatron_vlm.checkpoint.manifest import Manifest
-from megatron_vlm.checkpoint.safe_reading import refuse_code
+from megatron_vlm.checkpoint.manifest import METADATA_FILE, Manifest
+from megatron_vlm.checkpoint.stored_metadata import read_metadata
 from megatron_vlm.conversion.files import WeightFolder
 from megatron_vlm.conversion.formats import llava
 from megatron_vlm.conversion.formats.base import FORMATS, Places, is_foreign, open_foreign, read_json, recognised
+from megatron_vlm.conversion.origin import RECORD as ORIGIN
 from megatron_vlm.conversion.origin import Origin
 from megatron_vlm.conversion.sources import FolderSource, vision_rename
 from megatron_vlm.errors import ConversionError
@@ -68,17 +69,16 @@ def inspect(path: str | Path) -> Inspection:
     folder = Path(path)
     if not folder.is_dir():
         raise ConversionError(f"{folder}: no such directory")
-    if (folder / LATEST).is_file():
-        folder = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
-    if (folder / MANIFEST).is_file():
+    folder = latest_of(folder) or folder
+    if (folder / MANIFEST).exists():
         return _ours(folder)
     return _foreign(folder) if is_foreign(folder) else _other(folder)
 
 
 def _ours(folder: Path) -> Inspection:
     manifest = Manifest.read(folder)
-    refuse_code(folder)
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    refuse_damage(folder, manifest, [name for name in (METADATA_FILE, ORIGIN) if name in manifest.files])
+    stored = read_metadata(folder, manifest.files).state_dict_metadata
     tensors = (
         (name.partition(".")[0], place.size.numel(), place.properties.dtype)
         for name, place in stored.items()

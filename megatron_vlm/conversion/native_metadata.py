@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_vlm.checkpoint.safe_reading import COMMON_FILE
+from megatron_vlm.checkpoint.manifest import BACKENDS_FILE, COMMON_FILE
 from megatron_vlm.conversion.byte_files import HashingFile
 from megatron_vlm.conversion.native_writing import Parameter, Piece
 
@@ -57,7 +57,7 @@ def write_metadata(directory: Path, files: Sequence[Sequence[Piece]]) -> None:
     results = [[_result(piece) for piece in of_file] for of_file in files]
     FileSystemWriter(directory).finish(Metadata({piece.entry: _entry(piece) for piece in pieces}), results)
     torch.save({}, directory / COMMON_FILE)
-    (directory / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")
+    (directory / BACKENDS_FILE).write_text(json.dumps(BACKEND), encoding="utf-8")
 
 
 def _entry(piece: Piece) -> TensorStorageMetadata | BytesStorageMetadata:

@@ -1,26 +1,22 @@
 """A checkpoint of ours as a source of Hugging Face tensors: one parameter at a time, whatever layout saved it.
 
-Hazard: the files of torch's checkpoint format are pickles; all of them are read as plain data first (`refuse_code`).
+Hazard: the files of torch's checkpoint format are pickles; they are read as plain data (`checkpoint/safe_reading.py`).
 """
 
-import hashlib
 import io
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from megatron_vlm.checkpoint.manifest import FileRecord, Manifest
-from megatron_vlm.checkpoint.safe_reading import refuse_code
+from megatron_vlm.checkpoint.manifest import Manifest
+from megatron_vlm.checkpoint.stored_metadata import read_metadata
 from megatron_vlm.conversion.mappings import Mapping
-from megatron_vlm.errors import CheckpointError
+from megatron_vlm.errors import CheckpointError, one_line
 
 MODEL_PARTS = ("language.", "vision.", "projector.")  # a checkpoint holds optimizer states beside them
 _NUM_KEPT = 2  # parameters kept in memory per thread: a file's order puts o_proj between k_proj and q_proj
@@ -41,8 +37,7 @@ class NativeSource:
     def __init__(self, directory: Path, table: Sequence[Mapping]) -> None:
         self.origin = str(directory)
         self._directory = directory
-        refuse_code(directory)
-        metadata = FileSystemReader(directory).read_metadata()
+        metadata = read_metadata(directory, Manifest.read(directory).files)
         self._storage = metadata.storage_data
         self._stored = {
             name: entry
@@ -106,27 +101,10 @@ class NativeSource:
             with open(self._directory / place.relative_path, "rb") as stream:
                 stream.seek(place.offset)
                 tensor: Tensor = torch.load(io.BytesIO(stream.read(place.length)), "cpu", weights_only=True)
-                return tensor
+            if type(tensor) is not Tensor:
+                raise TypeError(f"it holds a {type(tensor).__name__}")
+            return tensor
         except Exception as error:  # damaged bytes make torch and the unpickler raise almost anything
-            reason = str(error).partition("\n")[0] or repr(error)
             raise CheckpointError(
-                f"{self._directory / place.relative_path}: {name} cannot be read: {reason}"
+                f"{self._directory / place.relative_path}: {name} cannot be read: {one_line(error, first=True)}"
             ) from error
-
-
-def check_files(directory: Path, manifest: Manifest) -> None:
-    """Raises CheckpointError, naming the first file that is not what the manifest says."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda item: _damage(directory / item[0], item[1]), manifest.files.items())
-    for damage in found:
-        if damage is not None:
-            raise CheckpointError(f"{directory} is damaged: {damage}")
-
-
-def _damage(file: Path, expected: FileRecord) -> str | None:
-    try:
-        with open(file, "rb") as stream:
-            is_same = hashlib.file_digest(stream, "sha256").hexdigest() == expected.sha256
-    except OSError as error:
-        return f"{file.name} cannot be read: {error.strerror}"
-    return None if is_same else f"{file.name} is not what was saved: its SHA-256 differs from the manifest's"

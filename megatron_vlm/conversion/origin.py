@@ -25,6 +25,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.dtypes import DTYPES
 from megatron_vlm.conversion.files import LENGTH_BYTES, SafetensorsFile
@@ -44,6 +45,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".on
 SENTENCEPIECE_FILE = "tokenizer.model"  # which transformers 5 does not write, and the original LLaVA reads
 _RECORD, _HEADERS, _FILES, _SPARE = "origin.json", "headers", "files", "spare.safetensors"
 _BESIDE_THE_MODEL = ("architectures", "dtype", "_name_or_path")  # of a config: what made it, and how it is stored
+RECORD = f"{FOLDER}/{_RECORD}"
 _OF_A_CALL = ("padding", "truncation")  # what a tokenizer keeps of its last use
 
 logger = get_logger(__name__)
@@ -115,7 +117,7 @@ class Origin:
     def of(cls, checkpoint: Path) -> "Origin | None":
         """That of a checkpoint; None where it was trained from scratch. Raises ConversionError, CheckpointError."""
         folder = checkpoint / FOLDER
-        if not folder.is_dir():
+        if RECORD not in Manifest.read(checkpoint).files:
             return None
         record = read_json(folder / _RECORD)
         try:
@@ -245,9 +247,12 @@ def _weights_of(own: FolderSource, headers: Path) -> dict[str, list[list[Any]]]:
 
 
 def carry(start: Path, checkpoint: Path) -> None:
-    """Gives a checkpoint that is being written the origin of the one its weights come from. Raises OSError."""
-    if (start / FOLDER).is_dir():
-        shutil.copytree(start / FOLDER, checkpoint / FOLDER)
+    """Gives a checkpoint that is being written the origin of the one its weights come from: what its manifest
+    lists. Raises OSError, CheckpointError."""
+    for name in Manifest.read(start).files:
+        if name.startswith(f"{FOLDER}/"):
+            (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(start / name, checkpoint / name)
 
 
 def reference_to(tensor: Tensor) -> tuple[str, str, str]:

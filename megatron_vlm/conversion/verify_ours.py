@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_vlm.checkpoint.directory import find_checkpoint
+from megatron_vlm.checkpoint.integrity import refuse_damage
+from megatron_vlm.checkpoint.manifest import METADATA_FILE, Manifest
 from megatron_vlm.checkpoint.recipe import inference_config
-from megatron_vlm.checkpoint.safe_reading import refuse_code
 from megatron_vlm.checkpoint.store import load_checkpoint
+from megatron_vlm.checkpoint.stored_metadata import read_metadata
 from megatron_vlm.config.schema import Config, OpsConfig, ParallelConfig, PrecisionConfig
 from megatron_vlm.conversion.native_reading import MODEL_PARTS
 from megatron_vlm.conversion.verify_side import Facts, coarsest, round_weights
@@ -103,8 +104,9 @@ def _placed(rows: Tensor, ids: Tensor, placeholder: int) -> LocalFeatures:
 
 def _number_format(directory: Path) -> torch.dtype:
     """Of the weights as they are stored, which is not always what the recipe computes in. Raises CheckpointError."""
-    refuse_code(directory)
-    stored = FileSystemReader(directory).read_metadata().state_dict_metadata
+    manifest = Manifest.read(directory)
+    refuse_damage(directory, manifest, [METADATA_FILE])
+    stored = read_metadata(directory, manifest.files).state_dict_metadata
     return coarsest(
         {
             entry.properties.dtype

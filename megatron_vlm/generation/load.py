@@ -48,6 +48,7 @@ def load(
     template: str | None = None,
     dtype: Dtype | None = None,
     downsample_order: str | None = None,
+    extensions: Sequence[str] = (),
     **ranks: Unpack[RankCounts],
 ) -> "Assistant | RankedAssistant":
     """A trained model, ready to answer. Under a launcher every rank of the job calls it, without `devices`.
@@ -63,6 +64,8 @@ def load(
         dtype: of the weights, fp32 or bf16. Default: the recipe's; of another system's model as stored, and fp16, which
             is not computed in, as bf16 on GPUs and as fp32, which holds every value of it, on the CPU.
         downsample_order: column or row, of a LLaVA directory that does not say it of its `mlp_downsample`.
+        extensions: modules of your own to import. A checkpoint that was trained with some names them, but it is your
+            word that runs code.
         ranks: tensor, pipeline, ulysses, ring: ranks that share one model; the ranks of the job are so many replicas of
             it, and all ranks of a replica ask it the same at the same time. With devices, all of them are one replica.
             Ulysses and ring ranks share each prompt and its kv cache, in whole equal parts: for long prompts.
@@ -71,7 +74,8 @@ def load(
         CheckpointError: no checkpoint there, or a damaged or incomplete one.
         ConversionError: a directory of another system that is not whole, leaves the order of its squares open or says
             another, or a hub id that cannot be fetched.
-        ConfigError: the device asked for is not there, a recipe of another version, a template, dtype or order that is
+        ConfigError: the device asked for is not there, a recipe of another version, an extension that cannot be
+            imported, or that the recipe names and you do not, a template, dtype or order that is
             not known or does not fit, or a layout that does not divide the ranks, the model's heads or its layers.
         ParallelError: this process works in another layout already.
     """
@@ -86,10 +90,15 @@ def load(
             )
         if placement.device != "cpu" or placement.world_size > 1:
             choices = {"template": template, "dtype": dtype, "downsample_order": downsample_order}
-            return RankedAssistant(path, placement, **choices)
+            return RankedAssistant(path, placement, **choices, extensions=tuple(extensions))
         device = "cpu"
     with quietly():
         torch_device = prepare(device, launch.local_world_size)
+    if extensions:
+        from megatron_vlm.config.extensions import import_extensions
+
+        import_extensions(extensions)
+    with quietly():
         import torch
 
         if not torch.distributed.is_initialized():

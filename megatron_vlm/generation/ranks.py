@@ -115,13 +115,13 @@ class RankedAssistant:
     Args:
         path: as `load` takes it.
         placement: of the ranks.
-        choices: of `load`: template, dtype, downsample_order.
+        choices: of `load`: template, dtype, downsample_order, extensions.
 
     Raises:
         As `load`; ParallelError: a rank ended without a word.
     """
 
-    def __init__(self, path: str | os.PathLike[str], placement: Placement, **choices: str | None) -> None:
+    def __init__(self, path: str | os.PathLike[str], placement: Placement, **choices: Any) -> None:
         self.path = os.fspath(path)
         self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # where the ranks meet
         self._children = _Children([], [], [])

@@ -47,6 +47,17 @@ class CommandLine(argparse.ArgumentParser):
             help="of the weights (default: as trained or stored; fp16 as bf16 on GPUs)",
         )
         self.add_downsample_order()
+        self.add_extensions()
+
+    def add_extensions(self) -> None:
+        """Whose code a checkpoint may need: its own word imports nothing."""
+        self.add_argument(
+            "--extensions",
+            type=_module_names,
+            default=(),
+            metavar="NAME[,NAME]",
+            help="modules of yours to import; those that a checkpoint was trained with must be named here",
+        )
 
     def add_downsample_order(self) -> None:
         """What a directory of LLaVA may leave open of its projector."""
@@ -81,6 +92,13 @@ class CommandLine(argparse.ArgumentParser):
         """Options may stand anywhere: `RECIPE --debug section.key=value`; argparse alone would refuse the override."""
         takes_all_that_follows = any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions)
         return self.parse_args() if takes_all_that_follows else self.parse_intermixed_args()
+
+
+def _module_names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(part.isidentifier() for name in names for part in name.split(".")):
+        raise argparse.ArgumentTypeError(f"found {text!r}, needs names of modules: my_package.my_module,other")
+    return names
 
 
 def whole_number(minimum: int) -> Callable[[str], int]:

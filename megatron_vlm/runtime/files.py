@@ -6,12 +6,13 @@ also a name that no file can have and text that is not UTF-8.
 """
 
 import errno
+import io
 import json
 import os
 import stat
 from collections import Counter
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 MAX_TEXT_BYTES = 1 << 30  # of a file that is read as one text: far above any real one, far below the memory
 
@@ -28,7 +29,7 @@ class FileKindError(OSError):
     """Something else stands where a regular file is needed, or the name is none that a file can have."""
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Opens a regular file for reading, in bytes; never waits for a writer.
 
     Raises:
@@ -38,7 +39,7 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _refuse_other(os.fstat(handle).st_mode, path)  # after: it may have been changed meanwhile
-        return cast(BinaryIO, open(handle, "rb"))
+        return open(handle, "rb")
     except BaseException:
         os.close(handle)
         raise

@@ -18,6 +18,7 @@ from megatron_vlm.training.job import build_job
 from tests.distributed.test_master import base_recipe, merged
 from tests.helpers.jobs import save, train_steps
 from tests.helpers.ranks import RankPool
+from tests.helpers.spoiling import as_format
 
 BEFORE, AFTER = 3, 3
 LAYOUTS = {
@@ -152,7 +153,7 @@ def test_what_is_no_checkpoint_is_named(saved: Any, tmp_path: Path, damage: str)
         case "half a manifest":
             manifest.write_text(manifest.read_text()[:100])
         case "other format":
-            manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+            as_format(manifest, 1)
     with pytest.raises(CheckpointError, match=str(copy)):
         find_checkpoint(copy)
 

@@ -1,7 +1,9 @@
 """What a run starts from: the newest good checkpoint; nothing half written, damaged, foreign or of other samples."""
 
 import io
+import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_vlm.checkpoint import resume
+from megatron_vlm.checkpoint import integrity, resume
 from megatron_vlm.checkpoint.directory import checkpoint_path
 from megatron_vlm.checkpoint.resume import find_start
 from megatron_vlm.config.schema import CheckpointConfig, Config
@@ -19,6 +21,7 @@ from megatron_vlm.training.job import build_job
 from tests.distributed.test_master import base_recipe, merged
 from tests.helpers.jobs import save, train_steps
 from tests.helpers.ranks import RankPool
+from tests.helpers.spoiling import as_format
 from tests.unit.checkpoint.test_integrity import a_checkpoint
 
 Found = tuple[str | None, str | None, str]  # directory and states, or the error; what was logged
@@ -65,6 +68,37 @@ def flip_a_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
+def in_manifest(checkpoint: Path, old: str, new: str) -> None:
+    """A few bytes of it changed, as by a disk."""
+    content = (checkpoint / "manifest.json").read_text()
+    assert content.count(old) == 1
+    (checkpoint / "manifest.json").write_text(content.replace(old, new))
+
+
+def of_before(checkpoint: Path, **entries: Any) -> None:
+    """As the version before wrote it, and then somebody changed."""
+    as_format(checkpoint / "manifest.json", 2)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest | entries))
+
+
+def test_one_of_the_format_before_is_good_and_told(ranks: RankPool, root: Path) -> None:
+    as_format(root / "step_0000006" / "manifest.json", 2)
+    first, second = ranks.run(2, start_and_what_integrity_says, {"directory": str(root)})
+    assert first[0] == second[0] == "step_0000006" and not second[1]
+    assert first[1].endswith("it is of format 2: damage to its manifest is not found; save it again\n"), first[1]
+
+
+def start_and_what_integrity_says(keys: dict[str, Any]) -> tuple[str | None, str]:
+    """The directory that a run goes on from, and what is logged of its completeness."""
+    handler = logging.StreamHandler(told := io.StringIO())
+    integrity.logger.addHandler(handler)
+    try:
+        return start(keys)[0], told.getvalue()
+    finally:
+        integrity.logger.removeHandler(handler)
+
+
 def test_the_newest_good_one(ranks: RankPool, root: Path) -> None:
     (root / "latest").write_text("step_0000004")  # killed before the pointer was moved
     assert on_two(ranks, root) == ("step_0000006", "all", "")
@@ -78,8 +112,27 @@ def test_the_newest_good_one(ranks: RankPool, root: Path) -> None:
         (lambda one: (one / "tokenizer" / "t.json").unlink(), "tokenizer/t.json is missing"),
         (lambda one: (one / "manifest.json").unlink(), "has no manifest.json"),
         (lambda one: (one / "manifest.json").write_text("{"), "manifest.json is damaged"),
+        (lambda one: (one / "manifest.json").write_text('{"x":' * 100_000), "nests too deep to be read"),
+        (lambda one: in_manifest(one, '"step": 6', '"step": 7'), "its own SHA-256"),
+        (lambda one: in_manifest(one, '"files": {', '"files": {}, "x": {'), "its own SHA-256"),
+        (lambda one: in_manifest(one, '"format": 3', '"format": 7'), "its own SHA-256"),
+        (lambda one: of_before(one, step=7), "step: found 7 in a directory called step_0000006"),
+        (lambda one: of_before(one, files={}), ".metadata is not listed"),
+        (lambda one: ((one / "a").unlink(), os.mkfifo(one / "a")), "a has 0 bytes"),
     ],
-    ids=["flipped byte", "lost file", "lost manifest", "half a manifest"],
+    ids=[
+        "flipped byte",
+        "lost file",
+        "lost manifest",
+        "half a manifest",
+        "deep manifest",
+        "step",
+        "no files",
+        "format",
+        "step, of the format before",
+        "no files, of the format before",
+        "named pipe",
+    ],
 )
 def test_a_damaged_one_is_passed_over_once(ranks: RankPool, root: Path, damage: Any, story: str) -> None:
     damage(root / "step_0000006")
@@ -104,10 +157,10 @@ def test_all_damaged_is_an_error_that_changes_nothing(ranks: RankPool, root: Pat
 
 def test_another_format_is_no_damage(ranks: RankPool, root: Path) -> None:
     manifest = root / "step_0000006" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
+    as_format(manifest, 1)
     directory, error, _ = on_two(ranks, root)
     assert directory is None and error is not None
-    assert "format 1 found, this version reads format 2 only" in error
+    assert "format 1 found, this version reads formats 2 and 3 only" in error
     assert (root / "step_0000006").is_dir()
 
 

@@ -3,7 +3,6 @@
 The folder holds recipe.yaml, train.json, images/, tokenizer/ and, where the job was trained before, checkpoints/.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -15,6 +14,9 @@ from typing import Any
 
 import torch
 
+from megatron_vlm.checkpoint.integrity import records_of
+from megatron_vlm.checkpoint.manifest import Manifest
+from megatron_vlm.config.loading import hash_of_tree
 from tests.helpers.tiny import tiny_clip
 
 Spoil = Callable[[Path], list[str]]
@@ -70,12 +72,20 @@ def tensors_file(step: Path) -> Path:
 
 
 def vouch_for_all(step: Path) -> None:
-    """Sizes and hashes of the files as they are go into the manifest, as one who tampers with them would do."""
-    manifest = json.loads((step / "manifest.json").read_text())
-    for name in manifest["files"]:
-        content = (step / name).read_bytes()
-        manifest["files"][name] = [len(content), hashlib.sha256(content).hexdigest()]
-    (step / "manifest.json").write_text(json.dumps(manifest))
+    """The manifest, made anew, agrees with its recipe and the files as they are, as one who tampers with them does."""
+    entries = json.loads((step / "manifest.json").read_text())
+    entries.pop("sha256", None)
+    entries["config_hash"] = hash_of_tree(entries["config"])
+    there = [path for path in step.rglob("*") if path.is_file() and path != step / "manifest.json"]
+    entries["files"] = records_of(step, there)
+    Manifest(**entries).write(step)
+
+
+def as_format(manifest: Path, number: int) -> None:
+    """A manifest as the version wrote it whose format that is: up to 2 it had no checksum of itself."""
+    entries = json.loads(manifest.read_text())
+    del entries["sha256"]
+    manifest.write_text(json.dumps(entries | {"format": number}, indent=1))
 
 
 def flip_byte(path: Path) -> None:

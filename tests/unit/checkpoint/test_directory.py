@@ -1,5 +1,6 @@
 """The directory of a run's checkpoints through kills at any point, and what is kept of it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import torch.distributed as dist
 
 from megatron_vlm.checkpoint import directory
 from megatron_vlm.checkpoint.directory import find_checkpoint
-from megatron_vlm.errors import CheckpointError, ConfigError
+from megatron_vlm.conversion.inspection import inspect
+from megatron_vlm.errors import CheckpointError, ConfigError, MegatronVlmError
 from tests.helpers.solo import one_rank
 
 
@@ -123,7 +125,54 @@ def test_what_goes_wrong_on_rank_zero_is_an_error_everywhere() -> None:
             directory.on_rank_zero(full, world, "saving")
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"../elsewhere/step_0000002", "found '../elsewhere/step_0000002', needs the name of a checkpoint beside it"),
+        (b"/etc", "found '/etc', needs the name"),
+        (b"..", "found '..', needs the name"),
+        (b"", "found '', needs the name"),
+        (b"a\0b", r"found 'a\\x00b', needs the name"),
+        (b"step_0000002/../../elsewhere/step_0000002", "needs the name"),
+        ("step_\u0662".encode(), "needs the name"),
+        (b"\xff\xfe", "cannot be read: is not UTF-8"),
+        (b"x" * 100_000, "cannot be read: has more than the 256 bytes"),
+        ("link", r"found step_0000009, which is a link to .*/elsewhere/step_0000002; needs what lies beside it"),
+        ("loop", "is not a directory"),
+        ("pipe", "cannot be read: is a named pipe"),
+        ("directory", "cannot be read: is a directory"),
+    ],
+)
+def test_latest_names_a_checkpoint_beside_it_and_nothing_else(tmp_path: Path, content: bytes | str, told: str) -> None:
+    root, pointer = tmp_path / "run", tmp_path / "run" / "latest"
+    publish(tmp_path / "elsewhere", 2)
+    publish(root, 2)
+    pointer.unlink()
+    match content:
+        case bytes():
+            pointer.write_bytes(content)
+        case "link" | "loop":
+            pointer.write_text("step_0000009")
+            (root / "step_0000009").symlink_to(
+                tmp_path / "elsewhere/step_0000002" if content == "link" else root / "step_0000009"
+            )
+        case "pipe":
+            os.mkfifo(pointer)
+        case "directory":
+            pointer.mkdir()
+    for read in (find_checkpoint, inspect):
+        with pytest.raises(MegatronVlmError, match=told) as caught:
+            read(root)
+        assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 500
+
+
+def test_names_are_of_ascii_digits(tmp_path: Path) -> None:
+    publish(tmp_path, 2)
+    (tmp_path / "step_\u0663").mkdir()
+    assert [found.name for found in directory.checkpoints(tmp_path)] == ["step_0000002"]
+
+
 def test_another_format_is_refused_by_name(tmp_path: Path) -> None:
     publish(tmp_path, 2)
-    with pytest.raises((CheckpointError, ConfigError), match="format 0 found, this version reads format 2"):
+    with pytest.raises((CheckpointError, ConfigError), match="format 0 found, this version reads formats 2 and 3"):
         find_checkpoint(tmp_path)

@@ -6,21 +6,24 @@ import pytest
 import torch.distributed as dist
 
 from megatron_vlm.checkpoint.integrity import find_damage, records_of
-from megatron_vlm.checkpoint.manifest import Manifest
+from megatron_vlm.checkpoint.manifest import ALWAYS_THERE, Manifest
+from megatron_vlm.config.loading import hash_of_tree
 from megatron_vlm.errors import CheckpointError
 from tests.helpers.solo import one_rank
 
 
 def a_checkpoint(directory: Path) -> Manifest:
-    """Three files, one of them empty, and their manifest."""
+    """Files, one of them empty, and their manifest; the step is the directory's, where its name says one."""
     (directory / "tokenizer").mkdir(parents=True)
     files = {"a": b"weights" * 1000, "tokenizer/t.json": b"{}", "empty": b""}
+    files |= {name: b"not read here" for name in ALWAYS_THERE}
+    step = int(directory.name.removeprefix("step_"))
     for name, content in files.items():
         (directory / name).write_bytes(content)
     records = records_of(directory, [directory / name for name in files])
     manifest = Manifest(
-        step=3, config={"x": 1}, config_hash="0", components=["language"], vocab_size=8, layout={"tensor": 1},
-        data_fingerprint={"samples": 1}, files=records,
+        step=step, config={"x": 1}, config_hash=hash_of_tree({"x": 1}), components=["language"], vocab_size=8,
+        layout={"tensor": 1}, data_fingerprint={"samples": 1}, files=records,
     )  # fmt: skip
     manifest.write(directory)
     return manifest
@@ -34,7 +37,7 @@ def a_checkpoint(directory: Path) -> Manifest:
         ("cut", "a has 6999 bytes, it was saved with 7000"),
         ("lose", "tokenizer/t.json is missing"),
         ("fill", "empty has 1 bytes, it was saved with 0"),
-        ("replace", "tokenizer/t.json cannot be read: Is a directory"),
+        ("replace", "tokenizer/t.json cannot be read: is a directory, a regular file is needed"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: str, story: str | None) -> None:

@@ -12,6 +12,7 @@ import torch
 
 import megatron_vlm
 from megatron_vlm.errors import CheckpointError, ConfigError
+from tests.helpers.spoiling import vouch_for_all
 from tests.helpers.tiny import tiny_recipe
 
 QUESTION = "how many red circle?"
@@ -142,6 +143,7 @@ def test_without_a_chat_template_one_is_asked_for(saved, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(saved.directory, bare)
     (bare / "tokenizer" / "chat_template.jinja").unlink()
+    vouch_for_all(bare)
     with pytest.raises(ConfigError, match=r"bare has no chat template, needs the name of one \(template=.*vicuna_v1"):
         megatron_vlm.load(bare)
 
