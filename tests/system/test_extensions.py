@@ -70,8 +70,15 @@ def test_all_three_train_in_one_process_and_answer(tmp_path: Path) -> None:
     found = losses(tmp_path, tool("train.py", recipe))
     assert len(found) == 4 and found[-1] < found[0] - 0.1, found
     picture = tmp_path / "images" / "1-0.png"
-    done = tool("generate.py", tmp_path / "checkpoints", "--media", picture, "--prompt", "Far?", "--max-new-tokens", 2)
-    assert done.code == 0 and done.stderr == "", done.stderr
+    ask = ["generate.py", tmp_path / "checkpoints", "--media", picture, "--prompt", "Far?", "--max-new-tokens", 2]
+    done = tool(*ask)
+    assert done.code == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert all(f"--extensions examples.extensions.{name}" in done.stderr for name in NAMES)
+    ask += ["--extensions", ",".join(f"examples.extensions.{name}" for name in NAMES)]
+    alone = tool(*ask)
+    assert alone.code == 0 and alone.stderr == "" and alone.stdout.count("\n") == 1, alone
+    done = tool(*ask, "--devices", "cpu", "cpu")
+    assert (done.code, done.stderr, done.stdout) == (0, "", alone.stdout)
 
 
 @pytest.mark.slow
