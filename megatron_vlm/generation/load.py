@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args
 
+from megatron_vlm.config.extensions import import_extensions
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.device import DeviceRequest, current_device, prepare
 from megatron_vlm.runtime.distributed import init_world, read_launch
@@ -94,10 +95,7 @@ def load(
         device = "cpu"
     with quietly():
         torch_device = prepare(device, launch.local_world_size)
-    if extensions:
-        from megatron_vlm.config.extensions import import_extensions
-
-        import_extensions(extensions)
+    import_extensions(extensions)  # told, where the rest is quiet
     with quietly():
         import torch
 
