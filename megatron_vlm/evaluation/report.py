@@ -73,7 +73,10 @@ class Report:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             for name, text in files.items():
-                (directory / name).write_text(text, encoding="utf-8")
+                beside = directory / f".{name}.partial"
+                beside.unlink(missing_ok=True)
+                beside.write_text(text, encoding="utf-8")
+                beside.replace(directory / name)  # where a named pipe of that name would be waited for
         except OSError as error:
             raise DataError(f"evaluation results cannot be written to {directory}: {error.strerror}") from error
 

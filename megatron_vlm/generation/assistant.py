@@ -23,7 +23,7 @@ from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.media import MediaReader, to_rgb
 from megatron_vlm.data.sample import BadSample, Frame, Sample, Turn
 from megatron_vlm.data.tokenizer import Tokenizer
-from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.errors import ConfigError, DataError, one_line
 from megatron_vlm.generation.decoding import decode
 from megatron_vlm.generation.prompts import (
     ImageSource,
@@ -223,8 +223,8 @@ class Assistant:
         if isinstance(image, Image.Image):
             try:
                 return self.reader.prepare(to_rgb(image))
-            except (OSError, ValueError) as error:  # opened lazily, it may be damaged
-                raise DataError(f"{sample.origin}: an image in memory cannot be used: {error}") from error
+            except Exception as error:  # opened lazily, it may be damaged
+                raise DataError(f"{sample.origin}: an image in memory cannot be used: {one_line(error)}") from error
         assert isinstance(image, Path)
         return self.reader.read(image, sample.origin)
 

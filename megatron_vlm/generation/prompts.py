@@ -11,6 +11,7 @@ Letters: b prompts, s their padded length in tokens.
 """
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -29,8 +30,10 @@ from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.layout import Documents
 from megatron_vlm.parallel.media_plan import MediaItem
+from megatron_vlm.runtime.files import check_regular
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".ts")
 ImageSource = Path | Image.Image
 Message = str | Sequence[str | ImageSource]
@@ -215,11 +218,17 @@ def _classify(part: object, origin: str) -> str | ImageSource:
     if isinstance(part, Image.Image):
         return part
     if isinstance(part, str) and not _looks_like_image(part):
+        if HALF_CHARACTER.search(part):  # of a command line that is no UTF-8
+            raise DataError(f"{origin}: found {part!r}, which holds half a character, needs a text of whole ones")
         return part
     if not isinstance(part, str | Path):
         raise DataError(f"{origin}: found a {type(part).__name__}, needs texts, paths of images and PIL images")
-    if not os.path.exists(part):
-        raise DataError(f"{origin}: image {str(part)!r} does not exist")
+    try:
+        check_regular(part, or_directory=True)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{origin}: image {str(part)!r} does not exist") from error
+    except OSError as error:
+        raise DataError(f"{origin}: image {str(part)!r} cannot be read: {error.strerror}") from error
     return Path(part)
 
 

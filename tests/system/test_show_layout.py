@@ -1,7 +1,9 @@
 """tools/show_layout.py as a process: its numbers, its page, and bad input, which costs one line on stderr."""
 
 import json
+import os
 import re
+from argparse import Namespace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from megatron_vlm.errors import ConfigError
 from tests.helpers.tiny import tiny_recipe
 from tests.system.test_failures import ROOT
 from tests.system.test_tools import tool
-from tools.layout_page.output import attended, needed
+from tools.layout_page.output import attended, needed, show, write
 from tools.layout_page.page import page
 from tools.layout_page.view import gather
 
@@ -51,6 +53,24 @@ def check_page(path: Path) -> Page:
     assert not page.open and not page.fetched and "script" not in page.counts
     assert not re.search(r"https?://|@import|url\(", text)
     return page
+
+
+def test_names_of_a_recipe_are_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A terminal's control characters, and a closing tag that rich would look for the opening one of."""
+    odd = "[/x]\x1b]0;owned\x07<script>.json"
+    config = load_config(LLAVA, [f"data.path='{odd}'".replace("\x1b", "").replace("\x07", "")])
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": odd})})
+    os.mkfifo(tmp_path / "page.html")  # would be waited for
+    arguments = Namespace(world_size=4, ranks_per_node=8, html=tmp_path / "page.html", json=None)
+    show("[/y]\x1b[1m", config, arguments)
+    told = capsys.readouterr().out
+    assert r"[/x]\x1b]0;owned\x07<script>.json" in told and r"[/y]\x1b[1m" in told and "\x1b" not in told
+    check_page(tmp_path / "page.html")
+
+
+def test_a_page_without_a_name_is_told() -> None:
+    with pytest.raises(ConfigError, match="cannot be written: .*empty name"):
+        write(Path(""), "page")
 
 
 def test_tensor_2_pipeline_2_data_2_on_a_seven_billion_model(tmp_path: Path) -> None:

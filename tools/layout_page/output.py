@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.errors import ConfigError, shown
+from megatron_vlm.errors import ConfigError, one_line, shown
 from megatron_vlm.runtime.logging import stdout_console
 
 from .page import page
@@ -37,14 +37,14 @@ def show(name: str, config: Config, arguments: argparse.Namespace) -> None:
 
 def write(path: Path, contents: str) -> None:
     """Whole or not at all. Raises ConfigError."""
-    beside = path.with_name(f".{path.name}.partial")
     try:
+        beside = path.with_name(f".{path.name}.partial")
+        beside.unlink(missing_ok=True)  # a named pipe would be waited for
         beside.write_text(contents, encoding="utf-8")
         beside.replace(path)
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be written: {error.strerror}, needs a file in a folder that is there"
-        ) from error
+    except (OSError, ValueError) as error:  # ValueError: an empty name
+        reason = error.strerror if isinstance(error, OSError) else one_line(error)
+        raise ConfigError(f"{path}: cannot be written: {reason}, needs a file in a folder that is there") from error
 
 
 def held(view: View) -> Table:

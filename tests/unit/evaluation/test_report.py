@@ -1,6 +1,7 @@
 """The numbers beside each form, and the files they are written to."""
 
 import json
+import os
 
 import pytest
 
@@ -47,6 +48,14 @@ def test_files(tmp_path):
     assert [line["answer"] for line in lines] == ["yes", "x", "no", "no", "x"] and lines[4]["truth"] == "é"
     blank = (tmp_path / "exact_match_blank.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(blank[4])["answer"] == "y"
+
+
+def test_a_pipe_in_a_results_place_is_replaced_and_not_waited_for(tmp_path):
+    for name in ("exact_match.json", ".exact_match.json.partial"):
+        os.mkfifo(tmp_path / name)
+    make_report("exact_match", exact_match, SEEN, []).write(tmp_path)
+    assert json.loads((tmp_path / "exact_match.json").read_text())["num_questions"] == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exact_match.json", "exact_match.jsonl"]
 
 
 def test_a_place_that_cannot_be_written_is_an_error_that_names_it(tmp_path):

@@ -49,6 +49,22 @@ def test_images_in_memory_are_prepared_as_files_are(pair, tmp_path):
         pair.ours.generate([["?"], ["?"], [Image.new("F", (28, 28)), "What?"]])
 
 
+def test_an_image_in_memory_that_would_fill_it_is_told(pair, monkeypatch):
+    from PIL import Image
+
+    def lacks(*_: object) -> None:
+        raise MemoryError
+
+    image = Image.new("RGB", (40, 28))
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_vlm.data.media.MAX_PREPARED_PIXELS", 28 * 28)
+        with pytest.raises(DataError, match=r"prompt 1: an image in memory cannot be used: its 40 x 28 pixels become"):
+            pair.ours.generate([image, "What?"])
+    monkeypatch.setattr(Image.Image, "resize", lacks)
+    with pytest.raises(DataError, match="prompt 1: an image in memory cannot be used: MemoryError"):
+        pair.ours.generate([image, "What?"])
+
+
 def stop_ids(pair: Any, configured: Any) -> set[str]:
     from megatron_vlm.generation.assistant import find_stop_ids
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from megatron_vlm.errors import DataError
 from megatron_vlm.generation.prompts import read_prompt
+from tests.helpers.odd_files import ODD
 from tests.unit.generation.test_decoding import batch_of
 
 
@@ -48,6 +49,22 @@ def test_paths_are_told_from_texts(saved):
 def test_a_missing_image_is_an_error_that_names_it(missing):
     with pytest.raises(DataError, match=f"prompt 4: image '{missing}' does not exist"):
         read_prompt([missing, "What?"], "<image>", 4)
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_no_file_is_told_before_it_is_opened(tmp_path, kind):
+    make, expected = ODD[kind]
+    with pytest.raises(DataError, match=f"prompt 4: image '.*' cannot be read: .*{expected}"):
+        read_prompt([make(tmp_path / "a.png"), "What?"], "<image>", 4)
+
+
+def test_a_folder_of_frames_is_an_image(tmp_path):
+    assert read_prompt([tmp_path, "What?"], "<image>", 1)[1] == [tmp_path]
+
+
+def test_half_a_character_of_a_command_line_is_told():
+    with pytest.raises(DataError, match=r"prompt 1: found 'caf\\udce9\?', which holds half a character"):
+        read_prompt(b"caf\xe9?".decode("utf-8", "surrogateescape"), "<image>", 1)
 
 
 @pytest.mark.parametrize("prompt", [[], [""], [picture()], "  "])
