@@ -47,6 +47,15 @@ class NotFiniteError(TrainingError):
     """A run's numbers are not finite; raised by all ranks together."""
 
 
+def is_fault(error: BaseException) -> bool:
+    """Whether an exception tells of a fault, and not of a wish to end the process.
+
+    Libraries in Rust panic with a BaseException of their own (`pyo3_runtime.PanicException`), which no
+    `except Exception` sees.
+    """
+    return not isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit)
+
+
 def shown(text: object) -> str:
     r"""Text of anybody, for a terminal or a log: control characters are escapes (`\x1b`) and send nothing.
 

@@ -28,7 +28,7 @@ from megatron_vlm.conversion.verify_report import Comparison, compare_traces, to
 from megatron_vlm.conversion.verify_side import Side, check_fit, coarsest
 from megatron_vlm.conversion.verify_trace import Probe
 from megatron_vlm.data.media import MediaReader
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.tokenizer import faults_told, load_tokenizer
 from megatron_vlm.errors import ConversionError, DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.preprocessing import PixelFormat
@@ -157,7 +157,8 @@ def _tokens(folder: Path, text: str) -> tuple[int, list[int]]:
     tokenizer = load_tokenizer(folder, IMAGE_TOKEN)
     marker = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     assert isinstance(marker, int)
-    return marker, tokenizer(text)["input_ids"]
+    with faults_told(tokenizer):
+        return marker, tokenizer(text)["input_ids"]
 
 
 def _notes(a: Side, b: Side) -> Iterator[str]:

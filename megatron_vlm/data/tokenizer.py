@@ -4,43 +4,56 @@ The marker becomes a special token, so that no merge crosses it and it is one id
 outside the model's vocabulary: it is replaced by placeholders before anything sees it.
 """
 
+import contextlib
+import math
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_vlm.config.schema import TimeTokensConfig
-from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.hf_config import refuse_missing_directory
+from megatron_vlm.errors import ConfigError, is_fault, one_line
+from megatron_vlm.models import hub
+from megatron_vlm.models.hf_config import find_directory, read_settings
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase  # for layers that may not import transformers
+_KEY = "model.language.tokenizer"
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_SETTINGS_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TRIAL = "What is it? {}\nÄ 字 12 \U0001f600"  # cut and put together once: a broken tokenizer shows it before the data
 
 
 def load_tokenizer(path: str | Path | None, image_token: str) -> Tokenizer:
     """The tokenizer of a directory or hub id, knowing `image_token` as one special token.
 
     Raises:
-        ConfigError: nothing given, nothing readable there, or a tokenizer without character offsets, which the label
-            masks need.
+        ConfigError: nothing given, nothing readable there, one that fails on a sentence, or a tokenizer without
+            character offsets, which the label masks need.
     """
     if path is None:
         raise ConfigError(
             "model.language.tokenizer is null and there is no model.language.path to take it from; "
             "name a directory or hub id"
         )
-    refuse_missing_directory("model.language.tokenizer", str(path))
+    folder = find_directory(_KEY, str(path), hub.TOKENIZER_FILES)
+    for name in _SETTINGS_FILES:
+        if os.path.lexists(folder / name):
+            read_settings(_KEY, folder / name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # a damaged file makes the tokenizers library raise almost anything
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        if os.path.isdir(path) and not any(os.path.isfile(os.path.join(path, name)) for name in _VOCABULARY_FILES):
+        with _panics_unsaid():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except BaseException as error:  # a damaged file makes the tokenizers library raise almost anything
+        if not is_fault(error):
+            raise
+        reason = one_line(error, first=True)
+        if not any(os.path.isfile(folder / name) for name in _VOCABULARY_FILES):
             reason = f"it holds none of {', '.join(_VOCABULARY_FILES)}"
-        raise ConfigError(
-            f"model.language.tokenizer: no tokenizer can be loaded from {str(path)!r}: {reason}"
-        ) from error
+        raise ConfigError(f"{_KEY}: no tokenizer can be loaded from {str(path)!r}: {reason}") from error
+    tokenizer.name_or_path = str(path)
     if len(tokenizer.get_vocab()) <= len(tokenizer.get_added_vocab()):  # made up, where files are missing
         raise ConfigError(
             f"model.language.tokenizer: {str(path)!r} holds special tokens and no others, needs one of "
@@ -53,7 +66,64 @@ def load_tokenizer(path: str | Path | None, image_token: str) -> Tokenizer:
         )
     if image_token not in tokenizer.get_added_vocab():
         tokenizer.add_tokens([AddedToken(image_token, normalized=False, special=True)], special_tokens=True)
+    _try(tokenizer, image_token, str(folder))
     return tokenizer
+
+
+@contextlib.contextmanager
+def faults_told(tokenizer: Tokenizer) -> Iterator[None]:
+    """Whatever cuts texts into tokens, or puts them together again, runs inside.
+
+    Raises:
+        ConfigError: in the place of what the library raises, a panic among it: the tokenizer is broken, not the text.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        reason = one_line(error, first=True)
+        raise ConfigError(f"{_KEY}: the tokenizer of {tokenizer.name_or_path!r} fails on a text: {reason}") from error
+
+
+def _try(tokenizer: Tokenizer, image_token: str, folder: str) -> None:
+    """Raises ConfigError for a tokenizer that loads and cannot be used."""
+    longest: Any = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or math.isnan(longest):
+        raise ConfigError(
+            f"{_KEY}: model_max_length is {longest!r} in {folder}/tokenizer_config.json, needs a number"
+        )
+    with faults_told(tokenizer), _panics_unsaid():
+        try:
+            tokens = tokenizer(_TRIAL.format(image_token), add_special_tokens=False, return_offsets_mapping=True)
+            tokenizer.decode(tokens["input_ids"], skip_special_tokens=True)
+        except Exception as error:
+            if type(error) is not Exception:  # so the library refuses a text that its vocabulary has no words for
+                raise
+
+
+@contextlib.contextmanager
+def _panics_unsaid() -> Iterator[None]:
+    """What a panic writes to stderr, some lines of it, is dropped where the panic is raised, too, and will be told;
+    all else that is written there meanwhile follows at the end."""
+    if sys.stderr is None:  # closed: its number may be another file's
+        yield
+        return
+    with open(os.memfd_create("stderr"), "w+b") as meanwhile:
+        stderr = os.dup(2)
+        os.dup2(meanwhile.fileno(), 2)
+        panics = False
+        try:
+            yield
+        except BaseException as error:
+            panics = is_fault(error) and not isinstance(error, Exception)
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            if not panics:
+                meanwhile.seek(0)
+                os.write(2, meanwhile.read())
 
 
 def check_vocabulary(tokenizer: Tokenizer, image_token: str, vocab_size: int) -> None:

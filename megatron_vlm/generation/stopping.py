@@ -9,7 +9,7 @@ Hazard: special tokens are not in that text. A stop string that is a special tok
 
 from collections.abc import Collection, Sequence
 
-from megatron_vlm.data.tokenizer import Tokenizer
+from megatron_vlm.data.tokenizer import Tokenizer, faults_told
 from megatron_vlm.errors import ConfigError
 
 BYTES_PER_CHARACTER = 4  # a token carries at least one byte of UTF-8
@@ -55,7 +55,8 @@ class Stopping:
         return min((text.index(string) for string in self.strings if string in text), default=None)
 
     def _decode(self, ids: list[int]) -> str:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        with faults_told(self.tokenizer):
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
         assert isinstance(text, str)
         return text
 

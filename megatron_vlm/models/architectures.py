@@ -91,6 +91,9 @@ WINDOW, USES_WINDOW, LAYER_TYPES = "sliding_window", "use_sliding_window", "laye
 ATTENTION_SOFTCAP, LOGIT_SOFTCAP = "attn_logit_softcapping", "final_logit_softcapping"
 ROPE_TYPES = ("default", "linear", "llama3")  # those whose frequencies do not depend on the sequence's length
 ROTARY_SHARE = "partial_rotary_factor"  # of a head's width
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+)  # fmt: skip
 DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 
 
@@ -133,22 +136,21 @@ def load_language_config(language: "LanguageConfig") -> "PretrainedConfig":
 
 def check_architecture(hf_config: "PretrainedConfig") -> None:
     """Raises ConfigError, naming key and value, for a model, position encoding or dropout that the layers here do not
-    compute, or a padding token that transformers could not.
+    compute, a padding token that transformers could not, or sizes that make no model.
 
     Biases and activations are `config.megatron.transformer_config`'s to refuse.
     """
     if hf_config.model_type not in LANGUAGE_MODELS:
         allowed = ", ".join(LANGUAGE_MODELS.names())
         raise ConfigError(f"model.language: model_type is {hf_config.model_type!r}, allowed: {allowed}")
-    _check_attention(hf_config)
-    rope_type = hf_config.rope_parameters["rope_type"]
-    if rope_type not in ROPE_TYPES:
-        raise ConfigError(f"model.language: rope_type is {rope_type!r}, allowed: {', '.join(ROPE_TYPES)}")
-    share = hf_config.rope_parameters.get(ROTARY_SHARE)
-    if share not in (None, 1):
-        raise ConfigError(f"model.language: {ROTARY_SHARE} is {share}, allowed: 1")
-    _check_dropout(hf_config)
-    _check_padding(hf_config)
+    from megatron_vlm.models.hf_config import told  # with transformers, which reading a table does not need
+
+    with told(f"model.language: no model can be made of this {hf_config.model_type}'s config"):
+        _check_sizes(hf_config)
+        _check_attention(hf_config)
+        _check_positions(hf_config)
+        _check_dropout(hf_config)
+        _check_padding(hf_config)
 
 
 def context_tokens(hf_config: "PretrainedConfig") -> int | None:
@@ -187,6 +189,31 @@ def attention_softcap(hf_config: "PretrainedConfig") -> float | None:
     if cap is not None and cap <= 0:
         raise ConfigError(f"model.language: {ATTENTION_SOFTCAP} is {cap}, allowed: more than 0, or null")
     return cap
+
+
+def _check_sizes(hf_config: "PretrainedConfig") -> None:
+    """Raises ConfigError for a size that is no whole number from 1, or heads that the groups of keys do not divide."""
+    for key in SIZES:
+        if type(found := getattr(hf_config, key)) is not int or found < 1:
+            raise ConfigError(f"model.language: {key} is {found!r}, needs a whole number from 1")
+    heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
+    if heads % groups or head_width(hf_config) < 1:
+        raise ConfigError(
+            f"model.language: num_attention_heads is {heads}, hidden_size {hf_config.hidden_size}, needs a multiple of "
+            f"num_key_value_heads, {groups}, and at least 1 of hidden_size per head"
+        )
+
+
+def _check_positions(hf_config: "PretrainedConfig") -> None:
+    """Raises ConfigError for rotary positions other than those computed here."""
+    rope = hf_config.rope_parameters
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise ConfigError(f"model.language: rope_type is {rope['rope_type']!r}, allowed: {', '.join(ROPE_TYPES)}")
+    if rope.get(ROTARY_SHARE) not in (None, 1):
+        raise ConfigError(f"model.language: {ROTARY_SHARE} is {rope[ROTARY_SHARE]}, allowed: 1")
+    for key in ("rope_theta", "factor"):
+        if (found := rope.get(key)) is not None and not found > 0:
+            raise ConfigError(f"model.language: {key} is {found}, allowed: more than 0")
 
 
 def _check_attention(hf_config: "PretrainedConfig") -> None:

@@ -8,25 +8,124 @@ Hazards: left alone, transformers asks on the terminal whether to run code that 
 for a hub id, so that a mistyped path costs a riddle. Code is never run, and what has the form of a path must be one.
 """
 
+import math
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, one_line
+from megatron_vlm.models import hub
 from megatron_vlm.registry import did_you_mean
+from megatron_vlm.runtime.files import FileKindError, check_regular, parse_json, read_text
 
 # read, though not every class lists them
 OTHER_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype", "head_dim")
 
 
-def refuse_missing_directory(key: str, path: str) -> None:
-    """Raises ConfigError naming `key` where `path` has a form that no hub id has, and is no directory."""
-    is_path = os.path.isabs(path) or path.count("/") > 1 or path.startswith((".", "~")) or os.path.isfile(path)
-    if is_path and not os.path.isdir(path):
+MAX_CONFIG_BYTES = 2**26  # far above any real one; Python's objects of it may take thirty times as much
+MAX_SIZES = {  # what a model is as large as, at most, from 1; far above any real one, and walked through in a moment
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "vocab_size": 2**28,
+    "max_position_embeddings": 2**40,
+    "image_size": 2**12,
+    "patch_size": 2**16,
+    "num_channels": 2**10,
+}
+_READ_FILES = (".json", ".jinja", ".model", ".txt")  # ends of what transformers opens beside weights
+
+
+def find_directory(key: str, path: str, patterns: tuple[str, ...]) -> Path:
+    """The directory itself, or that of a hub id's files of these names, which are fetched.
+
+    Raises:
+        ConfigError: naming `key`, where `path` has a form that no hub id has, and is no directory; a hub id that cannot
+            be fetched; or something else than regular files in the place of those that transformers would open.
+    """
+    if not os.path.isdir(path) and hub.parse(path) is None:
         what = "a file" if os.path.isfile(path) else "not there"
         raise ConfigError(f"{key}: found {path!r}, which is {what}, needs a directory or a hub id")
+    try:
+        folder = hub.fetched(path, patterns)
+    except hub.HubError as error:
+        raise ConfigError(f"{key}: no usable config in {path!r}: {one_line(error)}") from error
+    check_files(key, folder)
+    return folder
+
+
+def check_files(key: str, folder: Path) -> None:
+    """Raises ConfigError where a library that opens a directory's texts would wait for ever, as for a named pipe."""
+    for entry in (path for path in folder.iterdir() if path.suffix in _READ_FILES):
+        try:
+            check_regular(entry, or_directory=True)
+        except FileKindError as error:
+            raise ConfigError(f"{key}: {one_line(error)}") from error
+        except FileNotFoundError:  # a link to nothing; whoever needs the file says so
+            continue
+
+
+def read_settings(key: str, file: Path) -> dict[str, Any]:
+    """A JSON file of settings: an object whose numbers are finite, and whose sizes are sizes.
+
+    Raises:
+        ConfigError: naming `key`, the file, and where it is known what in it is wrong.
+    """
+    try:
+        settings = parse_json(read_text(file, MAX_CONFIG_BYTES))
+    except OSError as error:
+        raise ConfigError(f"{key}: {str(file)!r} cannot be read: {one_line(error)}") from error
+    except ValueError as error:
+        raise ConfigError(f"{key}: {str(file)!r} is not a valid JSON file: {one_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{key}: {str(file)!r} holds a {type(settings).__name__}, needs an object")
+    check_numbers(f"{key}: {str(file)!r}", settings)
+    return settings
+
+
+def check_numbers(key: str, settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a number that is not finite, or a size out of `MAX_SIZES`, wherever in `settings`."""
+    for name, value in _numbers(settings):
+        if not math.isfinite(value):
+            raise ConfigError(f"{key}: {name} is {value}, needs a finite number")
+        most = MAX_SIZES.get(name.rpartition(".")[2])
+        if most is not None and (type(value) is not int or not 1 <= value <= most):
+            raise ConfigError(f"{key}: {name} is {value}, needs a whole number from 1 to {most}")
+
+
+def _numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, int | float]]:
+    """(dotted name, number) of all numbers, those in lists under the list's name; truths are numbers to Python."""
+    rest: list[tuple[str, Any]] = [("", settings)]
+    while rest:
+        name, value = rest.pop()
+        if isinstance(value, Mapping):
+            rest += [(f"{name}.{key}" if name else str(key), inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            rest += [(name, inner) for inner in value]
+        elif isinstance(value, int | float):
+            yield name, value
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Raises ConfigError, `what` first, where a model's settings are none that a library or we can compute with.
+
+    Settings of anybody make a library raise almost anything: TypeError, ZeroDivisionError, RecursionError, MemoryError.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{what}: {_reason(error)}") from error
 
 
 def config_from_path(key: str, path: str) -> PretrainedConfig:
@@ -35,11 +134,14 @@ def config_from_path(key: str, path: str) -> PretrainedConfig:
     Raises:
         ConfigError: naming `key`, where there is none, one that cannot be read, or one that wants code of its own run.
     """
-    refuse_missing_directory(key, path)
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise ConfigError(f"{key}: no usable config in {path!r}: {_reason(error)}") from error
+    folder = find_directory(key, path, hub.CONFIG_FILES)
+    what = f"{key}: no usable config in {path!r}"
+    if os.path.lexists(folder / "config.json"):
+        read_settings(what, folder / "config.json")
+    with told(what):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config.name_or_path = path
+    return config
 
 
 def config_from_dict(key: str, settings: dict[str, Any]) -> PretrainedConfig:
@@ -54,7 +156,7 @@ def config_from_dict(key: str, settings: dict[str, Any]) -> PretrainedConfig:
     """
     values = dict(settings)
     model_type = values.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         hint = did_you_mean(str(model_type), CONFIG_MAPPING, "needs a model type that transformers knows")
         raise ConfigError(f"{key}.model_type: found {model_type!r}, {hint}")
     known = known_keys(model_type)
@@ -63,10 +165,9 @@ def config_from_dict(key: str, settings: dict[str, Any]) -> PretrainedConfig:
             raise ConfigError(
                 f"{key}.{name}: unknown key, {did_you_mean(name, known, f'{model_type} has no such key')}"
             )
-    try:
+    check_numbers(key, values)
+    with told(f"{key}: {model_type} refuses it"):
         return AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise ConfigError(f"{key}: {model_type} refuses it: {_reason(error)}") from error
 
 
 def known_keys(model_type: str) -> set[str]:
@@ -76,6 +177,9 @@ def known_keys(model_type: str) -> set[str]:
 
 
 def _reason(error: Exception) -> str:
-    """The lines of a refusal as one; of transformers' essays on other errors, the first."""
-    lines = str(error).split("\n") if isinstance(error, StrictDataclassError) else str(error).strip().split("\n")[:1]
-    return " ".join(" ".join(lines).split()) or repr(error)
+    """The lines of a refusal as one; of transformers' essays on other errors, the first. A KeyError's text is only the
+    key, so its kind is told."""
+    if isinstance(error, StrictDataclassError):
+        return one_line(error)
+    reason = one_line(error, first=True)
+    return f"{type(error).__name__} {reason}" if isinstance(error, KeyError) else reason

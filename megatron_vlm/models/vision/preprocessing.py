@@ -9,6 +9,7 @@ installed; its resize gives other pixels.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 import transformers
 from PIL import Image
 from transformers import PretrainedConfig
-from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils.constants import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -27,10 +27,14 @@ from transformers.utils.constants import (
 )
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models import hub
+from megatron_vlm.models.hf_config import MAX_SIZES, find_directory, read_settings, told
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.runtime.logging import get_logger
 
 Channels = tuple[float, float, float]
+_KEY = "model.vision"
+_EDGES = ("height", "width", "shortest_edge")
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,19 @@ def pixel_format(path: str | None, tower: PretrainedConfig) -> PixelFormat:
     """
     usual = USUAL.get(tower.model_type, USUAL_CLIP)
     settings = _preprocessor_settings(path) if path is not None else {}
+    for key in ("size", "crop_size"):
+        _refuse_huge(key, settings.get(key))
     size: Any = settings.get("size")
     if settings.get("do_center_crop") and settings.get("crop_size") is not None:
         size = settings["crop_size"]
     if size is None:
         size = getattr(tower, "image_size", None)
     height, width = _height_width(size, path or tower.model_type)
-    mean, std = _channels(settings.get("image_mean", usual.mean)), _channels(settings.get("image_std", usual.std))
+    mean = _channels("image_mean", settings.get("image_mean", usual.mean), is_divisor=False)
+    std = _channels("image_std", settings.get("image_std", usual.std), is_divisor=True)
     settings = settings or _usual_settings(usual, height, width)
     if "feature_extractor_type" in settings:  # as transformers called them until 4.26
-        former = settings["feature_extractor_type"].replace("FeatureExtractor", "ImageProcessor")
+        former = str(settings["feature_extractor_type"]).replace("FeatureExtractor", "ImageProcessor")
         settings = {"image_processor_type": former, **settings}
     settings = {"image_processor_type": usual.processor_type, **settings}
     return PixelFormat(height, width, mean, std, json.dumps(settings, sort_keys=True))
@@ -107,17 +114,15 @@ def load_processor(spec: MediaSpec) -> Any:
             not of the one size the tower takes.
     """
     settings = json.loads(spec.processor)
-    name = settings["image_processor_type"].removesuffix("Fast").removesuffix("Pil")
+    name = str(settings["image_processor_type"]).removesuffix("Fast").removesuffix("Pil")
     key = "data.image_mode: found processor, but the tower's"
     class_ = getattr(transformers, f"{name}Pil", None)
     if class_ is None:
         raise ConfigError(f"{key} image processor {name} has no form for Pillow in transformers; needs pad or resize")
-    try:
+    oblong = Image.new("RGB", (2 * spec.width + 7, spec.height + 3))
+    with told(f"{key} image processor {name} refuses its own settings"):
         processor = class_.from_dict(settings)
-        oblong = Image.new("RGB", (2 * spec.width + 7, spec.height + 3))
         found = tuple(processor(oblong)["pixel_values"][0].shape)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{key} image processor {name} refuses its own settings: {error}") from error
     if found != (3, spec.height, spec.width):
         raise ConfigError(
             f"{key} image processor {name} makes pixels {found} of a picture of {oblong.width} x {oblong.height}; "
@@ -139,27 +144,58 @@ def _usual_settings(usual: Usual, height: int, width: int) -> dict[str, Any]:
 
 
 def _preprocessor_settings(path: str) -> dict[str, Any]:
-    try:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(path)
-    except OSError:
+    """What transformers would read: a whole processor's config where it has one of pictures, else the preprocessor's.
+
+    Raises:
+        ConfigError: one that is there and cannot be used.
+    """
+    folder = find_directory(_KEY, path, hub.PREPROCESSOR_FILES)
+    files = [folder / name for name in hub.PREPROCESSOR_FILES]
+    own, whole = (read_settings(_KEY, file) if os.path.lexists(file) else {} for file in files)
+    settings = whole.get("image_processor", own)
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{_KEY}: image_processor in {str(files[1])!r} is {settings!r}, needs an object")
+    if not settings:
         get_logger(__name__).info("no preprocessor config at %s: using the model type's usual one", path)
-        return {}
     return settings
 
 
 def _height_width(size: Any, source: str) -> tuple[int, int]:
     """Reads the forms transformers knows: a number, a pair, {height, width}, {shortest_edge} (square)."""
+    found = size
     if isinstance(size, dict) and "shortest_edge" in size:
         size = size["shortest_edge"]
     if isinstance(size, dict) and {"height", "width"} <= size.keys():
         size = (size["height"], size["width"])
     if isinstance(size, int):
         size = (size, size)
-    if not isinstance(size, tuple | list) or len(size) != 2:
-        raise ConfigError(f"model.vision: image size of {source} is {size!r}; a number or height and width is needed")
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(map(_is_edge, size)):
+        raise ConfigError(
+            f"{_KEY}: image size of {source} is {found!r}; a number or height and width is needed, each from 1 to "
+            f"{MAX_SIZES['image_size']}"
+        )
     return int(size[0]), int(size[1])
 
 
-def _channels(values: Any) -> Channels:
+def _refuse_huge(key: str, size: Any) -> None:
+    """Raises ConfigError for an edge that transformers' class would make, and the memory has no room for."""
+    edges = {name: size[name] for name in _EDGES if name in size} if isinstance(size, dict) else {key: size}
+    for name, edge in edges.items():
+        if isinstance(edge, int | float) and not _is_edge(edge):
+            most = MAX_SIZES["image_size"]
+            raise ConfigError(f"{_KEY}: {name} of the preprocessor config's {key} is {edge}, needs 1 to {most}")
+
+
+def _is_edge(pixels: Any) -> bool:
+    is_number = isinstance(pixels, int | float) and not isinstance(pixels, bool) and pixels == int(pixels)
+    return is_number and 1 <= pixels <= MAX_SIZES["image_size"]
+
+
+def _channels(key: str, values: Any, is_divisor: bool) -> Channels:
+    """Raises ConfigError for what is no three numbers, or a divisor among them that is not above 0."""
+    is_list = isinstance(values, list | tuple) and len(values) == 3
+    if not is_list or not all(type(v) in (int, float) and (v > 0 or not is_divisor) for v in values):
+        more = " above 0" if is_divisor else ""
+        raise ConfigError(f"{_KEY}: {key} is {values!r}, needs three numbers{more}, of red, green and blue")
     red, green, blue = (float(v) for v in values)
     return red, green, blue

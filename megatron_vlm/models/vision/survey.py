@@ -20,7 +20,7 @@ from transformers import AutoModel, PretrainedConfig
 
 from megatron_vlm.config.schema import ProjectorConfig, VisionConfig
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.hf_config import config_from_dict, config_from_path
+from megatron_vlm.models.hf_config import config_from_dict, config_from_path, told
 from megatron_vlm.models.projectors import PROJECTORS, PatchGrid, count_rows
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.preprocessing import pixel_format
@@ -75,16 +75,16 @@ def load_vision_config(vision: VisionConfig) -> PretrainedConfig:
     else:
         assert vision.path is not None, "validated with the recipe"
         config = config_from_path("model.vision.path", vision.path)
-    return getattr(config, "vision_config", config)
+    vision_config = getattr(config, "vision_config", config)
+    if not isinstance(vision_config, PretrainedConfig):
+        raise ConfigError(f"model.vision: vision_config is a {type(vision_config).__name__}, needs an object")
+    return vision_config
 
 
 def build_hf_tower(hf_config: PretrainedConfig) -> nn.Module:
     """The whole transformers vision model, fp32, random weights. The config is copied: building changes it."""
-    try:
+    with told(f"model.vision: transformers cannot build {hf_config.model_type!r}"):
         return AutoModel.from_config(copy.deepcopy(hf_config), dtype=torch.float32)
-    except (ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"model.vision: transformers cannot build {hf_config.model_type!r}: {reason}") from error
 
 
 def survey_tower(vision: VisionConfig, projector: ProjectorConfig | None) -> TowerSurvey:
@@ -177,13 +177,9 @@ def select_hidden(model: nn.Module, pixels: Tensor, selected: int) -> Tensor:
 
 def _try_on_meta(model: nn.Module, selected: int, height: int, width: int) -> Tensor:
     """One forward and backward on the meta device: leaves `.grad` on the parameters that are reached."""
-    try:
+    pixels = f"pixels [1, 3, {height}, {width}]"
+    with told(f"model.vision: {type(model).__name__} does not give hidden state {selected} for {pixels}"):
         hidden = select_hidden(model, torch.empty(1, 3, height, width, device="meta"), selected)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        raise ConfigError(
-            f"model.vision: {type(model).__name__} does not give hidden state {selected} for pixels "
-            f"[1, 3, {height}, {width}]: {str(error).splitlines()[0]}"
-        ) from error
     hidden.sum().backward()
     return hidden
 
@@ -219,6 +215,6 @@ def patch_grid(hf_config: PretrainedConfig, height: int, width: int) -> PatchGri
     patch = getattr(hf_config, "patch_size", None)
     if isinstance(patch, int):
         patch = (patch, patch)
-    if not isinstance(patch, tuple | list) or len(patch) != 2:
+    if not isinstance(patch, tuple | list) or len(patch) != 2 or not all(type(n) is int and n > 0 for n in patch):
         raise ConfigError(f"model.vision: patch_size of {hf_config.model_type!r} is {patch!r}; a number is needed")
     return height // patch[0], width // patch[1]

@@ -25,7 +25,7 @@ from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.sample import Sample
 from megatron_vlm.data.sources import SOURCES, Extent
 from megatron_vlm.data.templates import TEMPLATES
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.tokenizer import faults_told, load_tokenizer
 from megatron_vlm.data.video.files import count_frames
 from megatron_vlm.data.video.sampling import place, with_frames
 from megatron_vlm.errors import DataError
@@ -243,7 +243,8 @@ def lengthen(sample: Sample, num_tokens: int, encoder: ConversationEncoder) -> S
     itself one token passes for another."""
     *turns, answer = sample.turns
     digits = "".join(map(str, range(3 * num_tokens)))  # a token may have three of them
-    tokens = encoder.tokenizer(digits, add_special_tokens=False, return_offsets_mapping=True)
+    with faults_told(encoder.tokenizer):
+        tokens = encoder.tokenizer(digits, add_special_tokens=False, return_offsets_mapping=True)
     *_, stop = (0, *(end for _, end in tokens["offset_mapping"][:num_tokens]))
     text = f"{answer.text} {digits[:stop]}" if stop else answer.text
     return replace(sample, turns=(*turns, replace(answer, text=text)))
