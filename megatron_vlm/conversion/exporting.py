@@ -9,7 +9,7 @@ The directory is written beside its place and renamed.
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,8 @@ from torch import Tensor
 from megatron_vlm.checkpoint.directory import find_checkpoint
 from megatron_vlm.checkpoint.integrity import refuse_damage, refuse_unlisted, sync_directory
 from megatron_vlm.checkpoint.manifest import Manifest
+from megatron_vlm.checkpoint.model_sources import FILE_NAME as SOURCES
+from megatron_vlm.checkpoint.model_sources import read_sources, write_sources
 from megatron_vlm.checkpoint.recipe import PARTS, saved_config
 from megatron_vlm.config.schema import VisionConfig
 from megatron_vlm.conversion.destination import refuse_taken
@@ -99,6 +101,7 @@ class Export:
     shards: list[ShardPlan]
     source: ExportSource
     write_others: Callable[[Path], None]
+    commits: Mapping[str, str]  # of the hub ids that the model came from
 
     @property
     def size_bytes(self) -> int:
@@ -120,6 +123,7 @@ class Export:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             self.write_others(beside)
+            _write_provenance(beside, self.commits)
             write_shards(beside, self.shards, self.source, advance)
             sync_directory(beside)
             if destination.exists():
@@ -146,9 +150,9 @@ def plan_export(path: str | Path, format: str | None = None, dtype: str | None =
     """
     checkpoint = find_checkpoint(path)
     manifest = Manifest.read(checkpoint)
-    refuse_unlisted(checkpoint, manifest, (*PARTS, FOLDER))
+    refuse_unlisted(checkpoint, manifest, (*PARTS, FOLDER, SOURCES))
     refuse_damage(checkpoint, manifest)
-    origin = Origin.of(checkpoint)
+    origin, commits = Origin.of(checkpoint), read_sources(checkpoint)
     target_format = _format_of(format, origin)
     assert target_format.disk_name is not None
     target = _target(checkpoint, manifest)
@@ -165,7 +169,9 @@ def plan_export(path: str | Path, format: str | None = None, dtype: str | None =
         shards = plan_returned(origin, source, target_format.disk_name, wanted, is_same)
         if shards is not None and is_same:
             projector = target.config.model.projector.type
-            return Export(origin.format, shards, source, partial(_write_returned, origin, shards, projector, dtype))
+            return Export(
+                origin.format, shards, source, partial(_write_returned, origin, shards, projector, dtype), commits
+            )
     if shards is None:
         came = {t.name: t.torch_dtype for tensors in origin.weights.values() for t in tensors} if origin else {}
         source = ExportSource(stored, {}, num_rows)
@@ -173,7 +179,7 @@ def plan_export(path: str | Path, format: str | None = None, dtype: str | None =
     written = next(t.dtype for shard in shards for t in shard.tensors if t.name == EMBEDDING)
     settings = {"vocab_size": num_rows, "dtype": str(written).removeprefix("torch.")}
     others = partial(_write_fresh, target_format, target, settings, shards, origin)
-    return Export(target_format.name, shards, source, others)
+    return Export(target_format.name, shards, source, others, commits)
 
 
 def _format_of(name: str | None, origin: Origin | None) -> Format:
@@ -246,6 +252,17 @@ def _write_fresh(
         origin.copy_files(folder, only=(SENTENCEPIECE_FILE,))
     if len(shards) > 1 or shards[0].file != "model.safetensors":
         (folder / SAFETENSORS_INDEX).write_text(index_of(shards), encoding="utf-8")
+
+
+def _write_provenance(folder: Path, commits: Mapping[str, str]) -> None:
+    """sources.json, and a model card that names them in the hub's way, where the model came without a card."""
+    write_sources(folder, commits)
+    if not commits or (folder / "README.md").exists():
+        return
+    repositories = sorted({name.partition("@")[0] for name in commits})
+    lines = ["---", "base_model:", *(f"- {name}" for name in repositories), "---", ""]
+    lines += ["Made by megatron_vlm from:", "", *(f"- `{name}`, commit `{commits[name]}`" for name in sorted(commits))]
+    (folder / "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 def _let_transformers_4_read(path: Path) -> None:

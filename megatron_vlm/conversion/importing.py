@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_vlm.checkpoint.directory import checkpoint_path, publish
 from megatron_vlm.checkpoint.integrity import records_of
 from megatron_vlm.checkpoint.manifest import FileRecord, Manifest
+from megatron_vlm.checkpoint.model_sources import write_sources
 from megatron_vlm.config.loading import config_hash
 from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.destination import first_checkpoint, refusals_of_the_disk
@@ -67,6 +68,7 @@ def complete_import(foreign: ForeignModel, destination: Path, writer: NativeWrit
         config, partial = _recipe(foreign, destination), writer.directory
         _write_parts(foreign, config, partial)
         write_origin(partial, foreign, spare, config)
+        write_sources(partial, foreign.commits)
         files = writer.finish()
         others = [path for path in partial.rglob("*") if path.is_file() and str(path.relative_to(partial)) not in files]
         _manifest(config, foreign, files | records_of(partial, others)).write(partial)

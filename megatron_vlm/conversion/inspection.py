@@ -12,6 +12,7 @@ from megatron_vlm.checkpoint.directory import latest_of
 from megatron_vlm.checkpoint.integrity import refuse_damage
 from megatron_vlm.checkpoint.manifest import FILE_NAME as MANIFEST
 from megatron_vlm.checkpoint.manifest import METADATA_FILE, Manifest
+from megatron_vlm.checkpoint.model_sources import read_sources
 from megatron_vlm.checkpoint.stored_metadata import read_metadata
 from megatron_vlm.conversion.files import WeightFolder
 from megatron_vlm.conversion.formats import llava
@@ -88,6 +89,7 @@ def _ours(folder: Path) -> Inspection:
     states = ", ".join(manifest.components) or "none"
     notes = [f"step {manifest.step}, optimizer states: {states}, saved at {manifest.layout}"]
     notes += [f"imported from {origin.format}"] if origin else []
+    notes += [f"from {name}, commit {commit}" for name, commit in read_sources(folder).items()]
     files = {name: record.size_bytes for name, record in manifest.files.items() if name.endswith(".distcp")}
     return Inspection(folder, OURS, manifest.config["model"]["family"], _parts(tensors), files, tuple(notes))
 

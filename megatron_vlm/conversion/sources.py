@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from huggingface_hub import list_repo_files, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from megatron_vlm.conversion.files import StoredTensor, WeightFolder, stored_in_memory
 from megatron_vlm.conversion.mappings import Mapping as Entry
-from megatron_vlm.errors import ConversionError
+from megatron_vlm.errors import ConversionError, one_line
+from megatron_vlm.models import hub
+from megatron_vlm.runtime.logging import get_logger
 
 HUB_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "mm_projector.bin")  # beside a repository's weights
 VISION_PREFIXES = ("model.vision_tower.", "vision_tower.", "vision_model.")
+
+logger = get_logger(__name__)
 
 
 class WeightSource(Protocol):
@@ -186,17 +188,19 @@ def resolve_folder(path: str) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(path, allow_patterns=[*HUB_FILES, _weights_on_hub(path)]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        folder = hub.fetched(path, [*HUB_FILES, _weights_on_hub(path)])
+    except hub.HubError as error:
+        reason = one_line(error)
         raise ConversionError(f"{path}: neither a directory nor a hub id that can be fetched: {reason}") from error
+    for commit in hub.commits({path: folder}).values():
+        logger.info("%s is commit %s", path, commit)
+    return folder
 
 
 def _weights_on_hub(hub_id: str) -> str:
     """The files of a repository that hold its weights: pickles only where it has no safetensors."""
-    try:
-        files = list_repo_files(hub_id)
-    except Exception:  # without a network, in any of its forms, what is cached is taken; else the fetching says why
+    files = hub.files_of(hub_id)
+    if files is None:  # without a network what is cached is taken; else the fetching says why
         return "*.safetensors"
     has_safetensors = any(name.endswith(".safetensors") and "/" not in name for name in files)
     return "*.safetensors" if has_safetensors else "pytorch_model*.bin"

@@ -90,9 +90,7 @@ def _try(tokenizer: Tokenizer, image_token: str, folder: str) -> None:
     """Raises ConfigError for a tokenizer that loads and cannot be used."""
     longest: Any = tokenizer.model_max_length
     if isinstance(longest, bool) or not isinstance(longest, int | float) or math.isnan(longest):
-        raise ConfigError(
-            f"{_KEY}: model_max_length is {longest!r} in {folder}/tokenizer_config.json, needs a number"
-        )
+        raise ConfigError(f"{_KEY}: model_max_length is {longest!r} in {folder}/tokenizer_config.json, needs a number")
     with faults_told(tokenizer), _panics_unsaid():
         try:
             tokens = tokenizer(_TRIAL.format(image_token), add_special_tokens=False, return_offsets_mapping=True)

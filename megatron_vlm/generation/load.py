@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args
 
 from megatron_vlm.config.extensions import import_extensions
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, ConversionError, one_line
 from megatron_vlm.runtime.device import DeviceRequest, current_device, prepare
 from megatron_vlm.runtime.distributed import init_world, read_launch
 from megatron_vlm.runtime.logging import get_logger, quietly
@@ -128,7 +128,7 @@ def open_checkpoint(
 
     world_size, parallel = torch.distributed.get_world_size(), _read_layout(**ranks)
     _check_choices(template, dtype)
-    foreign = find_foreign(path, downsample_order)
+    foreign = find_foreign(_same_on_all_ranks(path), downsample_order)
     if foreign is None:
         directory = find_checkpoint(path)
         config = inference_config(directory, parallel)
@@ -209,6 +209,29 @@ def turn_weights(model: "VisionLanguageModel") -> None:
                 weight.data = weight.data.t().contiguous().t()  # [out, in], strides (1, out)
 
 
+def _same_on_all_ranks(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """A hub id with the commit that rank 0 found, since a branch may move between two ranks' looks. Raises
+    ConversionError."""
+    import torch.distributed as dist
+
+    from megatron_vlm.models import hub
+    from megatron_vlm.runtime.collectives import broadcast_object
+
+    if dist.get_world_size() == 1 or hub.parse(path) is None:
+        return path
+    outcome: tuple[str, str | None] | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome = hub.pinned(os.fspath(path)), None
+        except hub.HubError as error:
+            outcome = "", f"{os.fspath(path)}: neither a directory nor a hub id that can be fetched: {one_line(error)}"
+    assert dist.group.WORLD is not None
+    pinned, fault = broadcast_object(outcome, dist.group.WORLD)
+    if fault is not None:
+        raise ConversionError(fault)
+    return pinned
+
+
 def find_foreign(path: str | os.PathLike[str], downsample_order: str | None = None) -> "ForeignModel | None":
     """The model of another system at a directory or hub id; None where `path` is to be one of our checkpoints.
 
@@ -221,10 +244,9 @@ def find_foreign(path: str | os.PathLike[str], downsample_order: str | None = No
         ConfigError: an order for one of our checkpoints.
     """
     from megatron_vlm.conversion.formats import Places, is_foreign, open_foreign
-    from megatron_vlm.conversion.formats.base import HUB_ID
+    from megatron_vlm.conversion.formats.base import is_on_hub
 
-    is_on_hub = not Path(path).exists() and HUB_ID.fullmatch(os.fspath(path)) is not None
-    if is_on_hub or is_foreign(Path(path)):
+    if is_on_hub(Path(path)) or is_foreign(Path(path)):
         return open_foreign(os.fspath(path), places=Places(downsample_order=downsample_order))
     if downsample_order is not None:
         raise ConfigError(

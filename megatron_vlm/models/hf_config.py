@@ -8,6 +8,7 @@ Hazards: left alone, transformers asks on the terminal whether to run code that 
 for a hub id, so that a mistyped path costs a riddle. Code is never run, and what has the form of a path must be one.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -57,7 +58,7 @@ def find_directory(key: str, path: str, patterns: tuple[str, ...]) -> Path:
     try:
         folder = hub.fetched(path, patterns)
     except hub.HubError as error:
-        raise ConfigError(f"{key}: no usable config in {path!r}: {one_line(error)}") from error
+        raise ConfigError(f"{key}: {path!r} cannot be fetched: {one_line(error)}") from error
     check_files(key, folder)
     return folder
 
@@ -81,9 +82,10 @@ def read_settings(key: str, file: Path) -> dict[str, Any]:
     """
     try:
         settings = parse_json(read_text(file, MAX_CONFIG_BYTES))
+        json.dumps(settings, ensure_ascii=False).encode()  # halves of surrogates, which nobody could write again
     except OSError as error:
         raise ConfigError(f"{key}: {str(file)!r} cannot be read: {one_line(error)}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{key}: {str(file)!r} is not a valid JSON file: {one_line(error)}") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{key}: {str(file)!r} holds a {type(settings).__name__}, needs an object")

@@ -13,15 +13,14 @@ Hazard: a directory counts first, also one with an @ in its name.
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 from megatron_vlm.errors import one_line
-from megatron_vlm.runtime.logging import get_logger
 
 CONFIG_FILES = ("config.json",)
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -30,8 +29,6 @@ _NAME = r"[\w-][\w.-]*"
 _ID = re.compile(rf"({_NAME}/)?{_NAME}")
 _REVISION = re.compile(r"[\w-][\w./+-]*")  # what git allows in a name goes further, and nobody uses it
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-logger = get_logger(__name__)
 
 
 class HubError(OSError):
@@ -89,8 +86,19 @@ def fetched(path: str, patterns: Sequence[str]) -> Path:
         raise HubError(one_line(error, first=True)) from error
 
 
+def files_of(path: str) -> list[str] | None:
+    """The names of all files of a hub id; None where nobody can tell, as without a network."""
+    found = parse(path)
+    if found is None:
+        return None
+    try:
+        return list_repo_files(found.repository, revision=found.revision)
+    except Exception:  # in whatever form; who fetches the files says why
+        return None
+
+
 def pinned(path: str) -> str:
-    """The id of the commit that a hub id stands for now, told in the log; what is no hub id, or a commit, as it is.
+    """The id of the commit that a hub id stands for now; what is no hub id, or names a commit, as it is.
 
     Raises:
         HubError: as `fetched`.
@@ -98,8 +106,10 @@ def pinned(path: str) -> str:
     found = parse(path)
     if found is None or found.is_commit:
         return path
-    commit = fetched(path, CONFIG_FILES).name
-    logger.info("%s is commit %s", path, commit)
+    folder = fetched(path, CONFIG_FILES)
+    commit = commit_of(folder)
+    if commit is None:
+        raise HubError(f"{folder} is named by no commit")
     return f"{found.repository}@{commit}"
 
 
@@ -107,3 +117,13 @@ def commit_of(folder: Path) -> str | None:
     """The commit whose files a directory of the hub's cache holds; None for any other directory."""
     is_snapshot = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) is not None
     return folder.name if is_snapshot else None
+
+
+def commits(found: Mapping[str, Path]) -> dict[str, str]:
+    """Hub id, as somebody named it -> commit.
+
+    Args:
+        found: where the files of directories and hub ids are; directories are left out.
+    """
+    known = {path: commit_of(folder) for path, folder in found.items() if parse(path) is not None}
+    return {path: commit for path, commit in known.items() if commit is not None}

@@ -5,7 +5,7 @@ are loaded before the DDP wrappers copy them into their buffers; the optimizer c
 the master copies.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_vlm.checkpoint.claim import Claim
 from megatron_vlm.checkpoint.directory import checkpoints
+from megatron_vlm.checkpoint.model_sources import read_sources, write_sources
 from megatron_vlm.checkpoint.recipe import without_training
 from megatron_vlm.checkpoint.resume import Start, find_start, start_from
 from megatron_vlm.checkpoint.store import TrainingState, load_checkpoint
@@ -37,6 +38,7 @@ from megatron_vlm.runtime.collectives import broadcast_object
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.seeding import seed_everything
+from megatron_vlm.training.hub_ids import pin_hub_ids
 from megatron_vlm.training.media_cost import set_measured_cost
 from megatron_vlm.training.optimizer import build_optimizer
 from megatron_vlm.training.recipe import settle
@@ -61,6 +63,7 @@ class Job:
     start: Start | None  # the checkpoint it started from
     ranks_per_node: int  # on this machine
     claim: Claim | None = None  # on the directory it saves into
+    commits: dict[str, str] = field(default_factory=dict)  # of the recipe's hub ids, as they were named
     data: SampleIndex | None = None  # of the training samples, once `batches` has opened them
 
     def batches(self, num_steps: int) -> OrderedItems[StepBatch]:
@@ -98,9 +101,12 @@ class Job:
         survey = self.model.vision.tower.survey
         survey.hf_config.save_pretrained(directory / "vision")
         write_pixel_format(directory / "vision", survey.media_spec)
+        commits = self.commits
         if self.start is not None:  # which `checkpoint.keep` may have removed since: then a later one has it
-            newest = checkpoints(Path(self.config.checkpoint.directory))[:1]
-            carry([*newest, self.start.directory][0], directory)
+            before = [*checkpoints(Path(self.config.checkpoint.directory))[:1], self.start.directory][0]
+            carry(before, directory)
+            commits = read_sources(before) | commits
+        write_sources(directory, commits)
 
 
 def build_job(config: Config, world_size: int, resumes: bool = False, ranks_per_node: int | None = None) -> Job:
@@ -118,6 +124,8 @@ def build_job(config: Config, world_size: int, resumes: bool = False, ranks_per_
     SOURCES.get(config.data.source)  # a name mistyped shall not cost the building of a model
     assert dist.group.WORLD is not None, "there is no default process group"
     ranks_per_node = broadcast_object(ranks_per_node or world_size, dist.group.WORLD)
+    named = config
+    config, commits = pin_hub_ids(config, resumes, dist.group.WORLD)
     config, facts = settle(config, world_size, ranks_per_node, current_device())
     tokenizer = load_tokenizer(config.model.language.tokenizer or config.model.language.path, config.data.image_token)
     check_vocabulary(tokenizer, config.data.image_token, facts.vocab_size)
@@ -127,7 +135,8 @@ def build_job(config: Config, world_size: int, resumes: bool = False, ranks_per_
     claim = Claim(Path(config.checkpoint.directory), grid.world) if owns else None
     start = find_start(config.checkpoint, grid.world, owns) if resumes else start_from(config.checkpoint, grid.world)
     if start is not None and config.training.mode != "eval":
-        start.check_recipe(config)
+        has_commits = bool(read_sources(start.directory))  # since they are kept; before, ids stand as they were named
+        start.check_recipe(config if has_commits else config.model_copy(update={"model": named.model}))
     if config.training.mode == "eval":
         config = without_training(config)
     seed_everything(config.runtime.seed, grid)
@@ -151,7 +160,19 @@ def build_job(config: Config, world_size: int, resumes: bool = False, ranks_per_
         else:
             logger.info("weights from %s", start.directory)
     return Job(
-        config, grid, model, language, vision, optimizer, tokenizer, step, start_step, start, ranks_per_node, claim
+        config,
+        grid,
+        model,
+        language,
+        vision,
+        optimizer,
+        tokenizer,
+        step,
+        start_step,
+        start,
+        ranks_per_node,
+        claim,
+        commits,
     )
 
 

@@ -5,9 +5,8 @@ in it, how their tensors and configuration are called there. The engine does the
 """
 
 import os
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.mappings import EMBEDDING, HEAD
 from megatron_vlm.conversion.sources import FolderSource, WeightSource, resolve_folder
 from megatron_vlm.errors import ConversionError, one_line
+from megatron_vlm.models import hub
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.registry import Registry
 from megatron_vlm.runtime.files import parse_json, read_text
@@ -41,6 +41,7 @@ class ForeignModel:
         image_token: of the prompts.
         template, image_mode: `data.template` and `data.image_mode` that fit.
         own: the source of the folder's own weight files; None where they do not make a model of the format.
+        commits: of the hub ids that it came from, as they were named.
         drops_first_token: the model drops one token of the tower's, whatever it is; `select_feature` is "patch" then,
             which is the same only where one comes before the patches: see `check_selection`.
     """
@@ -60,6 +61,7 @@ class ForeignModel:
     image_mode: str
     own: FolderSource | None = None
     drops_first_token: bool = False
+    commits: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,6 @@ class Format:
     names_parts: bool = False
 
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FORMATS: Registry[Format] = Registry("format")
 MAX_CONFIG_BYTES = 2**26  # far above any real one; Python's objects of it may take thirty times as much
 
@@ -150,7 +151,8 @@ def open_foreign(path: str | Path, format: str | None = None, places: Places = P
         raise ConversionError(f"{folder}: no format recognises it; known: {', '.join(FORMATS.names())}")
     if places != Places() and not found.names_parts:
         raise ConversionError(f"{folder}: a directory of {found.name} holds all its parts; found {places}")
-    return found.open(folder, places)
+    foreign = found.open(folder, places)
+    return replace(foreign, commits={**hub.commits({str(path): folder}), **foreign.commits})
 
 
 def is_foreign(path: str | Path) -> bool:
@@ -158,8 +160,14 @@ def is_foreign(path: str | Path) -> bool:
     return Path(path).is_dir() and _recognised(Path(path)) is not None
 
 
+def is_on_hub(path: str | Path) -> bool:
+    """Whether it has the form of a hub id with its owner's name, and nothing is there on this machine."""
+    found = hub.parse(path)
+    return found is not None and "/" in found.repository
+
+
 def _folder(path: str | Path) -> Path:
-    if not Path(path).is_dir() and HUB_ID.fullmatch(str(path)) is None:
+    if not Path(path).is_dir() and not is_on_hub(path):
         raise ConversionError(f"{path}: no such directory")
     return resolve_folder(str(path))
 

@@ -37,6 +37,7 @@ from megatron_vlm.conversion.sources import (
     vision_rename,
 )
 from megatron_vlm.errors import ConversionError
+from megatron_vlm.models import hub
 from megatron_vlm.models.hf_config import config_from_dict, config_from_path, known_keys
 
 NAME = "llava"
@@ -82,7 +83,7 @@ def open_folder(folder: Path, places: Places) -> ForeignModel:
     alone = _is_projector_alone(folder)
     if places.base is not None and not alone:
         raise ConversionError(f"{folder} holds a language model; found another at {places.base}, needs none")
-    base = _base_of(folder, settings, places.base) if alone else folder
+    base_named, base = _base_of(folder, settings, places.base) if alone else (str(folder), folder)
     own = FolderSource(str(base), lambda names: canonical_name)
     parts: list[WeightSource] = [own]
     if alone:
@@ -94,6 +95,7 @@ def open_folder(folder: Path, places: Places) -> ForeignModel:
     if not _holds_tower(own):
         tower_folder = tower_folder or resolve_folder(reference)
         parts.append(FolderSource(str(tower_folder), vision_rename))
+    named = {base_named: base} | ({} if tower_folder is None else {reference: tower_folder})
     source = parts[0] if len(parts) == 1 else JoinedSource(str(folder), parts)
     language = _language(base, settings, alone)
     language.tie_word_embeddings = is_tied(bool(language.tie_word_embeddings), source)
@@ -113,6 +115,7 @@ def open_folder(folder: Path, places: Places) -> ForeignModel:
         template=fitting_template(tokenizer, language),
         image_mode=image_mode,
         own=None if alone else own,
+        commits=hub.commits(named),
     )
 
 
@@ -239,14 +242,15 @@ def _is_projector_alone(folder: Path) -> bool:
     return not weights and os.path.lexists(folder / PROJECTOR_FILE)
 
 
-def _base_of(folder: Path, settings: dict[str, Any], place: str | None) -> Path:
+def _base_of(folder: Path, settings: dict[str, Any], place: str | None) -> tuple[str, Path]:
+    """As it is named, and where it is. Raises ConversionError."""
     base = place or settings.get("_name_or_path")
     if not isinstance(base, str) or not base:
         raise ConversionError(
             f"{folder} holds {PROJECTOR_FILE} alone and its config.json names no language model: _name_or_path is "
             f"{base!r}, needs a directory or a hub id (or --base)"
         )
-    return resolve_folder(base)
+    return base, resolve_folder(base)
 
 
 def _language(base: Path, settings: dict[str, Any], alone: bool) -> PretrainedConfig:

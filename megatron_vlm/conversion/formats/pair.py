@@ -16,6 +16,7 @@ from megatron_vlm.conversion.mappings import EMBEDDING, canonical_name, projecto
 from megatron_vlm.conversion.sources import FolderSource, JoinedSource, StateSource, resolve_folder, vision_rename
 from megatron_vlm.conversion.weights import fresh_source
 from megatron_vlm.errors import ConversionError
+from megatron_vlm.models import hub
 from megatron_vlm.models.hf_config import config_from_path
 from megatron_vlm.models.projectors import build_projector
 
@@ -64,6 +65,7 @@ def open_pair(
         image_token="<image>",
         template=fitting_template(folder, language_config),
         image_mode="pad",
+        commits=hub.commits({language: folder, tower: tower_folder}),
     )
 
 

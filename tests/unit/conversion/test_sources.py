@@ -9,11 +9,11 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from megatron_vlm.conversion import sources
 from megatron_vlm.conversion.files import SafetensorsFile
 from megatron_vlm.conversion.mappings import canonical_name, language_mappings
 from megatron_vlm.conversion.sources import FolderSource, RandomSource, resolve_folder, vision_rename
 from megatron_vlm.errors import ConversionError
+from megatron_vlm.models import hub
 from tests.unit.conversion.test_mappings import llama
 
 
@@ -124,16 +124,16 @@ def test_random_tensors_depend_on_seed_and_name_only():
     assert (source.read("model.norm.weight") == 1).all()
 
 
-def hub(tmp_path, monkeypatch, *files):
+def fake_hub(tmp_path, monkeypatch, *files):
     """A repository of these files, as the library's two functions show it; returns the names that get fetched."""
     fetched = []
 
-    def fetch(hub_id, allow_patterns):
+    def fetch(hub_id, revision, allow_patterns):
         fetched.extend(name for name in files if any(fnmatch(name, pattern) for pattern in allow_patterns))
         return str(tmp_path)
 
-    monkeypatch.setattr(sources, "list_repo_files", lambda hub_id: list(files))
-    monkeypatch.setattr(sources, "snapshot_download", fetch)
+    monkeypatch.setattr(hub, "list_repo_files", lambda hub_id, revision: list(files))
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
     assert resolve_folder("somebody/model") == tmp_path
     return fetched
 
@@ -141,10 +141,10 @@ def hub(tmp_path, monkeypatch, *files):
 def test_pickles_of_a_repository_are_fetched_where_it_has_no_safetensors(tmp_path, monkeypatch):
     config, tokenizer, other = "config.json", "tokenizer.model", "training_args.bin"
     pickles = ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"]
-    assert hub(tmp_path, monkeypatch, config, tokenizer, other, *pickles) == [config, tokenizer, *pickles]
+    assert fake_hub(tmp_path, monkeypatch, config, tokenizer, other, *pickles) == [config, tokenizer, *pickles]
     safe = ["model.safetensors", "model.safetensors.index.json"]
-    assert hub(tmp_path, monkeypatch, config, other, "pytorch_model.bin", *safe) == [config, *safe]
-    assert hub(tmp_path, monkeypatch, "onnx/x.safetensors", "pytorch_model.bin") == ["pytorch_model.bin"]
+    assert fake_hub(tmp_path, monkeypatch, config, other, "pytorch_model.bin", *safe) == [config, *safe]
+    assert fake_hub(tmp_path, monkeypatch, "onnx/x.safetensors", "pytorch_model.bin") == ["pytorch_model.bin"]
 
 
 def test_what_is_cached_is_found_without_a_network(tmp_path, monkeypatch):

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 import megatron_vlm
-from megatron_vlm.conversion import sources
 from megatron_vlm.conversion.formats import Places, open_foreign
 from megatron_vlm.conversion.importing import import_model
 from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.models import hub
 from tests.helpers.verify_models import Shape, draw, save_llava, save_llava_hf, save_llava_projector
 
 NUM_NEW = 6
@@ -79,8 +79,8 @@ def test_a_directory_of_another_system_answers(theirs, folders, format):
 
 def test_a_hub_id_is_fetched(theirs, folders, monkeypatch):
     fetched: list[str] = []
-    monkeypatch.setattr(sources, "list_repo_files", lambda name: ["config.json", "model.safetensors"])
-    monkeypatch.setattr(sources, "snapshot_download", lambda name, **_: fetched.append(name) or folders["llava-hf"])
+    monkeypatch.setattr(hub, "list_repo_files", lambda name, **_: ["config.json", "model.safetensors"])
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **_: fetched.append(name) or folders["llava-hf"])
     check(megatron_vlm.load("someone/llava-tiny"), theirs)
     assert fetched == ["someone/llava-tiny"]
 

@@ -1,11 +1,15 @@
 """A recipe's model dictionary: right keys reach transformers, wrong ones are named."""
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_vlm.config.schema import LanguageConfig
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.models.hf_config import config_from_dict, config_from_path
 
 SU = {  # what Phi-3's first long contexts were called; transformers trips over the key that it fills in for `longrope`
@@ -71,3 +75,62 @@ def test_a_mistyped_path_is_not_taken_for_a_hub_id(path: str) -> None:
         config_from_path("model.vision.path", path)
     with pytest.raises(ConfigError, match="which is a file, needs a directory"):
         config_from_path("model.vision.path", __file__)
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 100}
+NUMBERS: list[tuple[dict[str, Any], str]] = [
+    *(({"num_attention_heads": n}, f"num_attention_heads is {n}, needs a whole number") for n in (0, -4, 10**30, 4.0)),
+    ({"num_attention_heads": True}, "num_attention_heads is True, needs a whole number"),
+    ({"num_attention_heads": "4"}, "num_attention_heads"),
+    ({"num_attention_heads": None}, "num_attention_heads"),
+    ({"num_attention_heads": 4, "num_key_value_heads": 3}, "needs a multiple of num_key_value_heads, 3"),
+    ({"hidden_size": 2, "head_dim": None}, "not a multiple of the number of attention heads"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, needs a whole number from 1 to 4096"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, needs a finite number"),
+    ({"rope_theta": float("inf")}, "rope_theta is inf, needs a finite number"),
+    ({"rope_theta": 0}, "rope_theta is 0, allowed: more than 0"),
+    ({"rope_scaling": {"rope_type": []}}, "rope_type|rope"),
+    ({"layer_types": 5}, "is not iterable|layer_types"),
+    ({"sliding_window": "x", "model_type": "mistral"}, "sliding_window"),
+    ({"pad_token_id": "x"}, "pad_token_id"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), NUMBERS)
+def test_sizes_that_make_no_model_are_named(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    """In a directory and in a recipe; before anything is built, or walked through, that is as large."""
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **settings}))
+    for language in (LanguageConfig(path=str(tmp_path)), LanguageConfig(config={**LLAMA, **settings})):
+        with pytest.raises(ConfigError, match=f"^model.language.*{message}") as caught:
+            load_language_config(language)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "config.json' is not a valid JSON file: its JSON nests too deep"),
+        (b'{"a":' * 900 + b"1" + b"}" * 900, "no usable config"),
+        (b"\xff", "config.json' cannot be read: .*is not UTF-8 text"),
+        (b'{"model_type": "\\ud800"}', "config.json' is not a valid JSON file"),
+        (b'{"model_type": ["llama"]}', "no usable config"),
+        (b"[]", "config.json' holds a list, needs an object"),
+    ],
+)
+def test_a_config_that_is_no_object_is_told(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^model.language.path: .*{message}") as caught:
+        config_from_path("model.language.path", str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.timeout(60)
+def test_a_named_pipe_among_a_directory_s_texts_is_told(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match="is a named pipe, a regular file is needed"):
+        config_from_path("model.language.path", str(tmp_path))
+
+
+def test_a_model_type_that_is_no_text_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"config.model_type: found \['llama'\]"):
+        config_from_dict("model.language.config", {"model_type": ["llama"]})

@@ -112,3 +112,53 @@ def test_processors_that_cannot_be_used(settings: dict[str, Any], message: str, 
     with pytest.raises(ConfigError, match=f"^data.image_mode: found processor, but the tower's .*{message}") as caught:
         load_processor(spec)
     assert "\n" not in str(caught.value)
+
+
+BROKEN: list[tuple[dict[str, Any], str]] = [
+    ({"size": 0}, "size of the preprocessor config's size is 0"),
+    ({"size": {"height": -28, "width": 28}}, "height of the preprocessor config's size is -28"),
+    ({"size": {"shortest_edge": 10**9}, "crop_size": SQUARE}, "shortest_edge of the .* size is 1000000000"),
+    ({"size": {"height": "x", "width": 28}}, "image size of .* a number or height and width is needed"),
+    ({"size": [28]}, r"image size of .* is \[28\]"),
+    ({"size": True}, "size is True"),
+    ({"image_mean": 5}, "image_mean is 5, needs three numbers"),
+    ({"image_mean": ["a", "b", "c"]}, "image_mean is .*, needs three numbers"),
+    ({"image_std": [1, 0, 1]}, r"image_std is \[1, 0, 1\], needs three numbers above 0"),
+    ({"image_std": [1, float("nan"), 1]}, "image_std is nan, needs a finite number"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BROKEN)
+def test_settings_that_give_no_pixels_are_named(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^model.vision: .*{message}") as caught:
+        spec_at(tower_with(tmp_path, {"size": SQUARE, **settings}))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, '{"size": NaN}'])
+def test_a_damaged_preprocessor_config_is_not_passed_over(tmp_path: Path, content: str) -> None:
+    """The usual one would be another."""
+    tower_with(tmp_path, {})
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"^model.vision: .*preprocessor_config\.json"):
+        spec_at(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text('{"image_processor": 5}')
+    with pytest.raises(ConfigError, match=r"image_processor in .*processor_config\.json' is 5, needs an object"):
+        spec_at(tmp_path)
+
+
+def test_a_whole_processor_s_config_counts_before_the_pictures_own(tmp_path: Path) -> None:
+    tower_with(tmp_path, {"size": SQUARE, "image_mean": [0, 0, 0]})
+    whole = {"image_processor": {"size": SQUARE, "image_mean": [1, 1, 1]}}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaProcessor"}))
+    assert spec_at(tmp_path).mean == (0, 0, 0)
+    (tmp_path / "processor_config.json").write_text(json.dumps(whole))
+    assert spec_at(tmp_path).mean == (1, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["os", "../x", "", 5, ["a"]])
+def test_a_processor_of_no_class_is_told(tmp_path: Path, name: Any) -> None:
+    spec = spec_at(tower_with(tmp_path, {"size": SQUARE, "image_processor_type": name}))
+    with pytest.raises(ConfigError, match="has no form for Pillow"):
+        load_processor(spec)

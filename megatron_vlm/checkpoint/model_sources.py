@@ -1,0 +1,42 @@
+"""sources.json in a checkpoint: which commits of hub repositories its models and tokenizer came from.
+
+    {"meta-llama/Llama-3.1-8B@main": "0e9e39f249a16976918f6564b8830bc894c89659"}
+
+By the ids as the recipe or the command line named them. A run that goes on takes these commits, so that what it trains
+does not change with a branch; an exported directory says where it comes from. A model of local directories has none.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_vlm.errors import CheckpointError, one_line
+from megatron_vlm.runtime.files import read_json
+
+FILE_NAME = "sources.json"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_MAX_BYTES = 2**20
+
+
+def write_sources(directory: Path, commits: Mapping[str, str]) -> None:
+    """Writes the file, where there is anything to write. Raises OSError."""
+    if commits:
+        (directory / FILE_NAME).write_text(json.dumps(dict(sorted(commits.items())), indent=1), encoding="utf-8")
+
+
+def read_sources(directory: Path) -> dict[str, str]:
+    """Hub id -> commit; nothing where there is no such file.
+
+    Raises:
+        CheckpointError: one that is damaged.
+    """
+    try:
+        found = read_json(directory / FILE_NAME, _MAX_BYTES)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory / FILE_NAME} cannot be read: {one_line(error)}") from error
+    if not isinstance(found, dict) or not all(isinstance(c, str) and _COMMIT.fullmatch(c) for c in found.values()):
+        raise CheckpointError(f"{directory / FILE_NAME} is damaged: it needs a commit of 40 digits for every hub id")
+    return found
