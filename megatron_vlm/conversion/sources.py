@@ -192,7 +192,8 @@ def resolve_folder(path: str) -> Path:
     except hub.HubError as error:
         reason = one_line(error)
         raise ConversionError(f"{path}: neither a directory nor a hub id that can be fetched: {reason}") from error
-    for commit in hub.commits({path: folder}).values():
+    commit = hub.commit_of(folder)
+    if commit is not None and not path.endswith(commit):
         logger.info("%s is commit %s", path, commit)
     return folder
 
