@@ -8,7 +8,7 @@ does not change with a branch; an exported directory says where it comes from. A
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from megatron_vlm.errors import CheckpointError, one_line
@@ -25,16 +25,19 @@ def write_sources(directory: Path, commits: Mapping[str, str]) -> None:
         (directory / FILE_NAME).write_text(json.dumps(dict(sorted(commits.items())), indent=1), encoding="utf-8")
 
 
-def read_sources(directory: Path) -> dict[str, str]:
+def read_sources(directory: Path, listed: Collection[str]) -> dict[str, str]:
     """Hub id -> commit; nothing where there is no such file.
+
+    Args:
+        listed: the files of the checkpoint's manifest; one that is not among them is not read.
 
     Raises:
         CheckpointError: one that is damaged.
     """
+    if FILE_NAME not in listed:
+        return {}
     try:
         found = read_json(directory / FILE_NAME, _MAX_BYTES)
-    except FileNotFoundError:
-        return {}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory / FILE_NAME} cannot be read: {one_line(error)}") from error
     if not isinstance(found, dict) or not all(isinstance(c, str) and _COMMIT.fullmatch(c) for c in found.values()):

@@ -21,7 +21,6 @@ from torch import Tensor
 from megatron_vlm.checkpoint.directory import find_checkpoint
 from megatron_vlm.checkpoint.integrity import refuse_damage, refuse_unlisted, sync_directory
 from megatron_vlm.checkpoint.manifest import Manifest
-from megatron_vlm.checkpoint.model_sources import FILE_NAME as SOURCES
 from megatron_vlm.checkpoint.model_sources import read_sources, write_sources
 from megatron_vlm.checkpoint.recipe import PARTS, saved_config
 from megatron_vlm.config.schema import VisionConfig
@@ -150,9 +149,9 @@ def plan_export(path: str | Path, format: str | None = None, dtype: str | None =
     """
     checkpoint = find_checkpoint(path)
     manifest = Manifest.read(checkpoint)
-    refuse_unlisted(checkpoint, manifest, (*PARTS, FOLDER, SOURCES))
+    refuse_unlisted(checkpoint, manifest, (*PARTS, FOLDER))
     refuse_damage(checkpoint, manifest)
-    origin, commits = Origin.of(checkpoint), read_sources(checkpoint)
+    origin, commits = Origin.of(checkpoint), read_sources(checkpoint, manifest.files)
     target_format = _format_of(format, origin)
     assert target_format.disk_name is not None
     target = _target(checkpoint, manifest)

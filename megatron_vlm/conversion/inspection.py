@@ -89,7 +89,7 @@ def _ours(folder: Path) -> Inspection:
     states = ", ".join(manifest.components) or "none"
     notes = [f"step {manifest.step}, optimizer states: {states}, saved at {manifest.layout}"]
     notes += [f"imported from {origin.format}"] if origin else []
-    notes += [f"from {name}, commit {commit}" for name, commit in read_sources(folder).items()]
+    notes += [f"from {name}, commit {commit}" for name, commit in read_sources(folder, manifest.files).items()]
     files = {name: record.size_bytes for name, record in manifest.files.items() if name.endswith(".distcp")}
     return Inspection(folder, OURS, manifest.config["model"]["family"], _parts(tensors), files, tuple(notes))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_vlm.checkpoint.directory import checkpoints, find_checkpoint
+from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.model_sources import read_sources
 from megatron_vlm.config.schema import CheckpointConfig, Config
 from megatron_vlm.errors import CheckpointError, ConfigError, one_line
@@ -73,7 +74,7 @@ def _kept_commits(config: CheckpointConfig, resumes: bool) -> dict[str, str]:
         found = [find_checkpoint(config.load)]
     for checkpoint in found:
         try:
-            return read_sources(checkpoint)
+            return read_sources(checkpoint, Manifest.read(checkpoint).files)
         except CheckpointError:  # damaged: what is damaged is told where the checkpoints are compared
             continue
     return {}

@@ -101,12 +101,10 @@ class Job:
         survey = self.model.vision.tower.survey
         survey.hf_config.save_pretrained(directory / "vision")
         write_pixel_format(directory / "vision", survey.media_spec)
-        commits = self.commits
+        write_sources(directory, self.commits)
         if self.start is not None:  # which `checkpoint.keep` may have removed since: then a later one has it
             before = [*checkpoints(Path(self.config.checkpoint.directory))[:1], self.start.directory][0]
             carry(before, directory)
-            commits = read_sources(before) | commits
-        write_sources(directory, commits)
 
 
 def build_job(config: Config, world_size: int, resumes: bool = False, ranks_per_node: int | None = None) -> Job:
@@ -134,9 +132,10 @@ def build_job(config: Config, world_size: int, resumes: bool = False, ranks_per_
     owns = resumes and config.training.mode != "eval"
     claim = Claim(Path(config.checkpoint.directory), grid.world) if owns else None
     start = find_start(config.checkpoint, grid.world, owns) if resumes else start_from(config.checkpoint, grid.world)
+    kept = {} if start is None else read_sources(start.directory, start.manifest.files)
     if start is not None and config.training.mode != "eval":
-        has_commits = bool(read_sources(start.directory))  # since they are kept; before, ids stand as they were named
-        start.check_recipe(config if has_commits else config.model_copy(update={"model": named.model}))
+        # before commits were kept, ids stand in the manifest as they were named
+        start.check_recipe(config if kept else config.model_copy(update={"model": named.model}))
     if config.training.mode == "eval":
         config = without_training(config)
     seed_everything(config.runtime.seed, grid)
@@ -160,20 +159,9 @@ def build_job(config: Config, world_size: int, resumes: bool = False, ranks_per_
         else:
             logger.info("weights from %s", start.directory)
     return Job(
-        config,
-        grid,
-        model,
-        language,
-        vision,
-        optimizer,
-        tokenizer,
-        step,
-        start_step,
-        start,
-        ranks_per_node,
-        claim,
-        commits,
-    )
+        config, grid, model, language, vision, optimizer, tokenizer, step, start_step, start, ranks_per_node, claim,
+        commits=kept | commits,
+    )  # fmt: skip
 
 
 def loss_rules(loss: LossConfig, tokenizer: Tokenizer) -> LossRules:
