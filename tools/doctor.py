@@ -51,7 +51,7 @@ ENABLES = {  # what is there only with it; a test keeps this to the packages of 
     "pyarrow": NOT_USED_YET,
     "scikit-learn": "make quickstart",
 }
-WORKSHOP = {"test": "make test", "dev": "make check"}  # extras told in one line each
+WORKSHOP = {"test": "make test", "dev": "make check"}  # extras told in one line
 OPERATIONS_SECONDS = 120
 OPERATIONS = """
 import json, sys
@@ -116,7 +116,10 @@ def packages() -> Iterator[Finding]:
     named = ", ".join(f"{name} {fitting[name]}" for name in NAMED if name in fitting) or "none of those named most"
     yield Finding("required", state, f"{len(fitting)} of {len(found)} in setup.py's ranges: {named}")
     for extra, ranges in known.items():
-        yield from optional(extra, [(requirement, *find(requirement)) for requirement in ranges])
+        if extra not in WORKSHOP:
+            yield from optional([(requirement, *find(requirement)) for requirement in ranges])
+    if set(WORKSHOP) <= set(known):
+        yield workshop({extra: known[extra] for extra in WORKSHOP})
     yield Finding("extras", "absent", f"{', '.join(unused())}: {NOT_USED_YET}")
 
 
@@ -125,15 +128,19 @@ def unused() -> list[str]:
     return [name for name, what in ENABLES.items() if what == NOT_USED_YET]
 
 
-def optional(extra: str, found: list[tuple[str, str, str | None, bool]]) -> Iterator[Finding]:
-    """The packages of one extra."""
-    if extra in WORKSHOP:
-        missing = [name for _, name, _, fits in found if not fits]
-        value = f"for {WORKSHOP[extra]}: " + (f"without {', '.join(missing)}" if missing else "all there")
-        yield Finding(
-            f"extra {extra}", "absent" if missing else "ok", value, f"pip install -e '.[{extra}]'" * bool(missing)
-        )
-        return
+def workshop(extras: dict[str, list[str]]) -> Finding:
+    """What the project's own tests and checks need, in one line."""
+    missing = [extra for extra, ranges in extras.items() if not all(find(requirement)[2] for requirement in ranges)]
+    needed_by = ", ".join(WORKSHOP[extra] for extra in missing or extras)
+    if not missing:
+        return Finding("extras test, dev", "ok", f"all there for {needed_by}")
+    return Finding(
+        "extras test, dev", "absent", f"not all there for {needed_by}", f"pip install -e '.[{','.join(missing)}]'"
+    )
+
+
+def optional(found: list[tuple[str, str, str | None, bool]]) -> Iterator[Finding]:
+    """The packages of one extra that is no workshop's."""
     for requirement, name, version, fits in found:
         if ENABLES[name] == NOT_USED_YET:  # told together, by `packages`
             continue

@@ -71,9 +71,9 @@ class Finding:
 
 def machine() -> Iterator[Finding]:
     """Cores, memory, shared memory, open files, folders to write to."""
-    advice = "busy: ask again when it is idle" if (busy := is_busy()) else ""
-    cores = f"{num_cores()} of {os.cpu_count()}; {os.getloadavg()[0]:.1f} processes at work"
-    yield Finding("cores", "note" if busy else "ok", cores, advice)
+    yield Finding("cores", "ok", f"{num_cores()} of {os.cpu_count()}")
+    if is_busy():
+        yield Finding("load", "note", f"{os.getloadavg()[0]:.1f} processes at work", "busy: ask again when it is idle")
     yield Finding("memory", "ok", f"{memory_bytes() / GIB:.1f} GiB")
     yield _shared_memory()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
