@@ -20,6 +20,7 @@ from megatron_vlm.errors import ConfigError, one_line
 from megatron_vlm.registry import did_you_mean
 from megatron_vlm.runtime.limits import LimitError, bounded
 
+REGEX_SECONDS = 2.0  # of processor time, for all names: an honest one takes milliseconds
 FP8_CHANNELS = 16  # what Transformer Engine's FP8 GEMMs need a layer's sides to be multiples of
 
 
@@ -91,7 +92,7 @@ def matches(pattern: str, names: Sequence[str]) -> bool:
         ConfigError: it is none, or one that backtracks for ever.
     """
     try:
-        return bounded(lambda: any(re.search(pattern, name) for name in names))
+        return bounded(lambda: any(re.search(pattern, name) for name in names), seconds=REGEX_SECONDS)
     except LimitError as error:
         raise ConfigError(f"whose matching does not end: {error}; needs one without nested repetitions") from error
     except (re.error, RecursionError, OverflowError) as error:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from megatron_vlm.config.schema import ModelConfig
-from megatron_vlm.config.validation import trains
+from megatron_vlm.config.validation import REGEX_SECONDS, trains
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.runtime.limits import LimitError, bounded
@@ -48,7 +48,8 @@ def trainable_names(names: Iterable[str], model: ModelConfig, unreached: Collect
     known = list(names)
     try:
         return bounded(
-            lambda: {name for name in known if name not in unreached and trains(component_of(name), name, model)}
+            lambda: {name for name in known if name not in unreached and trains(component_of(name), name, model)},
+            seconds=REGEX_SECONDS * (1 + len(model.freeze)),
         )
     except LimitError as error:
         raise ConfigError(f"model.freeze: found {list(model.freeze)}, whose matching does not end: {error}") from error

@@ -115,6 +115,35 @@ def missing_picture(folder: Path) -> list[str]:
     return []
 
 
+def pipe_for_a_picture(folder: Path) -> list[str]:
+    """Nobody writes to it."""
+    picture = folder / "images" / "2-1.png"
+    picture.unlink()
+    os.mkfifo(picture)
+    return []
+
+
+def half_a_character(folder: Path) -> list[str]:
+    """As CESU-8 writes what UTF-8 has in four bytes, in a list."""
+    path = folder / "train.json"
+    path.write_bytes(path.read_bytes().replace(b'"sample-3"', b'"\xed\xa0\x80"'))
+    return []
+
+
+def endless_template(folder: Path) -> list[str]:
+    """A chat template that goes on for a year, at one sample."""
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    tokenizer = json.loads(settings.read_text())
+    jinja = folder / "tokenizer" / "chat_template.jinja"
+    loops = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+    guarded = "{% if messages | length > 2 %}" + loops + "{% endif %}"
+    if jinja.exists():
+        jinja.write_text(guarded + jinja.read_text())
+    else:
+        settings.write_text(json.dumps(tokenizer | {"chat_template": guarded + tokenizer["chat_template"]}))
+    return []
+
+
 def code_in_metadata(step: Path) -> None:
     """In what torch reads with a plain pickle.load. As with all code in checkpoints, the manifest vouches for it."""
     metadata = pickle.loads((step / ".metadata").read_bytes())

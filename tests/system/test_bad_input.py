@@ -145,6 +145,34 @@ CASES = [
         r"model\.projector\.type: found 'mlp2x_gelo', did you mean 'mlp2x_gelu'\?",
     ),
     Case(
+        "named pipe for a picture",
+        spoiling.pipe_for_a_picture,
+        r"FOLDER/train\.json element 2: sample 'sample-2': image FOLDER/images/2-1\.png cannot be read: is a named .*",
+    ),
+    Case(
+        "half a character in a record",
+        spoiling.half_a_character,
+        r"FOLDER/train\.json element 3 is not JSON: 'utf-8' codec can't decode .*",
+    ),
+    Case(
+        "a chat template that does not end",
+        spoiling.endless_template,
+        r"FOLDER/train\.json element 3: sample 'sample-3': the chat template refuses it: it takes more than 10 s of "
+        r"processor time \(data\.template auto, tokenizer 'FOLDER/tokenizer'\)",
+    ),
+    Case(
+        "a regex that does not end",
+        with_overrides("model.freeze=['^(([a-z_.0-9])+)+!$']"),
+        r"model\.freeze\[0\]: found '\^\(\(\[a-z_\.0-9\]\)\+\)\+!\$', whose matching does not end: it takes more "
+        r"than 2 s of processor time; needs one without nested repetitions.*",
+    ),
+    Case(
+        "the environment in a recipe",
+        lambda folder: ["data.path=${ oc.env:HOME}/x.json"],
+        r"override 'data\.path=\$\{ oc\.env:HOME\}/x\.json': found '\$\{ oc\.env:HOME\}/x\.json', a recipe may "
+        r"refer to its own keys only, as \$\{section\.key\}",
+    ),
+    Case(
         "pickled weights",
         spoiling.code_in_weights,
         r"FOLDER/tower/pytorch_model\.bin: its pickle is not plain tensors and could run code .*",

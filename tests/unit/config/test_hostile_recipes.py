@@ -157,7 +157,7 @@ def test_a_regex_that_backtracks_for_ever_is_named(monkeypatch: pytest.MonkeyPat
     names = ("language.decoder.layers.0.self_attention.linear_qkv.weight",)
     model = facts(parameter_names={"language": names, "vision": (), "projector": ()})
     for module in ("config.validation", "models.freezing"):
-        monkeypatch.setattr(f"megatron_vlm.{module}.bounded", lambda function: limits.bounded(function, seconds=0.3))
+        monkeypatch.setattr(f"megatron_vlm.{module}.REGEX_SECONDS", 0.3)
     config = recipe(model__freeze=["bias", pattern])
     with pytest.raises(ConfigError, match=r"model\.freeze\[1\]: found .* does not end: .*0\.3 s of processor time"):
         validate(config, model, 1)
