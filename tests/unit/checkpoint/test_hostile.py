@@ -16,10 +16,11 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 import megatron_vlm
 from megatron_vlm.checkpoint.manifest import Manifest
+from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.errors import CheckpointError
 from tests.helpers.hostile_pickles import ALWAYS_TRUE, INDEX, METADATA, PLANNER, Opcodes, planted, set_attribute, text
 from tests.helpers.jobs import save
-from tests.helpers.spoiling import Code, vouch_for_all
+from tests.helpers.spoiling import Code, as_format, vouch_for_all
 from tests.helpers.tiny import tiny_recipe
 
 TENSOR = "language.embedding.word_embeddings.weight"
@@ -184,6 +185,32 @@ def test_an_unlisted_file_is_not_read_and_no_trouble(checkpoint: Path) -> None:
         megatron_vlm.load(checkpoint)
 
 
+def test_one_of_the_format_before_trains_answers_and_is_exported(saved: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """As the version before this one wrote it: the same weights and states, wherever they go."""
+    as_format(checkpoint / "manifest.json", 2)
+    weights = {}
+    for directory in (saved, checkpoint):
+        assistant = megatron_vlm.load(directory)
+        weights[directory] = {name: p.detach().clone() for name, p in assistant.model.named_parameters()}
+        plan_export(directory).write(tmp_path / f"hf_{len(weights)}")
+    assert all(torch.equal(weights[saved][name], tensor) for name, tensor in weights[checkpoint].items())
+    one, two = ((tmp_path / f"hf_{number}" / "model.safetensors").read_bytes() for number in (1, 2))
+    assert one == two
+    job = a_job(saved, load=str(checkpoint))
+    assert job.start is not None and job.start.directory == checkpoint and job.start_step == 1
+
+
+def a_job(saved: Path, **keys: Any) -> Any:
+    """Of the recipe it was saved by."""
+    from megatron_vlm.config import config_from_tree
+    from megatron_vlm.training.job import build_job
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()  # of models loaded before
+    tree = Manifest.read(saved).config
+    return build_job(config_from_tree(tree | {"checkpoint": tree["checkpoint"] | keys}, "the recipe"), 1)
+
+
 def test_a_changed_tokenizer_is_told_before_it_is_read(checkpoint: Path) -> None:
     (checkpoint / "tokenizer" / "tokenizer.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match=r"is damaged: tokenizer\.json has 100000 bytes"):
@@ -193,12 +220,8 @@ def test_a_changed_tokenizer_is_told_before_it_is_read(checkpoint: Path) -> None
 def test_objects_of_other_kinds_are_one_error(saved: Path, checkpoint: Path) -> None:
     """Data, but not what a run keeps: where all states are loaded, nothing of it is taken for granted."""
     from megatron_vlm.checkpoint.store import load_checkpoint
-    from megatron_vlm.config import config_from_tree
-    from megatron_vlm.training.job import build_job
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()  # of models loaded before
-    job = build_job(config_from_tree(Manifest.read(saved).config, "the recipe"), 1)
+    job = a_job(saved)
     torch.save({"optimizer": {0: [1, 2], 1: "text"}}, checkpoint / "common.pt")
     vouch_for_all(checkpoint)
     with pytest.raises(CheckpointError, match="cannot be loaded into this model: "):
