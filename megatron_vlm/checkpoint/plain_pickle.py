@@ -83,7 +83,7 @@ class _Machine:
         """The value before STOP."""
         if self.data[:1] != pickle.PROTO or self.data[1] not in PROTOCOLS:
             raise pickle.UnpicklingError(f"it is no pickle of protocol {' or '.join(map(str, PROTOCOLS))}")
-        data, stack, memo, at = self.data, self.stack, self.memo, 2
+        data, stack, memo, marks, at = self.data, self.stack, self.memo, self.marks, 2
         while (code := data[at]) != _STOP:
             at += 1
             if code == _MEMOIZE:  # the most frequent ones here: a call for each takes twice the time
@@ -97,6 +97,8 @@ class _Machine:
             elif code == _BININT1:
                 stack.append(data[at])
                 at += 1
+            elif code == _MARK:
+                marks.append(len(stack))
             elif code == _TUPLE1:
                 stack[-1] = (stack[-1],)
             elif code == _EMPTY_TUPLE:
@@ -189,7 +191,7 @@ def _checked(value: Any, kind: type[Any]) -> Any:
 _U2, _I4, _U4 = struct.Struct("<H"), struct.Struct("<i"), struct.Struct("<I")
 _STOP, _MEMOIZE, _BININT1 = pickle.STOP[0], pickle.MEMOIZE[0], pickle.BININT1[0]
 _BINGET, _LONG_BINGET = pickle.BINGET[0], pickle.LONG_BINGET[0]
-_EMPTY_TUPLE, _TUPLE1 = pickle.EMPTY_TUPLE[0], pickle.TUPLE1[0]
+_EMPTY_TUPLE, _TUPLE1, _MARK = pickle.EMPTY_TUPLE[0], pickle.TUPLE1[0], pickle.MARK[0]
 _STEPS: list[Callable[[_Machine], Any] | None] = [None] * 256
 for _opcode, _step in {
     pickle.BININT2: lambda m: m.stack.append(m.number(_U2)),
@@ -209,7 +211,6 @@ for _opcode, _step in {
     pickle.EMPTY_DICT: lambda m: m.stack.append(Pairs()),
     pickle.SETITEM: lambda m: m.set_items([m.stack.pop(-2), m.stack.pop()]),
     pickle.SETITEMS: lambda m: m.set_items(m.since_mark()),
-    pickle.MARK: lambda m: m.marks.append(len(m.stack)),
     pickle.STACK_GLOBAL: _Machine.name,
     pickle.NEWOBJ: _Machine.call,
     pickle.REDUCE: _Machine.call,

@@ -30,6 +30,7 @@ from megatron_vlm.checkpoint.manifest import METADATA_FILE, FileRecord
 from megatron_vlm.checkpoint.plain_pickle import Instance, Name, Pairs, read_pickle
 from megatron_vlm.checkpoint.safe_reading import told_of
 from megatron_vlm.runtime.files import MAX_TEXT_BYTES, read_bytes
+from megatron_vlm.runtime.garbage import not_collected
 
 ALWAYS_READ_BYTES = 1 << 24  # however small the parts that it describes, each of which is larger than its entry
 MAX_ELEMENTS, MAX_DIMS = 1 << 53, 64  # of a tensor; the second is torch's own
@@ -61,7 +62,7 @@ def read_metadata(directory: Path, files: Mapping[str, FileRecord]) -> Metadata:
         CheckpointError: a pickle that would run code, or is not what torch writes there, or cannot be read.
     """
     path = directory / METADATA_FILE
-    with told_of(path):
+    with told_of(path), not_collected():
         most = ALWAYS_READ_BYTES + sum(record.size_bytes for record in files.values())
         found = read_pickle(read_bytes(path, min(MAX_TEXT_BYTES, most)), _NAMES, _ENUMS)
         return _Reader(files).metadata(found)

@@ -1,4 +1,4 @@
-"""Files of others are read as data: no plain unpickling, no code that comes with a model, and `.metadata` at one place."""
+"""Files of others are read as data: no plain unpickling, no code that comes with a model, `.metadata` in one place."""
 
 import ast
 from collections.abc import Iterator
