@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _add_import(parser: CommandLine) -> None:
-    parser.add_argument("source", help="a directory or hub id; of a new pair, the language model's")
+    parser.add_argument("source", help="a directory or hub id (org/name@revision); of a new pair, the language model's")
     parser.add_argument("destination", type=Path, help="a directory of checkpoints to be")
     parser.add_argument("--format", help="default: the one that recognises the directory")
     parser.add_argument(

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def command_line() -> CommandLine:
     parser = CommandLine(__doc__)
     parser.add_argument(
-        "checkpoint", help="a checkpoint, a directory of them (its latest), a model directory or hub id"
+        "checkpoint",
+        help="a checkpoint, a directory of them (its latest), a model directory or hub id (org/name@revision)",
     )
     parser.add_argument("--task", required=True, help="a registered task, such as exact_match")
     parser.add_argument("--data", required=True, nargs="+", type=Path, metavar="FILE", help="the questions")

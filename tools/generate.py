@@ -59,7 +59,8 @@ def read_command_line() -> CommandLine:
     """All options."""
     parser = CommandLine(__doc__)
     parser.add_argument(
-        "checkpoint", help="a checkpoint, a directory of them (its latest), a model directory or hub id"
+        "checkpoint",
+        help="a checkpoint, a directory of them (its latest), a model directory or hub id (org/name@revision)",
     )
     parser.add_argument("--media", nargs="+", default=[], type=Path, metavar="FILE", help="images and videos, in order")
     parser.add_argument("--prompt", help="the question; with --chat the first turn")

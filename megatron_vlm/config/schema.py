@@ -64,11 +64,12 @@ class RuntimeConfig(Section):
 
 
 class LanguageConfig(Section):
-    """The language model: exactly one of `path` (directory or hub id) and `config` (random weights)."""
+    """The language model: exactly one of `path` (directory or hub id, org/name@revision) and `config` (random
+    weights)."""
 
     path: str | None = None
     config: dict[str, Any] | None = None
-    tokenizer: str | None = None  # directory or hub id; default: `path`
+    tokenizer: str | None = None  # directory or hub id (org/name@revision); default: `path`
 
 
 class VisionCostConfig(Section):
@@ -79,7 +80,8 @@ class VisionCostConfig(Section):
 
 
 class VisionConfig(Section):
-    """The vision tower: exactly one of `path` and `config`; `select_layer` counts hidden states, embeddings first."""
+    """The vision tower: exactly one of `path` (directory or hub id, org/name@revision) and `config`; `select_layer`
+    counts hidden states, embeddings first."""
 
     path: str | None = None
     config: dict[str, Any] | None = None
