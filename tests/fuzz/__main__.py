@@ -112,7 +112,7 @@ def table(tasks: list[Task], counts: Counter[tuple[str, str]], seconds: Counter[
     """What came of the inputs, by kind."""
     names = sorted({task.kind.name for task in tasks})
     tried = Counter(task.kind.name for task in tasks)
-    lines = ["| kind | " + " | ".join(COLUMNS) + " | s |", "| --- " * (len(COLUMNS) + 2) + "|"]
+    lines = ["| kind | " + " | ".join(COLUMNS) + " | CPU s |", "| --- " * (len(COLUMNS) + 2) + "|"]
     for name in names:
         numbers = (tried[name], *(counts[name, what] for what in COLUMNS[1:]))
         lines.append(f"| {name} | {' | '.join(map(str, numbers))} | {seconds[name]:.0f} |")

@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_vlm.data.sample import BadSample
 from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.runtime.limits import LimitError, bounded
 from tests.fuzz import hostile, tripwire
 from tests.fuzz.kind import Kind
 from tests.fuzz.runner import Limits, Task, remove, run
@@ -37,6 +38,13 @@ def refuse_for_want_of_memory() -> None:
     try:
         bytearray(1 << 40)
     except MemoryError as error:
+        raise DataError("too large") from error
+
+
+def refuse_beyond_the_bound() -> None:
+    try:
+        bounded(lambda: bytearray(1 << 40), memory_bytes=50 << 20)
+    except LimitError as error:
         raise DataError("too large") from error
 
 
@@ -106,6 +114,7 @@ READERS: dict[str, tuple[str, Callable[[], object]]] = {
     "wait": ("block", wait_for_a_writer),
     "takes memory": ("memory", lambda: bytearray(200 << 20)),
     "no memory": ("memory", lambda: bytearray(1 << 40)),
+    "bound by the product": ("refused", refuse_beyond_the_bound),
     "no memory, told well": ("memory", refuse_for_want_of_memory),
     "system": ("code run", lambda: os.system("true")),
     "system, swallowed": ("code run", lambda: swallow(lambda: os.system("true"))),

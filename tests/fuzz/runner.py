@@ -82,7 +82,7 @@ def run(
         folder: each input has a place of its own there, which the caller removes.
 
     Yields:
-        The task, its verdict, its place, and how long it took in seconds.
+        The task, its verdict, its place, and the seconds of processor time it took.
     """
     waiting, running = iter(tasks), list[Running]()
     gc.collect()
@@ -98,7 +98,7 @@ def run(
                 _watch(one, limits)
                 continue
             running.remove(one)
-            yield one.task, _judge(one, status, usage, limits), one.place, time.monotonic() - one.started
+            yield one.task, _judge(one, status, usage, limits), one.place, _seconds(usage)
         time.sleep(POLL_SECONDS)
 
 

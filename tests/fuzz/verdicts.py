@@ -1,9 +1,11 @@
 """What came of an input: it was accepted, refused in a line that a terminal may show, or there is a fault.
 
 A refusal is judged by the line that the user would see (`runtime.failure.describe`), so a tool and a loaded model are
-held to the same. A refusal for want of memory is a fault: with more memory it would have been taken.
+held to the same. A refusal for want of memory is a fault, but where the product itself had set the bound: with more
+memory it would have been taken.
 """
 
+import itertools
 import traceback
 import unicodedata
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import Literal
 from megatron_vlm.errors import MegatronVlmError
 from megatron_vlm.runtime.failure import describe
 from megatron_vlm.runtime.launch import Launch
+from megatron_vlm.runtime.limits import LimitError
 
 Kind = Literal[
     "accepted",
@@ -54,7 +57,8 @@ def of_error(error: BaseException) -> Verdict:
     trace = "".join(traceback.format_exception(error))[-LONGEST_TOLD:]
     if isinstance(error, Wrong):
         return Verdict("wrong", str(error))
-    if any(isinstance(one, MemoryError) for one in _chain(error)):
+    unbounded = itertools.takewhile(lambda one: not isinstance(one, LimitError), _chain(error))
+    if any(isinstance(one, MemoryError) for one in unbounded):
         return Verdict("memory", trace)
     if not isinstance(error, MegatronVlmError):
         return Verdict("traceback", trace)

@@ -120,7 +120,7 @@ def _vouch(step: Path, vouched: Manifest) -> None:
     replace(vouched, files=records_of(step, files)).write(step)
 
 
-def _sign(step: Path, **entries: Any) -> None:
+def _sign(step: Path, /, **entries: Any) -> None:
     """A manifest with other entries, written as the product writes it, its checksum right; as it stands where that
     cannot be."""
     try:

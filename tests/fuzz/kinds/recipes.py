@@ -155,7 +155,10 @@ def _read(path: Path, overrides: list[str], world_size: int) -> None:
 
 
 def _dump(tree: Any) -> bytes:
-    return yaml.safe_dump(tree, sort_keys=False).encode("utf-8", "surrogatepass")
+    try:
+        return yaml.safe_dump(tree, sort_keys=False).encode("utf-8", "surrogatepass")
+    except RecursionError:  # too deep for the writer; JSON is YAML too
+        return json.dumps(tree).encode()
 
 
 def _chain(random: Random, base: dict[str, Any], folder: Path) -> None:
