@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from megatron_vlm.errors import ConfigError, one_line
 from megatron_vlm.models import hub
 from megatron_vlm.registry import did_you_mean
-from megatron_vlm.runtime.files import FileKindError, check_regular, parse_json, read_text
+from megatron_vlm.runtime.files import check_regular, parse_json, read_text
 
 # read, though not every class lists them
 OTHER_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype", "head_dim")
@@ -42,6 +42,7 @@ MAX_SIZES = {  # what a model is as large as, at most, from 1; far above any rea
     "patch_size": 2**16,
     "num_channels": 2**10,
 }
+LEAST_HUGE = 2**1023  # integers from here on are no floats; libraries make floats of many
 _READ_FILES = (".json", ".jinja", ".model", ".txt")  # ends of what transformers opens beside weights
 
 
@@ -64,14 +65,14 @@ def find_directory(key: str, path: str, patterns: tuple[str, ...]) -> Path:
 
 
 def check_files(key: str, folder: Path) -> None:
-    """Raises ConfigError where a library that opens a directory's texts would wait for ever, as for a named pipe."""
-    for entry in (path for path in folder.iterdir() if path.suffix in _READ_FILES):
-        try:
-            check_regular(entry, or_directory=True)
-        except FileKindError as error:
-            raise ConfigError(f"{key}: {one_line(error)}") from error
-        except FileNotFoundError:  # a link to nothing; whoever needs the file says so
-            continue
+    """Raises ConfigError where a library that opens a directory's texts would wait for ever, as for a named pipe, or
+    could not, as for a link to itself."""
+    try:
+        for entry in (path for path in folder.iterdir() if path.suffix in _READ_FILES):
+            with suppress(FileNotFoundError):  # a link to nothing; whoever needs the file says so
+                check_regular(entry, or_directory=True)
+    except OSError as error:
+        raise ConfigError(f"{key}: {one_line(error)}") from error
 
 
 def read_settings(key: str, file: Path) -> dict[str, Any]:
@@ -96,6 +97,8 @@ def read_settings(key: str, file: Path) -> dict[str, Any]:
 def check_numbers(key: str, settings: Mapping[str, Any]) -> None:
     """Raises ConfigError for a number that is not finite, or a size out of `MAX_SIZES`, wherever in `settings`."""
     for name, value in _numbers(settings):
+        if isinstance(value, int) and abs(value) >= LEAST_HUGE:
+            raise ConfigError(f"{key}: {name} is an integer of {value.bit_length()} bits, needs one below 2**1023")
         if not math.isfinite(value):
             raise ConfigError(f"{key}: {name} is {value}, needs a finite number")
         most = MAX_SIZES.get(name.rpartition(".")[2])

@@ -88,6 +88,7 @@ NUMBERS: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, needs a whole number from 1 to 4096"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, needs a finite number"),
     ({"rope_theta": float("inf")}, "rope_theta is inf, needs a finite number"),
+    ({"rope_theta": 10**400}, "rope_theta is an integer of 1329 bits, needs one below"),
     ({"rope_theta": 0}, "rope_theta is 0, allowed: more than 0"),
     ({"rope_scaling": {"rope_type": []}}, "rope_type|rope"),
     ({"layer_types": 5}, "is not iterable|layer_types"),
@@ -129,6 +130,13 @@ def test_a_named_pipe_among_a_directory_s_texts_is_told(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(ConfigError, match="is a named pipe, a regular file is needed"):
         config_from_path("model.language.path", str(tmp_path))
+
+
+def test_a_link_to_itself_among_a_directory_s_texts_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "preprocessor_config.json").symlink_to("preprocessor_config.json")
+    with pytest.raises(ConfigError, match="^model.vision.path: .*Too many levels of symbolic links"):
+        config_from_path("model.vision.path", str(tmp_path))
 
 
 def test_a_model_type_that_is_no_text_is_told() -> None:
