@@ -39,6 +39,7 @@ from megatron_vlm.parallel.media_plan import plan_media
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 from megatron_vlm.runtime.device import current_device, is_on_gpu
 from megatron_vlm.runtime.logging import get_logger
+from megatron_vlm.runtime.position import HERE
 
 GPU_ROW_MULTIPLE = 64  # of sequences up to 4,096 tokens at most 64 lengths
 
@@ -225,6 +226,7 @@ class SampleSource:
 
     def document(self, number: int) -> Document:
         """One sample. Raises DataError where it is no longer what was indexed."""
+        HERE.sample(self.index.sample_id(number))
         sample = self.sample(number)
         with told_of(f"{sample.origin}: sample {sample.id!r}"):
             encoded = self.encoder.encode(sample)
@@ -247,6 +249,7 @@ class SampleSource:
         number = 0
         for run in _runs(spans):
             stop = number + len(run)
+            HERE.sample(run[0].sample_id)
             try:
                 pictures = [span.path for span in run]
                 for picture in read_pictures(self.media, pictures, self.media_root, f"sample {run[0].sample_id!r}"):

@@ -31,6 +31,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from megatron_vlm.errors import DataError, MegatronVlmError, one_line
+from megatron_vlm.runtime.position import HERE, Record
 from megatron_vlm.runtime.signals import end_with_parent, kept_from_children
 
 T = TypeVar("T")
@@ -57,12 +58,16 @@ class Failure:
 
 
 class _Items(Dataset):
-    """A producer as torch's loader wants it."""
+    """A producer as torch's loader wants it. `records`: where each worker writes which sample it is at."""
 
-    def __init__(self, producer: Producer) -> None:
+    def __init__(self, producer: Producer, num_workers: int) -> None:
         self.producer = producer
+        self.records = [Record() for _ in range(num_workers)]
 
     def __getitem__(self, number: int) -> object:
+        worker = get_worker_info()
+        if worker is not None:
+            HERE.write_to(self.records[worker.id])
         try:
             item: object = self.producer.produce(number)
         except MegatronVlmError as error:
@@ -71,7 +76,8 @@ class _Items(Dataset):
             raise
         except BaseException as error:  # of a library: a panic in Rust, or it called sys.exit; a worker would just end
             raise RuntimeError(f"item {number} ended in a {type(error).__name__}: {one_line(error)}") from error
-        return item if get_worker_info() is None else pickle.dumps(item)
+        HERE.sample(None)
+        return item if worker is None else pickle.dumps(item)
 
 
 class OrderedItems(Generic[T]):
@@ -98,8 +104,9 @@ class OrderedItems(Generic[T]):
         self.numbers, self.producer, self.prepare = numbers, producer, prepare
         if num_workers:
             multiprocessing.set_forkserver_preload(["__main__", type(producer).__module__])
+        self._items = _Items(producer, num_workers)
         self._loader: DataLoader = DataLoader(
-            _Items(producer),
+            self._items,
             batch_size=None,
             sampler=numbers,
             num_workers=num_workers,
@@ -132,7 +139,7 @@ class OrderedItems(Generic[T]):
             reader.start()
             reader.ask()
             for number in range(1, len(self) + 1):
-                item = _opened(reader.take())
+                item = _opened(reader.take(self._items.records[(number - 1) % self._loader.num_workers]))
                 if number < len(self):
                     reader.ask()
                 yield item
@@ -175,13 +182,15 @@ class _Reader(threading.Thread, Generic[T]):
         """Has one more item made."""
         self._asked.put(True)
 
-    def take(self) -> T | Failure:
-        """Waits for the item that was asked for, or what was raised instead; signals are handled meanwhile."""
+    def take(self, maker: Record) -> T | Failure:
+        """Waits for the item that was asked for, or what was raised instead; signals are handled meanwhile, and where
+        the worker is that makes it is told as this process's place."""
         died = False
         while True:
             try:
                 return self._made.get(timeout=WATCH_SECONDS)
             except Empty:
+                HERE.sample(maker.read().sample)
                 if died:
                     return Failure(RuntimeError("DataLoader worker exited unexpectedly, in the middle of an item"))
                 died = not (self.is_alive() and all(worker.is_alive() for worker in self._stream._workers))

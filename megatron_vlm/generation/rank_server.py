@@ -31,7 +31,8 @@ def main(connection_handle: int, lifeline: int) -> None:
         try:
             reply: Any = None
             if assistant is None:
-                path, options = request
+                path, options, import_path = request
+                sys.path += [place for place in import_path if place not in sys.path]  # last: nothing is hidden by it
                 assistant = _load(path, options)
             else:
                 method, prompts, arguments, options = request
@@ -40,7 +41,7 @@ def main(connection_handle: int, lifeline: int) -> None:
                 reply = answers if read_launch().rank == 0 else None
         except MegatronVlmError as error:
             reply = error
-        except Exception:
+        except BaseException:  # libraries raise their own beside Exception; the others wait for this rank's word
             reply = RuntimeError(f"rank {read_launch().rank} failed:\n{traceback.format_exc()}")
         connection.send(reply)
 

@@ -26,19 +26,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
-from torch.distributed import TCPStore
 
 from megatron_vlm.data.media import to_rgb
 from megatron_vlm.errors import ConfigError, DataError, MegatronVlmError, ParallelError
 from megatron_vlm.generation.prompts import Dialogue, ImageSource, Message, Prompt, Score, check_message, list_prompts
-from megatron_vlm.runtime.launch import environment_of_child
+from megatron_vlm.runtime.failure import is_timeout
+from megatron_vlm.runtime.launch import LOOPBACK, environment_of_child, host_store
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 OTHERS_SECONDS = 5.0  # for the other ranks to say the same, once one has failed
 END_SECONDS = 10.0
-HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -123,14 +122,14 @@ class RankedAssistant:
 
     def __init__(self, path: str | os.PathLike[str], placement: Placement, **choices: Any) -> None:
         self.path = os.fspath(path)
-        self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # where the ranks meet
+        self._store = host_store()  # where the ranks meet
         self._children = _Children([], [], [])
         self.close = weakref.finalize(self, self._children.end)
         try:
             for rank in range(placement.world_size):
                 _start(self._children, rank, placement, self._store.port)
             layout = {name: getattr(placement, name) for name in ("device", "tensor", "pipeline", "ulysses", "ring")}
-            self._ask((self.path, {**layout, **choices}))
+            self._ask((self.path, {**layout, **choices}, [place for place in sys.path if place]))
         except BaseException:
             self.close()
             raise
@@ -190,6 +189,9 @@ class RankedAssistant:
             self.close()  # some rank is gone, or waits for one that has failed
         if mine_to_fix:
             raise mine_to_fix[0]
+        silent = [rank for rank in range(len(self._children.processes)) if rank not in replies]
+        if silent and all(_waited_in_vain(failure) for failure in failures.values()):
+            raise ParallelError(f"rank {silent[0]} of {self.path} has not answered (stopped, or hung)")
         lost = [rank for rank, failure in failures.items() if isinstance(failure, EOFError)]
         if lost:
             code = self._children.processes[lost[0]].returncode
@@ -219,6 +221,11 @@ def _gather(connections: Sequence[Connection]) -> dict[int, Any]:
     return replies
 
 
+def _waited_in_vain(failure: Exception) -> bool:
+    """Whether a rank failed because another stayed out of a collective. Its traceback was sent, not the exception."""
+    return isinstance(failure, RuntimeError) and is_timeout(str(failure))
+
+
 def _start(children: _Children, rank: int, placement: Placement, port: int) -> None:
     """One rank's process, in a session of its own: an interrupt from the terminal is this process's to handle."""
     environment = environment_of_child()
@@ -227,7 +234,7 @@ def _start(children: _Children, rank: int, placement: Placement, port: int) -> N
     numbers = {"RANK": rank, "WORLD_SIZE": placement.world_size}
     numbers |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": placement.world_size, "MASTER_PORT": port}
     environment |= {name: str(number) for name, number in numbers.items()}
-    environment |= {"MASTER_ADDR": HOST, "TORCHELASTIC_USE_AGENT_STORE": "True"}  # the store is hosted here
+    environment |= {"MASTER_ADDR": LOOPBACK, "TORCHELASTIC_USE_AGENT_STORE": "True"}  # the store is hosted here
     if placement.gpus:
         visible = environment.get("CUDA_VISIBLE_DEVICES")
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(_gpu_names(placement.gpus, visible))

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from megatron_vlm.errors import ConfigError, ParallelError, one_line
 from megatron_vlm.runtime.failure import fail_together
 from megatron_vlm.runtime.garbage import spare_imports
-from megatron_vlm.runtime.launch import Launch, read_launch
+from megatron_vlm.runtime.launch import Launch, read_launch, spare_children_the_working_directory
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -80,6 +80,7 @@ class CommandLine(argparse.ArgumentParser):
             SystemExit: code 1, where the process failed.
         """
         spare_imports()
+        spare_children_the_working_directory()
         try:
             launch = read_launch()
         except ParallelError as error:

@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megatron_vlm.runtime.failure import fail_together
-from megatron_vlm.runtime.launch import Launch, connect_store, explain_no_store, read_launch
+from megatron_vlm.runtime.launch import Launch, connect_store, explain_no_store, keep_to_loopback, read_launch
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,8 @@ def init_world(launch: Launch, device: "torch.device", timeout_seconds: float, n
     import torch.distributed as dist
 
     on_gpu = device.type == "cuda"
+    if launch.on_one_node:
+        keep_to_loopback()
     if on_gpu:
         torch.cuda.set_device(launch.local_rank)
     try:

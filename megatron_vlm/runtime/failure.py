@@ -7,14 +7,16 @@ the rank that failed first. The speaker writes to stderr; then every rank ends, 
 thread. Nobody ends before that: torchrun kills the other ranks as soon as one is gone, and the speaker with them.
 
 An error that only says another rank is gone (a broken connection, a collective's timeout) is an echo: it never
-speaks where there is a real failure, and reports wait longer for one when they have seen nothing but echoes. A rank
-killed from outside leaves no report; torchrun names it, and if the others live to notice, the echo is told in a line.
+speaks where there is a real failure, and reports wait longer for one when they have seen nothing but echoes. Then the
+speaker names the ranks that have not reported: killed, stopped or hung, and where they stood (roll_call.py).
 
 The hazard: the watcher ends the process with `os._exit`. No clean-up runs; hence checkpoints are published by a rename.
+A store whose host is stopped takes connections and never answers; hence a report has a time limit of its own.
 """
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -25,8 +27,9 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from megatron_vlm.errors import MegatronVlmError, one_line, shown
 from megatron_vlm.runtime import device
-from megatron_vlm.runtime.launch import Launch, connect_store
+from megatron_vlm.runtime.launch import Launch, connect_store, hosts_store
 from megatron_vlm.runtime.logging import quiet_libraries
+from megatron_vlm.runtime.roll_call import ROLL_CALL, Publisher, all_are_stopped_or_gone, tell_of
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -43,6 +46,8 @@ _NEEDS_LESS_MEMORY = (
 )
 SPEAKING_SECONDS = 5.0  # from the decision until everyone ends, at most
 STORE_SECONDS = 10.0
+REPORT_SECONDS = REAL_FAILURE_SECONDS + 2 * SPEAKING_SECONDS + 3.0  # at most, of a failing rank
+_TIMEOUT = re.compile(r"time[d ]*out", re.IGNORECASE)
 
 
 @contextmanager
@@ -54,7 +59,8 @@ def fail_together(launch: Launch, debug: bool = False) -> Iterator[None]:
         debug: tracebacks for the user's errors too, and library warnings on.
 
     Raises:
-        SystemExit: with code 1, where the job has one process; with several the process ends at once.
+        SystemExit: with code 1, where the job has one process; with several the process ends at once. One that is
+            raised inside keeps its meaning.
     """
     if not debug:
         quiet_libraries()
@@ -65,7 +71,9 @@ def fail_together(launch: Launch, debug: bool = False) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         _end(launch, 130)
-    except Exception as error:
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # libraries raise their own beside Exception: tokenizers' panic, torch's checkpoints
         message = describe(error, launch, debug)
         if launch.world_size == 1:
             _say(message)
@@ -98,8 +106,15 @@ def describe(error: BaseException, launch: Launch, debug: bool) -> str:
             return f"error: rank {launch.rank} is out of memory ({told}){_NEEDS_LESS_MEMORY}"
         return f"error: {line}"
     if kind == "echo" and not debug:
+        if is_timeout(line):
+            return f"error: rank {launch.rank} has waited in vain for another rank (stopped, or hung?): {line}"
         return f"error: rank {launch.rank} lost another rank, which ended without a word (killed?): {line}"
     return f"rank {launch.rank} failed:\n{shown(''.join(traceback.format_exception(error)).rstrip())}"
+
+
+def is_timeout(message: str) -> bool:
+    """Whether gloo, NCCL or a store says so that the others did not come."""
+    return _TIMEOUT.search(message) is not None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -123,23 +138,38 @@ def _end(launch: Launch, code: int) -> NoReturn:
 
 def _report(launch: Launch, kind: Kind, message: str) -> None:
     """Tells the other ranks of this one's failure and speaks if chosen. Returns when this process may end."""
-    import torch.distributed as dist
 
-    try:
-        store = connect_store(launch, "failure", STORE_SECONDS)
-        store.set(f"report/{launch.rank}", json.dumps(kind))
-        order = store.add("failed", 1)
-        store.set(f"order/{order}", str(launch.rank))
-        if order == 1:
-            store.set("speaker", str(_choose_speaker(store, launch.world_size)))
-        limit_seconds = REAL_FAILURE_SECONDS + SPEAKING_SECONDS
-        if not _appears(store, "speaker", limit_seconds) or store.get("speaker") == str(launch.rank).encode():
-            _say(message)
-            store.set("spoken", "1")
-        _appears(store, "spoken", SPEAKING_SECONDS)
-    except dist.DistError as error:  # the store's host is gone or never was: better two voices than none
-        alone = f"\n(rank {launch.rank} could not reach the other ranks: {one_line(error)})"
-        _say(message if kind == "user" else message + alone)
+    def alone(why: str) -> None:  # better two voices than none
+        _say(message if kind == "user" else f"{message}\n(rank {launch.rank} could not reach the other ranks: {why})")
+
+    def talk() -> None:
+        try:
+            _talk(launch, kind, message)
+        except Exception as error:  # the store's host is gone or never was
+            alone(one_line(error))
+
+    thread = threading.Thread(target=talk, name="failure-report", daemon=True)
+    thread.start()
+    thread.join(REPORT_SECONDS)
+    if thread.is_alive():
+        alone("their store does not answer; is its host, the launcher or rank 0, stopped?")
+
+
+def _talk(launch: Launch, kind: Kind, message: str) -> None:
+    store = connect_store(launch, "failure", STORE_SECONDS)
+    store.set(f"report/{launch.rank}", json.dumps(kind))
+    order = store.add("failed", 1)
+    store.set(f"order/{order}", str(launch.rank))
+    if order == 1:
+        store.set(ROLL_CALL, "1")
+        store.set("speaker", str(_choose_speaker(store, launch.world_size)))
+    limit_seconds = REAL_FAILURE_SECONDS + SPEAKING_SECONDS
+    if not _appears(store, "speaker", limit_seconds) or store.get("speaker") == str(launch.rank).encode():
+        _say(message if kind != "echo" else tell_of(store, _missing(store, launch.world_size), message))
+        store.set("spoken", "1")
+    _appears(store, "spoken", SPEAKING_SECONDS)
+    if hosts_store(launch):
+        time.sleep(2 * POLL_SECONDS)  # for the others to see that it is spoken: the store ends with this process
 
 
 def _appears(store: "Store", key: str, limit_seconds: float) -> bool:
@@ -153,16 +183,24 @@ def _appears(store: "Store", key: str, limit_seconds: float) -> bool:
 
 
 def _choose_speaker(store: "Store", world_size: int) -> int:
-    """Collects reports until all ranks have failed or the time for it is over, then applies the rule above."""
+    """Collects reports until all ranks have failed, or can not, or the time is over, then applies the rule above."""
     started = time.monotonic()
     while True:
         reports = _read_reports(store)
         real = any(kind != "echo" for kind in reports.values())
-        if len(reports) == world_size or time.monotonic() - started > (
-            REPORTS_SECONDS if real else REAL_FAILURE_SECONDS
-        ):
+        seconds = time.monotonic() - started
+        no_more = len(reports) == world_size or seconds > (REPORTS_SECONDS if real else REAL_FAILURE_SECONDS)
+        if not no_more and seconds > REPORTS_SECONDS:
+            no_more = all_are_stopped_or_gone(store, _missing(store, world_size))
+        if no_more:
             return choose_speaker(reports)
         time.sleep(POLL_SECONDS / 5)
+
+
+def _missing(store: "Store", world_size: int) -> list[int]:
+    """Ranks that have not reported."""
+    reported = _read_reports(store)
+    return [rank for rank in range(world_size) if rank not in reported]
 
 
 def choose_speaker(reports: dict[int, Kind]) -> int:
@@ -207,6 +245,12 @@ class _Watcher(threading.Thread):
 
         try:
             store = connect_store(self.launch, "failure", STORE_SECONDS)
+            publisher = Publisher(store, self.launch.rank)
+            while not store.check([ROLL_CALL]):
+                publisher.poll()
+                if self.job_is_done.wait(POLL_SECONDS):
+                    return
+            publisher.answer()
             while not store.check(["speaker"]):
                 if self.job_is_done.wait(POLL_SECONDS):
                     return

@@ -3,27 +3,38 @@
 Launcher variables are read here and nowhere else (DESIGN D12). Under torchrun the agent hosts the store; with a plainer
 launcher that only sets the variables, rank 0 does. One process without a launcher needs neither store nor port.
 
+Who can connect to a store can end the job, or be taken for a rank. What this package hosts for ranks of one machine is
+bound to the loopback interface; torchrun's own store listens on every address.
+
 The hazard: torchrun's store outlives a restart, and what tells the attempts in it apart is a number that each node's
 torchrun counts by itself. A node whose ranks were ended because another node came back does not count that, and the
 nodes would wait for each other in different places. TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives every attempt a store
 of its own, hosted by rank 0; several nodes with restarts are refused without it.
 """
 
+import errno
 import os
+import socket
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vlm.errors import ParallelError
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store, TCPStore
 
+LOOPBACK = "127.0.0.1"
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
 _STORE_PER_ATTEMPT = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _LAUNCHER_PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+_SOCKETS_OF = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_SAFE_PATH = "PYTHONSAFEPATH"
+_hosting = threading.Lock()  # a rank's threads connect at the same time, and one of them is to host
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,11 @@ class Launch:
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size):
             raise ParallelError(f"launcher variables contradict each other: {self}")
+
+    @property
+    def on_one_node(self) -> bool:
+        """Whether all ranks are on this machine."""
+        return self.world_size == self.local_world_size
 
 
 def read_launch() -> Launch:
@@ -76,6 +92,11 @@ def _agent_hosts() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
+def hosts_store(launch: Launch) -> bool:
+    """Whether this rank's process hosts the job's store, which then ends with it."""
+    return launch.rank == 0 and not _agent_hosts()
+
+
 def connect_store(launch: Launch, name: str, timeout_seconds: float) -> "Store":
     """An own connection to the job's store, its keys apart from other names' and, where it outlives them, attempts'.
 
@@ -84,16 +105,59 @@ def connect_store(launch: Launch, name: str, timeout_seconds: float) -> "Store":
     """
     import torch.distributed as dist
 
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=launch.rank == 0 and not _agent_hosts(),
-        timeout=timedelta(seconds=timeout_seconds),
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosts, timeout = hosts_store(launch), timedelta(seconds=timeout_seconds)
+    if launch.on_one_node and not _agent_hosts():
+        address = LOOPBACK
+    if hosts and launch.on_one_node:
+        with _hosting:
+            store = host_store(port, timeout)
+    else:
+        store = dist.TCPStore(
+            address, port, is_master=hosts, timeout=timeout, wait_for_workers=False, multi_tenant=True
+        )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _agent_hosts() else "0"
     return dist.PrefixStore(f"megatron_vlm/{attempt}/{name}", store)
+
+
+def host_store(port: int = 0, timeout: timedelta = timedelta(minutes=5)) -> "TCPStore":
+    """A store for ranks of this machine, which nobody can reach from another.
+
+    Args:
+        port: 0 takes a free one; one that this process hosts a store at already gives that.
+        timeout: of waiting for a key.
+
+    Raises:
+        torch.distributed.DistError: another process listens there.
+    """
+    import torch.distributed as dist
+
+    store = partial(dist.TCPStore, LOOPBACK, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True)
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restarted job has the same port
+    try:
+        listener.bind((LOOPBACK, port))
+        listener.listen(socket.SOMAXCONN)
+    except OSError as error:
+        listener.close()
+        if error.errno != errno.EADDRINUSE:
+            raise dist.DistNetworkError(f"{LOOPBACK}:{port}: {error.strerror}") from error
+        return store(port=port)  # this process's own, or torch's error
+    port = listener.getsockname()[1]
+    return store(port=port, master_listen_fd=listener.detach())
+
+
+def keep_to_loopback() -> None:
+    """Has gloo and NCCL, for ranks of this machine alone, listen on the loopback interface, unless told otherwise."""
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        for variable in _SOCKETS_OF:
+            os.environ.setdefault(variable, "lo")
+
+
+def spare_children_the_working_directory() -> None:
+    """Python processes that this one starts with `-c` or `-m` (fork servers, trackers of resources, probes) do not
+    import from the working directory, which is anybody's: a `logging.py` there would run instead of Python's."""
+    os.environ[_SAFE_PATH] = "1"
 
 
 def explain_no_store(error: Exception, timeout_seconds: float) -> ParallelError:
@@ -108,8 +172,9 @@ def explain_no_store(error: Exception, timeout_seconds: float) -> ParallelError:
 
 
 def environment_of_child() -> dict[str, str]:
-    """This process' environment for one that is no rank of its job: no launcher's variables, the package importable."""
+    """This process' environment for one that is no rank of its job: no launcher's variables, the package importable,
+    nothing of the working directory."""
     package_root = str(Path(__file__).parents[2])
     search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_PREFIXES)}
-    return {**kept, "PYTHONPATH": search_path}
+    return {**kept, "PYTHONPATH": search_path, _SAFE_PATH: "1"}

@@ -16,6 +16,7 @@ from megatron_vlm.runtime.collectives import broadcast_object
 from megatron_vlm.runtime.distributed import Launch
 from megatron_vlm.runtime.garbage import settle
 from megatron_vlm.runtime.logging import get_logger
+from megatron_vlm.runtime.position import HERE
 from megatron_vlm.runtime.signals import StopSignals, maxima, name_of
 from megatron_vlm.training import schedule
 from megatron_vlm.training.held_out import HeldOut, build_held_out
@@ -42,6 +43,7 @@ def train(config: Config, launch: Launch, signals: StopSignals | None = None) ->
         MegatronVlmError: anything the user can fix.
     """
     signals = signals or StopSignals()
+    HERE.phase("build")
     job = build_job(config, launch.world_size, resumes=True, ranks_per_node=launch.local_world_size)
     steps, found = config.training.steps, None if job.start is None else job.start.directory
     if config.training.mode == "eval" and found is None and config.model.language.path is None:
@@ -55,6 +57,7 @@ def train(config: Config, launch: Launch, signals: StopSignals | None = None) ->
     if not trains and not owed:
         logger.info("nothing to do: %d of training.steps %d updates are made", job.start_step, steps)
         return found
+    HERE.phase("index")
     batches = job.batches(steps - job.start_step) if trains else ()
     meter = Meter(job)
     with ExitStack() as stack:
@@ -84,10 +87,12 @@ def run_steps(
     """Trains on the batches up to the recipe's last step, or a signal; returns the directory of the last checkpoint."""
     config, steps, signals = job.config, job.config.training.steps, signals or StopSignals()
     saved: Path | None = None
+    await_data(job.start_step)
     with closing(CheckpointSaver(config.checkpoint)) as saver, last_good_told(job, saver):
         for batch in meter.timed(batches):
             schedule.apply(job.optimizer.param_groups, batch.step, steps, config.optimizer, config.schedule)
             result = job.step(batch, exact_times=meter.compares(batch))
+            HERE.phase("report")
             report = meter.report(batch, result)
             for hook in hooks:
                 hook.after_step(report)
@@ -108,12 +113,20 @@ def run_steps(
             if signal:
                 logger.info("stopped by %s after %d of %d steps, saved in %s", name_of(signal), updates, steps, saved)
                 break
+            await_data(updates)
     assert saved is not None, "the batches end before a checkpoint is due"
     return saved
 
 
+def await_data(updates: int) -> None:
+    """After so many updates the next step begins, by waiting for its data."""
+    HERE.step(updates + 1)
+    HERE.phase("data")
+
+
 def start_save(job: Job, saver: CheckpointSaver, updates: int, hooks: Sequence[Hook]) -> None:
     """Begins to save what the job is after so many updates."""
+    HERE.phase("save")
     for hook in hooks:
         hook.before_save(updates)
     saver.start(job.state(updates))
@@ -131,6 +144,7 @@ def evaluate(held_out: HeldOut, updates: int, hooks: Sequence[Hook], signals: St
     """One evaluation, told to the hooks; or the number of the signal that broke it off, then it is owed to the next
     start."""
     world, signal = held_out.job.grid.world, 0
+    HERE.phase("evaluate")
 
     def is_stopped() -> bool:
         nonlocal signal

@@ -1,4 +1,4 @@
-"""Where a step's time goes on this rank. Only in `encode` it waits for no other rank.
+"""Where a step's time goes on this rank, and where it is (runtime/position.py). Only in `encode` it waits for no other.
 
 Hazard: work on a GPU is queued, and a phase that only queues it looks free. So where the times are to be compared the
 device is waited for at the end of every phase, which costs a little of the overlap; elsewhere it is not.
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_vlm.runtime.device import current_device
+from megatron_vlm.runtime.position import HERE
 
 PHASES = ("encode", "exchange", "pipeline", "encoder_backward", "update")
 
@@ -30,6 +31,7 @@ class PhaseClock:
     def phase(self, name: str) -> Iterator[None]:
         """What runs inside is added to the phase."""
         started = time.perf_counter()
+        HERE.phase(name)
         yield
         if self.exact and current_device().type == "cuda":
             torch.cuda.synchronize()
