@@ -1,10 +1,16 @@
 """Runs a command until it is done: here, with restarts, or through SLURM, which it comes back to after every limit.
 
-python tools/launch.py [options] -- torchrun --nproc-per-node 8 tools/train.py RECIPE.yaml
+python tools/launch.py --local --ranks 8 -- tools/train.py RECIPE.yaml
+python tools/launch.py [options] -- COMMAND
 python tools/launch.py -J llava-%t -N 4 -t 2-00:00:00 -- bash examples/torchrun/n_nodes.sh RECIPE.yaml
 
 Where. Through srun, which blocks, as vila-run does; with --batch through sbatch, which returns at once. Here, where
 --local is given, NO_SLURM is set, there is no srun (sbatch) on PATH, or this is already inside a SLURM job.
+
+Ranks. With --ranks N the command is a Python script and its arguments, of which N ranks run on this machine (auto: one
+per GPU, or per core), instead of torchrun: what they listen on is bound to loopback, a signal leaves them the time to
+save, the exit code is 0 where they end well, and nothing is written after the line that says why a job failed but that
+line again. Several nodes take torchrun as the command.
 
 What the command sees. RUN_NAME (the job's name, %t in it replaced by the time) and OUTPUT_DIR (--output-dir, else
 runs/MODE/NAME). Arguments are passed as they are, with no shell between: quote nothing twice. Under SLURM it runs once
@@ -15,7 +21,7 @@ next: through srun a new allocation, through sbatch (--requeue) a requeue, both 
 A command that is still running at the limit is ended. Here there is no limit unless --time is given.
 
 Failures. The command is started again up to --max-restarts times, except after SIGTERM or SIGINT to this launcher,
-which are passed on (ranks save at SIGTERM). Two in a row with the same code, both within --quick-seconds of the start,
+which are passed on (ranks save at the first). Two in a row with the same code, both within --quick-seconds of the start,
 are an error to mend and end it. The exit code is the command's, 128 + N if signal N ended it, and 124 if it was stopped
 at a time limit with no restart left.
 """
@@ -45,9 +51,15 @@ def build_parser() -> CommandLine:
     parser.add_argument("--quick-seconds", type=whole_number(0), default=60, help="default 60; 0: never give up early")
     parser.add_argument("--save-seconds", type=whole_number(1), default=120, help="before the limit (default 120)")
     parser.add_argument("--output-dir", help="default runs/MODE/NAME")
+    parser.add_argument("--ranks", type=number_of_ranks, metavar="N", help="run so many of the script, or auto")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and end")
     parser.add_argument("command", nargs="...", metavar="-- COMMAND", help="what to run, with its arguments")
     return parser
+
+
+def number_of_ranks(text: str) -> str:
+    """A whole number from 1, or auto."""
+    return text if text == "auto" else str(whole_number(1)(text))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("recipe", help="a YAML recipe, see examples/recipes")
     parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
     parser.add_argument("--check-layout", action="store_true", help="compare this layout with one process instead")
-    with parser.run() as (arguments, launch), StopSignals() as signals:
+    with parser.run() as (arguments, launch), StopSignals(launch) as signals:
         from megatron_vlm.config import load_config
         from megatron_vlm.runtime.device import prepare
         from megatron_vlm.runtime.distributed import init_world, teardown

@@ -31,7 +31,7 @@ from megatron_vlm.data.media import to_rgb
 from megatron_vlm.errors import ConfigError, DataError, MegatronVlmError, ParallelError
 from megatron_vlm.generation.prompts import Dialogue, ImageSource, Message, Prompt, Score, check_message, list_prompts
 from megatron_vlm.runtime.failure import is_timeout
-from megatron_vlm.runtime.launch import LOOPBACK, environment_of_child, host_store
+from megatron_vlm.runtime.launch import environment_of_child, environment_of_rank, host_store
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -228,13 +228,7 @@ def _waited_in_vain(failure: Exception) -> bool:
 
 def _start(children: _Children, rank: int, placement: Placement, port: int) -> None:
     """One rank's process, in a session of its own: an interrupt from the terminal is this process's to handle."""
-    environment = environment_of_child()
-    threads = max(1, (os.cpu_count() or 1) // placement.world_size)
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
-    numbers = {"RANK": rank, "WORLD_SIZE": placement.world_size}
-    numbers |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": placement.world_size, "MASTER_PORT": port}
-    environment |= {name: str(number) for name, number in numbers.items()}
-    environment |= {"MASTER_ADDR": LOOPBACK, "TORCHELASTIC_USE_AGENT_STORE": "True"}  # the store is hosted here
+    environment = environment_of_rank(rank, placement.world_size, port, environment_of_child())
     if placement.gpus:
         visible = environment.get("CUDA_VISIBLE_DEVICES")
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(_gpu_names(placement.gpus, visible))

@@ -14,6 +14,7 @@ The hazard: the watcher ends the process with `os._exit`. No clean-up runs; henc
 A store whose host is stopped takes connections and never answers; hence a report has a time limit of its own.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -27,15 +28,16 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from megatron_vlm.errors import MegatronVlmError, one_line, shown
 from megatron_vlm.runtime import device
-from megatron_vlm.runtime.launch import Launch, connect_store, hosts_store
+from megatron_vlm.runtime.launch import Launch, connect_store, hosts_store, job_keys, leave_word
 from megatron_vlm.runtime.logging import quiet_libraries
-from megatron_vlm.runtime.roll_call import ROLL_CALL, Publisher, all_are_stopped_or_gone, tell_of
+from megatron_vlm.runtime.roll_call import ROLL_CALL, Publisher, all_are_stopped_or_gone, tell_of, where_was
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 Kind = Literal["user", "internal", "echo"]
 
+STORE = "failure"  # the name of its keys
 POLL_SECONDS = 0.5
 REPORTS_SECONDS = 3.0  # other ranks that find the same error may be this much later
 REAL_FAILURE_SECONDS = 12.0  # only echoes so far: the rank they come from may still be about to report
@@ -46,6 +48,7 @@ _NEEDS_LESS_MEMORY = (
 )
 SPEAKING_SECONDS = 5.0  # from the decision until everyone ends, at most
 STORE_SECONDS = 10.0
+IMPORT_SECONDS = 60.0
 REPORT_SECONDS = REAL_FAILURE_SECONDS + 2 * SPEAKING_SECONDS + 3.0  # at most, of a failing rank
 _TIMEOUT = re.compile(r"time[d ]*out", re.IGNORECASE)
 
@@ -126,6 +129,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _say(message: str) -> None:
     sys.stderr.write(message + "\n")
     sys.stderr.flush()
+    leave_word(message)
 
 
 def _end(launch: Launch, code: int) -> NoReturn:
@@ -156,7 +160,7 @@ def _report(launch: Launch, kind: Kind, message: str) -> None:
 
 
 def _talk(launch: Launch, kind: Kind, message: str) -> None:
-    store = connect_store(launch, "failure", STORE_SECONDS)
+    store = connect_store(launch, STORE, STORE_SECONDS)
     store.set(f"report/{launch.rank}", json.dumps(kind))
     order = store.add("failed", 1)
     store.set(f"order/{order}", str(launch.rank))
@@ -165,11 +169,54 @@ def _talk(launch: Launch, kind: Kind, message: str) -> None:
         store.set("speaker", str(_choose_speaker(store, launch.world_size)))
     limit_seconds = REAL_FAILURE_SECONDS + SPEAKING_SECONDS
     if not _appears(store, "speaker", limit_seconds) or store.get("speaker") == str(launch.rank).encode():
-        _say(message if kind != "echo" else tell_of(store, _missing(store, launch.world_size), message))
+        _say(
+            message
+            if kind != "echo"
+            else tell_of(store, _missing(store, launch.world_size), message, is_timeout(message))
+        )
         store.set("spoken", "1")
     _appears(store, "spoken", SPEAKING_SECONDS)
     if hosts_store(launch):
         time.sleep(2 * POLL_SECONDS)  # for the others to see that it is spoken: the store ends with this process
+
+
+def end_others(launch: Launch, code: int) -> None:
+    """Ends the other ranks without a word: this one was told to end, and they would wait for it. Returns soon, whatever
+    becomes of it; where this process is still importing torch, when it has."""
+    if launch.world_size == 1:
+        return
+    deadline = time.monotonic() + IMPORT_SECONDS
+    while not device.is_prepared() and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS / 5)
+
+    def tell() -> None:
+        with contextlib.suppress(Exception):  # the store's host may have ended already
+            _end_all(connect_store(launch, STORE, STORE_SECONDS), str(launch.rank), code)
+
+    if device.is_prepared():
+        thread = threading.Thread(target=tell, daemon=True)
+        thread.start()
+        thread.join(SPEAKING_SECONDS)
+        if hosts_store(launch):
+            time.sleep(2 * POLL_SECONDS)
+
+
+def speak_for(store: "Store", rank: int, what: str) -> None:
+    """For a launcher that hosts the job's store: says what became of a rank, and where; then all other ranks end.
+
+    Args:
+        store: without a prefix.
+        what: completes "rank N ...".
+    """
+    keys = job_keys(store, STORE)
+    _say(f"error: {where_was(keys, rank, what)}")
+    _end_all(keys, "launcher", 1)
+
+
+def _end_all(store: "Store", speaker: str, code: int) -> None:
+    """Every rank ends with the code; nobody speaks any more."""
+    for key, value in (("code", str(code)), ("spoken", "1"), ("speaker", speaker), (ROLL_CALL, "1")):
+        store.set(key, value)
 
 
 def _appears(store: "Store", key: str, limit_seconds: float) -> bool:
@@ -243,8 +290,9 @@ class _Watcher(threading.Thread):
                 return
         import torch.distributed as dist
 
+        code = 1
         try:
-            store = connect_store(self.launch, "failure", STORE_SECONDS)
+            store = connect_store(self.launch, STORE, STORE_SECONDS)
             publisher = Publisher(store, self.launch.rank)
             while not store.check([ROLL_CALL]):
                 publisher.poll()
@@ -255,9 +303,10 @@ class _Watcher(threading.Thread):
                 if self.job_is_done.wait(POLL_SECONDS):
                     return
             _appears(store, "spoken", SPEAKING_SECONDS)
+            code = int(store.get("code")) if store.check(["code"]) else 1
         except dist.DistError:
             if self.job_is_done.wait(STORE_SECONDS):  # a job that ends well takes its store along
                 return
             _say(f"error: rank {self.launch.rank} lost the job's store: its host, launcher or rank 0, is gone")
         if not self.job_is_done.is_set():
-            _end(self.launch, 1)
+            _end(self.launch, code)

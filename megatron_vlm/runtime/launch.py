@@ -12,10 +12,14 @@ nodes would wait for each other in different places. TORCH_DISABLE_SHARE_RDZV_TC
 of its own, hosted by rank 0; several nodes with restarts are refused without it.
 """
 
+import contextlib
 import errno
+import json
 import os
 import socket
 import threading
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -34,6 +38,9 @@ _STORE_PER_ATTEMPT = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _LAUNCHER_PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 _SOCKETS_OF = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _SAFE_PATH = "PYTHONSAFEPATH"
+TORCHRUN_SECONDS = 30
+_TORCHRUN_WORD = "TORCHELASTIC_ERROR_FILE"
+WORD_FILE = "MEGATRON_VLM_WORD_FILE"  # set by tools/launch.py, which also sends signals past torchrun
 _hosting = threading.Lock()  # a rank's threads connect at the same time, and one of them is to host
 
 
@@ -92,6 +99,15 @@ def _agent_hosts() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
+def ends_ranks_after() -> int | None:
+    """Seconds after which torchrun kills its ranks once it was told to end; None where it would not have been told:
+    under tools/launch.py, which tells the ranks alone, and without torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or WORD_FILE in os.environ:
+        return None
+    told = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")
+    return int(told) if told.isdecimal() else TORCHRUN_SECONDS
+
+
 def hosts_store(launch: Launch) -> bool:
     """Whether this rank's process hosts the job's store, which then ends with it."""
     return launch.rank == 0 and not _agent_hosts()
@@ -116,7 +132,13 @@ def connect_store(launch: Launch, name: str, timeout_seconds: float) -> "Store":
         store = dist.TCPStore(
             address, port, is_master=hosts, timeout=timeout, wait_for_workers=False, multi_tenant=True
         )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _agent_hosts() else "0"
+    return job_keys(store, name, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _agent_hosts() else "0")
+
+
+def job_keys(store: "Store", name: str, attempt: str = "0") -> "Store":
+    """A job's keys of one name in a store."""
+    import torch.distributed as dist
+
     return dist.PrefixStore(f"megatron_vlm/{attempt}/{name}", store)
 
 
@@ -169,6 +191,35 @@ def explain_no_store(error: Exception, timeout_seconds: float) -> ParallelError:
         f"MASTER_ADDR and MASTER_PORT: found {address}:{port}, where no rank 0 of this job answered in "
         f"{timeout_seconds:.0f} s, needs its machine and port, the same on all ranks"
     )
+
+
+def environment_of_rank(rank: int, num_ranks: int, port: int, base: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a rank of this machine whose store this process hosts (`host_store`).
+
+    Args:
+        base: the rest of it; a launcher's variables in it are replaced, and threads are shared out among the ranks.
+    """
+    kept = {name: value for name, value in base.items() if not name.startswith(_LAUNCHER_PREFIXES)}
+    threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        **kept,
+        **{name: str(number) for name, number in numbers.items()},
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def leave_word(message: str) -> None:
+    """Leaves what a failing job has to say where its launcher finds it, which speaks last: torchrun shows it in its
+    report, tools/launch.py says it again."""
+    told = {"message": message, "timestamp": int(time.time())}
+    for variable, content in ((_TORCHRUN_WORD, json.dumps(told)), (WORD_FILE, message)):
+        if variable in os.environ:
+            with contextlib.suppress(OSError):  # it is said on stderr all the same
+                Path(os.environ[variable]).write_text(content, errors="replace")
 
 
 def environment_of_child() -> dict[str, str]:

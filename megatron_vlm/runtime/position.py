@@ -25,6 +25,7 @@ from typing import Any
 
 from megatron_vlm.errors import shown
 
+_NAME = "megatron_vlm_position"
 _LAYOUT = struct.Struct("<qd32s160s")  # step (0: none), time, phase, sample (empty: none), the texts cut where too long
 RECORD_BYTES = _LAYOUT.size
 
@@ -49,7 +50,7 @@ class Record:
     """Memory that holds one `Place`, sent to a child process as a handle."""
 
     def __init__(self, handle: int | None = None) -> None:
-        self.handle = os.memfd_create("position") if handle is None else handle
+        self.handle = os.memfd_create(_NAME) if handle is None else handle
         weakref.finalize(self, os.close, self.handle)
         os.truncate(self.handle, RECORD_BYTES)
         self._memory = mmap.mmap(self.handle, RECORD_BYTES)
@@ -74,8 +75,11 @@ def _record_from(handle: Any) -> Record:
 
 def read_record(pid: int, handle: int) -> Place | None:
     """The record of another process of this machine and user, by that one's handle; None where there is none."""
+    path = f"/proc/{pid}/fd/{handle}"
     try:
-        other = os.open(f"/proc/{pid}/fd/{handle}", os.O_RDWR)
+        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+            return None  # the process ended, and another has its number
+        other = os.open(path, os.O_RDWR)
     except OSError:
         return None
     return Record(other).read()

@@ -12,8 +12,10 @@ Hazard: a rank may be late to find out that it waits in vain. So a rank whose ma
 named only where there is no other.
 """
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -61,10 +63,19 @@ class Sign:
         return json.dumps(asdict(self))
 
     @property
+    def record(self) -> Place | None:
+        """What its record holds, where that can be read."""
+        return read_record(self.pid, self.handle) if self.machine == _machine() else None
+
+    @property
     def newest_place(self) -> Place:
         """Its record's, where that can be read."""
-        found = read_record(self.pid, self.handle) if self.machine == _machine() else None
-        return found or self.place
+        return self.record or self.place
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its process is known to have ended."""
+        return self.state in "ZX"
 
     @property
     def state(self) -> str:
@@ -117,23 +128,39 @@ def all_are_stopped_or_gone(store: "Store", missing: Collection[int]) -> bool:
     return all(_read(store, f"answer/{rank}") is None and _state_of(store, rank) in "TtZX" for rank in missing)
 
 
-def tell_of(store: "Store", missing: Collection[int], message: str) -> str:
+def tell_of(store: "Store", missing: Collection[int], message: str, in_vain: bool) -> str:
     """What the speaker says of ranks that have not reported.
 
     Args:
         missing: these ranks; none: they all say that they wait for another.
         message: what the speaker would say by itself.
+        in_vain: its wait had a time limit; else its peer's end has ended it.
     """
     answers = {rank: _read(store, f"answer/{rank}") for rank in missing}
     silent = {rank: _read(store, f"sign/{rank}") for rank, sign in answers.items() if sign is None}
-    gone = [rank for rank in silent if _state_of(store, rank) in "ZX"]
+    gone = [rank for rank, sign in silent.items() if (sign.is_gone if sign is not None else not in_vain)]
     if gone:
-        return f"{message}; gone: {_listed([_where(rank, silent[rank]) for rank in gone])}"
+        return f"{message}; {_listed([where_was(store, rank, 'is gone') for rank in gone])}"
     if silent:
         return f"error: {_listed([_silent(rank, sign) for rank, sign in silent.items()])}"
     hung = {rank: sign for rank, sign in answers.items() if sign is not None}
     hung = {rank: sign for rank, sign in hung.items() if not sign.waits} or hung
     return f"error: {_listed([_hung(rank, sign) for rank, sign in hung.items()])}" if hung else message
+
+
+def end_silent(store: "Store", missing: Collection[int]) -> None:
+    """Ends those of them on this machine that do not answer: they would stay for ever, or keep their launcher waiting."""
+    for rank in missing:
+        sign = _read(store, f"sign/{rank}") if _read(store, f"answer/{rank}") is None else None
+        if sign is not None and sign.record is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(sign.pid, signal.SIGKILL)
+
+
+def where_was(store: "Store", rank: int, what: str) -> str:
+    """That a rank, which is gone, `what`, and where it was."""
+    sign = _read(store, f"sign/{rank}")
+    return f"rank {rank} {what}" + ("" if sign is None else f" {sign.place}")
 
 
 def _silent(rank: int, sign: Sign | None) -> str:
@@ -151,10 +178,6 @@ def _hung(rank: int, sign: Sign) -> str:
 
 def _for_how_long(rank: int, what: str, place: Place) -> str:
     return f"rank {rank} has not {what} for {max(0.0, time.time() - place.since):.0f} s"
-
-
-def _where(rank: int, sign: Sign | None) -> str:
-    return f"rank {rank}" + ("" if sign is None else f" {sign.place}")
 
 
 def _listed(lines: list[str]) -> str:

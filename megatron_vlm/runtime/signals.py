@@ -1,15 +1,17 @@
-"""Signals that ask a job to save and end (SIGTERM, SIGUSR1), and the processes that are to take no notice of them.
+"""Signals that ask a job to save and end (SIGTERM, SIGUSR1, Ctrl-C), and processes that are to take no notice of them.
 
 A job manager signals every process it knows of, at different moments, while ranks may only stop together: so a signal
 is noted at once and acted upon after a step, when all ranks have agreed on it. Before the first step there is nothing
 to save, and the process ends at once, even from inside a collective: the note is taken by a thread of its own, which
-reads what Python's C handler writes into a pipe; Python's own handlers wait until the main thread is back from C.
+reads what Python's C handler writes into a pipe; Python's own handlers wait until the main thread is back from C. A
+rank that ends so tells the others, which would wait for it. A second Ctrl-C ends at once, whatever is lost.
 
 A rank's children (data workers, the writer of a checkpoint) get the same signals and would die of them in the middle of
-the last step: they are started with both blocked. A mask, not an ignored signal: it outlives `exec`, it is kept by
+the last step: they are started with all blocked. A mask, not an ignored signal: it outlives `exec`, it is kept by
 torch's data workers, which set handlers of their own, and a signal that comes meanwhile waits instead of being lost.
 
-Hazard: torchrun also sends SIGTERM to the ranks that are left when one has died. They cannot finish their step; so one
+Hazards: torchrun, once it is told to end, kills its ranks after a time of its own, 30 s: a longer step is lost then. It
+also sends SIGTERM to the ranks that are left when one has died. They cannot finish their step; so one
 that was asked to end and then loses its peers ends at once, without a word: torchrun has told already.
 """
 
@@ -18,29 +20,39 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from megatron_vlm.runtime.failure import kind_of
+from megatron_vlm.runtime.failure import end_others, kind_of
+from megatron_vlm.runtime.launch import Launch, ends_ranks_after
 from megatron_vlm.runtime.logging import get_logger
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+INTERRUPTED = 128 + signal.SIGINT
+REPEAT_SECONDS = 1.0  # a Ctrl-C may arrive twice: from the terminal, and from a launcher that passes it on
 
 logger = get_logger(__name__)
 
 
 class StopSignals:
-    """Notes the signals while the context is open. One that was never entered has never seen any."""
+    """Notes the signals while the context is open. One that was never entered has never seen any.
 
-    def __init__(self) -> None:
+    Args:
+        launch: this rank's place.
+    """
+
+    def __init__(self, launch: Launch | None = None) -> None:
+        self.launch = launch or Launch()
         self.seen = 0  # number of the last one noted
         self._armed = False
+        self._interrupted = 0.0
 
     def arm(self) -> None:
         """From now on a signal is noted; before, it ended the process."""
@@ -53,7 +65,9 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self._readable, self._writable = os.pipe()
         os.set_blocking(self._writable, False)
-        self._handlers: dict[signal.Signals, Any] = {number: signal.signal(number, _leave_it) for number in SIGNALS}
+        # A shell's background job begins with Ctrl-C ignored: it is meant for another.
+        heard = [number for number in SIGNALS if (number, signal.getsignal(number)) != (signal.SIGINT, signal.SIG_IGN)]
+        self._handlers: dict[signal.Signals, Any] = {number: signal.signal(number, _leave_it) for number in heard}
         self._wakeup = signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="stop signals", daemon=True)
         self._thread.start()
@@ -62,7 +76,7 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and self.seen == signal.SIGTERM and kind_of(error) == "echo":
+        if error is not None and self.seen in (signal.SIGTERM, signal.SIGINT) and kind_of(error) == "echo":
             os._exit(1)
         signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._handlers.items():
@@ -73,13 +87,37 @@ class StopSignals:
 
     def _watch(self) -> None:
         while noted := os.read(self._readable, 1):
-            if noted[0] not in SIGNALS:  # others that Python has handlers for
+            number = noted[0]
+            if number not in SIGNALS:  # others that Python has handlers for
                 continue
+            name = name_of(number)
             if not self._armed:
-                logger.info("stopped by %s before the first step: nothing to save", name_of(noted[0]))
+                logger.info("stopped by %s before the first step: nothing to save", name)
                 sys.stdout.flush()
-                os._exit(0)
-            self.seen = noted[0]
+                code = INTERRUPTED if number == signal.SIGINT else 0
+                end_others(self.launch, code)
+                os._exit(code)
+            if number == signal.SIGINT and self._is_second():
+                logger.info("interrupted again: ending at once, without a save")
+                sys.stdout.flush()
+                os._exit(INTERRUPTED)
+            if not self.seen:
+                logger.info("%s: saving after this step, then ending%s", name, _for_how_long(number))
+            self.seen = number
+
+    def _is_second(self) -> bool:
+        """Whether a Ctrl-C has been noted before this one."""
+        first, now = self._interrupted, time.monotonic()
+        self._interrupted = self._interrupted or now
+        return first > 0 and now - first > REPEAT_SECONDS
+
+
+def _for_how_long(number: int) -> str:
+    """What may come in between."""
+    seconds = ends_ranks_after()
+    if seconds is None or number == signal.SIGUSR1:
+        return "; Ctrl-C ends at once" if number == signal.SIGINT else ""
+    return f"; torchrun, if it was told, kills its ranks {seconds} s later, and what they have not saved is lost"
 
 
 def maxima(values: list[int], group: "ProcessGroup") -> list[int]:
@@ -102,11 +140,11 @@ def name_of(number: int) -> str | None:
 
 @contextmanager
 def kept_from_children(with_tracker: bool = False) -> Iterator[None]:
-    """A process started inside never gets SIGTERM or SIGUSR1, nor do its own children.
+    """A process started inside never gets these signals, nor do its own children.
 
     Args:
         with_tracker: multiprocessing's resource tracker is wanted by the process (a fork server). It is started first,
-            because it unblocks SIGTERM when it is up.
+            because it unblocks some of them when it is up.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

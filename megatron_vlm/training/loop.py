@@ -69,7 +69,9 @@ def train(config: Config, launch: Launch, signals: StopSignals | None = None) ->
         if not trains:
             return found
         if not config.checkpoint.every_steps:
-            logger.info("checkpoint.every_steps is 0: nothing is saved before the last step, or SIGTERM or SIGUSR1")
+            logger.info(
+                "checkpoint.every_steps is 0: nothing is saved before the last step, SIGTERM, SIGUSR1 or Ctrl-C"
+            )
         settle()
         maxima([0], job.grid.world)  # all are here: from now on they stop together
         signals.arm()

@@ -3,11 +3,14 @@
 import dataclasses
 import shlex
 import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.runtime.launch import WORD_FILE
 from megatron_vlm.runtime.launching import slurm
 from megatron_vlm.runtime.launching.restarts import TIME_IS_UP, AtTimeLimit, Rules, run_until_done
 from megatron_vlm.runtime.launching.slurm import Resources, Surroundings
@@ -17,6 +20,7 @@ logger = get_logger(__name__)
 
 DEFAULT_TIME = "4:00:00"  # under SLURM
 TRAIN_RESTARTS = 3
+LOCAL_RANKS = (sys.executable, "-P", "-m", "megatron_vlm.runtime.launching.local_ranks")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Request:
     batch: bool = False
     local: bool = False
     requeue: bool = False
+    ranks: str | None = None  # on this machine, or auto
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,10 @@ def make_plan(request: Request, surroundings: Surroundings) -> Plan:
         )
     if request.job_name is not None:
         request = dataclasses.replace(request, job_name=request.job_name.replace("%t", time.strftime("%Y%m%d%H%M%S")))
+    if request.ranks is not None:
+        if request.nodes > 1:
+            raise ConfigError(f"--ranks: found {request.nodes} nodes, needs one; on several torchrun starts the ranks")
+        request = dataclasses.replace(request, command=(*LOCAL_RANKS, request.ranks, *request.command))
     variables = run_variables(request)
     restarts = (
         (TRAIN_RESTARTS if request.mode == "train" else 0) if request.max_restarts is None else request.max_restarts
@@ -131,7 +140,11 @@ def launch(plan: Plan, requeue: bool, surroundings: Surroundings) -> int:
         logger.info("launch: running here, without SLURM (%s): %s", plan.why_local, plan.shell_line())
     if plan.line[0] == "sbatch":
         return subprocess.run(plan.line, env=environment, check=False).returncode
-    code = run_until_done(plan.line, environment, plan.rules)
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder:
+        word = Path(folder) / "word"
+        code = run_until_done(plan.line, {**environment, WORD_FILE: str(word)}, plan.rules)
+        if code and word.exists():
+            sys.stderr.write(f"{word.read_text(errors='replace')}\n")  # once more, as the last
     if code == TIME_IS_UP and requeue:
         slurm.requeue(surroundings)
         logger.info("launch: requeued SLURM job %s", surroundings.job_id)

@@ -142,9 +142,9 @@ def _run_once(arguments: Sequence[str], environment: Mapping[str, str], rules: R
 
 
 def pass_on(command: Command, signum: int, again: bool) -> None:
-    """A signal to the launcher. The first SIGTERM goes to the ranks, which save; all else to the command itself."""
+    """A signal to the launcher. The first SIGTERM or Ctrl-C goes to the ranks, which save; all else to the command."""
     name = signal.Signals(signum).name
-    told = command.tell(signum, ranks_only=True) if signum == signal.SIGTERM and not again else 0
+    told = command.tell(signum, ranks_only=True) if signum in (signal.SIGTERM, signal.SIGINT) and not again else 0
     if told:
         logger.info("launch: %s, passed on to %d processes, which save and stop", name, told)
     else:
