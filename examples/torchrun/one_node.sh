@@ -8,5 +8,5 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 
-exec python "$root/tools/launch.py" --local --max-restarts "${MAX_RESTARTS:-3}" -- \
-  torchrun --standalone --nproc-per-node "${NPROC_PER_NODE:-auto}" "$root/tools/train.py" "$@"
+exec python "$root/tools/launch.py" --local --max-restarts "${MAX_RESTARTS:-3}" --ranks "${NPROC_PER_NODE:-auto}" -- \
+  "$root/tools/train.py" "$@"

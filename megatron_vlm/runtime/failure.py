@@ -30,7 +30,7 @@ from megatron_vlm.errors import MegatronVlmError, one_line, shown
 from megatron_vlm.runtime import device
 from megatron_vlm.runtime.launch import Launch, connect_store, hosts_store, job_keys, leave_word
 from megatron_vlm.runtime.logging import quiet_libraries
-from megatron_vlm.runtime.roll_call import ROLL_CALL, Publisher, all_are_stopped_or_gone, tell_of, where_was
+from megatron_vlm.runtime.roll_call import ROLL_CALL, Publisher, all_are_stopped_or_gone, end_silent, tell_of, where_was
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -169,12 +169,10 @@ def _talk(launch: Launch, kind: Kind, message: str) -> None:
         store.set("speaker", str(_choose_speaker(store, launch.world_size)))
     limit_seconds = REAL_FAILURE_SECONDS + SPEAKING_SECONDS
     if not _appears(store, "speaker", limit_seconds) or store.get("speaker") == str(launch.rank).encode():
-        _say(
-            message
-            if kind != "echo"
-            else tell_of(store, _missing(store, launch.world_size), message, is_timeout(message))
-        )
+        missing = _missing(store, launch.world_size) if kind == "echo" else []
+        _say(tell_of(store, missing, message, is_timeout(message)) if kind == "echo" else message)
         store.set("spoken", "1")
+        end_silent(store, missing)
     _appears(store, "spoken", SPEAKING_SECONDS)
     if hosts_store(launch):
         time.sleep(2 * POLL_SECONDS)  # for the others to see that it is spoken: the store ends with this process
@@ -209,7 +207,8 @@ def speak_for(store: "Store", rank: int, what: str) -> None:
         what: completes "rank N ...".
     """
     keys = job_keys(store, STORE)
-    _say(f"error: {where_was(keys, rank, what)}")
+    if not keys.check(["speaker"]):
+        _say(f"error: {where_was(keys, rank, what)}")
     _end_all(keys, "launcher", 1)
 
 

@@ -149,7 +149,7 @@ def tell_of(store: "Store", missing: Collection[int], message: str, in_vain: boo
 
 
 def end_silent(store: "Store", missing: Collection[int]) -> None:
-    """Ends those of them on this machine that do not answer: they would stay for ever, or keep their launcher waiting."""
+    """Ends those of them on this machine that do not answer: they would stay, or keep their launcher waiting."""
     for rank in missing:
         sign = _read(store, f"sign/{rank}") if _read(store, f"answer/{rank}") is None else None
         if sign is not None and sign.record is not None:

@@ -15,7 +15,14 @@ import torch.distributed as dist
 
 from megatron_vlm.runtime.failure import is_timeout
 from megatron_vlm.runtime.position import HERE, Place, Position, Record, read_record
-from megatron_vlm.runtime.roll_call import Publisher, Sign, all_are_stopped_or_gone, main_thread_frame, tell_of
+from megatron_vlm.runtime.roll_call import (
+    Publisher,
+    Sign,
+    all_are_stopped_or_gone,
+    end_silent,
+    main_thread_frame,
+    tell_of,
+)
 from tests.helpers.processes import ROOT, environment
 
 IN_VAIN = "error: rank 0 has waited in vain for another rank (stopped, or hung?): Timed out waiting 30000ms"
@@ -72,6 +79,7 @@ def test_a_stopped_rank_is_named_where_it_stands_and_ended(store: dist.Store, ot
     assert all_are_stopped_or_gone(store, [1])
     told = tell_of(store, [1], IN_VAIN, in_vain=True)
     assert re.fullmatch(r"error: rank 1 has not answered for \d+ s \(stopped\) in step 12, phase data", told)
+    end_silent(store, [1])
     assert other.process.wait(10) == -signal.SIGKILL  # it would stay for ever
 
 
