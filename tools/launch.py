@@ -22,8 +22,8 @@ A command that is still running at the limit is ended. Here there is no limit un
 
 Failures. The command is started again up to --max-restarts times, except after SIGTERM or SIGINT to this launcher,
 which are passed on (ranks save at the first). Two in a row with the same code, both within --quick-seconds of the
-start, are an error to mend and end it. The exit code is the command's, 128 + N if signal N ended it, and 124 if it was stopped
-at a time limit with no restart left.
+start, are an error to mend and end it. The exit code is the command's, 128 + N if signal N ended it, and 124 if it was
+stopped at a time limit with no restart left.
 """
 
 import sys
