@@ -31,6 +31,7 @@ from megatron_vlm.runtime.files import FileKindError, check_regular, open_regula
 from megatron_vlm.runtime.limits import bounded
 
 FAULTS = ("none", "missing", "not an image", "damaged", "bomb", "not a video")  # of a picture; 0: it can be read
+MAX_SIDE_PIXELS = 2**24  # of either side: the weights of Pillow's bicubic resize take 32 bytes for each, 0.5 GiB here
 MAX_PREPARED_PIXELS = 2 * 89_478_485  # of a picture while it is prepared; Pillow's own bound of what may be read, twice
 
 # What pictures that are trained on come in; no reader among them starts a program. JPEG's reads MPO too.
@@ -116,7 +117,8 @@ class MediaReader:
         between the two passes of a resize, when it has the new width and still its own height.
 
         Raises:
-            DecompressionBombError: it would take more than MAX_PREPARED_PIXELS on its way.
+            DecompressionBombError: it would take more than MAX_PREPARED_PIXELS on its way, or a side is over
+                MAX_SIDE_PIXELS.
             ValueError: it has no pixels.
         """
         longer, shorter = max(width, height), min(width, height)
@@ -135,6 +137,8 @@ class MediaReader:
                 f"its {width} x {height} pixels become {num_pixels} with data.image_mode {self.image_mode}, "
                 f"{MAX_PREPARED_PIXELS} are allowed"
             )
+        if longer > MAX_SIDE_PIXELS:
+            raise Image.DecompressionBombError(f"it has {width} x {height} pixels, a side may have {MAX_SIDE_PIXELS}")
 
 
 def open_picture(file: BinaryIO) -> Image.Image:

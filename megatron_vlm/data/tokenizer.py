@@ -18,12 +18,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from megatron_vlm.config.schema import TimeTokensConfig
 from megatron_vlm.errors import ConfigError, is_fault, one_line
 from megatron_vlm.models import hub
-from megatron_vlm.models.hf_config import find_directory, read_settings
+from megatron_vlm.models.hf_config import MAX_CONFIG_BYTES, find_directory, read_settings
+from megatron_vlm.runtime.files import check_regular
 
 Tokenizer: TypeAlias = PreTrainedTokenizerBase  # for layers that may not import transformers
 _KEY = "model.language.tokenizer"
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SETTINGS_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TEXT_FILES = (*_VOCABULARY_FILES, "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json")
+_TEMPLATES_FOLDER = "additional_chat_templates"  # as transformers calls it
 _TRIAL = "What is it? {}\nÄ 字 12 \U0001f600"  # cut and put together once: a broken tokenizer shows it before the data
 
 
@@ -43,6 +46,7 @@ def load_tokenizer(path: str | Path | None, image_token: str) -> Tokenizer:
     for name in _SETTINGS_FILES:
         if os.path.lexists(folder / name):
             read_settings(_KEY, folder / name)
+    _check_texts(folder)
     try:
         with _panics_unsaid():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -68,6 +72,19 @@ def load_tokenizer(path: str | Path | None, image_token: str) -> Tokenizer:
         tokenizer.add_tokens([AddedToken(image_token, normalized=False, special=True)], special_tokens=True)
     _try(tokenizer, image_token, str(folder))
     return tokenizer
+
+
+def _check_texts(folder: Path) -> None:
+    """Raises ConfigError for what the library would read whole and is no file, or larger than any real one."""
+    for file in [*(folder / name for name in _TEXT_FILES), *(folder / _TEMPLATES_FOLDER).glob("*.jinja")]:
+        try:
+            num_bytes = check_regular(file).st_size
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"{_KEY}: {one_line(error)}") from error
+        if num_bytes > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{_KEY}: {str(file)!r} has {num_bytes:,} bytes, {MAX_CONFIG_BYTES:,} are allowed")
 
 
 @contextlib.contextmanager

@@ -127,7 +127,8 @@ def make(random: Random, base: Base, folder: Path) -> Read:
         settings["chat_template"] = hostile.value(random)
         (folder / "chat_template.jinja").unlink(missing_ok=True)
     else:
-        hostile.in_its_place(random, folder / "chat_template.jinja")
+        name = random.choice(("chat_template.jinja", "additional_chat_templates/a.jinja"))
+        hostile.in_its_place(random, folder / name)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     turns = tuple(Turn(role, text) for role, text in random.choice(SAMPLES))  # type: ignore[arg-type]
     return lambda: _read(folder, Sample("a", turns, ("a.png",), "train.json element 0"))

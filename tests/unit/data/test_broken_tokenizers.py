@@ -110,6 +110,24 @@ def test_what_is_no_readable_text_is_told(whole: Path, tmp_path: Path, file: str
     assert "is a named pipe" in refused(folder)
 
 
+TEXTS = ("tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/tools.jinja")
+
+
+@pytest.mark.parametrize("file", TEXTS)
+@pytest.mark.timeout(60)
+def test_a_text_larger_than_any_real_one_is_told_and_not_read(whole: Path, tmp_path: Path, file: str) -> None:
+    """A sparse file of 1 TiB takes no room on the disk; nor is a named pipe waited for."""
+    folder = tmp_path / "spoilt"
+    shutil.copytree(whole, folder)
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).touch()
+    os.truncate(folder / file, 1 << 40)
+    assert "has 1,099,511,627,776 bytes, 67,108,864 are allowed" in refused(folder)
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    assert "is a named pipe" in refused(folder)
+
+
 def test_code_beside_a_tokenizer_is_never_run(whole: Path, tmp_path: Path) -> None:
     named = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}, "tokenizer_class": "Own"}
     folder = spoilt(whole, tmp_path, "tokenizer_config.json", put(**named))

@@ -70,6 +70,13 @@ def test_a_strip_that_grows_between_the_passes_of_a_resize(tmp_path: Path, reade
     assert reader.read(strip(tmp_path / "b.png", 1, 50_000), "s").shape == (3, 28, 28)
 
 
+def test_a_side_whose_weights_of_a_resize_fill_the_memory(tmp_path: Path) -> None:
+    """49 kB on the disk; Pillow's bicubic takes 32 bytes of weights for each of 89,000,000 pixels."""
+    error = refused(strip(tmp_path / "a.png", 89_000_000, 1))
+    assert error.reason == "bomb" and "89000000 x 1 pixels, a side may have 16777216" in str(error)
+    assert READER.read(strip(tmp_path / "b.png", 1_000_000, 1), "s").shape == (3, 28, 28)
+
+
 def test_memory_that_a_picture_lacks_is_the_pictures_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lacks(*_: object) -> None:
         raise MemoryError

@@ -170,7 +170,8 @@ def test_what_is_wrong_is_told_by_name(tmp_path: Path, spoiler: Any, reason: str
         (9_400, 9_600, ("pad", "resize", "processor")),  # between Pillow's warning and its error
         (8_900, 8_900, ()),
         (60_000, 1_000, ("pad",)),  # its square has 3.6 thousand million pixels
-        (80_000_000, 1, ("pad", "processor")),  # its short side is stretched to the tower's
+        (16_000_000, 1, ("pad", "processor")),  # its short side is stretched to the tower's
+        (80_000_000, 1, ("pad", "resize", "processor")),  # the weights of its resize take 2.6 GB
     ],
 )
 def test_how_large_a_picture_may_be(tmp_path: Path, width: int, height: int, refused_by: tuple[str, ...]) -> None:
