@@ -108,6 +108,9 @@ def _try(tokenizer: Tokenizer, image_token: str, folder: str) -> None:
     longest: Any = tokenizer.model_max_length
     if isinstance(longest, bool) or not isinstance(longest, int | float) or math.isnan(longest):
         raise ConfigError(f"{_KEY}: model_max_length is {longest!r} in {folder}/tokenizer_config.json, needs a number")
+    for token, number in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True):
+        if number is None:
+            raise ConfigError(f"{_KEY}: the special token {token!r} in {folder} is none of its vocabulary, needs an id")
     with faults_told(tokenizer), _panics_unsaid():
         try:
             tokens = tokenizer(_TRIAL.format(image_token), add_special_tokens=False, return_offsets_mapping=True)

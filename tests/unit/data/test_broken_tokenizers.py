@@ -110,6 +110,12 @@ def test_what_is_no_readable_text_is_told(whole: Path, tmp_path: Path, file: str
     assert "is a named pipe" in refused(folder)
 
 
+def test_a_special_token_without_an_id_is_named(whole: Path, tmp_path: Path) -> None:
+    """The library gives every other one an id."""
+    folder = spoilt(whole, tmp_path, "tokenizer_config.json", put(bos_token=""))
+    assert "the special token '' in" in refused(folder)
+
+
 TEXTS = ("tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja", "additional_chat_templates/tools.jinja")
 
 
