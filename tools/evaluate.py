@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vlm.errors import DataError, shown
-from megatron_vlm.runtime.command_line import CommandLine, whole_number
+from megatron_vlm.runtime.command_line import CHOICES, CommandLine, whole_number
 
 if TYPE_CHECKING:
     from megatron_vlm.evaluation.report import Report
@@ -56,8 +56,7 @@ def main() -> None:
         TASKS.get(arguments.task)  # a name mistyped shall not cost the loading of a model
         prepare(arguments.device, launch.local_world_size)
         output = find_output(arguments) if launch.rank == 0 else None
-        layout = ("device", "tensor", "pipeline", "ulysses", "ring")
-        names = (*layout, "template", "dtype", "downsample_order", "extensions")
+        names = ("device", "tensor", "pipeline", "ulysses", "ring", *CHOICES)
         assistant = load(arguments.checkpoint, **{name: getattr(arguments, name) for name in names})
         from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, find_unanswerable, read_questions
 

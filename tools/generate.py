@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vlm.errors import ConfigError, DataError, one_line, shown
-from megatron_vlm.runtime.command_line import CommandLine, whole_number
+from megatron_vlm.runtime.command_line import CHOICES, CommandLine, whole_number
 
 if TYPE_CHECKING:
     from megatron_vlm.runtime.launch import Launch
@@ -48,8 +48,7 @@ def main() -> None:
 
         get_logger("megatron_vlm").setLevel(logging.WARNING)  # what is printed is the result
         layout = ("devices", "device", "tensor", "pipeline", "ulysses", "ring")
-        names = (*layout, "template", "dtype", "downsample_order", "extensions")
-        options = {name: getattr(arguments, name) for name in names}
+        options = {name: getattr(arguments, name) for name in (*layout, *CHOICES)}
         answer(load(arguments.checkpoint, **options), arguments, launch)
         if arguments.devices is None:  # ranks behind the call end with this process
             teardown()

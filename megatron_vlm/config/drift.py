@@ -30,6 +30,8 @@ MAY_DIFFER: dict[str, bool] = {
     "data.source": True,
     "data.media_root": True,
     "data.template": False,
+    "data.template_arguments": False,
+    "data.render_turns": False,
     "data.image_mode": False,
     "data.image_token": False,
     "data.video": True,  # frames that it adds or leaves out are seen in the fingerprint

@@ -46,6 +46,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0), Number]
 Share = Annotated[float, Field(ge=0.0, lt=1.0), Number]  # 1 would leave nothing for the rest
 Beta = Annotated[float, Field(ge=0.0, lt=1.0), Number]  # 1 would divide by zero in Adam's bias correction
 
+Plain = str | bool | int | Annotated[float, Field(allow_inf_nan=False)] | None | list[Any] | dict[str, Any]
+
 TIME_TOKEN_NUMBER = "{t}"
 
 
@@ -153,6 +155,8 @@ class DataConfig(Section):
     source: str = "llava_json"  # a registered reader of `path` and evaluation.path
     media_root: str | None = None  # default: the folder of `path`
     template: str = "auto"
+    template_arguments: dict[str, Plain] = {}  # variables of the tokenizer's chat template, and the day it sees
+    render_turns: Literal["whole", "apart"] = "whole"  # apart: a conversation for each answer, which is its last
     image_mode: Literal["pad", "resize", "processor"] = "pad"  # processor: as the tower's own preprocessor config says
     image_token: str = "<image>"
     video: VideoConfig = VideoConfig()

@@ -1,33 +1,47 @@
 """From turns to token ids and labels.
 
-A template renders turns to one string; the tokenizer cuts that string once, as `apply_chat_template` would; labels come
-from character offsets. Which characters are the assistant's is found by rendering the conversation a second time with
-each answer replaced by a stand-in: the text between two stand-ins is the template's own, so every answer's place in the
-real text is known exactly, whatever it says. (VILA walks the tokens greedily instead, and loses its way when an answer
-contains the token that ends a turn; LLaVA adds up the lengths of separately tokenised parts, which do not add up.)
+A template renders turns to one string, and a tokenizer makes ids of it. Trained is, of every assistant turn, what comes
+behind the prompt that generation would use there, token by token, up to and including the end of turn:
 
-Trained: all the model must say itself, that is from the end of the generation prompt through the answer to its end of
-turn: the first special token after the answer, or all of the template's text after it where it has none.
+    the prompt's ids      what `encode_prompt` gives for the conversation up to there, generation prompt included
+    the turn's ids        all behind them: what the template puts before the answer, the answer, its end of turn
 
-Hazards: a template that rewrites earlier answers cannot be followed and is refused, naming the sample. A chat template
-is a program of whoever made the tokenizer: it may raise anything, never end or fill the memory. So rendering is bounded
-and what it raises is told as its fault with that sample. The tokenizers library panics by a BaseException.
+The text's place where the model begins to speak is the end of that prompt's text; the ids are cut there so that the
+prompt's stay as they are (`borders.py`). The end of turn is the first special token after the answer, or all of the
+template's text after it where it has none; which characters are the answer is told by what the template puts around
+others, whatever the answer says. Where a template marks what the model says (`{% generation %}`), that is trained, and
+it must begin behind the prompt and hold the end of turn.
+
+(VILA walks the tokens greedily instead, and loses its way when an answer contains the token that ends a turn; LLaVA
+adds up the lengths of separately tokenised parts, which do not add up; `transformers` counts the token in which a mark
+begins, be it half the prompt's.)
+
+`data.render_turns` says what a conversation of several answers is: rendered once, all answers trained (`whole`), or a
+conversation for each answer, which is its last (`apart`), for templates that write earlier answers otherwise.
+
+Hazards: a template that rewrites earlier answers, or asks for them otherwise than it tells them, cannot be followed in
+`whole` and is refused, naming the sample. A chat template is a program of whoever made the tokenizer: it may raise
+anything, never end or fill the memory. So rendering is bounded and what it raises is told as its fault with that
+sample. The tokenizers library panics by a BaseException.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from os.path import commonprefix
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_vlm.config.schema import DataConfig
+from megatron_vlm.data.answers import AnswerSpan, Surroundings, find_surroundings, locate, marked_tokens, recognise
+from megatron_vlm.data.borders import BorderTokenizer, Tokens
+from megatron_vlm.data.chat_template import ChatTemplate
 from megatron_vlm.data.sample import IGNORE, BadSample, Sample, Turn
 from megatron_vlm.data.templates import TEMPLATES
 from megatron_vlm.errors import ConfigError, one_line
 
 PLACEHOLDER_ID = 0  # valid in every vocabulary; the merge replaces the row
-STAND_IN = "\ue000{}\ue001"  # private-use characters, which no text holds
 
 
 @dataclass(frozen=True)
@@ -48,12 +62,12 @@ class EncodedSample:
 
 
 @dataclass(frozen=True)
-class AnswerSpan:
-    """An assistant turn in the rendered text, in characters: what the model says itself, answer and end of turn."""
+class _Labelled:
+    """Tokens and labels of a conversation, image markers as they are; the special tokens that ended its answers."""
 
-    start: int
-    answer_end: int
-    turn_end: int
+    ids: list[int]
+    labels: list[int]
+    ends: frozenset[int]
 
 
 class ConversationEncoder:
@@ -65,10 +79,13 @@ class ConversationEncoder:
         image_token: the marker of a picture in a text.
         tokens_per_image: placeholders a marker becomes.
         max_tokens: what is trained is truncated to at most so many, without cutting a picture in two; default: never.
+        arguments: variables of the tokenizer's chat template (`data.template_arguments`).
+        apart: train the last answer only, behind earlier ones as the template tells them (`data.render_turns: apart`).
 
     Raises:
-        ConfigError: `auto` and the tokenizer has no chat template, or one that cannot be rendered; a template with
-            special tokens of its own that the tokenizer does not have.
+        ConfigError: `auto` and the tokenizer has no chat template, or one that cannot be rendered, or not every time
+            alike; a template with special tokens of its own that the tokenizer does not have; arguments that it does
+            not read.
     """
 
     def __init__(
@@ -78,6 +95,8 @@ class ConversationEncoder:
         image_token: str,
         tokens_per_image: int,
         max_tokens: int | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        apart: bool = False,
     ) -> None:
         self.form = TEMPLATES.get(template)
         if template == "auto" and not tokenizer.chat_template:
@@ -90,6 +109,8 @@ class ConversationEncoder:
         self.image_token = image_token
         self.tokens_per_image = tokens_per_image
         self.max_tokens = max_tokens
+        self.arguments = dict(arguments or {})
+        self.apart = apart
         self.marker_id = tokenizer.convert_tokens_to_ids(image_token)
         self.special_ids = frozenset(tokenizer.added_tokens_decoder) | frozenset(tokenizer.all_special_ids)
         known = tokenizer.convert_ids_to_tokens(list(self.special_ids))
@@ -101,22 +122,57 @@ class ConversationEncoder:
             )
         begins = self.form.begins and tokenizer.bos_token_id is not None
         self.beginning = [tokenizer.bos_token_id] if begins else []
-        self.generation_prompt = self._find_generation_prompt()
+        self.borders = BorderTokenizer(tokenizer)
+        self.chat_template = self._read_chat_template() if template == "auto" else None
+        self._check_template()
+        self.surroundings = self._find_surroundings()
+
+    @classmethod
+    def of(
+        cls, data: DataConfig, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int, max_tokens: int | None = None
+    ) -> "ConversationEncoder":
+        """The encoder of a recipe's data section. Raises as the class."""
+        return cls(
+            tokenizer,
+            data.template,
+            data.image_token,
+            tokens_per_image,
+            max_tokens,
+            data.template_arguments,
+            data.render_turns == "apart",
+        )
+
+    def split(self, sample: Sample) -> list[Sample]:
+        """The conversations that a sample is trained as: itself, or one for each answer where they are rendered apart.
+
+        Args:
+            sample: with the frames of its videos among its images.
+        """
+        if not self.apart:
+            return [sample]
+        parts = []
+        for number, turn in enumerate(sample.turns[:-1], start=1):
+            if turn.role == "assistant":
+                markers = sum(turn.text.count(self.image_token) for turn in sample.turns[:number])
+                parts.append(replace(sample, turns=sample.turns[:number], images=sample.images[:markers]))
+        return [*parts, sample]
 
     def encode(self, sample: Sample) -> EncodedSample:
-        """A whole conversation, for training.
+        """A whole conversation, for training: one of `split`.
 
         Raises:
-            BadSample: the template refuses the turns or does not repeat the answers as they are, the number of
-                markers is not that of the pictures, or nothing that is trained is left of a truncated one.
+            BadSample: the template refuses the turns, does not repeat the answers as they are or begins otherwise than
+                it asks for one, the number of markers is not that of the pictures, or nothing that is trained is left
+                of a truncated one.
         """
-        turns = self._turns_of(sample)
-        text = self._render(sample, turns)
-        spans = self._find_answers(text, sample, turns)
-        tokens = self._tokenize(text, sample, return_offsets_mapping=True)
-        ids = self.beginning + tokens["input_ids"]
-        offsets = [(0, 0)] * len(self.beginning) + tokens["offset_mapping"]
-        return self._truncate(self._expand(ids, self._label(ids, offsets, spans), sample), sample)
+        found = self._label_all(sample)
+        return self._truncate(self._expand(found.ids, found.labels, sample), sample)
+
+    def encode_answer(self, sample: Sample) -> EncodedSample:
+        """A conversation whose last turn is the assistant's, for scoring: `encode_prompt`'s ids and then those of this
+        turn, which alone are labelled. Raises BadSample as `encode`."""
+        found = self._label_last(sample)
+        return self._expand(found.ids, found.labels, sample)
 
     def encode_prompt(self, sample: Sample) -> EncodedSample:
         """The conversation up to where the model must speak, for generation; nothing is trained.
@@ -126,18 +182,38 @@ class ConversationEncoder:
         turns = self._turns_of(sample)
         turns = turns[:-1] if turns[-1].role == "assistant" else turns
         text = self._render(sample, turns, generation_prompt=True)
-        ids = self.beginning + self._tokenize(text, sample)["input_ids"]
+        ids = self.beginning + self._tokenize(text, self._earlier_borders(text, sample, turns), sample)[0].ids
         return self._expand(ids, [IGNORE] * len(ids), sample)
 
     def find_turn_ends(self) -> frozenset[int]:
         """The special tokens that trained answers end with. A template may end the last one with another."""
-        question = Turn("user", f"{self.image_token}\n?")
-        turns = [question, Turn("assistant", "!")]
-        if not self.form.captions:
-            turns += turns
-        labels = self.encode(Sample("", tuple(turns), ("",) * (len(turns) // 2), "turn ends")).labels
-        ends = {label for label, following in pairwise([*labels, IGNORE]) if following == IGNORE}
-        return frozenset(ends) & self.special_ids
+        alone, several = self._probe(1), self._probe(2)
+        ends = self._label_last(alone).ends
+        try:
+            return ends | self._label_all(several).ends
+        except BadSample:  # conversations of several answers are no training samples
+            return ends
+
+    def answers_that_differ(self) -> tuple[str, str] | None:
+        """What is trained of an earlier answer and of the last one, both "!", where the template makes a difference."""
+        if self.apart or self.template != "auto":  # of those we name it is said what they do (templates.py)
+            return None
+        try:
+            found = self._label_all(self._probe(2))
+        except BadSample:
+            return None
+        runs: list[list[int]] = []
+        for before, label in pairwise([IGNORE, *found.labels]):
+            if label != IGNORE:
+                runs += [[]] if before == IGNORE else []
+                runs[-1].append(label)
+        earlier, *_, last = (str(self.tokenizer.decode(run)) for run in runs)
+        return (earlier, last) if earlier != last else None
+
+    def _probe(self, rounds: int) -> Sample:
+        turns = (Turn("user", f"{self.image_token}\n?"), Turn("assistant", "!"))
+        rounds = 1 if self.form.captions else rounds
+        return Sample("", turns * rounds, ("",) * rounds, "probe")
 
     def _turns_of(self, sample: Sample) -> Sequence[Turn]:
         """The turns to render: the sample's own, or a caption's."""
@@ -154,31 +230,41 @@ class ConversationEncoder:
             )
         return [Turn("user", markers), *sample.turns[1:]]
 
-    def _find_generation_prompt(self) -> str:
-        """What the template adds for the model to speak after; empty where it adds nothing."""
-        turns = (Turn("user", "?"),)
+    def _read_chat_template(self) -> ChatTemplate:
         try:
-            silent, asking = (self.form.render(turns, self.tokenizer, asked) for asked in (False, True))
+            return ChatTemplate(self.tokenizer, self.arguments)
+        except ConfigError:
+            raise
         except Exception as error:
-            raise ConfigError(
-                f"data.template is {self.template!r}, but the template of {self.tokenizer.name_or_path!r} cannot be "
-                f"rendered: {one_line(error)}"
-            ) from error
-        return asking.removeprefix(silent) if asking.startswith(silent) else ""
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"data.template is {self.template!r}, but the template of {self.tokenizer.name_or_path!r} cannot be "
+            f"rendered: {one_line(error)}"
+        )
+
+    def _render_turns(self, turns: Sequence[Turn], generation_prompt: bool = False) -> str:
+        if self.chat_template is not None:
+            return self.chat_template.render(turns, generation_prompt)
+        return self.form.render(turns, self.tokenizer, generation_prompt)
 
     def _render(self, sample: Sample, turns: Sequence[Turn], generation_prompt: bool = False) -> str:
         try:
-            return self.form.render(turns, self.tokenizer, generation_prompt)
+            return self._render_turns(turns, generation_prompt)
         except Exception as error:
-            raise BadSample(
-                f"{sample.origin}: sample {sample.id!r}: the chat template refuses it: {one_line(error)} "
-                f"(data.template {self.template}, tokenizer {self.tokenizer.name_or_path!r})",
-                "template",
-            ) from error
+            raise self._refused(sample, error) from error
 
-    def _tokenize(self, text: str, sample: Sample, **options: Any) -> Any:
+    def _refused(self, sample: Sample, error: Exception) -> BadSample:
+        return BadSample(
+            f"{sample.origin}: sample {sample.id!r}: the chat template refuses it: {one_line(error)} "
+            f"(data.template {self.template}, tokenizer {self.tokenizer.name_or_path!r})",
+            "template",
+        )
+
+    def _tokenize(self, text: str, borders: Sequence[int], sample: Sample) -> tuple[Tokens, list[int]]:
         try:
-            return self.tokenizer(text, add_special_tokens=False, **options)
+            return self.borders.tokenize(text, borders)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
@@ -188,65 +274,132 @@ class ConversationEncoder:
                 "tokenizer",
             ) from error
 
-    def _find_answers(self, text: str, sample: Sample, turns: Sequence[Turn]) -> list[AnswerSpan]:
-        """Where in the rendered text each assistant turn is, by rendering again with stand-ins for the answers."""
-        answers: list[str] = []
-        masked: list[Turn] = []
-        for turn in turns:
-            if turn.role == "assistant":
-                masked.append(Turn(turn.role, STAND_IN.format(len(answers))))
-                answers.append(turn.text)
-            else:
-                masked.append(turn)
-        rest = self._render(sample, masked)
-        pieces: list[str] = []  # the template's text (and the users') before, between and after the answers
-        for number in range(len(answers)):
-            piece, _, rest = rest.partition(STAND_IN.format(number))
-            pieces.append(piece)
-        pieces.append(rest)
-        spans = self._walk(text, pieces, answers)
-        if spans is None:
-            raise BadSample(
-                f"{sample.origin}: sample {sample.id!r}: the chat template does not repeat every answer as it is (it "
-                "may rewrite earlier ones, or want lists of parts where the content here is a text), so what is to be "
-                "trained cannot be told; use a template that does",
-                "template",
+    def _check_template(self) -> None:
+        """Raises ConfigError where it takes no arguments, or cannot be rendered."""
+        if self.template != "auto" and self.arguments:
+            raise ConfigError(
+                f"data.template_arguments.{next(iter(self.arguments))}: data.template {self.template} takes no "
+                "arguments; needs none, or data.template auto, whose chat template may read it"
             )
+        try:
+            self._render_turns([Turn("user", "?")], generation_prompt=True)
+        except Exception as error:
+            raise self._unusable(error) from error
+
+    def _find_surroundings(self) -> list[Surroundings]:
+        try:
+            return find_surroundings(self._render_turns)
+        except Exception:  # it may want other turns than the usual
+            return []
+
+    def _earlier_borders(self, text: str, sample: Sample, turns: Sequence[Turn]) -> list[int]:
+        """Where in a text the model began to speak before, as far as the template tells it as it asked for it."""
+        if self.apart:
+            return []
+        borders = []
+        for number, turn in enumerate(turns[:-1]):
+            if turn.role == "assistant":
+                prompt = self._render(sample, turns[:number], generation_prompt=True)
+                borders += [len(prompt)] if text.startswith(prompt) else []
+        return borders
+
+    def _label_all(self, sample: Sample) -> _Labelled:
+        """Every answer is trained; the last one where they are rendered apart."""
+        if self.apart:
+            return self._label_last(sample)
+        turns = self._turns_of(sample)
+        text = self._render(sample, turns)
+        numbers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+        borders = [self._border(text, sample, turns[:number]) for number in numbers]
+        return self._label(text, borders, self._find_answers(text, sample, turns, borders), sample, turns)
+
+    def _label_last(self, sample: Sample) -> _Labelled:
+        """The last answer alone is trained."""
+        turns = self._turns_of(sample)
+        assert turns[-1].role == "assistant", "sources see to it"
+        text = self._render(sample, turns)
+        border = self._border(text, sample, turns[:-1])
+        borders = [*self._earlier_borders(text, sample, turns), border]
+        return self._label(text, borders, self._find_answers(text, sample, turns, [border]), sample, turns)
+
+    def _find_answers(self, text: str, sample: Sample, turns: Sequence[Turn], borders: list[int]) -> list[AnswerSpan]:
+        """The answers behind some borders, the conversation's last ones."""
+        answers = [turn.text for turn in turns if turn.role == "assistant"][-len(borders) :]
+        spans = recognise(text, borders, answers, self.surroundings)
+        if spans is None:
+            spans = locate(text, borders, turns, lambda turns, asked: self._render(sample, turns, asked))
+        if spans is None:
+            raise self._rewritten(sample)
         return spans
 
-    def _walk(self, text: str, pieces: list[str], answers: list[str]) -> list[AnswerSpan] | None:
-        """Checks that `text` is pieces[0] answers[0] pieces[1] ... pieces[-1]; templates may strip an answer's ends."""
-        spans = []
-        position = len(pieces[0])
-        if not text.startswith(pieces[0]):
-            return None
-        for number, answer in enumerate(answers):
-            before, after = pieces[number], pieces[number + 1]
-            forms = (answer, answer.strip(), answer.lstrip(), answer.rstrip())
-            said = next((form for form in forms if text.startswith(form + after, position)), None)
-            if said is None:
-                return None
-            prompt = self.generation_prompt
-            unasked = before.rpartition(prompt)[2] if prompt and prompt in before else ""
-            end = position + len(said)
-            closing = len(commonprefix([after, pieces[-1]]))  # what follows the last answer ends every turn
-            spans.append(AnswerSpan(position - len(unasked), end, end + closing))
-            position = end + len(after)
-        return spans if position == len(text) else None
+    def _border(self, text: str, sample: Sample, turns: Sequence[Turn]) -> int:
+        """Where in a rendered text the model begins to speak after some of its turns."""
+        prompt = self._render(sample, turns, generation_prompt=True)
+        if not text.startswith(prompt):
+            same = len(commonprefix([text, prompt]))
+            raise BadSample(
+                f"{sample.origin}: sample {sample.id!r}: after turn {len(turns)} the chat template asks for an answer "
+                f"with {prompt[same:]!r}, where the whole conversation has {text[same : same + 40]!r}, so generation "
+                f"would not ask what is trained; needs {self._advice()}",
+                "template",
+            )
+        return len(prompt)
 
-    def _label(self, ids: list[int], offsets: list[tuple[int, int]], spans: list[AnswerSpan]) -> list[int]:
-        """The ids of trained tokens, IGNORE elsewhere. A token is trained where it shares a character with a span."""
-        labels = [IGNORE] * len(ids)
-        token = 0
-        for span in spans:
-            while token < len(ids) and offsets[token][1] <= span.start:
-                token += 1
-            closed = False
-            while token < len(ids) and offsets[token][0] < span.turn_end and not closed:
-                labels[token] = ids[token]
-                closed = offsets[token][0] >= span.answer_end and ids[token] in self.special_ids
-                token += 1
-        return labels
+    def _rewritten(self, sample: Sample) -> BadSample:
+        return BadSample(
+            f"{sample.origin}: sample {sample.id!r}: the chat template does not repeat every answer as it is (it "
+            "may rewrite earlier ones, or want lists of parts where the content here is a text), so what is to be "
+            f"trained cannot be told; needs {self._advice()}",
+            "template",
+        )
+
+    def _advice(self) -> str:
+        apart = "" if self.apart else "data.render_turns: apart, which trains each answer as the last one, or "
+        return f"{apart}a template that does"
+
+    def _label(
+        self, text: str, borders: list[int], spans: list[AnswerSpan], sample: Sample, turns: Sequence[Turn]
+    ) -> _Labelled:
+        """Trains the spans, which are those of the last borders."""
+        tokens, counts = self._tokenize(text, borders, sample)
+        marks = self._marks(sample, turns)
+        if marks and len(spans) == sum(turn.role == "assistant" for turn in turns):
+            stray = [one for one in marks if all(one[1] <= span.start or one[0] >= span.turn_end for span in spans)]
+            if stray:
+                raise self._mismarked(sample, [text[slice(*stray[0])]], text[spans[0].start : spans[0].turn_end])
+        labels = [IGNORE] * len(tokens.ids)
+        ends = set()
+        for span, first in zip(spans, counts[-len(spans) :], strict=True):
+            stop, closed = first, False
+            while stop < len(labels) and tokens.offsets[stop][0] < span.turn_end and not closed:
+                closed = tokens.ids[stop] in self.special_ids and span.is_closed_by(tokens.offsets[stop], text)
+                stop += 1
+            trained: range | None = range(first, stop)
+            if marks is not None:
+                own = [mark for mark in marks if mark[0] < span.turn_end and mark[1] > span.start]
+                trained = marked_tokens(tokens, range(first, stop), span, own)
+            if trained is None:
+                raise self._mismarked(sample, [text[slice(*mark)] for mark in own], text[span.start : span.turn_end])
+            labels[trained.start : trained.stop] = tokens.ids[trained.start : trained.stop]
+            ends |= {tokens.ids[stop - 1]} if closed and trained else set()
+        return _Labelled(self.beginning + tokens.ids, [IGNORE] * len(self.beginning) + labels, frozenset(ends))
+
+    def _marks(self, sample: Sample, turns: Sequence[Turn]) -> list[tuple[int, int]] | None:
+        """Where the template marks what the model says; None where it has no marks."""
+        if self.chat_template is None or not self.chat_template.marks_answers:
+            return None
+        try:
+            return self.chat_template.marks(turns)
+        except Exception as error:
+            raise self._refused(sample, error) from error
+
+    def _mismarked(self, sample: Sample, marked: Sequence[str], said: str) -> BadSample:
+        return BadSample(
+            f"{sample.origin}: sample {sample.id!r}: the chat template marks {', '.join(map(repr, marked))} as what "
+            f"the model says (generation), where it must say {said!r}; needs marks that begin where the generation "
+            "prompt ends and hold the end of turn, or none",
+            "template",
+        )
 
     def _expand(self, ids: list[int], labels: list[int], sample: Sample) -> EncodedSample:
         """Replaces each marker by its placeholders. Raises BadSample where markers and pictures differ in number."""

@@ -3,9 +3,11 @@
 Built at first use, by reading and encoding every sample once, and kept beside the data file in
 `<data file>.index/<fingerprint>/`, so lengths are known before any batch is made and a bad sample is told before the
 first step, or left out under `data.on_bad_sample: skip`. The fingerprint covers all that the numbers depend on: the
-file's size and time, tokenizer, template, image marker and tokens per image, frames per video, media folder, what makes
-a sample bad. A folder is written under another name and renamed, so one that is there is whole; a lock file lets the
-other ranks of the machine wait for the one that builds.
+file's size and time, tokenizer, template and its arguments, image marker and tokens per image, frames per video, media
+folder, what makes a sample bad. A folder is written under another name and renamed, so one that is there is whole; a
+lock file lets the other ranks of the machine wait for the one that builds.
+
+A record is one sample, or several where each answer is one (`data.render_turns: apart`): its parts, in order.
 
     samples.npy     RECORD per sample            ids.bin         their ids, one after the other
     frames.npy      int32, the frames taken of each video, sample after sample
@@ -45,7 +47,7 @@ from megatron_vlm.runtime.files import check_regular, open_regular, parse_json, 
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.progress import Progress
 
-FORMAT = 6  # of the index's files and of what is in them
+FORMAT = 7  # of the index's files and of what is in them
 SAMPLES_PER_CHUNK = 512
 SAMPLES_PER_PROCESS = 20_000  # below which another process costs more to start than it saves
 HEAD_START_SECONDS = 1.0  # of rank 0, which owns the console, before another rank may build
@@ -53,6 +55,7 @@ RECORD = np.dtype(
     [("offset", "<i8"), ("size", "<i8"), ("number", "<i8"), ("tokens", "<i4"), ("images", "<i4"), ("id_end", "<i8")]
     + [("video_end", "<i8")]
     + [("digest", "<u8")]  # of its bytes in the file
+    + [("part", "<i4")]  # of its record
 )
 
 
@@ -95,6 +98,10 @@ class SampleIndex:
         record = self._records[sample]
         return Extent(int(record["offset"]), int(record["size"]), int(record["number"]))
 
+    def part(self, sample: int) -> int:
+        """Which of its record's parts the sample is."""
+        return int(self._records["part"][sample])
+
     def frame_counts(self, sample: int) -> tuple[int, ...]:
         """How many frames of each of the sample's videos are taken."""
         start = int(self._records["video_end"][sample - 1]) if sample else 0
@@ -120,6 +127,7 @@ class Measured(NamedTuple):
 
     tokens: int
     images: int
+    part: int  # of its record
     digest: int
     id: str
     is_truncated: bool
@@ -149,12 +157,12 @@ class Measurer:
     skip: SkipRule | None
     sampling: VideoConfig
 
-    def produce(self, number: int) -> list[Measured | Dropped]:
-        """The samples of chunk `number`. Raises BadSample for the first that is bad, but under a skip rule."""
+    def produce(self, number: int) -> list[list[Measured] | Dropped]:
+        """The samples of each record of a chunk. Raises BadSample for the first that is bad, but under a skip rule."""
         first = number * SAMPLES_PER_CHUNK
         return [self._measure(extent) for extent in self.extents[first : first + SAMPLES_PER_CHUNK]]
 
-    def _measure(self, extent: Extent) -> Measured | Dropped:
+    def _measure(self, extent: Extent) -> list[Measured] | Dropped:
         sample_id, origin, raw = str(extent.number), self.file.origin(extent), self.file.read_bytes(extent)
         media: dict[str, list[str]] = {"images": [], "videos": []}
         try:
@@ -166,9 +174,12 @@ class Measurer:
             with told_of(f"{origin}: sample {sample_id!r}"):
                 self._check_files(sample)
                 frames = count_frames(sample, self.media_root, self.sampling)
-                encoded = self._encode(sample, frames)
-            is_truncated = encoded.num_cut > 0
-            return Measured(len(encoded.ids), len(encoded.image_starts), digest, sample_id, is_truncated, frames)
+                parts = self.encoder.split(with_frames(sample, frames, self.encoder.image_token))
+                encoded = [self._encode(part, frames) for part in parts]
+            return [
+                Measured(len(one.ids), len(one.image_starts), part, digest, sample_id, one.num_cut > 0, frames)
+                for part, one in enumerate(encoded)
+            ]
         except BadSample as error:
             if self.skip is None:
                 raise
@@ -186,8 +197,8 @@ class Measurer:
             check_file(self.media_root / video, "video", owner, advice)
 
     def _encode(self, sample: Sample, frames: tuple[int, ...]) -> EncodedSample:
-        """Its tokens."""
-        encoded = self.encoder.encode(with_frames(sample, frames, self.encoder.image_token))
+        """Its tokens. `frames`: of each of its videos."""
+        encoded = self.encoder.encode(sample)
         if self.skip is not None and len(encoded.ids) > self.skip.max_tokens:
             size = describe_length(len(encoded.ids), frames, self.encoder.tokens_per_image)
             raise BadSample(
@@ -321,6 +332,8 @@ def _fingerprint(
         tokenizer.chat_template,
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         encoder.template,
+        encoder.arguments,
+        encoder.apart,
         f"{type(file).__module__}.{type(file).__qualname__}",  # another source may read the same file otherwise
         file.image_token,
         encoder.tokens_per_image,
@@ -368,33 +381,37 @@ def _build(measurer: Measurer, folder: Path) -> None:
         raise DataError(f"data file {file.path} holds no conversation")
     num_chunks = -(-len(extents) // SAMPLES_PER_CHUNK)
     num_processes = min(len(os.sched_getaffinity(0)), len(extents) // SAMPLES_PER_PROCESS)
-    records = np.zeros(len(extents), RECORD)
+    records: list[np.ndarray] = []  # of each chunk
     ids: list[bytes] = []
     dropped: list[Dropped] = []
     frames: list[int] = []
-    id_end = num_truncated = 0
+    id_end = num_truncated = num_read = with_pictures = 0
     with Progress(f"indexing {file.path.name}", total=len(extents)) as progress:
         for chunk in OrderedItems(measurer, range(num_chunks), num_processes if num_processes > 1 else 0):
+            rows: list[tuple[int, ...]] = []
             for found in chunk:
+                extent = extents[num_read]
+                num_read += 1
                 if isinstance(found, Dropped):
                     dropped.append(found)
                     continue
-                extent = extents[len(ids) + len(dropped)]
-                id_end += len(found.id.encode())
-                num_truncated += found.is_truncated
-                frames += found.frames
-                records[len(ids)] = (*extent, found.tokens, found.images, id_end, len(frames), found.digest)
-                ids.append(found.id.encode())
+                with_pictures += any(one.images for one in found)
+                for one in found:
+                    ids.append(one.id.encode())
+                    id_end += len(ids[-1])
+                    num_truncated += one.is_truncated
+                    frames += one.frames
+                    rows.append((*extent, one.tokens, one.images, id_end, len(frames), one.digest, one.part))
+            records.append(np.array(rows, RECORD))
             progress.advance(len(chunk))
-    records = records[: len(ids)]
-    _refuse_media_root(measurer.media_root, file.path, int((records["images"] > 0).sum()), dropped)
+    _refuse_media_root(measurer.media_root, file.path, with_pictures, dropped)
     if not ids:
         counts = _list_counts(Counter(sample.reason for sample in dropped))
         raise DataError(
             f"data file {file.path}: all of its samples are bad ({counts}), so data.on_bad_sample: skip leaves none; "
             f"the first: {dropped[0].message}"
         )
-    _publish(records, b"".join(ids), np.array(frames, np.int32), dropped, num_truncated, folder)
+    _publish(np.concatenate(records), b"".join(ids), np.array(frames, np.int32), dropped, num_truncated, folder)
 
 
 def _publish(

@@ -66,6 +66,13 @@ def build_loader(
     """
     data = config.data
     source = _open_source(config, data.path, data.media_root, tokenizer, media_spec, rank)
+    if rank == 0 and (differing := source.encoder.answers_that_differ()):
+        get_logger(__name__).warning(
+            "the chat template writes the last answer of a conversation otherwise than earlier ones: of an answer '!' "
+            "%r is trained where it is the last, and %r where it is not; with data.render_turns: apart each is trained "
+            "as the last",
+            differing[1], differing[0],
+        )  # fmt: skip
     fetcher = StepFetcher(make_plan(config, source.index), source, StepShape.of(config, sizes, rank))
     longest, length = config.training.sequence_length, row_length(config.training.sequence_length, config.parallel)
     if length != longest:
@@ -133,7 +140,7 @@ def _open_source(
 ) -> "SampleSource":
     data, sequence_length = config.data, config.training.sequence_length
     limit = sequence_length if data.on_long_sample == "truncate" else None
-    encoder = ConversationEncoder(tokenizer, data.template, data.image_token, media_spec.tokens_per_image, limit)
+    encoder = ConversationEncoder.of(data, tokenizer, media_spec.tokens_per_image, limit)
     file = SOURCES.get(data.source)(path, data.image_token)
     root = Path(media_root) if media_root is not None else file.path.parent
     media = MediaReader(media_spec, data.image_mode)
@@ -222,7 +229,10 @@ class SampleSource:
             sample = self.file.read(extent)
         if len(sample.videos) != len(counts):
             raise self._changed(sample, f"{len(sample.videos)} videos, {len(counts)}")
-        return with_frames(sample, counts, self.encoder.image_token)
+        parts = self.encoder.split(with_frames(sample, counts, self.encoder.image_token))
+        if (part := self.index.part(number)) >= len(parts):
+            raise self._changed(sample, f"{len(parts)} answers, {part + 1} or more")
+        return parts[part]
 
     def document(self, number: int) -> Document:
         """One sample. Raises DataError where it is no longer what was indexed."""

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_vlm.data.chat_template import ChatTemplate
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.registry import Registry
-from megatron_vlm.runtime.limits import bounded
 
 Render = Callable[[Sequence[Turn], PreTrainedTokenizerBase, bool], str]
 
@@ -56,12 +56,8 @@ TEMPLATES: Registry[Template] = Registry("template")
 
 
 def render_chat_template(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, generation_prompt: bool) -> str:
-    """`auto`: the tokenizer's own chat template, a program of anybody's. Raises LimitError where it does not end, or
-    whatever it raises."""
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    return bounded(
-        lambda: tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-    )
+    """`auto`: the tokenizer's own chat template, without arguments. Raises as `ChatTemplate`."""
+    return ChatTemplate(tokenizer, {}).render(turns, generation_prompt)
 
 
 def render_plain(turns: Sequence[Turn], _: PreTrainedTokenizerBase, __: bool) -> str:

@@ -78,7 +78,7 @@ class Assistant:
     @classmethod
     def of(cls, model: VisionLanguageModel, data: DataConfig, tokenizer: Tokenizer) -> "Assistant":
         """The assistant of a recipe's model and tokenizer."""
-        encoder = ConversationEncoder(tokenizer, data.template, data.image_token, model.media_spec.tokens_per_image)
+        encoder = ConversationEncoder.of(data, tokenizer, model.media_spec.tokens_per_image)
         return cls(model, encoder, data, model.language[0].spec.hf_config.eos_token_id)
 
     def generate(

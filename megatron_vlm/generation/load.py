@@ -9,9 +9,9 @@ module is what a plain Python process meets first.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_args
 
 from megatron_vlm.config.extensions import import_extensions
 from megatron_vlm.errors import ConfigError, ConversionError, one_line
@@ -50,6 +50,7 @@ def load(
     dtype: Dtype | None = None,
     downsample_order: str | None = None,
     extensions: Sequence[str] = (),
+    template_arguments: Mapping[str, Any] | None = None,
     **ranks: Unpack[RankCounts],
 ) -> "Assistant | RankedAssistant":
     """A trained model, ready to answer. Under a launcher every rank of the job calls it, without `devices`.
@@ -67,6 +68,8 @@ def load(
         downsample_order: column or row, of a LLaVA directory that does not say it of its `mlp_downsample`.
         extensions: modules of your own to import. A checkpoint that was trained with some names them, but it is your
             word that runs code.
+        template_arguments: variables of the tokenizer's chat template, instead of those of the same name it was trained
+            with.
         ranks: tensor, pipeline, ulysses, ring: ranks that share one model; the ranks of the job are so many replicas of
             it, and all ranks of a replica ask it the same at the same time. With devices, all of them are one replica.
             Ulysses and ring ranks share each prompt and its kv cache, in whole equal parts: for long prompts.
@@ -90,8 +93,9 @@ def load(
                 f"devices: found {list(devices)} on a rank of {launch.world_size}, needs a process of its own"
             )
         if placement.device != "cpu" or placement.world_size > 1:
-            choices = {"template": template, "dtype": dtype, "downsample_order": downsample_order}
-            return RankedAssistant(path, placement, **choices, extensions=tuple(extensions))
+            choices: dict[str, Any] = {"template": template, "dtype": dtype, "downsample_order": downsample_order}
+            choices |= {"extensions": tuple(extensions), "template_arguments": template_arguments}
+            return RankedAssistant(path, placement, **choices)
         device = "cpu"
     with quietly():
         torch_device = prepare(device, launch.local_world_size)
@@ -101,7 +105,7 @@ def load(
 
         if not torch.distributed.is_initialized():
             init_world(launch, torch_device, COLLECTIVE_TIMEOUT_SECONDS)
-        return open_checkpoint(path, template, dtype, downsample_order, **ranks)
+        return open_checkpoint(path, template, dtype, downsample_order, template_arguments, **ranks)
 
 
 def open_checkpoint(
@@ -109,6 +113,7 @@ def open_checkpoint(
     template: str | None = None,
     dtype: Dtype | None = None,
     downsample_order: str | None = None,
+    template_arguments: Mapping[str, Any] | None = None,
     **ranks: Unpack[RankCounts],
 ) -> "Assistant":
     """The assistant of `path`, in a process whose device and default process group exist. Raises as `load`."""
@@ -134,8 +139,10 @@ def open_checkpoint(
         config = inference_config(directory, parallel)
     else:
         config = _foreign_config(foreign, parallel, dtype)
-    config = _as_chosen(config, template, dtype)
+    config = _as_chosen(config, template, template_arguments, dtype)
     tokenizer = _load_tokenizer(config, path)
+    if foreign is not None:
+        config = _as_of_today(config, tokenizer)
     validate_layout(config, gather_facts(config, TEMPLATES.names(), tasks=()), world_size)
     _forget_grid(parallel)
     grid = build_grid(GridSizes.from_config(config.parallel, world_size))
@@ -170,10 +177,29 @@ def _check_choices(template: str | None, dtype: str | None) -> None:
         raise ConfigError(f"dtype: found {dtype!r}, needs {' or '.join(get_args(Dtype))}")
 
 
-def _as_chosen(config: "Config", template: str | None, dtype: Dtype | None) -> "Config":
-    data = config.data if template is None else config.data.model_copy(update={"template": template})
+def _as_chosen(
+    config: "Config", template: str | None, arguments: Mapping[str, Any] | None, dtype: Dtype | None
+) -> "Config":
+    """Another template than the trained one takes none of its arguments."""
+    data = config.data
+    if template not in (None, data.template):
+        data = data.model_copy(update={"template": template, "template_arguments": {}})
+    data = data.model_copy(update={"template_arguments": {**data.template_arguments, **(arguments or {})}})
     precision = config.precision if dtype is None else config.precision.model_copy(update={"params": dtype})
     return config.model_copy(update={"data": data, "precision": precision})
+
+
+def _as_of_today(config: "Config", tokenizer: "Tokenizer") -> "Config":
+    """Shows the chat template of another system's model the day it is, as that system would."""
+    from datetime import date
+
+    from megatron_vlm.data.chat_template import CLOCK, reads_clock
+
+    data = config.data
+    if data.template != "auto" or CLOCK in data.template_arguments or not reads_clock(tokenizer):
+        return config
+    arguments = {**data.template_arguments, CLOCK: date.today().isoformat()}
+    return config.model_copy(update={"data": data.model_copy(update={"template_arguments": arguments})})
 
 
 def _load_tokenizer(config: "Config", path: str | os.PathLike[str]) -> "Tokenizer":

@@ -180,12 +180,12 @@ def collate(
     """Renders, tokenises and pads.
 
     Args:
-        answered: the samples' last turns are answers, which are rendered too and labelled; no others are.
+        answered: the samples' last turns are answers, which are encoded too, as in training, and labelled.
 
     Raises:
-        DataError: as `ConversationEncoder.encode_prompt` and `encode` do.
+        DataError: as `ConversationEncoder.encode_prompt` and `encode_answer` do.
     """
-    encode = encoder.encode if answered else encoder.encode_prompt
+    encode = encoder.encode_answer if answered else encoder.encode_prompt
     encoded = [encode(question.sample) for question in questions]
     length = max(len(prompt.ids) for prompt in encoded)
     ids = torch.full((len(encoded), length), PLACEHOLDER_ID)
@@ -197,20 +197,12 @@ def collate(
         padding = length - len(prompt.ids)
         ids[row, padding:] = torch.tensor(prompt.ids)
         valid[row, padding:] = True
-        for token in _last_answer(prompt.labels):
-            labels[row, padding + token - 1] = prompt.labels[token]
+        labels[row, padding : length - 1] = torch.tensor(prompt.labels[1:])
         for path, start in zip(question.sample.images, prompt.image_starts, strict=True):
             item = MediaItem(cost, spec.tokens_per_image, micro_batch=0, row=row, start=padding + start)
             spans.append(MediaSpan(question.sample.id, path, item))
     images = [image for question in questions for image in question.images]
     return PromptBatch(ids, valid, spans, images, labels if answered else None)
-
-
-def _last_answer(labels: list[int]) -> range:
-    """Where the last run of labels stands that are not IGNORE; empty where there is none."""
-    stop = max((number + 1 for number, label in enumerate(labels) if label != IGNORE), default=0)
-    start = max((number + 1 for number, label in enumerate(labels[:stop]) if label == IGNORE), default=1)
-    return range(start, stop)
 
 
 def _classify(part: object, origin: str) -> str | ImageSource:

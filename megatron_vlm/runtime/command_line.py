@@ -5,6 +5,7 @@ arguments are read inside `fail_together`. torch is not imported: help comes at 
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from megatron_vlm.errors import ConfigError, ParallelError, one_line
 from megatron_vlm.runtime.failure import fail_together
 from megatron_vlm.runtime.garbage import spare_imports
 from megatron_vlm.runtime.launch import Launch, read_launch, spare_children_the_working_directory
+
+CHOICES = ("template", "template_arguments", "dtype", "downsample_order", "extensions")  # options that `load` takes
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -41,6 +44,14 @@ class CommandLine(argparse.ArgumentParser):
         for name, what in axes.items():
             self.add_argument(f"--{name}", type=whole_number(1), default=1, metavar="N", help=f"{what} (default 1)")
         self.add_argument("--template", metavar="NAME", help="conversation template (default: the model's own)")
+        self.add_argument(
+            "--template-argument",
+            dest="template_arguments",
+            action=_Mapping,
+            type=_name_and_value,
+            metavar="NAME=VALUE",
+            help="variable of the tokenizer's chat template, such as enable_thinking=false (default: as trained)",
+        )
         self.add_argument(
             "--dtype",
             choices=("fp32", "bf16"),
@@ -100,6 +111,25 @@ def _module_names(text: str) -> tuple[str, ...]:
     if not all(part.isidentifier() for name in names for part in name.split(".")):
         raise argparse.ArgumentTypeError(f"found {text!r}, needs names of modules: my_package.my_module,other")
     return names
+
+
+class _Mapping(argparse.Action):
+    """Gathers pairs of an option given several times."""
+
+    def __call__(self, _: Any, namespace: argparse.Namespace, values: Any, __: str | None = None) -> None:
+        name, value = values
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), name: value})
+
+
+def _name_and_value(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as JSON where it is some, else a text."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"found {text!r}, needs NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def whole_number(minimum: int) -> Callable[[str], int]:

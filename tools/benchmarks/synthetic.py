@@ -73,7 +73,7 @@ def make(folder: Path, shape: Shape, sizes: Sequence[SampleSize], data: DataConf
     folder.mkdir(parents=True)
     make_tokenizer(folder / "tokenizer", shape.vocab_size)
     tokenizer = load_tokenizer(folder / "tokenizer", data.image_token)
-    encoder = ConversationEncoder(tokenizer, data.template, data.image_token, shape.spec.tokens_per_image)
+    encoder = ConversationEncoder.of(data, tokenizer, shape.spec.tokens_per_image)
     random = np.random.default_rng(0)
     samples = []
     for number, size in enumerate(sizes):

@@ -214,7 +214,7 @@ def pick_samples(config: Config, tokens_per_image: int, num_rows: int) -> tuple[
     """
     data = config.data
     tokenizer = load_tokenizer(config.model.language.tokenizer, data.image_token)
-    encoder = ConversationEncoder(tokenizer, data.template, data.image_token, tokens_per_image)
+    encoder = ConversationEncoder.of(data, tokenizer, tokens_per_image)
     file, root = SOURCES.get(data.source)(data.path, data.image_token), Path(str(data.media_root))
     kinds: dict[int, list[tuple[int, Extent]]] = {1: [], 2: [], 0: []}
     fault: DataError | None = None
