@@ -46,8 +46,8 @@ _NO_CHANCE = "it draws at random (lipsum), so it would be another one each time;
 def reads_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template may ask for the date; False where it cannot be read."""
     try:
-        return CLOCK in meta.find_undeclared_variables(_parse(str(tokenizer.get_chat_template())))
-    except jinja2.TemplateError:
+        return CLOCK in _parse(str(tokenizer.get_chat_template()))[1]
+    except Exception:  # told where it is rendered
         return False
 
 
@@ -62,14 +62,13 @@ class ChatTemplate:
     Raises:
         ConfigError: an argument that the template does not read, or that is no argument; a clock that is no date; a
             template that draws at random.
-        jinja2.TemplateError, ValueError: it cannot be read as a template.
+        LimitError, or whatever jinja raises: it cannot be read as a template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> None:
         self.tokenizer = tokenizer
         source = str(tokenizer.get_chat_template())
-        tree = bounded(lambda: _parse(source))
-        names = meta.find_undeclared_variables(tree)
+        tree, names = _parse(source)
         _refuse_unread(arguments, names, str(tokenizer.name_or_path))
         _refuse_chance(tree, str(tokenizer.name_or_path))
         self.arguments = {name: value for name, value in arguments.items() if name != CLOCK}
@@ -114,12 +113,18 @@ class _GenerationBlocks(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
-def _parse(source: str) -> nodes.Template:
+def _parse(source: str) -> tuple[nodes.Template, set[str]]:
+    """Its syntax tree and the variables that it reads. Bounded, as jinja computes constants meanwhile."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, jinja2.ext.loopcontrols]
     )
     environment.globals.clear()  # or their names would not be told among those that are read
-    return environment.parse(source)
+
+    def read() -> tuple[nodes.Template, set[str]]:
+        tree = environment.parse(source)
+        return tree, meta.find_undeclared_variables(tree)
+
+    return bounded(read)
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:

@@ -39,6 +39,13 @@ class RankCounts(TypedDict, total=False):
     ring: int
 
 
+class LoadOptions(RankCounts, total=False):
+    """What is seldom said: the layout, and variables of the tokenizer's chat template, each of which takes the place of
+    the one that the model was trained with."""
+
+    template_arguments: Mapping[str, Any] | None
+
+
 COLLECTIVE_TIMEOUT_SECONDS = 600
 
 
@@ -50,8 +57,7 @@ def load(
     dtype: Dtype | None = None,
     downsample_order: str | None = None,
     extensions: Sequence[str] = (),
-    template_arguments: Mapping[str, Any] | None = None,
-    **ranks: Unpack[RankCounts],
+    **options: Unpack[LoadOptions],
 ) -> "Assistant | RankedAssistant":
     """A trained model, ready to answer. Under a launcher every rank of the job calls it, without `devices`.
 
@@ -66,36 +72,33 @@ def load(
         dtype: of the weights, fp32 or bf16. Default: the recipe's; of another system's model as stored, and fp16, which
             is not computed in, as bf16 on GPUs and as fp32, which holds every value of it, on the CPU.
         downsample_order: column or row, of a LLaVA directory that does not say it of its `mlp_downsample`.
-        extensions: modules of your own to import. A checkpoint that was trained with some names them, but it is your
-            word that runs code.
-        template_arguments: variables of the tokenizer's chat template, instead of those of the same name it was trained
-            with.
-        ranks: tensor, pipeline, ulysses, ring: ranks that share one model; the ranks of the job are so many replicas of
-            it, and all ranks of a replica ask it the same at the same time. With devices, all of them are one replica.
-            Ulysses and ring ranks share each prompt and its kv cache, in whole equal parts: for long prompts.
+        extensions: modules of your own to import. A checkpoint names its own, but it is your word that runs code.
+        options: tensor, pipeline, ulysses, ring: ranks that share one model; the ranks of the job are so many replicas
+            of it, and all ranks of a replica ask it the same at the same time. With devices, all of them are one
+            replica. Ulysses and ring ranks share each prompt and its kv cache, in whole equal parts: for long prompts.
+            template_arguments: variables of the chat template, in the places of those that it was trained with.
 
     Raises:
         CheckpointError: no checkpoint there, or a damaged or incomplete one.
         ConversionError: a directory of another system that is not whole, leaves the order of its squares open or says
             another, or a hub id that cannot be fetched.
         ConfigError: the device asked for is not there, a recipe of another version, an extension that cannot be
-            imported, or that the recipe names and you do not, a template, dtype or order that is
-            not known or does not fit, or a layout that does not divide the ranks, the model's heads or its layers.
+            imported, or that the recipe names and you do not, a template, argument, dtype or order that is not known
+            or does not fit, or a layout that does not divide the ranks, the model's heads or its layers.
         ParallelError: this process works in another layout already.
     """
-    launch = read_launch()
+    launch, arguments = read_launch(), options.pop("template_arguments", None)
+    ranks: RankCounts = options
     if devices is not None:
         from megatron_vlm.generation.ranks import RankedAssistant, read_devices
 
         placement = read_devices(devices, **ranks)
         if launch.world_size > 1:
-            raise ConfigError(
-                f"devices: found {list(devices)} on a rank of {launch.world_size}, needs a process of its own"
-            )
+            found = f"{list(devices)} on a rank of {launch.world_size}"
+            raise ConfigError(f"devices: found {found}, needs a process of its own")
         if placement.device != "cpu" or placement.world_size > 1:
-            choices: dict[str, Any] = {"template": template, "dtype": dtype, "downsample_order": downsample_order}
-            choices |= {"extensions": tuple(extensions), "template_arguments": template_arguments}
-            return RankedAssistant(path, placement, **choices)
+            words = {"template": template, "template_arguments": arguments, "extensions": tuple(extensions)}
+            return RankedAssistant(path, placement, dtype=dtype, downsample_order=downsample_order, **words)
         device = "cpu"
     with quietly():
         torch_device = prepare(device, launch.local_world_size)
@@ -105,7 +108,7 @@ def load(
 
         if not torch.distributed.is_initialized():
             init_world(launch, torch_device, COLLECTIVE_TIMEOUT_SECONDS)
-        return open_checkpoint(path, template, dtype, downsample_order, template_arguments, **ranks)
+        return open_checkpoint(path, template, dtype, downsample_order, arguments, **ranks)
 
 
 def open_checkpoint(

@@ -144,6 +144,7 @@ def test_ids_are_those_of_one_text_where_nothing_is_joined(
         ("llama3", "chatml"),
         ("gpt2", "deepseek"),
         ("first", "llama2_chat"),
+        ("gpt2", "question"),
     ):
         encoder = encoder_of(template, made[form, False])
         for sample in conversations(template, 40):
