@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from itertools import accumulate, pairwise
 from pathlib import Path
 from random import Random
 
@@ -65,9 +66,12 @@ def main() -> None:
 
 
 def plan(kinds: list[Kind], inputs: int, seed: int) -> list[Task]:
-    """So many inputs, by the kinds' shares but at least one of each, well mixed."""
-    total = sum(kind.share for kind in kinds)
-    tasks = [Task(kind, seed, index) for kind in kinds for index in range(max(1, round(inputs * kind.share / total)))]
+    """So many inputs, by the kinds' shares, well mixed."""
+    ends = [
+        round(inputs * part / sum(kind.share for kind in kinds)) for part in accumulate(kind.share for kind in kinds)
+    ]
+    numbers = [end - start for start, end in pairwise([0, *ends])]
+    tasks = [Task(kind, seed, index) for kind, number in zip(kinds, numbers, strict=True) for index in range(number)]
     Random(seed).shuffle(tasks)
     return tasks
 
