@@ -17,6 +17,7 @@ from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.stored_metadata import read_metadata
 from megatron_vlm.conversion.mappings import Mapping
 from megatron_vlm.errors import CheckpointError, one_line
+from megatron_vlm.runtime.files import open_regular
 
 MODEL_PARTS = ("language.", "vision.", "projector.")  # a checkpoint holds optimizer states beside them
 _NUM_KEPT = 2  # parameters kept in memory per thread: a file's order puts o_proj between k_proj and q_proj
@@ -98,7 +99,7 @@ class NativeSource:
     def _chunk(self, name: str, offsets: torch.Size) -> Tensor:
         place = self._storage[MetadataIndex(name, offsets)]
         try:
-            with open(self._directory / place.relative_path, "rb") as stream:
+            with open_regular(self._directory / place.relative_path) as stream:
                 stream.seek(place.offset)
                 tensor: Tensor = torch.load(io.BytesIO(stream.read(place.length)), "cpu", weights_only=True)
             if type(tensor) is not Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_TEXT_BYTES = 1 << 30  # of a file that is read as one text: far above any real one, far below the memory
+PIECE_BYTES = 1 << 20
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -67,7 +68,10 @@ def check_regular(path: str | os.PathLike[str], or_directory: bool = False) -> o
 def read_bytes(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> bytes:
     """All bytes of a regular file. Raises OSError, also where there are more than `max_bytes`."""
     with open_regular(path) as file:
-        data = file.read(max_bytes + 1)
+        size_bytes = os.fstat(file.fileno()).st_size
+        data = file.read(min(size_bytes, max_bytes + 1))  # room for all that is asked for is made first
+        while len(data) <= max_bytes and (more := file.read(PIECE_BYTES)):  # /proc tells no sizes
+            data += more
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"has more than the {max_bytes:,} bytes that are allowed", os.fspath(path))
     return data

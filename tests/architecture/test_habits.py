@@ -30,6 +30,59 @@ def environment_reads(path: Path, tree: ast.Module) -> Iterator[str]:
             yield f"{path}:{found.line} imports {found.module}; the environment is read in runtime/ only"
 
 
+OWN_FILES = (  # what they open was written by this process or its child a moment ago
+    "megatron_vlm/checkpoint/integrity.py",
+    "megatron_vlm/data/tokenizer.py",
+    "megatron_vlm/training/layout_check/reference.py",
+)
+
+
+def plain_reads(path: Path, tree: ast.Module) -> Iterator[str]:
+    """Files read without the one rule: by `open` for reading, or pathlib's own readers."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        named = node.func.id if isinstance(node.func, ast.Name) else None
+        modes = [one.value for one in [*node.args[1:2], *(k.value for k in node.keywords if k.arg == "mode")]
+                 if isinstance(one, ast.Constant) and isinstance(one.value, str)]  # fmt: skip
+        opens = named == "open" and not any(set(mode) & set("wax") for mode in modes)
+        reads = (
+            isinstance(node.func, ast.Attribute)
+            and not (isinstance(node.func.value, ast.Name) and node.func.value.id == "files")
+            and (node.func.attr == "read_text" or (node.func.attr == "read_bytes" and not node.args))
+        )
+        if opens or reads:
+            yield f"{path}:{node.lineno} reads a file plainly; megatron_vlm/runtime/files.py refuses pipes and devices"
+
+
+def test_files_of_others_are_read_by_one_rule() -> None:
+    found = [
+        line
+        for path in python_files("megatron_vlm")
+        if path.parts[1] != "runtime" and str(path) not in OWN_FILES
+        for line in plain_reads(path, tree_of(path))
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("open(p)", 1),
+        ("open(p, 'rb')", 1),
+        ("open(p, mode='r')", 1),
+        ("p.read_text(encoding='utf-8')", 1),
+        ("p.read_bytes()", 1),
+        ("open(p, 'wb')", 0),
+        ("open(p, 'a+')", 0),
+        ("files.read_text(p)", 0),
+        ("self.file.read_bytes(extent)", 0),
+    ],
+)
+def test_the_reading_rule_can_fail(source: str, count: int) -> None:
+    assert len(list(plain_reads(Path("x.py"), ast.parse(source)))) == count
+
+
 def test_no_print_outside_tools_and_examples() -> None:
     found = [line for path in python_files("megatron_vlm", "kernels") for line in prints(path, tree_of(path))]
     assert not found, "\n".join(found)

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.errors import TrainingError
+from megatron_vlm.runtime import files
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training.held_out import EvaluationReport
 from megatron_vlm.training.hooks.base import Hook
@@ -20,6 +22,7 @@ from megatron_vlm.training.meters import StepReport
 logger = get_logger(__name__)
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluation.jsonl"
+MAX_BYTES = 1 << 36  # of a file of lines: a run of 10^8 steps
 
 
 class EvaluationsHook(Hook):
@@ -63,10 +66,15 @@ def to_line(values: dict[str, Any]) -> bytes:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of such a file; a last line cut short by a kill is left out."""
-    if not path.exists():
+    """The whole lines of such a file; a last line cut short by a kill is left out. Raises TrainingError where something
+    stands there that cannot be read."""
+    try:
+        content = files.read_bytes(path, MAX_BYTES)
+    except FileNotFoundError:
         return []
-    lines, whole = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], []
+    except OSError as error:
+        raise TrainingError(f"checkpoint.directory: {path} cannot be read: {error.strerror or error}") from error
+    lines, whole = content.decode("utf-8", errors="replace").split("\n")[:-1], []
     for number, line in enumerate(lines, start=1):
         try:
             whole.append(json.loads(line))

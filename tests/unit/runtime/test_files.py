@@ -72,6 +72,8 @@ def test_text_has_bounds(tmp_path: Path) -> None:
     assert read_bytes(path, 4) == b"abc\xff"
     with pytest.raises(OSError, match="has more than the 3 bytes"):
         read_bytes(path, 3)
+    assert read_bytes(path, 1 << 60) == b"abc\xff", "no more room is made than the file needs"
+    assert read_bytes("/proc/self/status").startswith(b"Name:"), "which tells a size of 0"
     with pytest.raises(OSError, match=r"is not UTF-8 text \(byte 3\)"):
         read_text(path)
 

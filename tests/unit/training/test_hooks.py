@@ -353,3 +353,9 @@ def test_a_recipe_chooses_what_is_shown(tmp_path: Path, tensorboard: bool) -> No
     assert not (tmp_path / "run" / "curves.png").exists()
     assert read_lines(tmp_path / "run" / METRICS)[0]["sample_ids"]
     assert (tmp_path / "run" / "recipe.yaml").exists() and (tmp_path / "run" / "summary.jsonl").exists()
+
+
+def test_a_pipe_in_the_place_of_the_lines_is_told(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / METRICS)
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl cannot be read: is a named pipe"):
+        JsonLinesHook(tmp_path, 3)
