@@ -41,6 +41,7 @@ from megatron_vlm.data.sample import IGNORE, BadSample, Sample, Turn
 from megatron_vlm.data.templates import TEMPLATES
 from megatron_vlm.errors import ConfigError, one_line
 
+MAX_CHARACTERS = 2**22  # of a conversation: a tokenizer may take 300 bytes for each, 1.2 GiB here
 PLACEHOLDER_ID = 0  # valid in every vocabulary; the merge replaces the row
 
 
@@ -245,9 +246,14 @@ class ConversationEncoder:
         )
 
     def _render_turns(self, turns: Sequence[Turn], generation_prompt: bool = False) -> str:
+        """Raises ValueError for more text than is cut into tokens, or whatever a chat template raises."""
         if self.chat_template is not None:
-            return self.chat_template.render(turns, generation_prompt)
-        return self.form.render(turns, self.tokenizer, generation_prompt)
+            text = self.chat_template.render(turns, generation_prompt)
+        else:
+            text = self.form.render(turns, self.tokenizer, generation_prompt)
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(f"rendered it has {len(text):,} characters, {MAX_CHARACTERS:,} are allowed")
+        return text
 
     def _render(self, sample: Sample, turns: Sequence[Turn], generation_prompt: bool = False) -> str:
         try:

@@ -87,6 +87,14 @@ def write_through_a_link() -> None:
     Path("link", "new").write_text("x")
 
 
+def replace_a_link() -> None:
+    """The link is its own, what it leads to stays."""
+    Path("link").symlink_to(OUTSIDE / "secret.txt")
+    Path("new").touch()
+    os.replace("new", "link")
+    os.remove("link")
+
+
 def import_planted() -> None:
     Path(f"{tripwire.PLANTED}.py").write_text("")
     sys.path.insert(0, os.getcwd())
@@ -100,6 +108,7 @@ def unpickle() -> None:
 READERS: dict[str, tuple[str, Callable[[], object]]] = {
     "nothing": ("accepted", lambda: None),
     "writes its own": ("accepted", lambda: Path("own").write_text("x")),
+    "replaces a link": ("accepted", replace_a_link),
     "sleeps a little": ("accepted", sleep_and_accept),
     "recipe": ("refused", lambda: refuse(ConfigError("steps: found -1, needs more"))),
     "sample": ("refused", lambda: refuse(BadSample("a sample is bad"))),

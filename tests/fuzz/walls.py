@@ -22,6 +22,7 @@ NETWORK = {"socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg", "
 NETWORK |= {"socket.gethostbyname", "socket.gethostbyaddr", "urllib.Request", "http.client.connect"}
 CHANGES = {"os.mkdir", "os.rmdir", "os.remove", "os.rename", "os.link", "os.symlink", "os.truncate", "os.chmod"}
 CHANGES |= {"os.chown", "os.utime", "os.setxattr", "shutil.rmtree", "shutil.move", "shutil.copyfile"}
+FOLLOWING = {"os.truncate", "os.chmod", "os.chown", "os.utime", "os.setxattr", "shutil.copyfile"}  # a link, to its end
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 READS = {"os.listdir", "os.scandir"}
 
@@ -56,7 +57,7 @@ class Walls:
             self._forbid("network", event, arguments)
         elif event in CHANGES:
             paths = [path for path in arguments if isinstance(path, str | bytes | os.PathLike)]
-            if any(self._is_outside(path) for path in paths):
+            if any(self._is_outside(path, follow=event in FOLLOWING) for path in paths):
                 self._forbid("file outside", event, arguments)
         elif event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
             if (arguments[2] or 0) & WRITES:
@@ -68,8 +69,8 @@ class Walls:
             if not self.may_read_outside and self._is_forbidden(arguments[0]):
                 self._forbid("file outside", event, arguments)
 
-    def _is_outside(self, path: str | bytes | os.PathLike[Any]) -> bool:
-        real = _real(path)
+    def _is_outside(self, path: str | bytes | os.PathLike[Any], follow: bool = True) -> bool:
+        real = _real(path) if follow else os.path.join(*_real_parent(path))
         is_own = real.startswith(self.place + "/") and not real.startswith(self.outside)
         return real != "/dev/null" and not is_own
 
@@ -88,3 +89,9 @@ def _real(path: str | bytes | os.PathLike[Any]) -> str:
         return os.path.realpath(os.fsdecode(path))
     except (ValueError, OSError):  # no name of a file: it cannot be opened either
         return "/dev/null"
+
+
+def _real_parent(path: str | bytes | os.PathLike[Any]) -> tuple[str, str]:
+    """The folder, links followed, and the name in it: what is renamed or removed is the link itself."""
+    folder, name = os.path.split(os.path.abspath(os.fsdecode(path)))
+    return _real(folder), name

@@ -71,6 +71,17 @@ def test_at_the_start_and_at_a_sample(tmp_path: Path, name: str) -> None:
     assert time.process_time() - start < 20
 
 
+def test_a_text_that_a_tokenizer_would_fill_the_memory_with(tmp_path: Path) -> None:
+    """By a template, and by a record under any template."""
+    told = "characters, 4,194,304 are allowed"
+    with pytest.raises(ConfigError, match=f"cannot be rendered: rendered it has 5,000,00. {told}"):
+        ConversationEncoder(tokenizers.byte_level(tmp_path, "{{ 'a'*5*10**6 }}"), "auto", "<image>", 1)
+    for template in ("auto", "vicuna_v1"):
+        encoder = ConversationEncoder(tokenizers.byte_level(tmp_path), template, "<image>", 1)
+        with pytest.raises(BadSample, match=f"element 0: sample 's': .*rendered it has 5,000,... {told}"):
+            encoder.encode(sample("q" * 5_000_000))
+
+
 class Panic(BaseException):
     """As pyo3 has it."""
 
