@@ -56,7 +56,8 @@ class Walls:
         elif event in NETWORK:
             self._forbid("network", event, arguments)
         elif event in CHANGES:
-            paths = [path for path in arguments if isinstance(path, str | bytes | os.PathLike)]
+            named = arguments[1:] if event == "os.symlink" else arguments  # what a link leads to does not change
+            paths = [path for path in named if isinstance(path, str | bytes | os.PathLike)]
             if any(self._is_outside(path, follow=event in FOLLOWING) for path in paths):
                 self._forbid("file outside", event, arguments)
         elif event == "open" and isinstance(arguments[0], str | bytes | os.PathLike):
