@@ -2,7 +2,8 @@
 
 A checkpoint that came from the same format gets back the names, the files and, bit for bit, everything it was not
 trained on; any other gets names from the format's table, shards of at most 5 GB, and a configuration of its own. So
-does the configuration of one whose recipe is another by now: the names and shards stay.
+does the configuration of one whose recipe is another by now: the names and shards stay. One that has trained says how
+it was asked (`asking`) and has a card of its own.
 The directory is written beside its place and renamed.
 """
 
@@ -24,6 +25,7 @@ from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.model_sources import read_sources, write_sources
 from megatron_vlm.checkpoint.recipe import PARTS, saved_config
 from megatron_vlm.config.schema import VisionConfig
+from megatron_vlm.conversion.asking import Asking, let_transformers_4_read, write_record, write_stops
 from megatron_vlm.conversion.destination import refuse_taken
 from megatron_vlm.conversion.export_plan import (
     TOWER_FILE,
@@ -37,13 +39,15 @@ from megatron_vlm.conversion.files import INDEXES, SAFETENSORS_INDEX
 from megatron_vlm.conversion.formats.base import FORMATS, Format, Target, read_json
 from megatron_vlm.conversion.formats.llava import TOWER_INSIDE, told_order
 from megatron_vlm.conversion.mappings import EMBEDDING, HEAD
+from megatron_vlm.conversion.model_card import CARD, ORIGINS_CARD, base_models, made_from, model_card
 from megatron_vlm.conversion.native_reading import NativeSource
-from megatron_vlm.conversion.origin import FOLDER, SENTENCEPIECE_FILE, Origin, reading_of
+from megatron_vlm.conversion.origin import FOLDER, LICENCE_FILES, SENTENCEPIECE_FILE, Origin, reading_of
 from megatron_vlm.conversion.table import model_mappings
 from megatron_vlm.data.tokenizer import load_tokenizer
-from megatron_vlm.errors import ConversionError
+from megatron_vlm.errors import ConfigError, ConversionError, one_line
 from megatron_vlm.models.hf_config import config_from_path
 from megatron_vlm.models.vision.survey import survey_tower
+from megatron_vlm.runtime.logging import get_logger
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROW_MULTIPLE = 64  # of embedding rows, where the image token needs one, as in transformers' own LLaVA weights
@@ -163,21 +167,20 @@ def plan_export(path: str | Path, format: str | None = None, dtype: str | None =
         num_rows = -(-(target.image_token_id + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
     shards = None
     if origin is not None and origin.weights and origin.format == target_format.name:
-        is_same = origin.reading == reading_of(checkpoint, target.config)
+        is_same = origin.is_read_as(reading_of(checkpoint, target.config))
         source = ExportSource(stored, origin.spare(), target.language.vocab_size if is_same else num_rows)
         shards = plan_returned(origin, source, target_format.disk_name, wanted, is_same)
         if shards is not None and is_same:
-            projector = target.config.model.projector.type
-            return Export(
-                origin.format, shards, source, partial(_write_returned, origin, shards, projector, dtype), commits
-            )
+            trained = Trained(target, manifest, origin, commits) if manifest.step else None
+            others = partial(_write_returned, origin, shards, target.config.model.projector.type, dtype, trained)
+            return Export(origin.format, shards, source, others, commits)
     if shards is None:
         came = {t.name: t.torch_dtype for tensors in origin.weights.values() for t in tensors} if origin else {}
         source = ExportSource(stored, {}, num_rows)
         shards = plan_fresh(stored.names(), source, target_format.disk_name, lambda name: wanted or came.get(name))
     written = next(t.dtype for shard in shards for t in shard.tensors if t.name == EMBEDDING)
     settings = {"vocab_size": num_rows, "dtype": str(written).removeprefix("torch.")}
-    others = partial(_write_fresh, target_format, target, settings, shards, origin)
+    others = partial(_write_fresh, target_format, Trained(target, manifest, origin, commits), settings, shards)
     return Export(target_format.name, shards, source, others, commits)
 
 
@@ -215,9 +218,39 @@ def _target(checkpoint: Path, manifest: Manifest) -> Target:
     )
 
 
-def _write_returned(origin: Origin, shards: list[ShardPlan], projector: str, dtype: str | None, folder: Path) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint whose weights are no longer those that were imported, if any were."""
+
+    target: Target
+    manifest: Manifest
+    origin: Origin | None
+    commits: Mapping[str, str]
+
+    def asking(self) -> Asking | None:
+        """How it was asked; None, which is told, of a tokenizer that the recipe's template does not fit: nobody can
+        have trained with both."""
+        try:
+            return Asking.of(self.target.checkpoint, self.target.config, self.target.language.eos_token_id)
+        except ConfigError as error:
+            get_logger(__name__).warning("the export says nothing of prompts and ends of answers: %s", one_line(error))
+            return None
+
+    def write_card(self, folder: Path, format: str) -> None:
+        """README.md. Raises OSError."""
+        former = folder / CARD
+        if former.is_file():
+            former.rename(folder / ORIGINS_CARD)
+        licence = None if self.origin is None else self.origin.licence()
+        card = model_card(self.target, self.manifest, format, licence, self.commits)
+        (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def _write_returned(
+    origin: Origin, shards: list[ShardPlan], projector: str, dtype: str | None, trained: Trained | None, folder: Path
+) -> None:
     """What the model came with; the index anew where the files are others, and in the config what an import was told
-    beside it."""
+    beside it. Of one that has trained since, also how it was asked in training, and a card."""
     are_returned = all(shard.is_returned for shard in shards)
     origin.copy_files(folder, leave_out=() if are_returned else INDEXES)
     had_index = any(str(file) in INDEXES for file in origin.files())
@@ -232,43 +265,46 @@ def _write_returned(origin: Origin, shards: list[ShardPlan], projector: str, dty
         settings |= TOWER_INSIDE
     if settings != read_json(folder / "config.json"):
         (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    if trained is None:
+        return
+    if (asking := trained.asking()) is not None:
+        asking.write_stops(folder)
+        if not asking.is_asked_alike(folder):
+            asking.write_prompts(folder)
+            write_record(folder, trained.target.config.data)
+            asking.check(folder)
+    trained.write_card(folder, origin.format)
 
 
 def _write_fresh(
-    format: Format,
-    target: Target,
-    settings: dict[str, Any],
-    shards: list[ShardPlan],
-    origin: Origin | None,
-    folder: Path,
+    format: Format, trained: Trained, settings: dict[str, Any], shards: list[ShardPlan], folder: Path
 ) -> None:
     """Tokenizer, and what the format makes of the rest."""
     assert format.write_extras is not None
-    shutil.copytree(target.checkpoint / "tokenizer", folder, dirs_exist_ok=True)
-    format.write_extras(folder, target, settings)
-    _let_transformers_4_read(folder / "tokenizer_config.json")
-    if origin is not None:
-        origin.copy_files(folder, only=(SENTENCEPIECE_FILE,))
+    asking, data = trained.asking(), trained.target.config.data
+    if asking is None:
+        shutil.copytree(trained.target.checkpoint / "tokenizer", folder, dirs_exist_ok=True)
+        tokenizer = load_tokenizer(folder, data.image_token)
+        write_stops(folder, tokenizer, {tokenizer.eos_token_id} - {None})
+    else:
+        asking.write_tokenizer(folder)
+        asking.write_stops(folder)
+    write_record(folder, data)
+    format.write_extras(folder, trained.target, settings)
+    let_transformers_4_read(folder / "tokenizer_config.json")
+    if trained.origin is not None:
+        trained.origin.copy_files(folder, only=(SENTENCEPIECE_FILE, *LICENCE_FILES))
     if len(shards) > 1 or shards[0].file != "model.safetensors":
         (folder / SAFETENSORS_INDEX).write_text(index_of(shards), encoding="utf-8")
+    if asking is not None:
+        asking.check(folder)
+    trained.write_card(folder, format.name)
 
 
 def _write_provenance(folder: Path, commits: Mapping[str, str]) -> None:
-    """sources.json, and a model card that names them in the hub's way, where the model came without a card."""
+    """sources.json, and where nothing says it yet a card that names them in the hub's way."""
     write_sources(folder, commits)
-    if not commits or (folder / "README.md").exists():
+    if not commits or (folder / CARD).exists():
         return
-    repositories = sorted({name.partition("@")[0] for name in commits})
-    lines = ["---", "base_model:", *(f"- {name}" for name in repositories), "---", ""]
-    lines += ["Made by megatron_vlm from:", "", *(f"- `{name}`, commit `{commits[name]}`" for name in sorted(commits))]
-    (folder / "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
-
-
-def _let_transformers_4_read(path: Path) -> None:
-    """A tokenizer's config with the names that transformers 5 gave up writing and still reads."""
-    settings = read_json(path)
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(settings.get("extra_special_tokens"), list):
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+    text = "\n".join(["---", *base_models(commits), "---", "", *made_from(commits), ""])
+    (folder / CARD).write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ A checkpoint trained from an imported one keeps it too (`carry`).
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -36,13 +37,18 @@ from megatron_vlm.conversion.sources import FolderSource
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import CheckpointError, ConversionError, one_line, shown
 from megatron_vlm.models.hf_config import config_from_path
-from megatron_vlm.runtime.files import read_bytes, stays_inside
+from megatron_vlm.runtime.files import read_bytes, read_text, stays_inside
 from megatron_vlm.runtime.logging import get_logger
 
 FOLDER = "origin"
 MAX_CARRIED_BYTES = 64 * 2**20  # of one file
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+CARD = "README.md"  # a model card, whose head may name a licence
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE")
 SENTENCEPIECE_FILE = "tokenizer.model"  # which transformers 5 does not write, and the original LLaVA reads
+_ASKED = ("template", "template_arguments")
+_HEAD = re.compile(r"---\n.*?\n---\n", re.DOTALL)
+_LICENCE = re.compile(r"""^license:\s*["']?([\w.+-]+)["']?\s*$""", re.MULTILINE)
 _RECORD, _HEADERS, _FILES, _SPARE = "origin.json", "headers", "files", "spare.safetensors"
 _BESIDE_THE_MODEL = ("architectures", "dtype", "_name_or_path")  # of a config: what made it, and how it is stored
 RECORD = f"{FOLDER}/{_RECORD}"
@@ -160,6 +166,20 @@ class Origin:
         root = self.folder / _FILES
         return [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
 
+    def is_read_as(self, reading: dict[str, Any]) -> bool:
+        """Whether a checkpoint is still what the directory was read as. Records of old say nothing of the template."""
+        return {
+            key: value for key, value in reading.items() if key in self.reading or key != "template"
+        } == self.reading
+
+    def licence(self) -> str | None:
+        """What the head of the model card names, one word as the hub has it; None where it names none."""
+        card = self.folder / _FILES / CARD
+        if not card.is_file() or (head := _HEAD.match(read_text(card, MAX_CARRIED_BYTES))) is None:
+            return None
+        named = _LICENCE.search(head[0])
+        return None if named is None else named[1]
+
     def copy_files(self, into: Path, only: Collection[str] | None = None, leave_out: Collection[str] = ()) -> None:
         """Writes the carried files. Raises OSError."""
         for file in self.files():
@@ -188,6 +208,8 @@ def reading_of(checkpoint: Path, config: Config) -> dict[str, Any]:
         "select_layer": config.model.vision.select_layer,
         "select_feature": config.model.vision.select_feature,
         "projector": config.model.projector.type,
+        "template": config.data.template,
+        "template_arguments": config.data.template_arguments,
         "image_mode": config.data.image_mode,
         "image_token": config.data.image_token,
         "tokenizer": _tokenizer_digest(checkpoint / "tokenizer", config.data.image_token),

@@ -5,7 +5,8 @@ would take from elsewhere is an argument too, or refused: a template that writes
 (`strftime_now`) would be another one tomorrow, so it is shown the day that `strftime_now: 2026-03-05` says, and fails
 without one; drawing at random (`lipsum`, the filter `random`) always fails.
 
-`{% generation %}` blocks, by which a template marks what the model says, are kept by their places.
+One that takes lists of typed parts only gets each text as one part. `{% generation %}` blocks, by which a template
+marks what the model says, are kept by their places.
 
 Hazard: what a template reads is found in its syntax tree, but whether it asks for the date only by rendering it: many
 do only where they are given none (`date_string`).
@@ -24,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from megatron_vlm.data.jinja import content_form, content_of
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.registry import did_you_mean
@@ -74,12 +76,13 @@ class ChatTemplate:
         self.arguments = {name: value for name, value in arguments.items() if name != CLOCK}
         self.marks_answers = tree.find(nodes.Scope) is not None
         self.source = _prelude(names, arguments.get(CLOCK)) + source
+        self.form = content_form(self.source, self._variables()) or "texts"
 
     def render(self, turns: Sequence[Turn], generation_prompt: bool) -> str:
         """Their text. Raises whatever the template raises."""
         text = bounded(
             lambda: self.tokenizer.apply_chat_template(
-                _messages(turns),
+                self._messages(turns),
                 chat_template=self.source,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
@@ -91,16 +94,21 @@ class ChatTemplate:
 
     def marks(self, turns: Sequence[Turn]) -> list[tuple[int, int]]:
         """Where in the rendered text generation blocks stand, [start, end) in characters. Raises as `render`."""
-        variables = {**self.tokenizer.special_tokens_map, **self.arguments}
         _, places = bounded(
             lambda: render_jinja_template(
-                conversations=[_messages(turns)],
+                conversations=[self._messages(turns)],
                 chat_template=self.source,
                 return_assistant_tokens_mask=True,
-                **variables,
+                **self._variables(),
             )
         )
         return [(start, end) for start, end in places[0] if start < end]
+
+    def _variables(self) -> dict[str, Any]:
+        return {**self.tokenizer.special_tokens_map, **self.arguments}
+
+    def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        return [{"role": turn.role, "content": content_of(turn.text, self.form)} for turn in turns]
 
 
 class _GenerationBlocks(Extension):
@@ -125,10 +133,6 @@ def _parse(source: str) -> tuple[nodes.Template, set[str]]:
         return tree, meta.find_undeclared_variables(tree)
 
     return bounded(read)
-
-
-def _messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.text} for turn in turns]
 
 
 def _refuse_unread(arguments: Mapping[str, Any], names: set[str], owner: str) -> None:

@@ -18,19 +18,11 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from megatron_vlm.data.chat_template import ChatTemplate
+from megatron_vlm.data.jinja import LLAMA_3_JINJA, LLAMA_3_SYSTEM, PLAIN_JINJA, VICUNA_JINJA, VICUNA_SYSTEM
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.registry import Registry
 
 Render = Callable[[Sequence[Turn], PreTrainedTokenizerBase, bool], str]
-
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-LLAMA_3_SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
-)
 
 
 @dataclass(frozen=True)
@@ -44,12 +36,16 @@ class Template:
         begins: the tokenizer's begin-of-sequence token, where it has one, comes before the text. It is put there as an
             id: behind a token in the text, some tokenizers cut the first word another way.
         captions: of a question nothing but its image markers is kept; a sample is one question and one answer.
+        jinja: the same as a chat template over texts, without the begin-of-sequence token, for those who cannot call
+            `render` (exported models). `IMAGE` in it stands for the image marker as a string. None: there is none, or
+            it is the tokenizer's.
     """
 
     render: Render
     needs: tuple[str, ...] = ()
     begins: bool = False
     captions: bool = False
+    jinja: str | None = None
 
 
 TEMPLATES: Registry[Template] = Registry("template")
@@ -92,11 +88,12 @@ def _split_system(turns: Sequence[Turn], default: str) -> tuple[str, Sequence[Tu
 
 
 TEMPLATES.register("auto")(Template(render_chat_template))
-TEMPLATES.register("plain")(Template(render_plain, begins=True, captions=True))
-TEMPLATES.register("vicuna_v1")(Template(render_vicuna_v1, needs=("</s>",), begins=True))
+TEMPLATES.register("plain")(Template(render_plain, begins=True, captions=True, jinja=PLAIN_JINJA))
+TEMPLATES.register("vicuna_v1")(Template(render_vicuna_v1, needs=("</s>",), begins=True, jinja=VICUNA_JINJA))
 TEMPLATES.register("llama_3")(
     Template(
         render_llama_3,
         needs=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"),
+        jinja=LLAMA_3_JINJA,
     )
 )

@@ -3,10 +3,6 @@
 `generate` is for people: texts and images mixed, one prompt or several; `score` says how likely given answers are.
 `answer` is for programs (evaluation): one batch of ready questions. A conversation of several turns is chat.py's, over
 `generate`.
-
-Hazard: what ends an answer. A model configuration made from a dictionary carries transformers' default end of sequence
-(2 for Llama), which in the tokenizer in use may be an ordinary letter; only ids that the tokenizer knows as special
-count.
 """
 
 from collections.abc import Sequence
@@ -19,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_vlm.config.schema import DataConfig
+from megatron_vlm.data.answer_ends import find_stop_ids
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.media import MediaReader, to_rgb
 from megatron_vlm.data.sample import BadSample, Frame, Sample, Turn
 from megatron_vlm.data.tokenizer import Tokenizer
-from megatron_vlm.errors import ConfigError, DataError, one_line
+from megatron_vlm.errors import DataError, one_line
 from megatron_vlm.generation.decoding import decode
 from megatron_vlm.generation.prompts import (
     ImageSource,
@@ -227,22 +224,3 @@ class Assistant:
                 raise DataError(f"{sample.origin}: an image in memory cannot be used: {one_line(error)}") from error
         assert isinstance(image, Path)
         return self.reader.read(image, sample.origin)
-
-
-def find_stop_ids(encoder: ConversationEncoder, configured: int | Sequence[int] | None) -> frozenset[int]:
-    """The tokens that end an answer: the tokenizer's end of sequence, what the template ends trained answers with, and
-    the model configuration's, as far as they are special tokens.
-
-    Raises ConfigError where there is none.
-    """
-    candidates = [configured] if isinstance(configured, int) else list(configured or ())
-    candidates += encoder.find_turn_ends()
-    if encoder.tokenizer.eos_token_id is not None:
-        candidates.append(encoder.tokenizer.eos_token_id)
-    stop_ids = frozenset(candidates) & encoder.special_ids
-    if not stop_ids:
-        raise ConfigError(
-            f"the tokenizer of {encoder.tokenizer.name_or_path!r} has no end-of-sequence token and its template ends "
-            "answers with none, so an answer would never end; set eos_token"
-        )
-    return stop_ids

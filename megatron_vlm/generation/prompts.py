@@ -25,6 +25,7 @@ from torch.nn.functional import pad
 
 from megatron_vlm.data.batch import MediaSpan
 from megatron_vlm.data.conversation import PLACEHOLDER_ID, ConversationEncoder
+from megatron_vlm.data.jinja import join_parts
 from megatron_vlm.data.sample import IGNORE, Sample, Turn
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
@@ -126,9 +127,9 @@ def list_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool
 def read_prompt(prompt: Prompt, image_token: str, number: int) -> tuple[Sample, list[ImageSource]]:
     """One prompt -> its sample and its images.
 
-    Texts and images of a message are joined by line breaks in the order given. Where no text of the message holds the
-    image token, each image puts one at its own place, so that [image, "question"] reads as LLaVA's
-    "<image>\\nquestion".
+    Texts and images of a message are joined in the order given, by a line break where no blank parts them. Where no
+    text of the message holds the image token, each image puts one at its own place, so that [image, "question"] reads
+    as LLaVA's "<image>\\nquestion".
 
     Args:
         prompt: a question, texts and images mixed, or a dialogue.
@@ -171,7 +172,7 @@ def _read_message(message: Message, image_token: str, origin: str) -> tuple[str,
     texts = [part for part in parts if isinstance(part, str)]
     marked = any(image_token in text for text in texts)
     lines = texts if marked else [part if isinstance(part, str) else image_token for part in parts]
-    return "\n".join(lines), [part for part in parts if not isinstance(part, str)]
+    return join_parts(lines), [part for part in parts if not isinstance(part, str)]
 
 
 def collate(

@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import open_foreign, open_pair
 from megatron_vlm.conversion.importing import import_model
+from megatron_vlm.data.answer_ends import find_stop_ids
+from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.errors import ConversionError
 from tests.helpers.foreign_models import Kind, llava_hf, projector_alone
 from tests.helpers.tiny import tiny_recipe
@@ -53,7 +55,8 @@ def test_transformers_loads_and_feeds_it(ranks, tmp_path):
     # transformers pads and resizes in numbers of 8 bits of its own order: within two steps of 255 of ours
     assert (batch["pixel_values"][0] - pixels).abs().max() < 2 / 255 / 0.25
     assert torch.isfinite(model(**batch).logits).all()
-    assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+    encoder = ConversationEncoder(processor.tokenizer, "auto", "<image>", 16)
+    assert set(model.generation_config.eos_token_id) == find_stop_ids(encoder, model.config.text_config.eos_token_id)
 
 
 def test_rows_that_are_added_for_the_image_token_are_the_mean(ranks, tmp_path):

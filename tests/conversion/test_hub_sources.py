@@ -35,7 +35,7 @@ def test_a_commit_goes_with_the_weights(hub: HubCache, tmp_path: Path) -> None:
         plan_export(checkpoint, format).write(tmp_path / format)
         assert json.loads((tmp_path / format / FILE_NAME).read_text()) == {f"{MODEL}@v1.5": B}
         card = (tmp_path / format / "README.md").read_text()
-        assert card.startswith(f"---\nbase_model:\n- {MODEL}\n---\n") and B in card
+        assert card.startswith(f"---\nbase_model:\n- {MODEL}\n") and B in card
     with pytest.raises(ConversionError, match=f"{MODEL}@v2: neither a directory nor a hub id .* no revision 'v2'"):
         open_foreign(f"{MODEL}@v2")
 

@@ -8,20 +8,23 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PretrainedConfig
 
 from megatron_vlm.checkpoint.manifest import FILE_NAME as MANIFEST
 from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.mappings import EMBEDDING, HEAD
 from megatron_vlm.conversion.sources import FolderSource, WeightSource, resolve_folder
-from megatron_vlm.errors import ConversionError, one_line
+from megatron_vlm.data.jinja import content_form, render_question
+from megatron_vlm.errors import ConversionError, one_line, shown
 from megatron_vlm.models import hub
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.registry import Registry
 from megatron_vlm.runtime.files import parse_json, read_text
+from megatron_vlm.runtime.limits import LimitError
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class ForeignModel:
         source: every tensor by canonical name, one at a time.
         tokenizer: a directory AutoTokenizer loads.
         image_token: of the prompts.
-        template, image_mode: `data.template` and `data.image_mode` that fit.
+        template, image_mode, template_arguments: of `data`, that fit.
         own: the source of the folder's own weight files; None where they do not make a model of the format.
         commits: of the hub ids that it came from, as they were named.
         drops_first_token: the model drops one token of the tower's, whatever it is; `select_feature` is "patch" then,
@@ -59,6 +62,7 @@ class ForeignModel:
     image_token: str
     template: str
     image_mode: str
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
     own: FolderSource | None = None
     drops_first_token: bool = False
     commits: Mapping[str, str] = field(default_factory=dict)
@@ -128,6 +132,7 @@ class Format:
     names_parts: bool = False
 
 
+RECORD_FILE = "megatron_vlm.json"  # beside exported weights: `AskedAs`
 FORMATS: Registry[Format] = Registry("format")
 MAX_CONFIG_BYTES = 2**26  # far above any real one; Python's objects of it may take thirty times as much
 
@@ -231,39 +236,93 @@ def has_tokenizer(folder: Path) -> bool:
     return any(os.path.lexists(folder / name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
-def fitting_template(folder: Path, language: PretrainedConfig) -> str:
-    """`data.template` for a directory: its chat template where that takes plain text turns, else the one that says the
-    same; LLaVA's own where there is none.
+class AskedAs(BaseModel):
+    """megatron_vlm.json beside exported weights: how the model was asked in training, in a recipe's words."""
 
-    LLaVA's processors have templates over typed parts (`content['type']`), which take no plain text. Its 1.5 makes the
-    roles of `vicuna_v1` by `message['role'].upper()`.
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    template: str
+    template_arguments: dict[str, Any] = {}
+    image_mode: Literal["pad", "resize", "processor"]
+    image_token: Annotated[str, Field(min_length=1)]
+
+
+def asked_as(folder: Path, language: PretrainedConfig, image_mode: str) -> AskedAs:
+    """How a directory's model is asked: as its record says; without one by `fitting_template`, in `image_mode`.
 
     Raises:
-        ConversionError: a template over typed parts that none of ours stands for, or one that cannot be read.
+        ConversionError: a record that is none; as `fitting_template`.
     """
-    file, text = _chat_template(folder)
-    if not text:
-        return "vicuna_v1" if language.model_type == "llama" else "auto"
-    if "['type']" not in text and "selectattr" not in text:
-        return "auto"
-    if "ASSISTANT:" in text and ("USER:" in text or "['role'].upper()" in text):
-        return "vicuna_v1"
-    if "<|start_header_id|>" in text:
-        return "llama_3"
-    raise ConversionError(
-        f"{file}: the chat template takes typed parts and is none of vicuna_v1, llama_3; needs one that takes "
-        "message['content'] as text"
-    )
-
-
-def _chat_template(folder: Path) -> tuple[Path, str]:
-    """(file, template) of a directory, the template empty where there is none."""
-    for name in ("tokenizer_config.json", "chat_template.json"):
-        path = folder / name
-        if os.path.lexists(path) and (text := read_json(path).get("chat_template")):
-            return path, str(text)
-    jinja = folder / "chat_template.jinja"
+    file = folder / RECORD_FILE
+    if not os.path.lexists(file):
+        template = fitting_template(folder, language)
+        return AskedAs.model_validate({"template": template, "image_mode": image_mode, "image_token": "<image>"})
+    settings = read_json(file)
     try:
-        return jinja, read_text(jinja, MAX_CONFIG_BYTES) if os.path.lexists(jinja) else ""
+        return AskedAs.model_validate(settings)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ConversionError(f"{file}: {'.'.join(map(str, fault['loc']))}: {shown(fault['msg'])}") from error
+
+
+def fitting_template(folder: Path, language: PretrainedConfig) -> str:
+    """`data.template` for a directory: its chat template where that can be rendered, or one of ours that says the same;
+    LLaVA's own where there is none.
+
+    LLaVA's processors have templates over typed parts, which say neither LLaVA's system text nor where an answer ends.
+    Those that write down turns of `vicuna_v1` or `llama_3` were trained with these.
+
+    Raises:
+        ConversionError: a template that shows neither a text nor a text in typed parts, or one that cannot be read.
+    """
+    file, program, special = _chat_template(folder)
+    if not program:
+        return "vicuna_v1" if language.model_type == "llama" else "auto"
+    try:
+        form = content_form(program, special)
+    except LimitError as error:
+        raise ConversionError(f"{file}: the chat template is refused: {error}") from error
+    if form is None:
+        raise ConversionError(
+            f"{file}: the chat template shows no content of a user's message, neither a text nor a list of typed "
+            "parts; needs one that takes messages of roles user and assistant"
+        )
+    said = render_question(program, form, special)
+    if form == "parts" and "USER:" in said and "ASSISTANT:" in said:
+        return "vicuna_v1"
+    if form == "parts" and "<|start_header_id|>user<|end_header_id|>" in said:
+        return "llama_3"
+    return "auto"
+
+
+def _chat_template(folder: Path) -> tuple[Path, str, dict[str, str]]:
+    """(file, template, special tokens it may put in) of a directory, the template empty where there is none."""
+    settings = folder / "tokenizer_config.json"
+    known = read_json(settings) if os.path.lexists(settings) else {}
+    special = {name: _text_of(known.get(name), f"<{name}>") for name in ("bos_token", "eos_token", "pad_token")}
+    jinja = folder / "chat_template.jinja"  # the first that transformers looks for
+    try:
+        if os.path.lexists(jinja) and (program := read_text(jinja, MAX_CONFIG_BYTES)):
+            return jinja, program, special
     except OSError as error:
         raise ConversionError(f"{jinja}: cannot be read: {one_line(error)}") from error
+    former = folder / "chat_template.json"
+    for path, holder in ((settings, known), (former, read_json(former) if os.path.lexists(former) else {})):
+        if program := _default_of(holder.get("chat_template")):
+            return path, program, special
+    return jinja, "", special
+
+
+def _default_of(programs: object) -> str:
+    """A template, or of several by name, in either form transformers knows, the default; empty where there is none."""
+    if isinstance(programs, list):
+        programs = {entry.get("name"): entry.get("template") for entry in programs if isinstance(entry, dict)}
+    if isinstance(programs, dict):
+        programs = programs.get("default")
+    return programs if isinstance(programs, str) else ""
+
+
+def _text_of(token: object, absent: str) -> str:
+    """A special token of a tokenizer's config, written as a text or as an object."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else absent

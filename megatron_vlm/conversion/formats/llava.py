@@ -20,7 +20,7 @@ from megatron_vlm.conversion.formats.base import (
     Format,
     Places,
     Target,
-    fitting_template,
+    asked_as,
     fitting_vocabulary,
     has_tokenizer,
     is_tied,
@@ -100,6 +100,7 @@ def open_folder(folder: Path, places: Places) -> ForeignModel:
     language = _language(base, settings, alone)
     language.tie_word_embeddings = is_tied(bool(language.tie_word_embeddings), source)
     tokenizer = folder if has_tokenizer(folder) else base
+    asked = asked_as(tokenizer, language, image_mode)
     return ForeignModel(
         format=NAME,
         folder=folder,
@@ -111,9 +112,10 @@ def open_folder(folder: Path, places: Places) -> ForeignModel:
         select_feature=feature,
         source=source,
         tokenizer=tokenizer,
-        image_token="<image>",
-        template=fitting_template(tokenizer, language),
-        image_mode=image_mode,
+        image_token=asked.image_token,
+        template=asked.template,
+        template_arguments=asked.template_arguments,
+        image_mode=asked.image_mode,
         own=None if alone else own,
         commits=hub.commits(named),
     )

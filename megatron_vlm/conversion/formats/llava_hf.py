@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, LlavaConfig, PretrainedConfig
+from transformers import LlavaConfig, PretrainedConfig
 
 from megatron_vlm.conversion.formats.base import (
     FORMATS,
@@ -17,7 +17,7 @@ from megatron_vlm.conversion.formats.base import (
     Format,
     Places,
     Target,
-    fitting_template,
+    asked_as,
     fitting_vocabulary,
     is_tied,
     read_json,
@@ -52,6 +52,7 @@ def open_folder(folder: Path, _: Places) -> ForeignModel:
     language = fitting_vocabulary(config.text_config, source)
     declared = bool(config.tie_word_embeddings or language.tie_word_embeddings)
     language.tie_word_embeddings = is_tied(declared, source)
+    asked = asked_as(folder, language, image_mode="processor")
     return ForeignModel(
         format=NAME,
         folder=folder,
@@ -64,9 +65,10 @@ def open_folder(folder: Path, _: Places) -> ForeignModel:
         drops_first_token=config.vision_feature_select_strategy == "default",
         source=source,
         tokenizer=folder,
-        image_token="<image>",
-        template=fitting_template(folder, language),
-        image_mode="processor",
+        image_token=asked.image_token,
+        template=asked.template,
+        template_arguments=asked.template_arguments,
+        image_mode=asked.image_mode,
         own=source,
     )
 
@@ -95,7 +97,7 @@ def disk_name(name: str) -> str:
 
 
 def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None:
-    """config.json, the processor's configuration and generation_config.json.
+    """config.json, and the processor's configuration over the tokenizer that lies there.
 
     Raises:
         ConversionError: a projector that transformers' class does not have, or a selection of tokens.
@@ -125,9 +127,7 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
         architectures=["LlavaForConditionalGeneration"],
         dtype=settings["dtype"],
     )
-    tokenizer = load_tokenizer(target.checkpoint / "tokenizer", target.config.data.image_token)
-    special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-    GenerationConfig(**special).save_pretrained(folder)  # an answer ends where it does in our own generation
+    tokenizer = load_tokenizer(folder, target.config.data.image_token)
     config.save_pretrained(folder)
     written = read_json(folder / "config.json")
     written["text_config"] = with_rope_of_4(written["text_config"])

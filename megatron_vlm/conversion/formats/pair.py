@@ -8,7 +8,7 @@ from megatron_vlm.conversion.formats.base import (
     ForeignModel,
     Format,
     Places,
-    fitting_template,
+    asked_as,
     fitting_vocabulary,
     is_tied,
 )
@@ -50,6 +50,7 @@ def open_pair(
     dtype = own.read(EMBEDDING).dtype
     joint = StateSource(fresh.origin, {name: fresh.read(name).to(dtype) for name in fresh.names()}, str)
     source = JoinedSource(f"{language} and {tower}", [own, FolderSource(str(tower_folder), vision_rename), joint])
+    asked = asked_as(folder, language_config, image_mode="pad")
     language_config.tie_word_embeddings = is_tied(bool(language_config.tie_word_embeddings), source)
     return ForeignModel(
         format=NAME,
@@ -62,9 +63,10 @@ def open_pair(
         select_feature=select_feature,
         source=source,
         tokenizer=folder,
-        image_token="<image>",
-        template=fitting_template(folder, language_config),
-        image_mode="pad",
+        image_token=asked.image_token,
+        template=asked.template,
+        template_arguments=asked.template_arguments,
+        image_mode=asked.image_mode,
         commits=hub.commits({language: folder, tower: tower_folder}),
     )
 

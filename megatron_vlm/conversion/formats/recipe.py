@@ -48,6 +48,7 @@ def config_of(foreign: ForeignModel, **sections: Any) -> Config:
         "data": {
             "path": "none.json",
             "template": foreign.template,
+            "template_arguments": dict(foreign.template_arguments),
             "image_mode": foreign.image_mode,
             "image_token": foreign.image_token,
         },
