@@ -38,11 +38,12 @@ from megatron_vlm.conversion.export_plan import (
 from megatron_vlm.conversion.files import INDEXES, SAFETENSORS_INDEX
 from megatron_vlm.conversion.formats.base import FORMATS, Format, Target, read_json
 from megatron_vlm.conversion.formats.llava import TOWER_INSIDE, told_order
-from megatron_vlm.conversion.mappings import EMBEDDING, HEAD
+from megatron_vlm.conversion.mappings import EMBEDDING, HEAD, TOWER_PREFIX
 from megatron_vlm.conversion.model_card import CARD, ORIGINS_CARD, base_models, made_from, model_card
 from megatron_vlm.conversion.native_reading import NativeSource
 from megatron_vlm.conversion.origin import FOLDER, LICENCE_FILES, SENTENCEPIECE_FILE, Origin, reading_of
 from megatron_vlm.conversion.table import model_mappings
+from megatron_vlm.conversion.tower_names import TowerNames
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConfigError, ConversionError, one_line
 from megatron_vlm.models.hf_config import config_from_path
@@ -157,8 +158,8 @@ def plan_export(path: str | Path, format: str | None = None, dtype: str | None =
     refuse_damage(checkpoint, manifest)
     origin, commits = Origin.of(checkpoint), read_sources(checkpoint, manifest.files)
     target_format = _format_of(format, origin)
-    assert target_format.disk_name is not None
     target = _target(checkpoint, manifest)
+    disk_name = _disk_name(target_format, target)
     table = model_mappings(target.language, target.vision, target.config.model.projector.type)
     stored = NativeSource(checkpoint, table)
     wanted = None if dtype is None else DTYPES[dtype]
@@ -169,7 +170,7 @@ def plan_export(path: str | Path, format: str | None = None, dtype: str | None =
     if origin is not None and origin.weights and origin.format == target_format.name:
         is_same = origin.is_read_as(reading_of(checkpoint, target.config))
         source = ExportSource(stored, origin.spare(), target.language.vocab_size if is_same else num_rows)
-        shards = plan_returned(origin, source, target_format.disk_name, wanted, is_same)
+        shards = plan_returned(origin, source, disk_name, wanted, is_same)
         if shards is not None and is_same:
             trained = Trained(target, manifest, origin, commits) if manifest.step else None
             others = partial(_write_returned, origin, shards, target.config.model.projector.type, dtype, trained)
@@ -177,7 +178,7 @@ def plan_export(path: str | Path, format: str | None = None, dtype: str | None =
     if shards is None:
         came = {t.name: t.torch_dtype for tensors in origin.weights.values() for t in tensors} if origin else {}
         source = ExportSource(stored, {}, num_rows)
-        shards = plan_fresh(stored.names(), source, target_format.disk_name, lambda name: wanted or came.get(name))
+        shards = plan_fresh(stored.names(), source, disk_name, lambda name: wanted or came.get(name))
     written = next(t.dtype for shard in shards for t in shard.tensors if t.name == EMBEDDING)
     settings = {"vocab_size": num_rows, "dtype": str(written).removeprefix("torch.")}
     others = partial(_write_fresh, target_format, Trained(target, manifest, origin, commits), settings, shards)
@@ -194,6 +195,17 @@ def _format_of(name: str | None, origin: Origin | None) -> Format:
         names = [other for other in FORMATS.names() if FORMATS.get(other).disk_name is not None]
         raise ConversionError(f"models are not written as {name!r}; choose {' or '.join(names)}")
     return found
+
+
+def _disk_name(format: Format, target: Target) -> Callable[[str], str]:
+    """Canonical -> on the disk, the tower's own names as transformers writes them."""
+    of_format, tower = format.disk_name, TowerNames(target.vision)
+    assert of_format is not None
+
+    def disk_name(name: str) -> str:
+        return of_format(TOWER_PREFIX + tower.disk(name) if name.startswith(TOWER_PREFIX) else name)
+
+    return disk_name
 
 
 def _target(checkpoint: Path, manifest: Manifest) -> Target:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # one where they are tied
+TOWER_PREFIX = "vision_tower."
 COMPUTED_BUFFERS = re.compile(r"(\.rotary_emb\.inv_freq|embeddings\.position_ids)$")  # old versions stored them
 
 # On-disk and in-memory prefixes of LLaVA checkpoints, old and new, and what they are here; the first that fits counts.
@@ -56,7 +57,7 @@ def canonical_name(name: str) -> str:
 
 def tower_name(name: str) -> str:
     """The canonical name of a tower's tensor, whether or not the class in memory has an inner `vision_model`."""
-    return f"vision_tower.{name.removeprefix('vision_model.')}"
+    return TOWER_PREFIX + name.removeprefix("vision_model.")
 
 
 def projector_name(name: str) -> str:

@@ -27,8 +27,8 @@ from megatron_vlm.conversion.sources import (
     StateSource,
     WeightSource,
     named_seed,
-    vision_rename,
 )
+from megatron_vlm.conversion.tower_names import TowerNames
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.projectors import build_projector
 from megatron_vlm.models.vision.survey import TowerSurvey, build_hf_tower
@@ -79,11 +79,12 @@ def load_hf_state(model: "VisionLanguageModel", state: Mapping[str, Tensor], gri
         ConversionError: tensors missing, left over or of another shape, by name.
     """
     parts: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
+    rename = TowerNames(model.vision.tower.survey.hf_config).canonical_of(canonical_name)
     for name, tensor in state.items():
-        canonical = canonical_name(name)
+        canonical = rename(name)
         parts[canonical.startswith(VISION_PARTS)][canonical] = tensor
-    fill_language(model.language, StateSource("state dict", parts[False], canonical_name), grid)
-    fill_vision(model.vision, StateSource("state dict", parts[True], canonical_name))
+    fill_language(model.language, StateSource("state dict", parts[False], str), grid)
+    fill_vision(model.vision, StateSource("state dict", parts[True], str))
 
 
 def _language_source(config: Config, hf_config: PretrainedConfig) -> WeightSource:
@@ -96,7 +97,7 @@ def _language_source(config: Config, hf_config: PretrainedConfig) -> WeightSourc
 def _tower_source(config: Config, survey: TowerSurvey) -> WeightSource:
     path = config.model.vision.path
     if path is not None:
-        return FolderSource(path, vision_rename)
+        return FolderSource(path, TowerNames(survey.hf_config).rename_folder)
     return fresh_source(lambda: build_hf_tower(survey.hf_config), config.runtime.seed, tower_name)
 
 

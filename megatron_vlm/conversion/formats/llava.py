@@ -34,8 +34,8 @@ from megatron_vlm.conversion.sources import (
     StateSource,
     WeightSource,
     resolve_folder,
-    vision_rename,
 )
+from megatron_vlm.conversion.tower_names import TowerNames
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models import hub
 from megatron_vlm.models.hf_config import config_from_dict, config_from_path, known_keys
@@ -92,9 +92,16 @@ def open_folder(folder: Path, places: Places) -> ForeignModel:
         parts.append(StateSource(str(file.path), state, canonical_name))
     reference = places.tower or settings["mm_vision_tower"]
     tower_folder = _tower_folder(folder, reference)
-    if not _holds_tower(own):
+    holds_tower = _holds_tower(own)
+    if not holds_tower:
         tower_folder = tower_folder or resolve_folder(reference)
-        parts.append(FolderSource(str(tower_folder), vision_rename))
+    vision = _tower(folder, reference, tower_folder)
+    names = TowerNames(vision)
+    if not holds_tower:
+        parts.append(FolderSource(str(tower_folder), names.rename_folder))
+    elif names.are_renamed:
+        own = FolderSource(str(base), lambda _: names.canonical_of(canonical_name))
+        parts[0] = own
     named = {base_named: base} | ({} if tower_folder is None else {reference: tower_folder})
     source = parts[0] if len(parts) == 1 else JoinedSource(str(folder), parts)
     language = _language(base, settings, alone)
@@ -105,7 +112,7 @@ def open_folder(folder: Path, places: Places) -> ForeignModel:
         format=NAME,
         folder=folder,
         language=fitting_vocabulary(language, source),
-        vision=_tower(folder, reference, tower_folder),
+        vision=vision,
         vision_path=tower_folder,
         projector=projector,
         select_layer=settings.get("mm_vision_select_layer", -2),

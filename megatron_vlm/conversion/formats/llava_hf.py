@@ -25,6 +25,7 @@ from megatron_vlm.conversion.formats.base import (
 )
 from megatron_vlm.conversion.mappings import canonical_name
 from megatron_vlm.conversion.sources import FolderSource
+from megatron_vlm.conversion.tower_names import TowerNames
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf_config import config_from_path
@@ -48,7 +49,8 @@ def open_folder(folder: Path, _: Places) -> ForeignModel:
     if not isinstance(config, LlavaConfig):
         raise ConversionError(f"{folder}/config.json: model_type is {config.model_type!r}, needs llava")
     _check(folder, config)
-    source = FolderSource(str(folder), lambda names: canonical_name)
+    rename = TowerNames(config.vision_config).canonical_of(canonical_name)
+    source = FolderSource(str(folder), lambda names: rename)
     language = fitting_vocabulary(config.text_config, source)
     declared = bool(config.tie_word_embeddings or language.tie_word_embeddings)
     language.tie_word_embeddings = is_tied(declared, source)

@@ -13,7 +13,8 @@ from megatron_vlm.conversion.formats.base import (
     is_tied,
 )
 from megatron_vlm.conversion.mappings import EMBEDDING, canonical_name, projector_name
-from megatron_vlm.conversion.sources import FolderSource, JoinedSource, StateSource, resolve_folder, vision_rename
+from megatron_vlm.conversion.sources import FolderSource, JoinedSource, StateSource, resolve_folder
+from megatron_vlm.conversion.tower_names import TowerNames
 from megatron_vlm.conversion.weights import fresh_source
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models import hub
@@ -49,7 +50,10 @@ def open_pair(
         raise ConversionError(f"{language} holds no language model: {EMBEDDING} is missing")
     dtype = own.read(EMBEDDING).dtype
     joint = StateSource(fresh.origin, {name: fresh.read(name).to(dtype) for name in fresh.names()}, str)
-    source = JoinedSource(f"{language} and {tower}", [own, FolderSource(str(tower_folder), vision_rename), joint])
+    source = JoinedSource(
+        f"{language} and {tower}",
+        [own, FolderSource(str(tower_folder), TowerNames(vision_config).rename_folder), joint],
+    )
     asked = asked_as(folder, language_config, image_mode="pad")
     language_config.tie_word_embeddings = is_tied(bool(language_config.tie_word_embeddings), source)
     return ForeignModel(
