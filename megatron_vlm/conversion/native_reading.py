@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.stored_metadata import read_metadata
+from megatron_vlm.conversion.dtypes import DTYPES
 from megatron_vlm.conversion.mappings import Mapping
 from megatron_vlm.errors import CheckpointError, one_line
 from megatron_vlm.runtime.files import open_regular
@@ -53,6 +54,12 @@ class NativeSource:
                 f"{directory} holds {len(more)} parameters that its configs have no place for: "
                 f"{', '.join(more[:_NUM_SHOWN])}"
             )
+        for entry in table:
+            dtype = str(self._stored[entry.name].properties.dtype).removeprefix("torch.")
+            if dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{directory}: {entry.name} is of dtype {dtype}, needs one of {', '.join(DTYPES)}"
+                )
         self._entries = {name: entry for entry in table for name in entry.sources}
         self._threads = threading.local()
 

@@ -217,6 +217,17 @@ def test_a_changed_tokenizer_is_told_before_it_is_read(checkpoint: Path) -> None
         megatron_vlm.load(checkpoint)
 
 
+def test_a_dtype_that_no_file_has_is_not_exported(checkpoint: Path) -> None:
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    tensor = metadata.state_dict_metadata[TENSOR]
+    properties = dataclasses.replace(tensor.properties, dtype=torch.complex64)
+    metadata.state_dict_metadata[TENSOR] = dataclasses.replace(tensor, properties=properties)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    vouch_for_all(checkpoint)
+    with pytest.raises(CheckpointError, match=f"{TENSOR} is of dtype complex64, needs one of float64, float32"):
+        plan_export(checkpoint)
+
+
 def test_objects_of_other_kinds_are_one_error(saved: Path, checkpoint: Path) -> None:
     """Data, but not what a run keeps: where all states are loaded, nothing of it is taken for granted."""
     from megatron_vlm.checkpoint.store import load_checkpoint
