@@ -3,7 +3,7 @@
 `data.template_arguments` are its variables (`enable_thinking: false`), the same wherever the model is asked. What it
 would take from elsewhere is an argument too, or refused: a template that writes the date into its prompt
 (`strftime_now`) would be another one tomorrow, so it is shown the day that `strftime_now: 2026-03-05` says, and fails
-without one; drawing at random (`lipsum`, the filter `random`) always fails.
+without one; one that draws at random (`lipsum`, the filter `random`) is refused.
 
 One that takes lists of typed parts only gets each text as one part. `{% generation %}` blocks, by which a template
 marks what the model says, are kept by their places.
@@ -42,7 +42,6 @@ _NO_CLOCK = (
     f"it asks for the date ({CLOCK}), which is another one tomorrow; needs {KEY}: {{{CLOCK}: 2026-03-05}}, the day it "
     "is to see, or the argument that it takes in its place (often date_string)"
 )
-_NO_CHANCE = "it draws at random (lipsum), so it would be another one each time; needs one that does not"
 
 
 def reads_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -72,7 +71,7 @@ class ChatTemplate:
         source = str(tokenizer.get_chat_template())
         tree, names = _parse(source)
         _refuse_unread(arguments, names, str(tokenizer.name_or_path))
-        _refuse_chance(tree, str(tokenizer.name_or_path))
+        _refuse_chance(tree, names, str(tokenizer.name_or_path))
         self.arguments = {name: value for name, value in arguments.items() if name != CLOCK}
         self.marks_answers = tree.find(nodes.Scope) is not None
         self.source = _prelude(names, arguments.get(CLOCK)) + source
@@ -146,29 +145,25 @@ def _refuse_unread(arguments: Mapping[str, Any], names: set[str], owner: str) ->
             raise ConfigError(f"{KEY}.{name}: the chat template of {owner!r} does not read it, {hint}")
 
 
-def _refuse_chance(tree: nodes.Template, owner: str) -> None:
-    """The filter, by name or through `map`."""
+def _refuse_chance(tree: nodes.Template, names: set[str], owner: str) -> None:
+    """By the filter, by name or through `map`, or by `lipsum`."""
+    draws = "lipsum" in names
     for found in tree.find_all(nodes.Filter):
         first = found.args[0] if found.name == "map" and found.args else None
-        if found.name == "random" or isinstance(first, nodes.Const) and first.value == "random":
-            raise ConfigError(
-                f"data.template is 'auto', but the chat template of {owner!r} draws at random (the filter random), so "
-                "it would be another one each time; needs one that does not, or another template"
-            )
+        draws = draws or found.name == "random" or isinstance(first, nodes.Const) and first.value == "random"
+    if draws:
+        raise ConfigError(
+            f"data.template is 'auto', but the chat template of {owner!r} draws at random (lipsum, or the filter "
+            "random), so it would be another one each time; needs one that does not, or another template"
+        )
 
 
 def _prelude(names: set[str], clock: Any) -> str:
-    """Macros in the places of what differs from call to call; one line, which leaves what follows as it is."""
-    macros = ""
-    if CLOCK in names:
-        macros += _macro(CLOCK, "format", _clock_body(clock))
-    if "lipsum" in names:
-        macros += _macro("lipsum", "", _raise(_NO_CHANCE))
-    return macros and macros + "\n"  # a line feed behind a block is dropped, and the next line begins as a first one
-
-
-def _macro(name: str, parameters: str, body: str) -> str:
-    return f"{{%- macro {name}({parameters}) -%}}{body}{{%- endmacro %}}"
+    """A macro in the place of the clock; one line, which leaves what follows as it is."""
+    if CLOCK not in names:
+        return ""
+    # a line feed behind a block is dropped, and the next line begins as a first one
+    return f"{{%- macro {CLOCK}(format) -%}}{_clock_body(clock)}{{%- endmacro %}}\n"
 
 
 def _raise(message: str) -> str:

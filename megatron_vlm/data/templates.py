@@ -5,8 +5,8 @@ The named ones give LLaVA's and VILA's strings, character by character, with the
 - a sample's own system turn takes the place of the template's system text (there it is dropped);
 - `plain` keeps a marker for every picture (there one, however many pictures the sample has);
 - an empty answer still gets its end (there it and its end are left out, and the model never learns to say nothing);
-- what is trained is told from places in the text (`conversation.py`). LLaVA adds up lengths of separately tokenised
-  parts, and trains nothing of a sample where the sum is off by one ("tokenization mismatch").
+- what is trained are the tokens behind those of the prompt (`conversation.py`). LLaVA adds up lengths of separately
+  tokenised parts, and trains nothing of a sample where the sum is off by one ("tokenization mismatch").
 
 Kept as it is: `llama_3` ends the last answer with <|end_of_text|> and every earlier one with <|eot_id|>, as VILA's
 weights learnt it. Both end an answer in generation (`ConversationEncoder.find_turn_ends`).
