@@ -107,7 +107,11 @@ class Asking:
         """The tokenizer as it is written, and whether more of it than its template is another."""
         tokenizer = load_tokenizer(self.checkpoint / "tokenizer", self.encoder.image_token)
         tokenizer.chat_template = program = self.program()
-        return tokenizer, program is not None and self._let_it_begin(tokenizer, program)
+        names_other = getattr(tokenizer, "image_token", self.encoder.image_token) != self.encoder.image_token
+        if names_other:  # Gemma 3's; a processor would count that one
+            tokenizer.image_token = self.encoder.image_token
+        is_other = program is not None and self._let_it_begin(tokenizer, program)
+        return tokenizer, is_other or names_other
 
     def _let_it_begin(self, tokenizer: Tokenizer, program: str) -> bool:
         """Has the program say the beginning, where it is cut the same way; else has the tokenizer add it, and no more

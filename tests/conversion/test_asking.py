@@ -29,6 +29,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], Path]]] = {  # template, tokenizer
     "arguments and a date": ("auto", lambda f: of_bytes(f, CLOCKED, eos="<|endoftext|>")),
     "ChatML": ("auto", lambda f: of_bytes(f, CHATML, eos="<|endoftext|>")),
     "ChatML, and the tokenizer adds a beginning": ("auto", lambda f: of_bytes(f, CHATML, "<s>", adds="<s> $A </s>")),
+    "the tokenizer names another image token": ("auto", lambda f: of_bytes(f, CHATML, image_token="<|endoftext|>")),
     "typed parts only": ("auto", lambda f: of_bytes(f, TYPED_CHATML, eos="<|endoftext|>")),
     "says its beginning": ("auto", lambda f: of_pieces(f, INSTRUCT)),
     "vicuna_v1": ("vicuna_v1", lambda f: of_bytes(f, bos="<s>")),
@@ -40,14 +41,14 @@ KINDS: dict[str, tuple[str, Callable[[Path], Path]]] = {  # template, tokenizer
 WORDS = "What is 7 + 5?| a|Which colour, 红色?|two  blanks|line\nbreak|🙂|It’s |no".split("|")
 
 
-def checkpoint_of(folder: Path, make: Callable[[Path], Path], **data: Any) -> Path:
+def checkpoint_of(folder: Path, make: Callable[[Path], Path], num_rows: int = 500, **data: Any) -> Path:
     """A checkpoint of this tokenizer, its vocabulary large enough, and of a recipe whose data section says that."""
     make(folder / "tokenizer")
     projector_alone(folder / "phase1", Kind(dtype="fp32"))
     base = folder / "phase1_base"
     for file in (folder / "tokenizer").iterdir():
         (base / file.name).write_bytes(file.read_bytes())
-    grow(base, 500)
+    grow(base, num_rows)
     checkpoint = import_model(open_pair(str(base), str(folder / "phase1_whole_tower")), folder / "ours")
     manifest = Manifest.read(checkpoint)
     manifest.config["data"] |= {"image_mode": "pad", **data}

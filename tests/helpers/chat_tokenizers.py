@@ -27,13 +27,18 @@ SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", *LLAMA_
 
 
 def of_bytes(
-    folder: Path, program: str | None = None, bos: str | None = None, eos: str = "</s>", adds: str = ""
+    folder: Path, program: str | None = None, bos: str | None = None, eos: str = "</s>", adds: str = "", **names: str
 ) -> Path:
-    """Bytes as tokens, as GPT-2's without merges. `adds`: what it puts before any text by itself ("<s> $A")."""
+    """Bytes as tokens, as GPT-2's without merges.
+
+    Args:
+        adds: what it puts before any text by itself ("<s> $A").
+        names: special tokens of its own (image_token), as Gemma 3's has.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return _save(core, folder, program, bos, eos, adds)
+    return _save(core, folder, program, bos, eos, adds, **names)
 
 
 def of_pieces(folder: Path, program: str | None = None, bos: str | None = "<s>", eos: str = "</s>") -> Path:
@@ -50,12 +55,14 @@ def of_pieces(folder: Path, program: str | None = None, bos: str | None = "<s>",
     return _save(core, folder, program, bos, eos, "<s> $A")
 
 
-def _save(core: Tokenizer, folder: Path, program: str | None, bos: str | None, eos: str, adds: str) -> Path:
+def _save(
+    core: Tokenizer, folder: Path, program: str | None, bos: str | None, eos: str, adds: str, **names: str
+) -> Path:
     core.add_special_tokens(list(SPECIAL))
     if adds:
         named = [(word, core.token_to_id(word)) for word in adds.split() if not word.startswith("$")]
         core.post_processor = processors.TemplateProcessing(single=adds, pair=f"{adds} $B", special_tokens=named)
-    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=eos)
+    made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=eos, **names)
     made.chat_template = program
     made.save_pretrained(folder)
     return folder
