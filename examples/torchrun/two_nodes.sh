@@ -14,8 +14,8 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 # A store of its own for each attempt: in torchrun's shared one, a node that comes back and the others miss each other.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-# Here torchrun restarts, not the launcher: its agents agree on a new meeting. The launcher passes SIGTERM and SIGUSR1
-# on to the ranks, which save.
+# Here torchrun restarts, not the launcher: its agents agree on a new meeting. The launcher passes SIGTERM, Ctrl-C and
+# SIGUSR1 on to the ranks, which save.
 exec python "$root/tools/launch.py" --local --max-restarts 0 -- \
   torchrun --nnodes "${NNODES:-2}" --nproc-per-node "${NPROC_PER_NODE:-auto}" --max-restarts "${MAX_RESTARTS:-3}" \
   --rdzv-backend c10d --rdzv-endpoint "${MASTER_ADDR:?name the first node}:${MASTER_PORT:-29500}" \

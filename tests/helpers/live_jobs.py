@@ -34,25 +34,37 @@ class LiveJob:
         logs: a new folder for the ranks' output.
         command: script and arguments.
         num_ranks: 1 starts the script itself.
+        ours: by tools/launch.py, not torchrun; what ranks say is then the launcher's output.
+        prefix: of the whole command.
     """
 
-    def __init__(self, logs: Path, command: Sequence[str | Path], num_ranks: int = 1) -> None:
+    def __init__(
+        self,
+        logs: Path,
+        command: Sequence[str | Path],
+        num_ranks: int = 1,
+        ours: bool = False,
+        prefix: Sequence[str] = (),
+    ) -> None:
         logs.mkdir(parents=True)
         self.logs, self.mark = logs, uuid.uuid4().hex
         launcher = [sys.executable]
-        if num_ranks > 1:
+        if ours:
+            launcher += [str(ROOT / "tools" / "launch.py"), "--local", "--max-restarts", "0"]
+            launcher += ["--ranks", str(num_ranks), "--"]
+        elif num_ranks > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
             launcher += ["--log-dir", str(logs / "ranks"), "--redirects=3"]
         with open(logs / "stdout.log", "w") as out, open(logs / "stderr.log", "w") as err:
             self.process = subprocess.Popen(
-                [*launcher, *map(str, command)],
+                [*prefix, *launcher, *map(str, command)],
                 env=environment(**{MARK: self.mark}),
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
-                preexec_fn=_ignore_sigusr1,  # as a launcher that sends it does: torchrun would die of it
+                preexec_fn=_as_by_a_launcher,
             )
-        self.own_logs = logs / "ranks" if num_ranks > 1 else logs
+        self.own_logs = logs / "ranks" if num_ranks > 1 and not ours else logs
 
     def __enter__(self) -> "LiveJob":
         return self
@@ -82,6 +94,12 @@ class LiveJob:
             if int(masks.get("SigCgt", "0"), 16) >> (number - 1) & 1:
                 found.append(process)
         return found
+
+    def ranks(self) -> list[psutil.Process]:
+        """By number, where they listen for signals to save."""
+        listeners = [process for process in self.listening(signal.SIGUSR1) if "RANK" in process.environ()]
+        of_script = [process for process in listeners if not {"-c", "-m"} & set(process.cmdline())]
+        return sorted(of_script, key=lambda process: int(process.environ()["RANK"]))
 
     def end(self, limit_seconds: float = START_SECONDS) -> int:
         """Waits for the end of all its processes; the exit code. Fails where some stay."""
@@ -128,6 +146,7 @@ def train_in_pool(recipe: dict[str, Any], signals: StopSignals | None = None) ->
     train(Config.model_validate(recipe), Launch(rank, num_ranks, rank, num_ranks), signals)
 
 
-def _ignore_sigusr1() -> None:
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+def _as_by_a_launcher() -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # torchrun would die of it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which the tests' own process may have begun without
     os.umask(0o022)

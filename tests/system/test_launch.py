@@ -204,7 +204,7 @@ def test_a_training_survives_a_kill_and_a_time_limit(launcher: Launcher) -> None
     assert made() == list(range(1, steps + 1))
     told = [line.strip() for line in re.findall(r"launch: (.*)", ended.stdout)]
     assert told[1:] == [
-        "attempt 1 failed: exit code 1; starting again, restart 1 of 2",
+        "attempt 1 failed: exit code 137, killed by SIGKILL; starting again, restart 1 of 2",
         "time is nearly up, asked 2 processes to save and stop",
         "attempt 2 stopped at its time limit, unfinished; starting again, restart 2 of 2",
         "attempt 3 ended well",
@@ -307,7 +307,6 @@ def recorded(tmp_path: Path, slurm: dict[str, str]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("script", "variables", "expected"),
     [
-        ("torchrun/one_node.sh", {}, ["--standalone --nproc-per-node auto"]),
         (
             "torchrun/two_nodes.sh",
             {"MASTER_ADDR": "first", "NNODES": "1:2", "NPROC_PER_NODE": "4", "JOIN_SECONDS": "9"},
@@ -324,7 +323,6 @@ def recorded(tmp_path: Path, slurm: dict[str, str]) -> dict[str, str]:
                 "--rdzv-id megatron_vlm"
             ],
         ),
-        ("slurm/one_node.sbatch", {}, ["--standalone --nproc-per-node auto"]),
         (
             "slurm/two_nodes.sbatch",
             {"FAKE_SLURM_NODES": "2", "NPROC_PER_NODE": "2"},
@@ -355,6 +353,22 @@ def test_the_examples_start_torchrun(recorded: dict, script: str, variables: dic
     assert [line.replace(TRAIN, "tools/train.py") for line in lines] == [
         f"{line} tools/train.py r.yaml a.b=c d" for line in expected
     ]
+
+
+@pytest.mark.parametrize(
+    "script", ["torchrun/one_node.sh", pytest.param("slurm/one_node.sbatch", marks=pytest.mark.slow)]
+)
+def test_on_one_node_the_launcher_starts_the_ranks(recorded: dict, tmp_path: Path, script: str) -> None:
+    """No torchrun; what a rank says is said once by all of them, and again as the launcher's last word."""
+    start = ["sbatch"] if script.endswith(".sbatch") else ["bash"]
+    done = subprocess.run(
+        [*start, str(EXAMPLES / script), "r.yaml", "a.b=c d"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=environment(**recorded, NPROC_PER_NODE="2", MAX_RESTARTS="0"), timeout=LIMIT_SECONDS,
+    )  # fmt: skip
+    assert not Path(recorded["TORCHRUN_LOG"]).exists()
+    if start == ["bash"]:
+        first, last = done.stderr.splitlines()
+        assert done.returncode == 1 and first == last and last.startswith("error: ") and "r.yaml" in last
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("slurm/*.sbatch")), ids=lambda path: path.name)

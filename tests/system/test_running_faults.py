@@ -1,0 +1,202 @@
+"""Faults in a running job of four ranks: it goes on or ends as told, in one line, and nothing is lost or left over.
+
+One table. Ranks are tensor 2 x pipeline 2 with sequence parallelism, a data worker each, a checkpoint every 5 steps.
+Every case but those that go on ends with all processes gone, and a rerun that is equal to the bit to an undisturbed run.
+"""
+
+import itertools
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.config import load_config, to_yaml
+from tests.helpers.listeners import listening, reach_outside
+from tests.helpers.live_jobs import TRAIN, LiveJob, read_metrics, train_in_pool, wait_for
+from tests.helpers.ranks import RankPool
+from tests.helpers.tiny import tiny_recipe
+
+NEVER = 1_000_000
+NUM_RANKS = 4
+TIMEOUT_SECONDS = 10
+MORE_STEPS = 3  # of the rerun
+PLACE = r"in step \d+, phase \w+.*"
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def a_recipe(folder: Path) -> Path:
+    config = tiny_recipe(
+        folder,
+        runtime={"timeout_seconds": TIMEOUT_SECONDS},
+        parallel={"tensor": 2, "pipeline": 2, "sequence": True},
+        training={"steps": NEVER},
+        schedule={"warmup_ratio": 0.0},
+        data={"num_workers": 1},
+        checkpoint={"every_steps": 5},
+        logging={"sample_ids": True, "tensorboard": False, "ranks_every_steps": 0},
+    )
+    path = folder / "recipe.yaml"
+    path.write_text(to_yaml(config))
+    return path
+
+
+class Run:
+    """The job, some steps into its run."""
+
+    def __init__(self, folder: Path, ours: bool = True, prefix: tuple[str, ...] = ()) -> None:
+        self.folder, self.root = folder, folder / "checkpoints"
+        self.recipe = a_recipe(folder)
+        self.job = LiveJob(folder / "logs", [TRAIN, self.recipe], NUM_RANKS, ours=ours, prefix=prefix)
+
+    def started(self) -> "Run":
+        """Has saved once, and made steps since."""
+        wait_for("the first checkpoint", lambda: (self.root / "latest").exists(), 300)
+        self.goes_on()
+        return self
+
+    def goes_on(self) -> None:
+        steps = len(read_metrics(self.root))
+        wait_for("two more steps", lambda: len(read_metrics(self.root)) >= steps + 2)
+
+    def send(self, number: signal.Signals, rank: int | None = None) -> None:
+        """To a rank; None: to the launcher."""
+        process = self.job.process if rank is None else self.job.ranks()[rank]
+        process.send_signal(number)
+
+
+def stop_for_ever(run: Run) -> None:
+    run.send(signal.SIGSTOP, rank=1)
+
+
+def lose_the_images(run: Run) -> None:
+    shutil.rmtree(run.folder / "images")
+
+
+def cut_the_data(run: Run) -> None:
+    path = run.folder / "train.json"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+
+
+def lose_the_data(run: Run) -> None:
+    (run.folder / "train.json").unlink()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fault, and how it ends. `told`: all of stderr but what torchrun says; `saves`: the last step is saved."""
+
+    fault: Callable[[Run], None]
+    code: int
+    told: str = ""
+    saves: bool = False
+    ours: bool = True
+
+
+def lost(what: str) -> str:
+    """A line that the launcher says again at the end."""
+    return rf"(error: {what}\n)\1"
+
+
+CASES = {
+    "a rank is stopped for ever": Case(
+        stop_for_ever, 137, lost(rf"rank 1 has not answered for \d+ s \(stopped\) {PLACE}")
+    ),
+    "a rank is killed": Case(
+        lambda run: run.send(signal.SIGKILL, rank=1), 137, lost(f"rank 1 was ended by SIGKILL {PLACE}")
+    ),
+    "Ctrl-C": Case(lambda run: run.send(signal.SIGINT), 0, saves=True),
+    "SIGTERM to the launcher": Case(lambda run: run.send(signal.SIGTERM), 0, saves=True),
+    "SIGUSR1 to the launcher": Case(lambda run: run.send(signal.SIGUSR1), 124, saves=True),
+    "SIGTERM to one rank": Case(lambda run: run.send(signal.SIGTERM, rank=2), 0, saves=True),
+    "SIGTERM to torchrun": Case(lambda run: run.send(signal.SIGTERM), 1, saves=True, ours=False),
+    "the images are gone": Case(lose_the_images, 1, lost(r".*images/\d+-\d.png.*")),
+    "the data file is gone": Case(lose_the_data, 1, lost(r".*train\.json.*")),
+    "the data file is cut": Case(cut_the_data, 1, lost(r".*train\.json.*")),
+}
+FAST = {"a rank is stopped for ever"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES])
+def test_a_fault_ends_the_run_as_told(ranks: RankPool, tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    run = Run(tmp_path, case.ours)
+    with run.job as job:
+        run.started()
+        case.fault(run)
+        assert job.end() == case.code, job.read("stderr.log")
+        assert re.fullmatch(case.told, job.read("stderr.log")), job.read("stderr.log")
+        made = read_metrics(run.root)
+        saved = int((run.root / "latest").read_text().removeprefix("step_"))
+        assert not case.saves or saved == len(made)
+    if name in FAST:
+        return
+    a_recipe(tmp_path)  # and what it needs, where that was the fault
+    check_rerun(ranks, run, saved)
+
+
+def check_rerun(ranks: RankPool, run: Run, saved: int) -> None:
+    """From the last checkpoint on, and from the start without a fault: the same to the bit."""
+    steps = saved + MORE_STEPS
+    for root in (run.root, run.folder / "undisturbed"):
+        changes = [f"checkpoint.directory={root}", f"training.steps={steps}", "data.num_workers=0"]
+        changes.append("checkpoint.accept_changes=[training.steps]")
+        ranks.run(NUM_RANKS, train_in_pool, load_config(run.recipe, changes).model_dump(mode="json"), timeout=300)
+    found, expected = read_metrics(run.root), read_metrics(run.folder / "undisturbed")
+    assert [line["step"] for line in expected] == list(range(1, steps + 1))
+    for line, other in itertools.zip_longest(found, expected):
+        assert [line[key] for key in ("step", "loss", "grad_norm", "sample_ids")] == [
+            other[key] for key in ("step", "loss", "grad_norm", "sample_ids")
+        ]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_for_a_while_costs_nothing_but_time(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with run.job as job:
+        run.started()
+        assert not reach_outside(found := listening(process.pid for process in job.processes())) and found
+        run.send(signal.SIGSTOP, rank=1)
+        steps = len(read_metrics(run.root))
+        with pytest.raises(AssertionError, match="not within"):
+            wait_for("two steps", lambda: len(read_metrics(run.root)) > steps + 1, TIMEOUT_SECONDS / 3)
+        run.send(signal.SIGCONT, rank=1)
+        run.goes_on()
+        run.send(signal.SIGTERM)
+        assert (job.end(), job.read("stderr.log")) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    root.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", root], capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    try:
+        run = Run(tmp_path)
+        with run.job as job:
+            run.started()
+            saved = (root / "latest").read_text()
+            (root / "full").write_bytes(b"\0" * (shutil.disk_usage(root).free - 2**16))
+            assert job.end() == 1
+            line = r"error: checkpoint \S+ could not be written: .*No space left on device.*"
+            assert re.fullmatch(rf"({line}\n)\1", job.read("stderr.log")), job.read("stderr.log")
+        assert (root / "latest").read_text() == saved and not list(root.glob(".partial*"))
+    finally:
+        subprocess.run(["umount", root], check=True)
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_leaves_no_ranks(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    with run.job as job:
+        run.started()
+        for process in job.processes():
+            if "RANK" not in process.environ():
+                process.kill()
+        assert job.end() != 0  # and all are gone
