@@ -1,7 +1,7 @@
 """Faults in a running job of four ranks: it goes on or ends as told, in one line, and nothing is lost or left over.
 
 One table. Ranks are tensor 2 x pipeline 2 with sequence parallelism, a data worker each, a checkpoint every 5 steps.
-Every case but those that go on ends with all processes gone, and a rerun that is equal to the bit to an undisturbed run.
+Every case but those that go on ends with all processes gone; a rerun is equal to the bit to an undisturbed run.
 """
 
 import itertools

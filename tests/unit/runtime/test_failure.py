@@ -1,12 +1,15 @@
 """Who speaks when ranks fail, and what is said. The ranks themselves: tests/system/test_failures.py."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_vlm.errors import ConfigError, ParallelError
 from megatron_vlm.runtime.distributed import Launch, fail_together, read_launch
-from megatron_vlm.runtime.failure import choose_speaker, describe, kind_of
+from megatron_vlm.runtime.failure import choose_speaker, describe, kind_of, speak_for
+from megatron_vlm.runtime.launch import WORD_FILE, job_keys
 
 GLOO_ECHO = RuntimeError("[.../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:13838")
 
@@ -58,6 +61,47 @@ def test_one_process_ends_with_code_1_and_one_line(capsys: pytest.CaptureFixture
         raise ConfigError("a: found 1, needed 2")
     assert ended.value.code == 1
     assert capsys.readouterr().err == "error: a: found 1, needed 2\n"
+
+
+class Panic(BaseException):
+    """As tokenizers' and torch.distributed.checkpoint's own: beside Exception."""
+
+
+def test_a_librarys_own_kind_of_exception_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, fail_together(Launch()):
+        raise Panic("called `Option::unwrap()` on a `None` value")
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert told.startswith("rank 0 failed:\nTraceback") and "called `Option::unwrap()`" in told
+
+
+def test_the_word_is_left_for_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch's own reader finds it, so that its report ends with the line."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    for variable, name in (("TORCHELASTIC_ERROR_FILE", "error.json"), (WORD_FILE, "word")):
+        monkeypatch.setenv(variable, str(tmp_path / name))
+    with pytest.raises(SystemExit), fail_together(Launch()):
+        raise ConfigError("a: found 1, needed 2")
+    assert (tmp_path / "word").read_text() == "error: a: found 1, needed 2"
+    other = ProcessFailure(local_rank=1, pid=1, exitcode=1, error_file="none")
+    speaker = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(tmp_path / "error.json"))
+    speaker.timestamp, other.timestamp = 1, 2
+    report = ChildFailedError("train.py", {1: other, 0: speaker}).format_msg()
+    assert report.rstrip("=\n").endswith("traceback : error: a: found 1, needed 2")
+    capsys.readouterr()
+
+
+def test_a_launcher_speaks_for_a_rank_that_is_gone_but_never_second(capsys: pytest.CaptureFixture[str]) -> None:
+    store = dist.HashStore()
+    speak_for(store, 1, "was ended by SIGKILL")
+    assert capsys.readouterr().err == "error: rank 1 was ended by SIGKILL\n"
+    keys = job_keys(store, "failure")
+    assert keys.check(["speaker", "spoken", "roll_call"]) and keys.get("code") == b"1"
+    speak_for(store, 2, "was ended by SIGTERM")
+    assert capsys.readouterr().err == ""
 
 
 def test_an_intended_exit_passes_through(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from multiprocessing.connection import Connection
+from unittest import mock
 
 import psutil
 import pytest
@@ -57,6 +58,59 @@ def test_before_the_first_step_the_process_ends_at_once_and_well() -> None:
     out, err = blocked.communicate(timeout=30)
     assert (blocked.returncode, err) == (0, "")
     assert "stopped by SIGTERM before the first step: nothing to save" in " ".join(out.split())
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once() -> None:
+    """Two that come together are one: the terminal's, and the launcher's that passes it on."""
+    hearing = "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    process = program(
+        f"{hearing}with StopSignals() as stop:\n stop.arm()\n print('ready', flush=True)\n"
+        " while not stop.seen: time.sleep(0.01)\n print('saving', flush=True)\n time.sleep(60)\n"
+    )
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    while "saving" not in (line := process.stdout.readline()):
+        assert line
+    time.sleep(signals.REPEAT_SECONDS + 0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "") and "ending at once" in out
+
+
+def test_ctrl_c_before_the_first_step_ends_with_its_own_code() -> None:
+    hearing = "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    process = program(f"{hearing}with StopSignals():\n print('ready', flush=True)\n time.sleep(60)\n")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "") and "stopped by SIGINT before the first step" in out
+
+
+def test_a_background_job_leaves_ctrl_c_to_others() -> None:
+    with mock.patch.object(signal, "getsignal", lambda number: signal.SIG_IGN), signals.StopSignals() as stop:
+        assert signal.SIGINT not in stop._handlers and signal.SIGTERM in stop._handlers
+
+
+@pytest.mark.parametrize(
+    ("variables", "number", "told"),
+    [
+        ({}, signal.SIGTERM, ""),
+        ({"TORCHELASTIC_RUN_ID": "x"}, signal.SIGTERM, "kills its ranks 30 s later, and what they have not saved is"),
+        ({"TORCHELASTIC_RUN_ID": "x"}, signal.SIGUSR1, ""),
+        ({"TORCHELASTIC_RUN_ID": "x", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}, signal.SIGINT, "ranks 90 s later"),
+        ({"TORCHELASTIC_RUN_ID": "x", "MEGATRON_VLM_WORD_FILE": "y"}, signal.SIGTERM, ""),
+    ],
+)
+def test_no_save_is_promised_that_torchrun_may_prevent(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], number: int, told: str
+) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "MEGATRON_VLM_WORD_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    found = signals._for_how_long(number)
+    assert told in found and bool(told) == bool(found)
 
 
 def test_a_rank_told_to_end_that_loses_its_peers_ends_without_a_word() -> None:
