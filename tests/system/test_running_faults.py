@@ -36,7 +36,7 @@ def a_recipe(folder: Path) -> Path:
         runtime={"timeout_seconds": TIMEOUT_SECONDS},
         parallel={"tensor": 2, "pipeline": 2, "sequence": True},
         training={"steps": NEVER},
-        schedule={"warmup_ratio": 0.0},
+        schedule={"name": "constant", "warmup_ratio": 0.0},  # no step depends on how many there will be
         data={"num_workers": 1},
         checkpoint={"every_steps": 5},
         logging={"sample_ids": True, "tensorboard": False, "ranks_every_steps": 0},
@@ -89,10 +89,11 @@ def lose_the_data(run: Run) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A fault, and how it ends. `told`: all of stderr but what torchrun says; `saves`: the last step is saved."""
+    """A fault, and how it ends. `code` None: any but 0; `told`: all of stderr but what torchrun says; `saves`: the last
+    step is saved."""
 
     fault: Callable[[Run], None]
-    code: int
+    code: int | None
     told: str = ""
     saves: bool = False
     ours: bool = True
@@ -105,7 +106,7 @@ def lost(what: str) -> str:
 
 CASES = {
     "a rank is stopped for ever": Case(
-        stop_for_ever, 137, lost(rf"rank 1 has not answered for \d+ s \(stopped\) {PLACE}")
+        stop_for_ever, None, lost(rf"rank 1 has not answered for \d+ s \(stopped\) {PLACE}")
     ),
     "a rank is killed": Case(
         lambda run: run.send(signal.SIGKILL, rank=1), 137, lost(f"rank 1 was ended by SIGKILL {PLACE}")
@@ -129,7 +130,8 @@ def test_a_fault_ends_the_run_as_told(ranks: RankPool, tmp_path: Path, name: str
     with run.job as job:
         run.started()
         case.fault(run)
-        assert job.end() == case.code, job.read("stderr.log")
+        code = job.end()
+        assert code == case.code if case.code is not None else code > 0, job.read("stderr.log")
         assert re.fullmatch(case.told, job.read("stderr.log")), job.read("stderr.log")
         made = read_metrics(run.root)
         saved = int((run.root / "latest").read_text().removeprefix("step_"))
