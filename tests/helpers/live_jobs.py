@@ -35,7 +35,6 @@ class LiveJob:
         command: script and arguments.
         num_ranks: 1 starts the script itself.
         ours: by tools/launch.py, not torchrun; what ranks say is then the launcher's output.
-        prefix: of the whole command.
     """
 
     def __init__(
@@ -44,7 +43,6 @@ class LiveJob:
         command: Sequence[str | Path],
         num_ranks: int = 1,
         ours: bool = False,
-        prefix: Sequence[str] = (),
     ) -> None:
         logs.mkdir(parents=True)
         self.logs, self.mark = logs, uuid.uuid4().hex
@@ -57,7 +55,7 @@ class LiveJob:
             launcher += ["--log-dir", str(logs / "ranks"), "--redirects=3"]
         with open(logs / "stdout.log", "w") as out, open(logs / "stderr.log", "w") as err:
             self.process = subprocess.Popen(
-                [*prefix, *launcher, *map(str, command)],
+                [*launcher, *map(str, command)],
                 env=environment(**{MARK: self.mark}),
                 stdout=out,
                 stderr=err,

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config import load_config, to_yaml
+from tests.helpers.hung_train import SAMPLE
 from tests.helpers.listeners import listening, reach_outside
 from tests.helpers.live_jobs import TRAIN, LiveJob, read_metrics, train_in_pool, wait_for
+from tests.helpers.processes import ROOT
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_recipe
 
@@ -49,10 +51,10 @@ def a_recipe(folder: Path) -> Path:
 class Run:
     """The job, some steps into its run."""
 
-    def __init__(self, folder: Path, ours: bool = True, prefix: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, ours: bool = True, script: Path = TRAIN) -> None:
         self.folder, self.root = folder, folder / "checkpoints"
         self.recipe = a_recipe(folder)
-        self.job = LiveJob(folder / "logs", [TRAIN, self.recipe], NUM_RANKS, ours=ours, prefix=prefix)
+        self.job = LiveJob(folder / "logs", [script, self.recipe], NUM_RANKS, ours=ours)
 
     def started(self) -> "Run":
         """Has saved once, and made steps since."""
@@ -138,7 +140,8 @@ def test_a_fault_ends_the_run_as_told(ranks: RankPool, tmp_path: Path, name: str
         assert not case.saves or saved == len(made)
     if name in FAST:
         return
-    a_recipe(tmp_path)  # and what it needs, where that was the fault
+    (tmp_path / "train.json").unlink(missing_ok=True)
+    a_recipe(tmp_path)  # and its data and images again, where they were the fault
     check_rerun(ranks, run, saved)
 
 
@@ -171,6 +174,15 @@ def test_a_rank_that_is_stopped_for_a_while_costs_nothing_but_time(tmp_path: Pat
         run.goes_on()
         run.send(signal.SIGTERM)
         assert (job.end(), job.read("stderr.log")) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_data_worker_that_never_comes_back_is_named_with_its_sample(tmp_path: Path) -> None:
+    run = Run(tmp_path, script=ROOT / "tests" / "helpers" / "hung_train.py")
+    with run.job as job:
+        assert job.end(300) > 0
+        line = rf"rank 1 has not gone on for \d+ s \(hung\) in step \d+, phase data, sample '{SAMPLE}', at .*take, .*"
+        assert re.fullmatch(lost(line), job.read("stderr.log")), job.read("stderr.log")
 
 
 @pytest.mark.slow
