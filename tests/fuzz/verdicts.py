@@ -2,7 +2,7 @@
 
 A refusal is judged by the line that the user would see (`runtime.failure.describe`), so a tool and a loaded model are
 held to the same. A refusal for want of memory is a fault, but where the product itself had set the bound: with more
-memory it would have been taken.
+memory it would have been taken. (FFmpeg says the same of what it never asks for, being over a bound of its own.)
 """
 
 import itertools
@@ -11,6 +11,8 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+import av
 
 from megatron_vlm.errors import MegatronVlmError
 from megatron_vlm.runtime.failure import describe
@@ -58,7 +60,7 @@ def of_error(error: BaseException) -> Verdict:
     if isinstance(error, Wrong):
         return Verdict("wrong", str(error))
     unbounded = itertools.takewhile(lambda one: not isinstance(one, LimitError), _chain(error))
-    if any(isinstance(one, MemoryError) for one in unbounded):
+    if any(isinstance(one, MemoryError) and not isinstance(one, av.FFmpegError) for one in unbounded):
         return Verdict("memory", trace)
     if not isinstance(error, MegatronVlmError):
         return Verdict("traceback", trace)

@@ -55,6 +55,9 @@ class LlavaFile(RecordFile):
                 text = file.read().decode("latin-1")
         except OSError as error:
             raise DataError(f"data file {self.path} cannot be read: {error.strerror}") from error
+        except MemoryError as error:
+            size = self.path.stat().st_size
+            raise DataError(f"data file {self.path} has {size:,} bytes; to index it takes twice the memory") from error
         if text.startswith(UTF_16_MARKS):
             raise DataError(f"{self.path} is UTF-16; UTF-8 is needed")
         start = _skip_blank(text, len(BYTE_ORDER_MARK) if text.startswith(BYTE_ORDER_MARK) else 0)

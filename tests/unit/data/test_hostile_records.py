@@ -87,6 +87,13 @@ def test_data_files_that_are_none(tmp_path: Path, kind: str) -> None:
             read()
 
 
+def test_a_data_file_that_the_memory_does_not_hold(tmp_path: Path) -> None:
+    (tmp_path / "a.json").touch()
+    os.truncate(tmp_path / "a.json", 1 << 40)  # sparse: no room on the disk
+    with pytest.raises(DataError, match=r"a\.json has 1,099,511,627,776 bytes; to index it takes twice the memory"):
+        LlavaFile(tmp_path / "a.json", "<image>").scan()
+
+
 @pytest.mark.parametrize("name", ["a\0b", "circle"])
 def test_media_roots_that_are_none(tmp_path: Path, name: str) -> None:
     (tmp_path / "circle").symlink_to("circle")
