@@ -162,8 +162,7 @@ def write_stops(folder: Path, tokenizer: Tokenizer, stop_ids: Collection[int]) -
 def write_record(folder: Path, data: DataConfig) -> None:
     """The recipe's words for prompts and pictures. Raises OSError."""
     arguments = {name: value for name, value in data.template_arguments.items() if name != CLOCK}  # the program has it
-    words = {"template": data.template, "template_arguments": arguments, "image_mode": data.image_mode}
-    record = AskedAs.model_validate({**words, "image_token": data.image_token})
+    record = AskedAs.of(data).model_copy(update={"template_arguments": arguments})
     (folder / RECORD_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 

@@ -27,7 +27,7 @@ from megatron_vlm.checkpoint.manifest import FILE_NAME as MANIFEST
 from megatron_vlm.conversion.verify_report import Comparison, compare_traces, top1_agreement
 from megatron_vlm.conversion.verify_side import Side, check_fit, coarsest
 from megatron_vlm.conversion.verify_trace import Probe
-from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.media import ImageMode, MediaReader
 from megatron_vlm.data.tokenizer import faults_told, load_tokenizer
 from megatron_vlm.errors import ConversionError, DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
@@ -106,7 +106,7 @@ def open_side(path: str, downsample_order: str | None = None) -> Side:
 
 def make_probe(a: Side, b: Side, media: Sequence[Path], prompt: str) -> Probe:
     """The question as ids and pixels, prepared as A's model wants them. Raises as `compare`."""
-    pixels = _read_pixels(a.pixels, media)
+    pixels = _read_pixels(a.pixels, a.asked.image_mode, media)
     vocabulary = min(a.facts.vocabulary, b.facts.vocabulary)
     pieces = _cut(a, b, prompt, len(pixels)) if prompt else _random_pieces(vocabulary, len(pixels))
     used = {token for piece in pieces for token in piece}
@@ -116,12 +116,13 @@ def make_probe(a: Side, b: Side, media: Sequence[Path], prompt: str) -> Probe:
     return Probe(pieces, pixels, placeholder)
 
 
-def _read_pixels(wanted: PixelFormat, media: Sequence[Path]) -> Tensor:
+def _read_pixels(wanted: PixelFormat, mode: ImageMode, media: Sequence[Path]) -> Tensor:
     """[n, 3, H, W]; one picture of random pixels where none is given."""
     if not media:
         return torch.randn(1, 3, wanted.height, wanted.width, generator=torch.Generator().manual_seed(_SEED))
-    spec = MediaSpec(0, 0, wanted.height, wanted.width, wanted.mean, wanted.std)  # the number of tokens is not needed
-    reader = MediaReader(spec, "pad")
+    # the numbers of tokens and patches are not needed
+    spec = MediaSpec(0, 0, wanted.height, wanted.width, wanted.mean, wanted.std, wanted.processor)
+    reader = MediaReader(spec, mode)
     return torch.stack([reader.read(path, "--media") for path in media])
 
 
@@ -171,6 +172,9 @@ def _notes(a: Side, b: Side) -> Iterator[str]:
         yield f"A's weights are {formats[0]}, B's {formats[1]}"
     if (a.pixels.mean, a.pixels.std) != (b.pixels.mean, b.pixels.std):
         yield "pixels are normalised by other means and deviations; both were given A's"
+    for name in type(a.asked).model_fields:
+        if (found := getattr(a.asked, name)) != (other := getattr(b.asked, name)):
+            yield f"A is asked with data.{name} {found!r}, B with {other!r}"
     if a.tokenizer is None or b.tokenizer is None:
         lacking = [name for name, side in (("A", a), ("B", b)) if side.tokenizer is None]
         yield f"{' and '.join(lacking)} {'has' if len(lacking) == 1 else 'have'} no tokenizer"

@@ -27,7 +27,7 @@ from transformers import (
 
 from megatron_vlm.conversion.files import WeightFolder, open_weight_file
 from megatron_vlm.conversion.formats import Places, llava, open_foreign
-from megatron_vlm.conversion.formats.base import has_tokenizer, read_json, recognised
+from megatron_vlm.conversion.formats.base import AskedAs, has_tokenizer, read_json, recognised
 from megatron_vlm.conversion.verify_projectors import plain_projector
 from megatron_vlm.conversion.verify_side import Facts, coarsest, round_weights
 from megatron_vlm.conversion.verify_trace import HEAD, Anatomy, Probe, Trace, traced
@@ -59,6 +59,7 @@ class ForeignSide(ABC):
     weights: torch.dtype
     pixels: PixelFormat
     tokenizer: Path | None
+    asked: AskedAs
     vision: PretrainedConfig
     vision_folder: Path | None  # of a tower's own directory
     downsample_order: str | None  # where the directory does not say it
@@ -95,6 +96,7 @@ def open_foreign_side(path: str, downsample_order: str | None = None) -> Foreign
         weights=coarsest({foreign.source.read(name).dtype for name in foreign.source.names()}),
         pixels=pixels,
         tokenizer=foreign.tokenizer if has_tokenizer(foreign.tokenizer) else None,
+        asked=AskedAs.of(foreign),
         vision=foreign.vision,
         vision_folder=vision_folder,
         downsample_order=downsample_order if is_open else None,

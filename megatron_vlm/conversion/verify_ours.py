@@ -21,6 +21,7 @@ from megatron_vlm.checkpoint.recipe import inference_config
 from megatron_vlm.checkpoint.store import load_checkpoint
 from megatron_vlm.checkpoint.stored_metadata import read_metadata
 from megatron_vlm.config.schema import Config, OpsConfig, ParallelConfig, PrecisionConfig
+from megatron_vlm.conversion.formats.base import AskedAs
 from megatron_vlm.conversion.native_reading import MODEL_PARTS
 from megatron_vlm.conversion.verify_side import Facts, coarsest, round_weights
 from megatron_vlm.conversion.verify_trace import HEAD, Anatomy, Probe, Trace, traced
@@ -50,6 +51,11 @@ class OurSide:
     weights: torch.dtype
     pixels: PixelFormat
     tokenizer: Path
+
+    @property
+    def asked(self) -> AskedAs:
+        """As the recipe says."""
+        return AskedAs.of(self.config.data)
 
     @classmethod
     def open(cls, path: str) -> "OurSide":

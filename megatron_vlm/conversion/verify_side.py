@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from megatron_vlm.conversion.formats.base import AskedAs
 from megatron_vlm.conversion.verify_trace import Probe, Trace
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.vision.preprocessing import PixelFormat
@@ -41,7 +42,7 @@ class Side(Protocol):
     """A model on the disk.
 
     origin: as the user named it. weights: the number format with the fewest digits among its tensors'. pixels: how its
-    pictures are prepared. tokenizer: a directory, None where it has none.
+    pictures are prepared. tokenizer: a directory, None where it has none. asked: its prompts and pictures in training.
     """
 
     @property
@@ -54,6 +55,8 @@ class Side(Protocol):
     def pixels(self) -> PixelFormat: ...
     @property
     def tokenizer(self) -> Path | None: ...
+    @property
+    def asked(self) -> AskedAs: ...
     def trace(self, probe: Probe, weights: torch.dtype) -> Trace:
         """Loads the model, its weights rounded to `weights`, asks it in fp32 on the current device, and lets it go."""
         ...

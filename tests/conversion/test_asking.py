@@ -150,3 +150,22 @@ def test_transformers_and_load_ask_as_training_did(tmp_path, kind, caplog):
         sample = Sample("", tuple(turns), ("",) * num_images, "")
         if kind != "says its beginning" and (template != "plain" or num_images):
             assert again.encode_prompt(sample).ids == encoder.encode_prompt(sample).ids
+
+
+def test_verify_shows_pictures_as_training_did_and_tells_what_is_asked_otherwise(tmp_path):
+    from megatron_vlm.conversion.verify import compare, make_probe, open_side
+
+    checkpoint = checkpoint_of(tmp_path, lambda f: of_bytes(f, CHATML), template="vicuna_v1", image_mode="resize")
+    plan_export(checkpoint, "llava-hf").write(tmp_path / "out")
+    Image.linear_gradient("L").resize((60, 28)).convert("RGB").save(tmp_path / "a.png")
+    shown = {}
+    for mode in ("resize", "pad"):
+        record = json.loads((tmp_path / "out" / "megatron_vlm.json").read_text())
+        (tmp_path / "out" / "megatron_vlm.json").write_text(json.dumps({**record, "image_mode": mode}))
+        side = open_side(str(tmp_path / "out"))
+        shown[mode] = make_probe(side, side, [tmp_path / "a.png"], "").pixels
+        result = compare(str(tmp_path / "out"), str(checkpoint), [tmp_path / "a.png"])
+        assert result.agrees
+        told = [note for note in result.notes if "data." in note]
+        assert told == ([] if mode == "resize" else ["A is asked with data.image_mode 'pad', B with 'resize'"])
+    assert (shown["resize"] - shown["pad"]).abs().max() > 0.5

@@ -246,6 +246,11 @@ class AskedAs(BaseModel):
     image_mode: Literal["pad", "resize", "processor"]
     image_token: Annotated[str, Field(min_length=1)]
 
+    @classmethod
+    def of(cls, data: Any) -> "AskedAs":
+        """Of a recipe's data section, or of a `ForeignModel`."""
+        return cls(**{name: getattr(data, name) for name in cls.model_fields})
+
 
 def asked_as(folder: Path, language: PretrainedConfig, image_mode: str) -> AskedAs:
     """How a directory's model is asked: as its record says; without one by `fitting_template`, in `image_mode`.

@@ -1,6 +1,7 @@
 """The directory of a run's checkpoints through kills at any point, and what is kept of it."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -176,3 +177,25 @@ def test_another_format_is_refused_by_name(tmp_path: Path) -> None:
     publish(tmp_path, 2)
     with pytest.raises((CheckpointError, ConfigError), match="format 0 found, this version reads formats 2 and 3"):
         find_checkpoint(tmp_path)
+
+
+def test_a_whole_checkpoint_is_not_told_as_unwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `latest` cannot be moved, or what it replaces not removed; it is there, and found, all the same."""
+    first = publish(tmp_path, 1)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(CheckpointError, match=r"step_0000002 is whole, but \S*latest could not be moved to it: .*"):
+        publish(tmp_path, 2)
+    assert directory.checkpoints(tmp_path) == [tmp_path / "step_0000002", first]
+    (tmp_path / "latest").rmdir()
+    remove = shutil.rmtree
+
+    def refuse(path: Path, *args: object) -> None:
+        if Path(path).name == ".replaced_step_0000002":
+            raise PermissionError(13, "Permission denied")
+        remove(path)
+
+    monkeypatch.setattr(directory.shutil, "rmtree", refuse)
+    with pytest.raises(CheckpointError, match="step_0000002 is whole, but .*_step_0000002, which it replaces, "):
+        publish(tmp_path, 2, "y")
+    assert directory.latest_of(tmp_path) == tmp_path / "step_0000002"
