@@ -15,6 +15,8 @@ before a text. Llama's reference code cuts there always, LLaVA never.
 
 Nothing reaches across a special token, so only the text since the last one is tokenised again.
 
+The tokenizers library is called without transformers around it, which would take as long again for each part.
+
 Hazard: a special token may take the blanks beside it with it (`rstrip`, `lstrip`). That is left as it is: the model
 meets the same in its prompts.
 """
@@ -59,6 +61,7 @@ class BorderTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        tokenizer("", add_special_tokens=False)  # unsets what its file says of truncation and padding
         # Cut out of the text as it stands, before anything is normalised: nothing joins them.
         self.walls = {
             id_: token.content
@@ -96,13 +99,14 @@ class BorderTokenizer:
 
     def _part(self, text: str, start: int, stop: int, continues: bool) -> Tokens:
         """Tokens of text[start:stop]; one that continues does so up to its first special token."""
+        backend = self.tokenizer.backend_tokenizer
+        if continues:
+            self._continuing = backend = self._continuing or without_prefix(backend)
+        encoding = backend.encode(text[start:stop], add_special_tokens=False)
+        offsets = encoding.offsets
+        found = Tokens(encoding.ids, [(start + one, start + end) for one, end in offsets] if start else offsets)
         if not continues:
-            found = self.tokenizer(text[start:stop], add_special_tokens=False, return_offsets_mapping=True)
-            return Tokens(found["input_ids"], [(start + one, start + end) for one, end in found["offset_mapping"]])
-        if self._continuing is None:
-            self._continuing = without_prefix(self.tokenizer.backend_tokenizer)
-        encoding = self._continuing.encode(text[start:stop], add_special_tokens=False)
-        found = Tokens(encoding.ids, [(start + one, start + end) for one, end in encoding.offsets])
+            return found
         wall = next((number for number in range(len(found.ids)) if self._is_wall(found, number, text)), None)
         if wall is not None:
             behind = self._part(text, found.offsets[wall][0], stop, continues=False)

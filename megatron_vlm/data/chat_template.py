@@ -91,9 +91,9 @@ class ChatTemplate:
         assert isinstance(text, str)
         return text
 
-    def marks(self, turns: Sequence[Turn]) -> list[tuple[int, int]]:
-        """Where in the rendered text generation blocks stand, [start, end) in characters. Raises as `render`."""
-        _, places = bounded(
+    def render_marked(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
+        """Their text and where generation blocks stand in it, [start, end) in characters. Raises as `render`."""
+        texts, places = bounded(
             lambda: render_jinja_template(
                 conversations=[self._messages(turns)],
                 chat_template=self.source,
@@ -101,7 +101,7 @@ class ChatTemplate:
                 **self._variables(),
             )
         )
-        return [(start, end) for start, end in places[0] if start < end]
+        return texts[0], [(start, end) for start, end in places[0] if start < end]
 
     def _variables(self) -> dict[str, Any]:
         return {**self.tokenizer.special_tokens_map, **self.arguments}

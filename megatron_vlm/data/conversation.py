@@ -314,19 +314,21 @@ class ConversationEncoder:
         if self.apart:
             return self._label_last(sample)
         turns = self._turns_of(sample)
-        text = self._render(sample, turns)
+        text, marks = self._render_marked(sample, turns)
         numbers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
         borders = [self._border(text, sample, turns[:number]) for number in numbers]
-        return self._label(text, borders, self._find_answers(text, sample, turns, borders), sample, turns)
+        spans = self._find_answers(text, sample, turns, borders)
+        return self._label(text, borders, spans, marks, sample)
 
     def _label_last(self, sample: Sample) -> _Labelled:
         """The last answer alone is trained."""
         turns = self._turns_of(sample)
         assert turns[-1].role == "assistant", "sources see to it"
-        text = self._render(sample, turns)
+        text, marks = self._render_marked(sample, turns)
         border = self._border(text, sample, turns[:-1])
         borders = [*self._earlier_borders(text, sample, turns), border]
-        return self._label(text, borders, self._find_answers(text, sample, turns, [border]), sample, turns)
+        spans = self._find_answers(text, sample, turns, [border])
+        return self._label(text, borders, spans, marks, sample)
 
     def _find_answers(self, text: str, sample: Sample, turns: Sequence[Turn], borders: list[int]) -> list[AnswerSpan]:
         """The answers behind some borders, the conversation's last ones."""
@@ -364,12 +366,16 @@ class ConversationEncoder:
         return f"{apart}a template that does"
 
     def _label(
-        self, text: str, borders: list[int], spans: list[AnswerSpan], sample: Sample, turns: Sequence[Turn]
+        self,
+        text: str,
+        borders: list[int],
+        spans: list[AnswerSpan],
+        marks: list[tuple[int, int]] | None,
+        sample: Sample,
     ) -> _Labelled:
         """Trains the spans, which are those of the last borders."""
         tokens, counts = self._tokenize(text, borders, sample)
-        marks = self._marks(sample, turns)
-        if marks and len(spans) == sum(turn.role == "assistant" for turn in turns):
+        if marks and len(spans) == sum(turn.role == "assistant" for turn in sample.turns):
             stray = [one for one in marks if all(one[1] <= span.start or one[0] >= span.turn_end for span in spans)]
             if stray:
                 raise self._mismarked(sample, [text[slice(*stray[0])]], text[spans[0].start : spans[0].turn_end])
@@ -390,12 +396,12 @@ class ConversationEncoder:
             ends |= {tokens.ids[stop - 1]} if closed and trained else set()
         return _Labelled(self.beginning + tokens.ids, [IGNORE] * len(self.beginning) + labels, frozenset(ends))
 
-    def _marks(self, sample: Sample, turns: Sequence[Turn]) -> list[tuple[int, int]] | None:
-        """Where the template marks what the model says; None where it has no marks."""
+    def _render_marked(self, sample: Sample, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]] | None]:
+        """The text, and where the template marks what the model says; None where it has no marks."""
         if self.chat_template is None or not self.chat_template.marks_answers:
-            return None
+            return self._render(sample, turns), None
         try:
-            return self.chat_template.marks(turns)
+            return self.chat_template.render_marked(turns)
         except Exception as error:
             raise self._refused(sample, error) from error
 

@@ -91,10 +91,11 @@ def test_a_tokenizer_that_panics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     tokenizer = tokenizers.byte_level(tmp_path)
     encoder = ConversationEncoder(tokenizer, "auto", "<image>", 1)
 
-    def panic(*_: object, **__: object) -> None:
-        raise error
+    class Panicking:
+        def encode(self, *_: object, **__: object) -> None:
+            raise error
 
-    monkeypatch.setattr(type(tokenizer), "__call__", panic)
+    monkeypatch.setattr(type(tokenizer), "backend_tokenizer", Panicking())
     for encode in (encoder.encode, encoder.encode_prompt):
         with pytest.raises(BadSample, match=r"element 0: sample 's': the tokenizer '.*' refuses it: .") as caught:
             encode(sample("q"))
