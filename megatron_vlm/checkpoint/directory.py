@@ -101,7 +101,12 @@ def create_partial(final: Path) -> Path:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Gives a checkpoint its name, in place of one of the same step where there is one. Raises OSError."""
+    """Gives a checkpoint its name, in place of one of the same step where there is one.
+
+    Raises:
+        OSError: it has no name yet.
+        CheckpointError: it has, and is whole; what comes after that failed.
+    """
     for directory in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
         sync_directory(directory)
     replaced = replaced_path(final)
@@ -110,9 +115,16 @@ def publish(partial: Path, final: Path) -> None:
             shutil.rmtree(replaced)  # a kill came between the renaming and the removal
         os.rename(final, replaced)
     os.rename(partial, final)
-    point_to(final)
+    _after(final, f"{final.parent / LATEST} could not be moved to it", lambda: point_to(final))
     if replaced.exists():
-        shutil.rmtree(replaced)
+        _after(final, f"{replaced}, which it replaces, could not be removed", lambda: shutil.rmtree(replaced))
+
+
+def _after(final: Path, problem: str, action: Callable[[], None]) -> None:
+    try:
+        action()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {final} is whole, but {problem}: {error}") from error
 
 
 def point_to(checkpoint: Path) -> None:
