@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_vlm.config.schema import TimeTokensConfig
-from megatron_vlm.errors import ConfigError, is_fault, one_line
+from megatron_vlm.errors import ConfigError, is_fault, one_line, shown
 from megatron_vlm.models import hub
 from megatron_vlm.models.hf_config import MAX_CONFIG_BYTES, find_directory, read_settings
 from megatron_vlm.runtime.files import check_regular
@@ -122,14 +122,16 @@ def _try(tokenizer: Tokenizer, image_token: str, folder: str) -> None:
 
 @contextlib.contextmanager
 def _panics_unsaid() -> Iterator[None]:
-    """What a panic writes to stderr, some lines of it, is dropped where the panic is raised, too, and will be told;
-    all else that is written there meanwhile follows at the end."""
-    if sys.stderr is None:  # closed: its number may be another file's
+    """What a panic writes, some lines of it, is dropped where the panic is raised, too, and will be told; all else that
+    is written meanwhile follows at the end on stderr, `shown`: the library quotes keys of a file, and on stdout."""
+    if sys.stderr is None or sys.stdout is None:  # closed: its number may be another file's
         yield
         return
-    with open(os.memfd_create("stderr"), "w+b") as meanwhile:
-        stderr = os.dup(2)
-        os.dup2(meanwhile.fileno(), 2)
+    sys.stdout.flush()
+    with open(os.memfd_create("output"), "w+b") as meanwhile:
+        kept = [(number, os.dup(number)) for number in (1, 2)]
+        for number, _ in kept:
+            os.dup2(meanwhile.fileno(), number)
         panics = False
         try:
             yield
@@ -137,11 +139,12 @@ def _panics_unsaid() -> Iterator[None]:
             panics = is_fault(error) and not isinstance(error, Exception)
             raise
         finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+            for number, own in kept:
+                os.dup2(own, number)
+                os.close(own)
             if not panics:
                 meanwhile.seek(0)
-                os.write(2, meanwhile.read())
+                os.write(2, shown(meanwhile.read().decode("utf-8", "backslashreplace")).encode())
 
 
 def check_vocabulary(tokenizer: Tokenizer, image_token: str, vocab_size: int) -> None:

@@ -72,6 +72,14 @@ def test_what_else_is_written_to_stderr_while_a_tokenizer_loads_is_kept(
     assert capfd.readouterr().err == "a word\n"
 
 
+def test_what_the_library_says_of_a_file_s_keys_sends_no_control_characters(
+    whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = spoilt(whole, tmp_path, "tokenizer.json", lambda s: s["added_tokens"][0].update({"x\0\x1b[2J": 1}))
+    load_tokenizer(folder, "<image>")
+    assert r"x\x00\x1b[2J" in capfd.readouterr().err
+
+
 CONFIGS: dict[str, tuple[Callable[[Settings], Any], str]] = {
     "text for a length": (put(model_max_length="x"), "model_max_length is 'x' in .*tokenizer_config.json, needs a num"),
     "list for a length": (put(model_max_length=[1]), r"model_max_length is \[1\]"),
