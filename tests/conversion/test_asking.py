@@ -21,7 +21,7 @@ from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.sample import BadSample, Sample, Turn
 from megatron_vlm.data.tokenizer import load_tokenizer
 from tests.helpers.chat_tokenizers import CHATML, CLOCKED, INSTRUCT, LLAMA_3, TYPED_CHATML, of_bytes, of_pieces
-from tests.helpers.foreign_models import Kind, projector_alone
+from tests.helpers.foreign_models import Kind, llava_hf, projector_alone
 
 TOKENS_PER_IMAGE = 16
 ARGUMENTS = {"arguments and a date": {"style": ["short", None], "strftime_now": "2026-03-05"}}  # of `CLOCKED`
@@ -169,3 +169,22 @@ def test_verify_shows_pictures_as_training_did_and_tells_what_is_asked_otherwise
         told = [note for note in result.notes if "data." in note]
         assert told == ([] if mode == "resize" else ["A is asked with data.image_mode 'pad', B with 'resize'"])
     assert (shown["resize"] - shown["pad"]).abs().max() > 0.5
+
+
+def test_the_card_claims_what_is_known(tmp_path):
+    """The licence that the origin's card names, else none; template, image mode and update."""
+    import re
+
+    source = llava_hf(tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: llama2\ntags: [a]\n---\nlicense: mine\n")
+    checkpoint = import_model(open_foreign(source), tmp_path / "ours")
+    plan_export(checkpoint, "llava").write(tmp_path / "known")
+    card = (tmp_path / "known" / "README.md").read_text()
+    head = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    assert head is not None and "license: llama2" in head[1].splitlines() and "library_name" not in head[1]
+    (tmp_path / "new").mkdir()
+    fresh = checkpoint_of(tmp_path / "new", lambda f: of_bytes(f, CHATML), template="vicuna_v1", image_mode="resize")
+    plan_export(fresh).write(tmp_path / "unknown")
+    card = (tmp_path / "unknown" / "README.md").read_text()
+    assert "license:" not in card and "Unknown: " in card and str(tmp_path) not in card
+    assert all(word in card for word in ("`vicuna_v1`", "`resize`", "AutoProcessor", "from megatron_vlm import load"))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_vlm.conversion.formats.base import AskedAs
 from megatron_vlm.conversion.verify import NUM_RANDOM_TOKENS, _notes, make_probe
 from megatron_vlm.conversion.verify_side import Facts, check_fit, coarsest, round_weights
 from megatron_vlm.conversion.verify_trace import Anatomy, Probe, Trace, traced
@@ -35,6 +36,7 @@ class Stub:
     weights: torch.dtype = torch.float32
     pixels: PixelFormat = PIXELS
     tokenizer: Path | None = None
+    asked: AskedAs = AskedAs(template="auto", image_mode="pad", image_token="<image>")
 
     def trace(self, probe: Probe, weights: torch.dtype) -> Trace:
         raise AssertionError("not asked for")
