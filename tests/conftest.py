@@ -1,6 +1,7 @@
 """What every test gets: no CUDA unless asked for with `-m gpu`, one thread per process, the pool of ranks."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,9 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never download
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("MPLCONFIGDIR", str(cache / "matplotlib"))  # its fonts are looked for once, not in every run
-    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="cache-")  # what tests measure of the machine is not kept
+    os.environ.setdefault("HF_HOME", str(cache / "huggingface"))
+    os.environ["XDG_CACHE_HOME"] = own = tempfile.mkdtemp(prefix="cache-")  # what tests measure here is not kept
+    config.add_cleanup(lambda: shutil.rmtree(own, ignore_errors=True))
     if not wants_gpu(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: what it decorates is fixed then

@@ -51,15 +51,17 @@ def build_parser() -> CommandLine:
     parser.add_argument("--quick-seconds", type=whole_number(0), default=60, help="default 60; 0: never give up early")
     parser.add_argument("--save-seconds", type=whole_number(1), default=120, help="before the limit (default 120)")
     parser.add_argument("--output-dir", help="default runs/MODE/NAME")
-    parser.add_argument("--ranks", type=number_of_ranks, metavar="N", help="run so many of the script, or auto")
+    parser.add_argument(
+        "--ranks", type=number_of_ranks, metavar="N", help="run so many of the script; auto, gpu, cpu: one each"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and end")
     parser.add_argument("command", nargs="...", metavar="-- COMMAND", help="what to run, with its arguments")
     return parser
 
 
 def number_of_ranks(text: str) -> str:
-    """A whole number from 1, or auto."""
-    return text if text == "auto" else str(whole_number(1)(text))
+    """A whole number from 1, or what it is one of: `auto`, `gpu`, `cpu`, as torchrun calls them."""
+    return text if text in ("auto", "gpu", "cpu") else str(whole_number(1)(text))
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from megatron_vlm.runtime.files import read_json
 
 FILE_NAME = "sources.json"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]{1,200})?", re.ASCII)  # ids end up in cards
 _MAX_BYTES = 2**20
 
 
@@ -40,6 +41,11 @@ def read_sources(directory: Path, listed: Collection[str]) -> dict[str, str]:
         found = read_json(directory / FILE_NAME, _MAX_BYTES)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory / FILE_NAME} cannot be read: {one_line(error)}") from error
-    if not isinstance(found, dict) or not all(isinstance(c, str) and _COMMIT.fullmatch(c) for c in found.values()):
-        raise CheckpointError(f"{directory / FILE_NAME} is damaged: it needs a commit of 40 digits for every hub id")
+    if not isinstance(found, dict) or not all(
+        _HUB_ID.fullmatch(name) and isinstance(commit, str) and _COMMIT.fullmatch(commit)
+        for name, commit in found.items()
+    ):
+        raise CheckpointError(
+            f"{directory / FILE_NAME} is damaged: it needs hub ids (org/name@revision), each with a commit of 40 digits"
+        )
     return found

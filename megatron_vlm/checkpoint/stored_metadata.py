@@ -108,6 +108,8 @@ class _Reader:
         if prod(size) >= MAX_ELEMENTS or type(fields["chunks"]) is not list:
             raise pickle.UnpicklingError("it has a tensor that is too large, or not in chunks")
         chunks = [self._chunk(chunk, size) for chunk in fields["chunks"]]
+        if sum(prod(chunk.sizes) for chunk in chunks) != prod(size):
+            raise pickle.UnpicklingError("it has a tensor that its chunks do not fill")
         return TensorStorageMetadata(_properties(fields["properties"]), size, chunks)
 
     def _chunk(self, found: Any, whole: torch.Size) -> ChunkStorageMetadata:

@@ -36,7 +36,9 @@ _KINDS = {  # what pydantic says in the terms of Python
     "dict_type": "must be keys with values",
     "tuple_type": "must be a list",
 }
-_OWN_KEY = re.compile(r"\$\{[\w.\-\[\]]+\}")  # a reference to one; resolvers have a colon, or are put together
+_OWN_KEY = re.compile(
+    r"\$\{[ \t]*[\w.\-\[\]]+[ \t]*\}"
+)  # a reference to one; resolvers have a colon, or are put together
 _PLAIN = (str, int, float, bool, type(None))
 _LARGEST_INTEGER_BITS = 64
 _LONGEST_CHAIN = 100  # of bases

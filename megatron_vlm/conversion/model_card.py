@@ -10,6 +10,7 @@ from megatron_vlm import __version__
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.formats.base import Target
+from megatron_vlm.errors import shown
 
 CARD = "README.md"
 ORIGINS_CARD = "README_of_origin.md"  # where the model came with one
@@ -57,7 +58,7 @@ def model_card(target: Target, manifest: Manifest, format: str, licence: str | N
     """
     head = {"license": licence, "library_name": "transformers" if format == "llava-hf" else None}
     lines = [f"{key}: {value}" for key, value in {**head, "pipeline_tag": "image-text-to-text"}.items() if value]
-    facts = "\n".join(f"| {name} | {value} |" for name, value in _facts(target, manifest).items())
+    facts = "\n".join(f"| {name} | {_in_a_cell(value)} |" for name, value in _facts(target, manifest).items())
     terms = (
         f"`{licence}`, as the card of the model says that training began from."
         if licence
@@ -86,6 +87,11 @@ def made_from(commits: Mapping[str, str]) -> list[str]:
     """The hub ids with their commits, as lines of a card."""
     lines = [f"- `{name}`, commit `{commits[name]}`" for name in sorted(commits)]
     return ["Made by megatron_vlm from:", "", *lines, ""] if lines else []
+
+
+def _in_a_cell(text: str) -> str:
+    """Text of anybody, as a cell of a table: it ends neither the cell nor the line."""
+    return " ".join(shown(text).split()).replace("|", "\\|")
 
 
 def _facts(target: Target, manifest: Manifest) -> dict[str, str]:

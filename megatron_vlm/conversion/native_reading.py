@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.stored_metadata import read_metadata
@@ -95,7 +95,7 @@ class NativeSource:
     def _whole(self, entry: Mapping) -> Tensor:
         """The parameter out of its chunks."""
         stored = self._stored[entry.name]
-        chunks = {chunk.offsets: self._chunk(entry.name, chunk.offsets) for chunk in stored.chunks}
+        chunks = {chunk.offsets: self._chunk(entry.name, chunk) for chunk in stored.chunks}
         if len(chunks) == 1:
             return next(iter(chunks.values()))
         whole = torch.empty(stored.size, dtype=stored.properties.dtype)
@@ -103,14 +103,17 @@ class NativeSource:
             whole[tuple(slice(o, o + n) for o, n in zip(offsets, chunk.shape, strict=True))] = chunk
         return whole
 
-    def _chunk(self, name: str, offsets: torch.Size) -> Tensor:
-        place = self._storage[MetadataIndex(name, offsets)]
+    def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        place, dtype = self._storage[MetadataIndex(name, chunk.offsets)], self._stored[name].properties.dtype
         try:
             with open_regular(self._directory / place.relative_path) as stream:
                 stream.seek(place.offset)
                 tensor: Tensor = torch.load(io.BytesIO(stream.read(place.length)), "cpu", weights_only=True)
             if type(tensor) is not Tensor:
                 raise TypeError(f"it holds a {type(tensor).__name__}")
+            if (tensor.shape, tensor.dtype) != (chunk.sizes, dtype):
+                found = f"{list(tensor.shape)} of {tensor.dtype}"
+                raise ValueError(f"it holds {found}, .metadata says {list(chunk.sizes)} of {dtype}")
             return tensor
         except Exception as error:  # damaged bytes make torch and the unpickler raise almost anything
             raise CheckpointError(

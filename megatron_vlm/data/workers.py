@@ -58,16 +58,17 @@ class Failure:
 
 
 class _Items(Dataset):
-    """A producer as torch's loader wants it. `records`: where each worker writes which sample it is at."""
+    """A producer as torch's loader wants it. `record`: where each worker, by its number, writes which sample it is
+    at."""
 
     def __init__(self, producer: Producer, num_workers: int) -> None:
         self.producer = producer
-        self.records = [Record() for _ in range(num_workers)]
+        self.record = Record(max(1, num_workers))
 
     def __getitem__(self, number: int) -> object:
         worker = get_worker_info()
         if worker is not None:
-            HERE.write_to(self.records[worker.id])
+            HERE.write_to(self.record.number(worker.id))
         try:
             item: object = self.producer.produce(number)
         except MegatronVlmError as error:
@@ -139,7 +140,7 @@ class OrderedItems(Generic[T]):
             reader.start()
             reader.ask()
             for number in range(1, len(self) + 1):
-                item = _opened(reader.take(self._items.records[(number - 1) % self._loader.num_workers]))
+                item = _opened(reader.take(self._items.record.number((number - 1) % self._loader.num_workers)))
                 if number < len(self):
                     reader.ask()
                 yield item

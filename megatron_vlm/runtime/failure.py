@@ -171,8 +171,8 @@ def _talk(launch: Launch, kind: Kind, message: str) -> None:
     if not _appears(store, "speaker", limit_seconds) or store.get("speaker") == str(launch.rank).encode():
         missing = _missing(store, launch.world_size) if kind == "echo" else []
         _say(tell_of(store, missing, message, is_timeout(message)) if kind == "echo" else message)
+        end_silent(store, missing)  # first: once it is spoken this process may be ended, by its own watcher, too
         store.set("spoken", "1")
-        end_silent(store, missing)
     _appears(store, "spoken", SPEAKING_SECONDS)
     if hosts_store(launch):
         time.sleep(2 * POLL_SECONDS)  # for the others to see that it is spoken: the store ends with this process

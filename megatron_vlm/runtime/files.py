@@ -119,6 +119,10 @@ def stays_inside(name: object) -> bool:
     """Whether a name is a relative path below its folder, written in the one way `Path` writes it."""
     if not isinstance(name, str) or not name or "\0" in name:
         return False
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:  # half a surrogate: no file has the name
+        return False
     path = Path(name)
     return not path.is_absolute() and ".." not in path.parts and path.parts != () and str(path) == name
 

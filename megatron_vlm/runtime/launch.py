@@ -35,7 +35,9 @@ LOOPBACK = "127.0.0.1"
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _MEETING_POINT = ("MASTER_ADDR", "MASTER_PORT")
 _STORE_PER_ATTEMPT = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-_LAUNCHER_PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+_LAUNCHERS_OWN = frozenset(  # what torchrun sets, beside TORCHELASTIC_...; a user's LOCAL_SCRATCH stays
+    (*_NUMBERS, *_MEETING_POINT, "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE")
+)
 _SOCKETS_OF = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 _SAFE_PATH = "PYTHONSAFEPATH"
 TORCHRUN_SECONDS = 30
@@ -199,8 +201,8 @@ def environment_of_rank(rank: int, num_ranks: int, port: int, base: Mapping[str,
     Args:
         base: the rest of it; a launcher's variables in it are replaced, and threads are shared out among the ranks.
     """
-    kept = {name: value for name, value in base.items() if not name.startswith(_LAUNCHER_PREFIXES)}
-    threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    kept = _without_launcher(base)
+    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
     return {
         "OMP_NUM_THREADS": str(threads),
@@ -222,10 +224,18 @@ def leave_word(message: str) -> None:
                 Path(os.environ[variable]).write_text(content, errors="replace")
 
 
+def _without_launcher(variables: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in variables.items()
+        if name not in _LAUNCHERS_OWN and not name.startswith("TORCHELASTIC_")
+    }
+
+
 def environment_of_child() -> dict[str, str]:
     """This process' environment for one that is no rank of its job: no launcher's variables, the package importable,
     nothing of the working directory."""
     package_root = str(Path(__file__).parents[2])
     search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER_PREFIXES)}
+    kept = _without_launcher(os.environ)
     return {**kept, "PYTHONPATH": search_path, _SAFE_PATH: "1"}

@@ -14,6 +14,7 @@ The one record per process is module state, as the device is (STYLE 4): readers 
 way to a thread that watches the process.
 """
 
+import copy
 import mmap
 import os
 import struct
@@ -47,30 +48,39 @@ class Place:
 
 
 class Record:
-    """Memory that holds one `Place`, sent to a child process as a handle."""
+    """Memory that holds a `Place`, or several by number, sent to a child process as one handle: a fork server takes
+    few of them per child."""
 
-    def __init__(self, handle: int | None = None) -> None:
+    def __init__(self, count: int = 1, handle: int | None = None) -> None:
         self.handle = os.memfd_create(_NAME) if handle is None else handle
         weakref.finalize(self, os.close, self.handle)
-        os.truncate(self.handle, RECORD_BYTES)
-        self._memory = mmap.mmap(self.handle, RECORD_BYTES)
+        if handle is None:
+            os.truncate(self.handle, count * RECORD_BYTES)
+        self._memory, self._count, self._start = mmap.mmap(self.handle, count * RECORD_BYTES), count, 0
+
+    def number(self, number: int) -> "Record":
+        """One of several, in the same memory; to be used while this one is there."""
+        one = copy.copy(self)
+        one._start = number * RECORD_BYTES
+        return one
 
     def write(self, step: int, phase: str, sample: str, since: float) -> None:
         """Replaces what it holds."""
-        _LAYOUT.pack_into(self._memory, 0, step, since, phase.encode(errors="replace"), sample.encode(errors="replace"))
+        texts = phase.encode(errors="replace"), sample.encode(errors="replace")
+        _LAYOUT.pack_into(self._memory, self._start, step, since, *texts)
 
     def read(self) -> Place:
         """What it holds. A writer may come in between; then a text is half of the one and half of the other."""
-        step, since, *texts = _LAYOUT.unpack_from(self._memory)
+        step, since, *texts = _LAYOUT.unpack_from(self._memory, self._start)
         phase, sample = (text.rstrip(b"\0").decode(errors="replace") for text in texts)
         return Place(step or None, phase, sample or None, since)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _record_from, (DupFd(self.handle),)
+        return _record_from, (self._count, DupFd(self.handle))
 
 
-def _record_from(handle: Any) -> Record:
-    return Record(handle.detach())
+def _record_from(count: int, handle: Any) -> Record:
+    return Record(count, handle.detach())
 
 
 def read_record(pid: int, handle: int) -> Place | None:
@@ -82,7 +92,7 @@ def read_record(pid: int, handle: int) -> Place | None:
         other = os.open(path, os.O_RDWR)
     except OSError:
         return None
-    return Record(other).read()
+    return Record(handle=other).read()
 
 
 class Position:

@@ -85,7 +85,8 @@ def run(script: Sequence[str], num_ranks: int) -> int:
     """Runs the ranks to their end; returns the exit code."""
     arrived: list[int] = []
     for signum in PASSED_ON:
-        signal.signal(signum, lambda number, _frame: arrived.append(number))
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup's, or a shell's for what runs in the background
+            signal.signal(signum, lambda number, _frame: arrived.append(number))
     ranks = LocalRanks(script, num_ranks, host_store())
     failed: tuple[int, int] | None = None
     while failed is None and ranks.are_running:
@@ -105,12 +106,13 @@ def run(script: Sequence[str], num_ranks: int) -> int:
 
 
 def count(text: str) -> int:
-    """A number of ranks; `auto` is one per GPU, or per core where there is no GPU."""
-    if text != "auto":
+    """A number of ranks; `gpu` is one per GPU, `cpu` one per core, `auto` the first where there is a GPU."""
+    if text.isdecimal():
         return int(text)
     import torch
 
-    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    num_gpus = 0 if text == "cpu" else torch.cuda.device_count()
+    return num_gpus if text == "gpu" else num_gpus or len(os.sched_getaffinity(0))
 
 
 def _ignore_save() -> None:

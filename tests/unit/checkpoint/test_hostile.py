@@ -5,6 +5,8 @@ import io
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.errors import CheckpointError
 from tests.helpers.hostile_pickles import ALWAYS_TRUE, INDEX, METADATA, PLANNER, Opcodes, planted, set_attribute, text
 from tests.helpers.jobs import save
+from tests.helpers.processes import ROOT
 from tests.helpers.spoiling import Code, as_format, vouch_for_all
 from tests.helpers.tiny import tiny_recipe
 
@@ -174,6 +177,36 @@ def test_no_code_of_a_checkpoint_runs(checkpoint: Path, attack: str) -> None:
         megatron_vlm.load(checkpoint)
     assert len(str(caught.value).splitlines()) == 1 and str(checkpoint) in str(caught.value)
     assert not code.marker.exists()
+
+
+UNGUARDED = """
+import io, pickle, sys, torch
+from pathlib import Path
+from torch.distributed.checkpoint.metadata import MetadataIndex
+folder, name = Path(sys.argv[1]), sys.argv[2]
+torch.load(folder / "common.pt", weights_only=False)
+place = pickle.loads((folder / ".metadata").read_bytes()).storage_data[MetadataIndex(name)]
+with open(folder / place.relative_path, "rb") as file:
+    file.seek(place.offset)
+    torch.load(io.BytesIO(file.read(place.length)), weights_only=False)
+"""
+
+
+@pytest.mark.parametrize(
+    "attack", ["F1", "F1 in today's protocol", "in an object", "in an object with state", "in common"]
+)
+def test_the_code_would_run_where_nothing_refuses_it(checkpoint: Path, attack: str) -> None:
+    """Read as torch and megatron-core read a checkpoint by themselves: an attack that has gone blunt proves nothing."""
+    victim = next(
+        index.fqn
+        for index in pickle.loads((checkpoint / ".metadata").read_bytes()).storage_data
+        if "_extra_state" in index.fqn
+    )
+    code = Code(checkpoint.parents[1])
+    ATTACKS[attack](checkpoint, code)
+    command = [sys.executable, "-c", UNGUARDED, str(checkpoint), victim]
+    subprocess.run(command, cwd=ROOT, timeout=120, check=False, capture_output=True)
+    assert code.marker.exists()
 
 
 def test_an_unlisted_file_is_not_read_and_no_trouble(checkpoint: Path) -> None:

@@ -62,6 +62,8 @@ def test_overrides_come_last_and_are_yaml(tmp_path: Path) -> None:
 
 
 def test_keys_may_refer_to_keys_but_not_to_the_environment(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", tree(checkpoint__load="${ checkpoint.directory }/first"))
+    assert load_config(path).checkpoint.load == load_config(path).checkpoint.directory + "/first"
     path = write(tmp_path / "r.yaml", tree(checkpoint__load="${checkpoint.directory}/first"))
     assert load_config(path).checkpoint.load == "runs/test/first"
     assert "own keys only" in error_of(path, "data.path=${oc.env:HOME}")
