@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains on one machine, with all its GPUs:
+# Trains on one machine, with all its GPUs. Not by torchrun, which gives ranks 30 s to save at SIGTERM, but by our own
+# launcher, which gives them the time they need and ends with their exit code:
 #
 #   examples/torchrun/one_node.sh RECIPE.yaml [section.key=value ...]
 #

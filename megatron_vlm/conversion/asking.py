@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from megatron_vlm.config.schema import Config, DataConfig
 from megatron_vlm.conversion.formats.base import RECORD_FILE, AskedAs, read_json
 from megatron_vlm.data.answer_ends import find_stop_ids
-from megatron_vlm.data.chat_template import CLOCK
+from megatron_vlm.data.chat_template import CLOCK, reads_clock
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.jinja import content_of, literal, with_defaults, with_typed_parts
 from megatron_vlm.data.sample import BadSample, Sample, Turn
@@ -85,9 +85,15 @@ class Asking:
         """What ends an answer. Raises OSError."""
         write_stops(folder, self.encoder.tokenizer, self.stop_ids)
 
-    def is_asked_alike(self, folder: Path) -> bool:
-        """Whether transformers makes of a directory's files the prompts that were trained, of texts and typed parts."""
+    def is_asked_alike(self, folder: Path, on_any_day: bool = False) -> bool:
+        """Whether transformers makes of a directory's files the prompts that were trained, of texts and typed parts.
+
+        Args:
+            on_any_day: and will, tomorrow: its template does not ask the clock.
+        """
         tokenizer = load_tokenizer(folder, self.encoder.image_token)
+        if on_any_day and reads_clock(tokenizer):
+            return False
         return bool(tokenizer.chat_template) and self._fits(tokenizer, typed=True) and self._fits(tokenizer)
 
     def check(self, folder: Path) -> None:

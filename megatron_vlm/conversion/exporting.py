@@ -281,7 +281,7 @@ def _write_returned(
         return
     if (asking := trained.asking()) is not None:
         asking.write_stops(folder)
-        if not asking.is_asked_alike(folder):
+        if not asking.is_asked_alike(folder, on_any_day=True):
             asking.write_prompts(folder)
             write_record(folder, trained.target.config.data)
             asking.check(folder)

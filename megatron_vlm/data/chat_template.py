@@ -146,15 +146,18 @@ def _refuse_unread(arguments: Mapping[str, Any], names: set[str], owner: str) ->
 
 
 def _refuse_chance(tree: nodes.Template, names: set[str], owner: str) -> None:
-    """By the filter, by name or through `map`, or by `lipsum`."""
+    """By the filter, by name or through `map`, which may also be given a name that is made while it runs, or by
+    `lipsum`."""
     draws = "lipsum" in names
     for found in tree.find_all(nodes.Filter):
         first = found.args[0] if found.name == "map" and found.args else None
-        draws = draws or found.name == "random" or isinstance(first, nodes.Const) and first.value == "random"
+        is_open = first is not None and not isinstance(first, nodes.Const)
+        draws = draws or found.name == "random" or is_open or isinstance(first, nodes.Const) and first.value == "random"
     if draws:
         raise ConfigError(
-            f"data.template is 'auto', but the chat template of {owner!r} draws at random (lipsum, or the filter "
-            "random), so it would be another one each time; needs one that does not, or another template"
+            f"data.template is 'auto', but the chat template of {owner!r} draws at random, or may (lipsum, the filter "
+            "random, a map by a variable), so it would be another one each time; needs one that does not, or another "
+            "template"
         )
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 from megatron_vlm.checkpoint.integrity import records_of
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config.loading import config_from_tree, config_hash
+from megatron_vlm.conversion.asking import Asking
 from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import config_of, open_foreign, open_pair
 from megatron_vlm.conversion.importing import import_model
@@ -56,6 +58,27 @@ def checkpoint_of(folder: Path, make: Callable[[Path], Path], num_rows: int = 50
     digest = config_hash(config_from_tree(manifest.config, "recipe"))
     replace(manifest, files=files, config_hash=digest).write(checkpoint)
     return checkpoint
+
+
+def test_a_template_that_asks_the_clock_is_not_left_as_it_was(tmp_path: Path) -> None:
+    """It asks as training did today, whose date the recipe has fixed; tomorrow it would not."""
+    today = datetime.now().strftime("%Y-%m-%d")
+    checkpoint = checkpoint_of(
+        tmp_path,
+        lambda f: of_bytes(f, "{{ strftime_now('%Y-%m-%d') }}" + TYPED_OR_TEXT),
+        template_arguments={"strftime_now": today},
+    )
+    config = config_from_tree(Manifest.read(checkpoint).config, "recipe")
+    asking = Asking.of(checkpoint, config, 0)
+    assert asking.is_asked_alike(checkpoint / "tokenizer")
+    assert not asking.is_asked_alike(checkpoint / "tokenizer", on_any_day=True)
+
+
+TYPED_OR_TEXT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for p in m['content'] %}{{ p['text'] if p['type'] == 'text' else '<image>' }}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def grow(base: Path, num_rows: int) -> None:

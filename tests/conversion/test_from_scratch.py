@@ -57,6 +57,8 @@ def test_transformers_loads_and_feeds_it(ranks, tmp_path):
     assert torch.isfinite(model(**batch).logits).all()
     encoder = ConversationEncoder(processor.tokenizer, "auto", "<image>", 16)
     assert set(model.generation_config.eos_token_id) == find_stop_ids(encoder, model.config.text_config.eos_token_id)
+    ends = processor.tokenizer.convert_ids_to_tokens(sorted(model.generation_config.eos_token_id))
+    assert processor.tokenizer.eos_token in ends, "which the quickstart's template ends its turns with"
 
 
 def test_rows_that_are_added_for_the_image_token_are_the_mean(ranks, tmp_path):

@@ -1,8 +1,8 @@
 """curves.png and ranks_phases.png: the run over its steps, and its last compared step over the ranks.
 
-Drawn while the run goes on (every DRAWING_SECONDS at most, and seldom enough to cost 2% of the time), when it saves and
-when it ends; the second where there are several ranks. The mean of a curve is the plain one over the last steps, whose
-number the legend tells: what is shown at a step is in no way ahead of or behind the numbers it is made of.
+Drawn while the run goes on (every DRAWING_SECONDS at most, and seldom enough to cost 0.2% of the time), when it saves
+and when it ends; the second where there are several ranks. The mean of a curve is the plain one over the last steps,
+whose number the legend tells: what is shown at a step is in no way ahead of or behind the numbers it is made of.
 """
 
 import io
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 CURVES, RANKS = "curves.png", "ranks_phases.png"
 MAX_RANKS_WITH_NUMBERS, MAX_SCORES = 16, 10
 DRAWING_SECONDS = 30.0  # from the end of one drawing to the next
-DRAWING_SHARE = 0.02  # of the time, at most
+DRAWING_SHARE = 0.002  # of the time, at most: all ranks wait for it
 MEAN_SHARE = 0.05  # of all steps are in the mean, and at least MIN_MEAN_STEPS
 MIN_MEAN_STEPS = 10
 DECADE = 10.0  # a loss that spans so much is drawn on a logarithmic axis

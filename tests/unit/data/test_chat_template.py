@@ -86,7 +86,16 @@ def test_forms_of_a_date(tmp_path: Path) -> None:
         encoder_of(tmp_path, DATED, strftime_now="May")
 
 
-@pytest.mark.parametrize("drawn", ["lipsum(n=1)", "['a', 'b'] | random", "[['a', 'b']] | map('random') | first"])
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        "lipsum(n=1)",
+        "['a', 'b'] | random",
+        "[['a', 'b']] | map('random') | first",
+        "[['a', 'b']] | map('ran' + 'dom') | first",
+        "[['a', 'b']] | map(bos_token) | first",
+    ],
+)
 def test_a_template_that_draws_is_refused(tmp_path: Path, drawn: str) -> None:
     with pytest.raises(ConfigError, match="draws at random"):
         encoder_of(tmp_path, "{{ " + drawn + " }}" + tokenizers.PLAIN)
