@@ -243,10 +243,11 @@ def _same_on_all_ranks(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     ConversionError."""
     import torch.distributed as dist
 
+    from megatron_vlm.conversion.formats.base import is_on_hub
     from megatron_vlm.models import hub
     from megatron_vlm.runtime.collectives import broadcast_object
 
-    if dist.get_world_size() == 1 or hub.parse(path) is None:
+    if dist.get_world_size() == 1 or not is_on_hub(Path(path)):  # as `find_foreign` tells them, in one process too
         return path
     outcome: tuple[str, str | None] | None = None
     if dist.get_rank() == 0:
