@@ -11,7 +11,9 @@ add in no fixed order; the matrix product is deterministic. For the same reason 
 matrix.
 
 Hazard: prototypes grow alike, so that which one is nearest hangs on the last digits. Up to that choice the torch form
-computes in fp32 whatever the features are: in bf16 nearly every token of a picture would take another prototype.
+computes in a wider dtype than the features', half of them in fp32: in bf16 nearly every token of a picture would take
+another prototype. For fp32 it is fp64, as the gradients of the values are small sums of large terms, whose last digits
+would be another on each processor (twice as far off as the published form's on some).
 
 n pictures, t tokens, c the tower's width, p prototypes.
 """
@@ -75,7 +77,7 @@ def _prototype_extract_torch(x: Tensor, weights: PrototypeWeights, num_prototype
     features = functional.linear(x, *weights.features)
     pooling = pooling_matrix(x.shape[1], num_prototypes, x)
     center_features = pooling @ features  # [n, p, c]
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.float64 if x.dtype in (torch.float32, torch.float64) else torch.float32
     tokens, alpha, beta = (tensor.to(wide) for tensor in (x, weights.alpha, weights.beta))
     values = functional.normalize(functional.linear(tokens, *_to(wide, weights.values)), dim=1)  # over the tokens
     centers = pooling.to(wide) @ tokens
