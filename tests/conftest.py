@@ -30,7 +30,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never download
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("MPLCONFIGDIR", str(cache / "matplotlib"))  # its fonts are looked for once, not in every run
-    os.environ.setdefault("HF_HOME", str(cache / "huggingface"))
     os.environ["XDG_CACHE_HOME"] = own = tempfile.mkdtemp(prefix="cache-")  # what tests measure here is not kept
     config.add_cleanup(lambda: shutil.rmtree(own, ignore_errors=True))
     if not wants_gpu(config):
@@ -53,3 +52,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     pool = RankPool(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.stop()
+
+
+@pytest.fixture(autouse=True)
+def own_search_path() -> Iterator[None]:
+    """A tool's main part, called in this process, keeps its children off the working directory: not later tests'."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    yield
+    if before is None:
+        os.environ.pop("PYTHONSAFEPATH", None)

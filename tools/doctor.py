@@ -120,12 +120,6 @@ def packages() -> Iterator[Finding]:
             yield from optional([(requirement, *find(requirement)) for requirement in ranges])
     if set(WORKSHOP) <= set(known):
         yield workshop({extra: known[extra] for extra in WORKSHOP})
-    yield Finding("extras", "absent", f"{', '.join(unused())}: {NOT_USED_YET}")
-
-
-def unused() -> list[str]:
-    """Packages that an extra brings and nothing uses yet."""
-    return [name for name, what in ENABLES.items() if what == NOT_USED_YET]
 
 
 def workshop(extras: dict[str, list[str]]) -> Finding:
@@ -142,7 +136,7 @@ def workshop(extras: dict[str, list[str]]) -> Finding:
 def optional(found: list[tuple[str, str, str | None, bool]]) -> Iterator[Finding]:
     """The packages of one extra that is no workshop's."""
     for requirement, name, version, fits in found:
-        if ENABLES[name] == NOT_USED_YET:  # told together, by `packages`
+        if ENABLES[name] == NOT_USED_YET:  # which is no loss
             continue
         value = f"{version} ({ENABLES[name]})" if version else ENABLES[name]
         advice = "" if fits else f"pip install '{requirement}'"
