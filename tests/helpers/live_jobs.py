@@ -35,6 +35,7 @@ class LiveJob:
         command: script and arguments.
         num_ranks: 1 starts the script itself.
         ours: by tools/launch.py, not torchrun; what ranks say is then the launcher's output.
+        inside: a command that runs the one behind it.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class LiveJob:
         command: Sequence[str | Path],
         num_ranks: int = 1,
         ours: bool = False,
+        inside: Sequence[str] = (),
     ) -> None:
         logs.mkdir(parents=True)
         self.logs, self.mark = logs, uuid.uuid4().hex
@@ -55,7 +57,7 @@ class LiveJob:
             launcher += ["--log-dir", str(logs / "ranks"), "--redirects=3"]
         with open(logs / "stdout.log", "w") as out, open(logs / "stderr.log", "w") as err:
             self.process = subprocess.Popen(
-                [*launcher, *map(str, command)],
+                [*inside, *launcher, *map(str, command)],
                 env=environment(**{MARK: self.mark}),
                 stdout=out,
                 stderr=err,

@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,10 +51,10 @@ def a_recipe(folder: Path) -> Path:
 class Run:
     """The job, some steps into its run."""
 
-    def __init__(self, folder: Path, ours: bool = True, script: Path = TRAIN) -> None:
+    def __init__(self, folder: Path, ours: bool = True, script: Path = TRAIN, inside: Sequence[str] = ()) -> None:
         self.folder, self.root = folder, folder / "checkpoints"
         self.recipe = a_recipe(folder)
-        self.job = LiveJob(folder / "logs", [script, self.recipe], NUM_RANKS, ours=ours)
+        self.job = LiveJob(folder / "logs", [script, self.recipe], NUM_RANKS, ours=ours, inside=inside)
 
     def started(self) -> "Run":
         """Has saved once, and made steps since."""
@@ -83,6 +83,25 @@ def lose_the_images(run: Run) -> None:
 def cut_the_data(run: Run) -> None:
     path = run.folder / "train.json"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+
+
+def kill_a_worker(run: Run) -> None:
+    """A fork server's children are a rank's workers; its writers come and go with a save."""
+    processes = run.job.processes()
+    servers = {process.pid for process in processes if any("forkserver" in word for word in process.cmdline())}
+    children = [process for process in processes if process.ppid() in servers]
+    max(children, key=lambda process: process.memory_info().rss).kill()
+
+
+def no_more_checkpoints(run: Run) -> None:
+    """Nothing can be made or renamed in the directory any more, by root either."""
+    subprocess.run(["chattr", "+i", run.root], check=True)
+
+
+def cut_the_index(run: Run) -> None:
+    (samples,) = run.folder.glob("train.json.index/*/samples.npy")
+    with open(samples, "r+b") as file:
+        file.truncate(samples.stat().st_size // 3)
 
 
 def lose_the_data(run: Run) -> None:
@@ -120,15 +139,24 @@ CASES = {
     "SIGTERM to torchrun": Case(lambda run: run.send(signal.SIGTERM), 1, saves=True, ours=False),
     "the images are gone": Case(lose_the_images, 1, lost(r".*images/\d+-\d.png.*")),
     "the data file is gone": Case(lose_the_data, 1, lost(r".*train\.json.*")),
+    "a data worker is killed": Case(kill_a_worker, 1, lost(r".*DataLoader worker.*data\.num_workers: 1; was .*")),
+    "no checkpoint can be made": Case(
+        no_more_checkpoints, 1, lost(r"checkpoint\S* \S+ (could not|cannot) be written: .*Operation not permitted.*")
+    ),
+    "the index is cut": Case(cut_the_index, None, lost(r".*")),
     "the data file is cut": Case(cut_the_data, 1, lost(r".*train\.json.*")),
 }
 FAST = {"a rank is stopped for ever"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in CASES])
-def test_a_fault_ends_the_run_as_told(ranks: RankPool, tmp_path: Path, name: str) -> None:
+def test_a_fault_ends_the_run_as_told(
+    ranks: RankPool, tmp_path: Path, name: str, request: pytest.FixtureRequest
+) -> None:
     case = CASES[name]
     run = Run(tmp_path, case.ours)
+    if case.fault is no_more_checkpoints:  # whatever comes: nobody could remove the folder
+        request.addfinalizer(lambda: subprocess.run(["chattr", "-i", run.root], check=True))
     with run.job as job:
         run.started()
         case.fault(run)
@@ -140,6 +168,8 @@ def test_a_fault_ends_the_run_as_told(ranks: RankPool, tmp_path: Path, name: str
         assert not case.saves or saved == len(made)
     if name in FAST:
         return
+    if case.fault is no_more_checkpoints:
+        subprocess.run(["chattr", "-i", run.root], check=True)
     (tmp_path / "train.json").unlink(missing_ok=True)
     a_recipe(tmp_path)  # and its data and images again, where they were the fault
     check_rerun(ranks, run, saved)
@@ -203,6 +233,38 @@ def test_a_full_disk_ends_the_run_and_leaves_what_was_saved(tmp_path: Path) -> N
         assert (root / "latest").read_text() == saved and not list(root.glob(".partial*"))
     finally:
         subprocess.run(["umount", root], check=True)
+
+
+@pytest.mark.slow
+def test_an_index_that_is_gone_is_missed_by_nobody(ranks: RankPool, tmp_path: Path) -> None:
+    """The running job has it open; the next one makes it anew."""
+    run = Run(tmp_path)
+    with run.job as job:
+        run.started()
+        shutil.rmtree(tmp_path / "train.json.index")
+        run.goes_on()
+        run.send(signal.SIGTERM)
+        assert (job.end(), job.read("stderr.log")) == (0, "")
+    check_rerun(ranks, run, int((run.root / "latest").read_text().removeprefix("step_")))
+
+
+@pytest.mark.slow
+def test_shared_memory_that_is_full_is_missed_by_nobody(ranks: RankPool, tmp_path: Path) -> None:
+    """A run has what it needs of it from its first save on. In a mount namespace of its own, with a small /dev/shm."""
+    mount = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"'
+    inside = ["unshare", "-m", "sh", "-c", mount, "sh"]
+    if subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    run = Run(tmp_path, inside=inside)
+    with run.job as job:
+        run.started()
+        shared = Path(f"/proc/{job.ranks()[0].pid}/root/dev/shm")
+        (shared / "full").write_bytes(b"\0" * shutil.disk_usage(shared).free)
+        saved = (run.root / "latest").read_text()
+        wait_for("another checkpoint", lambda: (run.root / "latest").read_text() != saved)
+        run.send(signal.SIGTERM)
+        assert (job.end(), job.read("stderr.log")) == (0, "")
+    check_rerun(ranks, run, int((run.root / "latest").read_text().removeprefix("step_")))
 
 
 @pytest.mark.slow
