@@ -100,7 +100,7 @@ INDEXES: dict[str, tuple[str, str]] = {
     "the folder": ('{"weight_map": {"a": "."}}', "which lies outside of"),
     "no name": ('{"weight_map": {"a": ""}}', "which lies outside of"),
     "null character": ('{"weight_map": {"a": "x\\u0000.safetensors"}}', "which lies outside of"),
-    "half a surrogate": ('{"weight_map": {"a": "\\ud800.safetensors"}}', "cannot be opened"),
+    "half a surrogate": ('{"weight_map": {"a": "\\ud800.safetensors"}}', "which lies outside of"),
     "too long": ('{"weight_map": {"a": "' + "x" * 5000 + '"}}', "cannot be opened"),
     "pipe": ('{"weight_map": {"a": "pipe.safetensors"}}', "is a named pipe, a regular file is needed"),
     "folder": ('{"weight_map": {"a": "folder.safetensors"}}', "is a directory, a regular file is needed"),
