@@ -5,10 +5,10 @@ bicubic resize, `resize` lets the aspect ratio go, `processor` does what the tow
 the rank that encodes a picture opens its file.
 
 As there, an alpha channel is dropped and EXIF's rotation is not applied. Hazards: Pillow clips wide grey values to 8
-bits, which makes a 16-bit scan all white, so those are scaled first. A file of some bytes may declare a picture that
-fills the memory, and a picture that is small by itself may do so on its square or while it is resized: all are refused
-from the header. Pillow would take a file for what it begins like, whatever its name, and start Ghostscript for a
-PostScript one: `FORMATS` are all that it may open.
+bits, which makes a 16-bit scan all white, so those are scaled first, by what the file says is white. A file of some
+bytes may declare a picture that fills the memory, and a picture that is small by itself may do so on its square or
+while it is resized: all are refused from the header. Pillow would take a file for what it begins like, whatever its
+name, and start Ghostscript for a PostScript one: `FORMATS` are all that it may open.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from megatron_vlm.data.png import without_notes
 from megatron_vlm.data.sample import BadSample
 from megatron_vlm.errors import one_line
 from megatron_vlm.models.vision.media_spec import MediaSpec
@@ -38,6 +39,9 @@ MAX_PREPARED_PIXELS = 2 * 89_478_485  # of a picture while it is prepared; Pillo
 FORMATS: tuple[str, ...] = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "DIB", "JPEG2000")
 if find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
     FORMATS += ("AVIF",)
+
+SIXTEEN_BITS = ("PNG", "PPM")  # the formats whose mode I has no more; PPM's is scaled to them by Pillow
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF's tags
 
 ImageMode = Literal["pad", "resize", "processor"]
 
@@ -142,14 +146,14 @@ class MediaReader:
 
 
 def open_picture(file: BinaryIO) -> Image.Image:
-    """A picture with its header read. The only door to Pillow: formats that are trained on, and no more time for the
-    header than any takes.
+    """A picture with its header read. The only door to Pillow: formats that are trained on, no notes of a PNG, and no
+    more time for the header than any takes.
 
     Raises:
         UnidentifiedImageError: it is none of FORMATS. LimitError: its header does not end. Pillow's readers raise
             almost anything.
     """
-    return bounded(lambda: Image.open(file, formats=FORMATS))
+    return bounded(lambda: Image.open(without_notes(file), formats=FORMATS))
 
 
 def check_file(path: str | Path, kind: Literal["image", "video"], owner: str, advice: str = "") -> None:
@@ -167,17 +171,29 @@ def check_file(path: str | Path, kind: Literal["image", "video"], owner: str, ad
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as 8-bit RGB; 16-bit grey is scaled.
+    """A picture of any mode as 8-bit RGB; wide grey is scaled by what the file calls white.
 
     Raises:
-        ValueError: 32-bit grey, of which nobody knows what is white.
+        ValueError: grey of which nobody knows what is white: 32-bit, or signed, or with white as 0.
     """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # PNG has at most 16 bits
-        values = np.asarray(image).astype(np.float32) * np.float32(255 / 65535)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS):
+        values = np.asarray(image).astype(np.float32) * np.float32(255 / _white(image))
         image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are 32 bits wide (mode {image.mode}), 8 or 16 are needed")
+        raise ValueError(f"its pixels are 32 bits wide, or signed (mode {image.mode}), 8 or 16 unsigned are needed")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # which then drops it without a warning
     return image.convert("RGB")
+
+
+def _white(image: Image.Image) -> int:
+    """The largest value of wide grey: of TIFF as its tags say, of others 65535, to which Pillow brings theirs."""
+    tags = getattr(image, "tag_v2", None)
+    if tags is None:
+        return 65535
+    if tags.get(_PHOTOMETRIC) == 0:  # which Pillow turns round for up to 8 bits, and no more
+        raise ValueError("its pixels are wide grey with white as 0, white as the largest value is needed")
+    return 2 ** int(tags.get(_BITS_PER_SAMPLE, (16,))[0]) - 1
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
