@@ -14,7 +14,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 NOTES = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP"})
@@ -71,7 +71,7 @@ class _Pieces(io.RawIOBase):
         self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
         return self.position
 
-    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+    def readinto(self, buffer: Any, /) -> int:
         """As files do; no more than up to the piece's end."""
         if self.position >= self.size:
             return 0
