@@ -67,9 +67,10 @@ from megatron_vlm.ops.fp8 import fp8_obstacle
 fp8 = {"transformer_engine": transformer_engine_obstacle(device.type), "native": fp8_obstacle(device)}
 print(json.dumps({"device": str(device), "dtype": str(dtype)[6:], "ops": found, "fp8": fp8}))
 """
-# Operations that are there before what calls them: a merge that writes the projector's rows where they belong, and
-# decoding on a GPU.
-NO_RUN_USES_IT = ("linear into rows", "frames")
+NO_RUN_USES_IT = {  # operations that are there before what calls them
+    "linear into rows": "it comes with a merge that writes the projector's rows where they belong",
+    "frames": "it comes with decoding on a GPU",
+}
 COLUMNS = 100
 NAMED = ("torch", "megatron-core")  # of the required packages, in the line that counts them
 MARKS = {"ok": "ok", "note": "note", "absent": "-", "broken": "BROKEN"}
@@ -173,9 +174,8 @@ def operation(device: str, choice: dict[str, Any]) -> Finding:
     name, passed_over = f"ops.{choice['name']}", choice["passed_over"]
     if choice["taken"] is None:
         return Finding(name, "broken", f"nothing can run on {device}", passed_over=passed_over)
-    unused = "; unused yet" if choice["name"] in NO_RUN_USES_IT else ""
-    value = f"auto takes {choice['taken']}; can run: {', '.join(choice['offered'])}{unused}"
-    return Finding(name, "ok", value, passed_over=passed_over)
+    value = f"auto takes {choice['taken']}; can run: {', '.join(choice['offered'])}"
+    return Finding(name, "ok", value, passed_over=passed_over, unused=NO_RUN_USES_IT.get(choice["name"]))
 
 
 def fp8(device: str, obstacles: dict[str, str | None]) -> Finding:
@@ -212,10 +212,14 @@ def check_recipe(recipe: str, overrides: list[str], world_size: int) -> None:
 def show(found: list[Finding]) -> None:
     """A line per finding, or two; the reasons for what is passed over stand below, each of them once."""
     width = sorted(len(one.name) for one in found)[-2 - len(found) // 10]  # few are longer, and take their room
-    reasons = list(dict.fromkeys(reason for one in found for reason in one.passed_over.values()))
+    reasons = list(
+        dict.fromkeys(reason for one in found for reason in (*one.passed_over.values(), one.unused) if reason)
+    )
     for one in found:
         not_taken = ", ".join(f"{name} [{reasons.index(reason) + 1}]" for name, reason in one.passed_over.items())
-        value = one.value + (f"; not {not_taken}" if not_taken else "") + (f"  -> {one.advice}" if one.advice else "")
+        value = one.value + (f"; not {not_taken}" if not_taken else "")
+        value += f"; unused yet [{reasons.index(one.unused) + 1}]" if one.unused else ""
+        value += f"  -> {one.advice}" if one.advice else ""
         print(wrapped(f"{MARKS[one.state]:>6}  {one.name:<{width}}  ", value))
     for number, reason in enumerate(reasons, start=1):
         print(wrapped(f"{'':>6}  {f'[{number}]':<{width}}  ", reason))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 from megatron_vlm.conversion.dtypes import DTYPES
 from megatron_vlm.conversion.safetensors_header import MAX_HEADER_BYTES, read_header
 from megatron_vlm.errors import ConversionError, one_line
-from megatron_vlm.runtime.files import check_regular, open_regular, parse_json, read_text, stays_inside
+from megatron_vlm.runtime.files import can_be_a_name, check_regular, open_regular, parse_json, read_text, stays_inside
 
 if TYPE_CHECKING:  # imported where a tensor is made
     from torch import Tensor
@@ -262,6 +262,8 @@ def _listing(folder: Path) -> tuple[Path | None, list[str], dict[str, str] | Non
 
 def _inside(folder: Path, name: str, index: Path | None) -> Path:
     """A link out of the directory is fine (the hub's cache has them), a name that leads out of it is not."""
+    if not can_be_a_name(name):
+        raise ConversionError(f"{index}: names the file {name!r}, a name that no file can have")
     if not stays_inside(name) or "/" in name:
         raise ConversionError(f"{index}: names the file {name!r}, which lies outside of {folder}")
     try:

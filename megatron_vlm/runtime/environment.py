@@ -60,13 +60,15 @@ dist.destroy_process_group()
 @dataclass(frozen=True)
 class Finding:
     """One line of a report. `state`: absent is optional and not there, a note is worth knowing, broken must be mended.
-    `advice`: what to do about it. `passed_over`: of what could have been taken, what was not, and the reason."""
+    `advice`: what to do about it. `passed_over`: of what could have been taken, what was not, and the reason. `unused`:
+    why nothing takes it yet."""
 
     name: str
     state: State
     value: str
     advice: str = ""
     passed_over: Mapping[str, str] = field(default_factory=dict)
+    unused: str | None = None
 
 
 def machine() -> Iterator[Finding]:

@@ -115,13 +115,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def can_be_a_name(name: str) -> bool:
+    """Whether a file can have the name: it is not empty, has no null character and no half of a surrogate."""
+    try:
+        return bool(name.encode("utf-8")) and "\0" not in name
+    except UnicodeEncodeError:
+        return False
+
+
 def stays_inside(name: object) -> bool:
     """Whether a name is a relative path below its folder, written in the one way `Path` writes it."""
-    if not isinstance(name, str) or not name or "\0" in name:
-        return False
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:  # half a surrogate: no file has the name
+    if not isinstance(name, str) or not can_be_a_name(name):
         return False
     path = Path(name)
     return not path.is_absolute() and ".." not in path.parts and path.parts != () and str(path) == name

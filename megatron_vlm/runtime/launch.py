@@ -19,7 +19,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -119,7 +120,7 @@ def connect_store(launch: Launch, name: str, timeout_seconds: float) -> "Store":
     """An own connection to the job's store, its keys apart from other names' and, where it outlives them, attempts'.
 
     Raises:
-        torch.distributed.DistError: nobody hosts it within the timeout.
+        torch.distributed.DistError: nobody hosts it within the timeout, or who listens there says nothing.
     """
     import torch.distributed as dist
 
@@ -131,10 +132,34 @@ def connect_store(launch: Launch, name: str, timeout_seconds: float) -> "Store":
         with _hosting:
             store = host_store(port, timeout)
     else:
-        store = dist.TCPStore(
-            address, port, is_master=hosts, timeout=timeout, wait_for_workers=False, multi_tenant=True
-        )
+        store = _answer_of(
+            partial(
+                dist.TCPStore,
+                address, port, is_master=hosts, timeout=timeout, wait_for_workers=False, multi_tenant=True,
+            ),
+            timeout_seconds,
+        )  # fmt: skip
     return job_keys(store, name, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _agent_hosts() else "0")
+
+
+def _answer_of(connect: Callable[[], "TCPStore"], timeout_seconds: float) -> "TCPStore":
+    """A store that has answered. torch's timeout is of connecting; for an answer of a foreign process that accepts and
+    says nothing it waits without end, so that a thread of its own does."""
+    import torch.distributed as dist
+
+    store: Future[TCPStore] = Future()
+
+    def wait() -> None:
+        try:
+            store.set_result(connect())
+        except BaseException as error:
+            store.set_exception(error)
+
+    threading.Thread(target=wait, daemon=True, name="store").start()
+    try:
+        return store.result(timeout_seconds)
+    except TimeoutError as error:
+        raise dist.DistNetworkError(f"no answer in {timeout_seconds:.0f} s") from error
 
 
 def job_keys(store: "Store", name: str, attempt: str = "0") -> "Store":

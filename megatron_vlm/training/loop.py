@@ -5,13 +5,14 @@ Its state is one number, the updates made: the loader, the schedule and the chec
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 from megatron_vlm.checkpoint.directory import checkpoints, step_of
 from megatron_vlm.checkpoint.saver import CheckpointSaver
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import StepBatch
-from megatron_vlm.errors import ConfigError, NotFiniteError
+from megatron_vlm.errors import ConfigError, NotFiniteError, TrainingError
 from megatron_vlm.runtime.collectives import broadcast_object
 from megatron_vlm.runtime.distributed import Launch
 from megatron_vlm.runtime.garbage import settle
@@ -63,7 +64,7 @@ def train(config: Config, launch: Launch, signals: StopSignals | None = None) ->
     with ExitStack() as stack:
         hooks = build_hooks(job, meter.peak)  # last: they write, and nothing may be wrong any more
         for hook in hooks:
-            stack.callback(hook.close)
+            stack.push(partial(close, hook))
         if owed and held_out is not None:
             evaluate(held_out, job.start_step, hooks, StopSignals())
         if not trains:
@@ -124,6 +125,16 @@ def await_data(updates: int) -> None:
     """After so many updates the next step begins, by waiting for its data."""
     HERE.step(updates + 1)
     HERE.phase("data")
+
+
+def close(hook: Hook, _: object, error: BaseException | None, __: object) -> None:
+    """At the end of a run, as a context's end. What ends it is told, and what closing meets beside it is logged."""
+    try:
+        hook.close()
+    except TrainingError as fault:
+        if error is None:
+            raise
+        logger.warning("%s", fault)
 
 
 def start_save(job: Job, saver: CheckpointSaver, updates: int, hooks: Sequence[Hook]) -> None:

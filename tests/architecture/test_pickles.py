@@ -8,7 +8,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("megatron_vlm", "tools", "examples", "kernels")
-PLAIN = {"load", "loads", "Unpickler", "_load", "_loads", "_Unpickler"}  # of pickle
+PICKLES = ("pickle", "_pickle", "dill", "cloudpickle", "joblib", "pandas")
+PLAIN = ("load", "loads", "Unpickler", "_load", "_loads", "_Unpickler", "read_pickle")
+RUNS = {f"{module}.{name}" for module in PICKLES for name in PLAIN} | {
+    f"yaml.{name}"
+    for name in ("unsafe_load", "unsafe_load_all", "full_load", "full_load_all", "UnsafeLoader", "FullLoader")
+}
+READERS = ("FileSystemReader", "_EmptyStateDictLoadPlanner")
+SAFE = {  # a call, and what makes it safe
+    "torch.load": ("weights_only", ("True",)),
+    "yaml.load": ("Loader", ("yaml.SafeLoader", "yaml.CSafeLoader")),
+    "yaml.load_all": ("Loader", ("yaml.SafeLoader", "yaml.CSafeLoader")),
+}
 ALLOWED = {
     ("megatron_vlm/data/workers.py", "pickle.loads"),  # from a child of this process
     ("megatron_vlm/checkpoint/reading.py", "FileSystemReader"),  # which is given what was read already
@@ -17,30 +28,47 @@ ALLOWED = {
 
 def faults(path: str, source: str) -> Iterator[str]:
     """Names and calls that would read a file of anybody in a way that can run code."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pickle":
-            found = f"pickle.{node.attr}" if node.attr in PLAIN else None
-        elif isinstance(node, ast.Name | ast.alias):
-            name = node.id if isinstance(node, ast.Name) else node.name
-            found = name if name in ("FileSystemReader", "_EmptyStateDictLoadPlanner") else None
-        elif isinstance(node, ast.ImportFrom) and node.module in ("pickle", "dill", "cloudpickle"):
-            found = next((alias.name for alias in node.names if alias.name in PLAIN), None)
-        elif isinstance(node, ast.Call):
-            found = _of_a_call(node)
-        else:
-            continue
-        if found is not None and (path, found) not in ALLOWED:
-            yield f"{path}: {found}"
+    tree = ast.parse(source)
+    names = dict(_imported(tree))
+    for node in ast.walk(tree):
+        for found in _of(node, names):
+            if (path, found) not in ALLOWED:
+                yield f"{path}: {found}"
 
 
-def _of_a_call(node: ast.Call) -> str | None:
-    keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-    called = ast.unparse(node.func)
-    if called == "torch.load" and keywords.get("weights_only") != "True":
-        return "torch.load without weights_only=True"
-    return next(
-        (f"{name}=" for name in ("trust_remote_code", "allow_pickle") if keywords.get(name, "False") != "False"), None
-    )
+def _imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """What an import binds, and what that is called where it comes from."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.asname, alias.name) for alias in node.names if alias.asname)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def _dotted(node: ast.expr, names: dict[str, str]) -> str:
+    first, *rest = ast.unparse(node).split(".")
+    return ".".join([names.get(first, first), *rest])
+
+
+def _of(node: ast.AST, names: dict[str, str]) -> Iterator[str]:
+    if isinstance(node, ast.Name | ast.Attribute):
+        dotted = _dotted(node, names)
+        if dotted in RUNS:
+            yield dotted
+        if dotted.rpartition(".")[2] in READERS:
+            yield dotted.rpartition(".")[2]
+    elif isinstance(node, ast.ImportFrom):
+        yield from (
+            f"{node.module}.*" for alias in node.names if alias.name == "*" and node.module in (*PICKLES, "yaml")
+        )
+        yield from (alias.name for alias in node.names if alias.name in READERS)
+    elif isinstance(node, ast.Call):
+        called, keywords = _dotted(node.func, names), {one.arg: _dotted(one.value, names) for one in node.keywords}
+        if called in SAFE and keywords.get(SAFE[called][0]) not in SAFE[called][1]:
+            yield f"{called} without {SAFE[called][0]}={SAFE[called][1][0]}"
+        for name in ("trust_remote_code", "allow_pickle"):
+            if keywords.get(name, "False") != "False":
+                yield f"{name}="
 
 
 def test_nothing_is_unpickled_plainly() -> None:
@@ -53,7 +81,17 @@ def test_nothing_is_unpickled_plainly() -> None:
     "source",
     [
         "pickle.load(file)",
-        "from pickle import loads",
+        "from pickle import loads\nloads(content)",
+        "import pickle as p\np.load(file)",
+        "from pickle import Unpickler as Reader\nclass Own(Reader): pass",
+        "from pickle import *",
+        "import joblib\njoblib.load(path)",
+        "from torch import load\nload(path)",
+        "import torch as t\nt.load(path)",
+        "torch.load(path, weights_only=chosen)",
+        "import yaml\nyaml.load(text)",
+        "from yaml import load, FullLoader\nload(text, Loader=FullLoader)",
+        "import yaml\nyaml.unsafe_load(text)",
         "class Own(pickle.Unpickler): pass",
         "torch.load(path)",
         "torch.load(path, weights_only=False)",
@@ -64,3 +102,11 @@ def test_nothing_is_unpickled_plainly() -> None:
 )
 def test_the_rule_can_fail(source: str) -> None:
     assert list(faults("megatron_vlm/x.py", source))
+
+
+def test_what_is_safe_passes() -> None:
+    source = "import torch, yaml\nfrom yaml import SafeLoader\n"
+    source += (
+        "torch.load(path, weights_only=True)\nyaml.load(text, Loader=SafeLoader)\nyaml.safe_load(text)\njson.load(file)"
+    )
+    assert not list(faults("megatron_vlm/x.py", source))

@@ -143,6 +143,13 @@ def test_an_instance_is_not_changed_after_it_was_used(checkpoint):
         read(checkpoint)
 
 
+def test_a_name_may_not_hide_behind_an_allowed_module(checkpoint):
+    hidden = text("torch.distributed.checkpoint.filesystem") + text("os.system") + pickle.STACK_GLOBAL
+    (checkpoint / ".metadata").write_bytes(pickle.PROTO + b"\x04" + hidden + pickle.STOP)
+    with pytest.raises(CheckpointError, match=r"would run torch\.distributed\.checkpoint\.filesystem\.os\.system"):
+        read(checkpoint)
+
+
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3])
 def test_old_protocols_are_refused(checkpoint, protocol):
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())

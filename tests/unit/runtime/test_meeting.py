@@ -28,6 +28,15 @@ def test_a_port_that_is_taken(taken_port: int) -> None:
         init_world(Launch(0, 2, 0, 2), torch.device("cpu"), 2)
 
 
+@pytest.mark.timeout(60)
+def test_who_listens_there_says_nothing(taken_port: int) -> None:
+    """It accepts connections, and torch waits for its answer without end."""
+    with pytest.raises(
+        ParallelError, match=rf"^MASTER_ADDR and MASTER_PORT: found 127\.0\.0\.1:{taken_port}, .* in 2 s"
+    ):
+        init_world(Launch(1, 2, 1, 2), torch.device("cpu"), 2)
+
+
 def test_nobody_hosts_the_store(taken_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_PORT", "1")
     with pytest.raises(
