@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from megatron_vlm.errors import MegatronVlmError, one_line, shown
 from megatron_vlm.runtime import device
-from megatron_vlm.runtime.launch import Launch, connect_store, hosts_store, job_keys, leave_word
+from megatron_vlm.runtime.launch import Launch, connect_store, hosts_store, job_keys, leave_word, store_is_there
 from megatron_vlm.runtime.logging import quiet_libraries
 from megatron_vlm.runtime.roll_call import ROLL_CALL, Publisher, all_are_stopped_or_gone, end_silent, tell_of, where_was
 
@@ -290,8 +290,9 @@ class _Watcher(threading.Thread):
         import torch.distributed as dist
 
         code = 1
+        if (store := self._connected()) is None:
+            return
         try:
-            store = connect_store(self.launch, STORE, STORE_SECONDS)
             publisher = Publisher(store, self.launch.rank)
             while not store.check([ROLL_CALL]):
                 publisher.poll()
@@ -309,3 +310,15 @@ class _Watcher(threading.Thread):
             _say(f"error: rank {self.launch.rank} lost the job's store: its host, launcher or rank 0, is gone")
         if not self.job_is_done.is_set():
             _end(self.launch, code)
+
+    def _connected(self) -> "Store | None":
+        """The store, once it is there; None where the rank is through before. The main thread, which waits for it too,
+        knows how long to wait, and says it where nobody comes."""
+        import torch.distributed as dist
+
+        while True:
+            if store_is_there():  # torch would log that it is not
+                with contextlib.suppress(dist.DistError):
+                    return connect_store(self.launch, STORE, STORE_SECONDS)
+            if self.job_is_done.wait(POLL_SECONDS):
+                return None

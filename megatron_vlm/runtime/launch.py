@@ -116,6 +116,14 @@ def hosts_store(launch: Launch) -> bool:
     return launch.rank == 0 and not _agent_hosts()
 
 
+def store_is_there() -> bool:
+    """Whether somebody listens where the job's store is to be."""
+    with contextlib.suppress(OSError):
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 1).close()
+        return True
+    return False
+
+
 def connect_store(launch: Launch, name: str, timeout_seconds: float) -> "Store":
     """An own connection to the job's store, its keys apart from other names' and, where it outlives them, attempts'.
 

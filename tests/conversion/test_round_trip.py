@@ -19,6 +19,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import open_foreign
 from megatron_vlm.conversion.importing import import_model
+from megatron_vlm.data.templates import TEMPLATES
 from megatron_vlm.errors import ConversionError
 from tests.helpers.foreign_models import DTYPES, Kind, llava, llava_hf, projector_alone, state_of, tree, with_old_names
 from tests.helpers.ranks import RankPool
@@ -98,9 +99,13 @@ def assert_came_back(exported: Path, source: Path) -> None:
     back, came = tree(exported), tree(source)
     assert b"Trained with megatron_vlm" in back.pop("README.md")
     assert back.pop("README_of_origin.md", None) == came.pop("README.md", None)
-    if back.pop("megatron_vlm.json", None) is not None:
-        former, program = came.pop("chat_template.jinja", b""), back.pop("chat_template.jinja")
-        assert program.endswith(former)  # the source has none, or one that takes no typed parts
+    if (record := back.pop("megatron_vlm.json", None)) is not None:
+        former, program = came.pop("chat_template.jinja", None), back.pop("chat_template.jinja")
+        if former is None:  # the source's template has a name only, and is a program now
+            asked = json.loads(record)
+            named = TEMPLATES.get(asked["template"]).jinja
+            former = named.replace("IMAGE", f"'{asked['image_token']}'").encode()
+        assert former and program.endswith(former)  # before it stands what takes typed parts
     assert back == came
 
 

@@ -1,10 +1,12 @@
-"""tools/train.py that is killed at a chosen moment. tests/system/test_kills.py starts it.
+"""tools/train.py that is killed at a chosen moment, or its writer. tests/system/test_kills.py and
+test_running_faults.py start it.
 
-killed_train.py RANK STEP {step,save} RECIPE.yaml [section.key=value ...]
+killed_train.py RANK STEP {step,save,write} RECIPE.yaml [section.key=value ...]
 
 step: rank RANK ends by SIGKILL in step STEP (0-based), while the others wait for it in a collective.
 save: it ends while the checkpoint after STEP updates is half written: its writer, which kills it, has written some
       tensors of many, and the other ranks' writers may have written all of theirs.
+write: at the same moment it is the writer that ends by SIGKILL, and the rank that lives on.
 """
 
 import os
@@ -31,14 +33,16 @@ def kill_in_step(step: int) -> None:
     TrainStep.__call__ = run_or_end  # type: ignore[method-assign]
 
 
-def kill_in_save(step: int) -> None:
-    """This process ends when its writer has written some tensors of the step's checkpoint."""
+def kill_in_save(step: int, kind: str) -> None:
+    """This process, or its writer, ends when some tensors of the step's checkpoint are written. `kind`: of part."""
     from megatron_vlm.checkpoint import saver
     from megatron_vlm.checkpoint.writing import Part
-    from tests.helpers.parts import FatalPart
+    from tests.helpers import parts
+
+    fatal = getattr(parts, kind)
 
     def part(directory: Path, *arguments: Any) -> Part:
-        return (FatalPart if directory.name.endswith(f"step_{step:07d}") else Part)(directory, *arguments)
+        return (fatal if directory.name.endswith(f"step_{step:07d}") else Part)(directory, *arguments)
 
     saver.Part = part  # type: ignore[assignment,misc]
 
@@ -52,7 +56,10 @@ def main() -> None:
     def init_and_arm(launch: Any, *arguments: Any, **options: Any) -> None:
         init_world(launch, *arguments, **options)
         if launch.rank == rank:
-            (kill_in_step if moment == "step" else kill_in_save)(step)
+            if moment == "step":
+                kill_in_step(step)
+            else:
+                kill_in_save(step, {"save": "FatalPart", "write": "EndedPart"}[moment])
 
     distributed.init_world = init_and_arm
     train.main()

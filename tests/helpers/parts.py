@@ -53,6 +53,14 @@ class FatalPart(Part):
             return super().write()
 
 
+class EndedPart(Part):
+    """Its writer ends by SIGKILL after some tensors."""
+
+    def write(self) -> Outcome:
+        with mock.patch.object(writing, "_write_item", after(NUM_WRITTEN, end_the_writer)):
+            return super().write()
+
+
 def after(count: int, action: Any) -> Any:
     """The function that writes one tensor, which does something else from the `count`th on."""
     write_item, written = writing._write_item, 0
@@ -70,6 +78,10 @@ def after(count: int, action: Any) -> Any:
 
 def refuse() -> None:
     raise OSError(28, "No space left on device")
+
+
+def end_the_writer() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_the_rank() -> None:

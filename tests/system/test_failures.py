@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vlm.runtime.failure import STORE_SECONDS
 from tests.helpers.processes import ROOT, environment
 
 JOB = ROOT / "tests" / "helpers" / "failing_job.py"
@@ -148,6 +149,28 @@ def test_one_process_without_a_launcher(tmp_path: Path) -> None:
     assert (well.returncode, well.stdout, well.stderr) == (0, "rank 0: 1\n", "")
     assert wrong.returncode == 1
     assert wrong.stderr == "error: training.steps: found 0 on rank 0, needed a positive number\n"
+
+
+@pytest.mark.slow
+def test_a_host_of_the_store_that_comes_late_is_waited_for() -> None:
+    """By what watches the ranks too: only the main thread knows `runtime.timeout_seconds`."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = str(other.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = []
+    try:
+        for rank, seconds in ((1, 3 * STORE_SECONDS), (0, 0)):
+            variables = environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank))
+            command = [sys.executable, str(JOB), "none", "collective"]
+            started.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
+            time.sleep(seconds)
+        told = [process.communicate(timeout=START_SECONDS)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in started] == [0, 0] and told == ["", ""]
 
 
 @pytest.mark.slow

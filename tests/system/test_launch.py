@@ -298,7 +298,11 @@ def test_a_batch_job_restarts_and_requeues_itself(launcher: Launcher, slurm: dic
 def recorded(tmp_path: Path, slurm: dict[str, str]) -> dict[str, str]:
     """The environment of a node whose torchrun and python are known: torchrun writes down its arguments."""
     folder = tmp_path / "slurm"
-    for name, body in {"torchrun": 'echo "$@" >> "$TORCHRUN_LOG"', "python": f'exec {sys.executable} "$@"'}.items():
+    bodies = {
+        "torchrun": 'echo "$@" >> "$TORCHRUN_LOG"',
+        "python": f'echo "$@" >> "$TORCHRUN_LOG.python"\nexec {sys.executable} "$@"',
+    }
+    for name, body in bodies.items():
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
         (folder / name).chmod(0o755)
     return {**slurm, "TORCHRUN_LOG": str(tmp_path / "torchrun.log")}
@@ -359,13 +363,18 @@ def test_the_examples_start_torchrun(recorded: dict, script: str, variables: dic
     "script", ["torchrun/one_node.sh", pytest.param("slurm/one_node.sbatch", marks=pytest.mark.slow)]
 )
 def test_on_one_node_the_launcher_starts_the_ranks(recorded: dict, tmp_path: Path, script: str) -> None:
-    """No torchrun; what a rank says is said once by all of them, and again as the launcher's last word."""
+    """No torchrun; what a rank says is said once by all of them, and again as the launcher's last word. Recipe and
+    overrides arrive as given."""
     start = ["sbatch"] if script.endswith(".sbatch") else ["bash"]
     done = subprocess.run(
         [*start, str(EXAMPLES / script), "r.yaml", "a.b=c d"], cwd=ROOT, capture_output=True, text=True, check=False,
         env=environment(**recorded, NPROC_PER_NODE="2", MAX_RESTARTS="0"), timeout=LIMIT_SECONDS,
     )  # fmt: skip
     assert not Path(recorded["TORCHRUN_LOG"]).exists()
+    ranks = "tools/launch.py --local --max-restarts 0 --ranks 2 -- tools/train.py r.yaml a.b=c d"
+    commands = Path(f"{recorded['TORCHRUN_LOG']}.python").read_text().replace(f"{ROOT}/tools/", "tools/").splitlines()
+    outer = f"tools/launch.py --local --requeue --max-restarts 3 -- srun python {ranks}"
+    assert commands == ([ranks] if start == ["bash"] else [outer, ranks])
     if start == ["bash"]:
         first, last = done.stderr.splitlines()
         assert done.returncode == 1 and first == last and last.startswith("error: ") and "r.yaml" in last

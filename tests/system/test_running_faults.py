@@ -4,11 +4,15 @@ One table. Ranks are tensor 2 x pipeline 2 with sequence parallelism, a data wor
 Every case but those that go on ends with all processes gone; a rerun is equal to the bit to an undisturbed run.
 """
 
+import contextlib
 import itertools
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +22,8 @@ import pytest
 from megatron_vlm.config import load_config, to_yaml
 from tests.helpers.hung_train import SAMPLE
 from tests.helpers.listeners import listening, reach_outside
-from tests.helpers.live_jobs import TRAIN, LiveJob, read_metrics, train_in_pool, wait_for
-from tests.helpers.processes import ROOT
+from tests.helpers.live_jobs import START_SECONDS, TRAIN, LiveJob, read_metrics, train_in_pool, wait_for
+from tests.helpers.processes import ROOT, environment
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_recipe
 
@@ -27,6 +31,7 @@ NEVER = 1_000_000
 NUM_RANKS = 4
 TIMEOUT_SECONDS = 10
 MORE_STEPS = 3  # of the rerun
+HELPERS = ROOT / "tests" / "helpers"
 PLACE = r"in step \d+, phase \w+.*"
 
 pytestmark = pytest.mark.timeout(600)
@@ -51,10 +56,12 @@ def a_recipe(folder: Path) -> Path:
 class Run:
     """The job, some steps into its run."""
 
-    def __init__(self, folder: Path, ours: bool = True, script: Path = TRAIN, inside: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, ours: bool = True, script: Sequence[str | Path] = (TRAIN,), inside: Sequence[str] = ()
+    ) -> None:
         self.folder, self.root = folder, folder / "checkpoints"
         self.recipe = a_recipe(folder)
-        self.job = LiveJob(folder / "logs", [script, self.recipe], NUM_RANKS, ours=ours, inside=inside)
+        self.job = LiveJob(folder / "logs", [*script, self.recipe], NUM_RANKS, ours=ours, inside=inside)
 
     def started(self) -> "Run":
         """Has saved once, and made steps since."""
@@ -141,7 +148,7 @@ CASES = {
     "the data file is gone": Case(lose_the_data, 1, lost(r".*train\.json.*")),
     "a data worker is killed": Case(kill_a_worker, 1, lost(r".*DataLoader worker.*data\.num_workers: 1; was .*")),
     "no checkpoint can be made": Case(
-        no_more_checkpoints, 1, lost(r"checkpoint\S* \S+ (could not|cannot) be written: .*Operation not permitted.*")
+        no_more_checkpoints, 1, lost(r"checkpoint \S+/step_\d+ could not be written: .*Operation not permitted.*")
     ),
     "the index is cut": Case(cut_the_index, None, lost(r".*")),
     "the data file is cut": Case(cut_the_data, 1, lost(r".*train\.json.*")),
@@ -208,11 +215,61 @@ def test_a_rank_that_is_stopped_for_a_while_costs_nothing_but_time(tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_data_worker_that_never_comes_back_is_named_with_its_sample(tmp_path: Path) -> None:
-    run = Run(tmp_path, script=ROOT / "tests" / "helpers" / "hung_train.py")
+    run = Run(tmp_path, script=[HELPERS / "hung_train.py"])
     with run.job as job:
         assert job.end(300) > 0
         line = rf"rank 1 has not gone on for \d+ s \(hung\) in step \d+, phase data, sample '{SAMPLE}', at .*take, .*"
         assert re.fullmatch(lost(line), job.read("stderr.log")), job.read("stderr.log")
+
+
+@pytest.mark.slow
+def test_a_writer_that_is_killed_ends_the_run_and_leaves_what_was_saved(ranks: RankPool, tmp_path: Path) -> None:
+    run = Run(tmp_path, script=[HELPERS / "killed_train.py", "1", "10", "write"])
+    with run.job as job:
+        assert job.end(300) == 1
+        reason = r"the process that wrote it was ended by SIGKILL \(rank 1\)"
+        line = lost(rf"checkpoint {run.root}/step_0000010 could not be written: {reason}")
+        assert re.fullmatch(line, job.read("stderr.log")), job.read("stderr.log")
+    assert (run.root / "latest").read_text() == "step_0000005"
+    check_rerun(ranks, run, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_port_in_use_ends_ranks_of_a_plain_launcher(tmp_path: Path, answers: bool) -> None:
+    """A launcher that only sets variables, and a foreign process at the port it chose. Each rank says what it sees."""
+    recipe, mark = a_recipe(tmp_path), {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        if answers:
+            threading.Thread(target=hang_up_on_all, args=(other,), daemon=True).start()
+        started = [
+            subprocess.Popen(
+                [sys.executable, TRAIN, recipe], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                env=environment(**mark, MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank)),
+            )
+            for rank in range(NUM_RANKS)
+        ]  # fmt: skip
+        try:
+            told = [process.communicate(timeout=START_SECONDS + 30)[1] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+    assert [process.returncode for process in started] == [1] * NUM_RANKS
+    assert told[0] == f"error: MASTER_PORT: found {port}, where another process listens already, needs a free port\n"
+    missed = f"error: MASTER_ADDR and MASTER_PORT: found 127.0.0.1:{port}, where no rank 0 of this job answered in "
+    assert all(text.splitlines()[-1].startswith(missed) and "Traceback" not in text for text in told[1:]), (
+        "\n---\n".join(told)
+    )
+
+
+def hang_up_on_all(server: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # the test is over
+        while True:
+            connection, _ = server.accept()
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            connection.close()
 
 
 @pytest.mark.slow
