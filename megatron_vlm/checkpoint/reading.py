@@ -6,6 +6,7 @@ what was read and checked before, and objects are read as data.
 """
 
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint import FileSystemReader, load_state_dict
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
 
 from megatron_vlm.checkpoint.manifest import COMMON_FILE
-from megatron_vlm.checkpoint.safe_reading import load_data, told_of
+from megatron_vlm.checkpoint.safe_reading import load_data, refusal, told_of
 from megatron_vlm.runtime.files import open_regular
 
 BACKENDS = ("torch_dist", "torch")  # of parts and of common.pt: megatron-core's words, in metadata.json
@@ -60,6 +62,13 @@ class _Reader(FileSystemReader):
     def __init__(self, directory: Path, metadata: Metadata) -> None:
         super().__init__(directory)
         self.metadata = metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        try:
+            return super().read_data(plan, planner)
+        except pickle.UnpicklingError as error:  # where a tensor is to be
+            with told_of(Path(self.path)):
+                raise refusal(error) from error
 
     def read_metadata(self) -> Metadata:  # no `kwargs`: torch would ask for files of single ranks
         return self.metadata

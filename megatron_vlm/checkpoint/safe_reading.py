@@ -29,10 +29,13 @@ def load_data(file: IO[bytes]) -> Any:
         with torch.serialization.safe_globals([io.BytesIO]):  # what layers without extra state keep
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = _NAMED_BY_TORCH.search(str(error))
-        if named is None:  # torch's own text would advise to read it all the same
-            raise ValueError("its pickle is not plain data") from error
-        raise CodeFoundError(named[1]) from error
+        raise refusal(error) from error
+
+
+def refusal(error: pickle.UnpicklingError) -> CodeFoundError | ValueError:
+    """Of torch's restricted unpickler, whose own text advises to read the file without restraint."""
+    named = _NAMED_BY_TORCH.search(str(error))
+    return ValueError("its pickle is not plain data") if named is None else CodeFoundError(named[1])
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def in_a_tensor(checkpoint: Path, code: Code) -> str:
     tensor = next(index for index in metadata.storage_data if index.fqn == TENSOR)
     metadata.storage_data[tensor] = metadata.storage_data[victim]
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    return "cannot be loaded into this model: "
+    return r"step_0000001 would run posix\.mkdir when it is loaded"
 
 
 def as_a_tensor(checkpoint: Path, code: Code) -> str:
@@ -127,7 +127,7 @@ def as_a_tensor(checkpoint: Path, code: Code) -> str:
     chunk = metadata.state_dict_metadata[TENSOR].chunks[0].offsets
     metadata.storage_data[MetadataIndex(victim.fqn, chunk)] = metadata.storage_data.pop(victim)
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    return "cannot be loaded into this model: "
+    return rf"cannot be loaded into this model: 1 tensors only in the checkpoint: {victim.fqn}"
 
 
 def as_an_object(checkpoint: Path, code: Code) -> str:
@@ -207,6 +207,23 @@ def test_the_code_would_run_where_nothing_refuses_it(checkpoint: Path, attack: s
     command = [sys.executable, "-c", UNGUARDED, str(checkpoint), victim]
     subprocess.run(command, cwd=ROOT, timeout=120, check=False, capture_output=True)
     assert code.marker.exists()
+
+
+@pytest.mark.parametrize("kind", ["object", "tensor"])
+def test_damaged_bytes_of_a_part_are_told_with_it(checkpoint: Path, kind: str) -> None:
+    """Whoever damaged them made the checksums anew."""
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    index = next(one for one in metadata.storage_data if (one.fqn == TENSOR) == (kind == "tensor") and (
+        kind == "tensor" or "_extra_state" in one.fqn))  # fmt: skip
+    place = metadata.storage_data[index]
+    content = bytearray((checkpoint / place.relative_path).read_bytes())
+    content[place.offset : place.offset + place.length] = b"\xff" * place.length
+    (checkpoint / place.relative_path).write_bytes(content)
+    vouch_for_all(checkpoint)
+    told = r"__0_0\.distcp is damaged" if kind == "object" else r"step_0000001 (is damaged|cannot be loaded)"
+    with pytest.raises(CheckpointError, match=told) as caught:
+        megatron_vlm.load(checkpoint)
+    assert len(str(caught.value).splitlines()) == 1 and "weights_only" not in str(caught.value)
 
 
 def test_an_unlisted_file_is_not_read_and_no_trouble(checkpoint: Path) -> None:
