@@ -1,13 +1,13 @@
 """Measures.
 
 python tools/bench.py throughput RECIPE [section.key=value ...] [--against transformers]          (one process)
-torchrun --nproc-per-node N tools/bench.py throughput RECIPE [section.key=value ...]
+python tools/launch.py --local --ranks N -- tools/bench.py throughput RECIPE [section.key=value ...]
 python tools/bench.py conversion --folder SCRATCH [--size GB]
 python tools/bench.py decoding RECIPE [section.key=value ...]
 python tools/bench.py media [--seeds N]
 python tools/bench.py packing RECIPE [section.key=value ...]
 python tools/bench.py attention [--lengths N ...] [--ranks N ...]                                 (ranks in turn)
-torchrun --nproc-per-node N tools/bench.py attention [--lengths N ...]
+python tools/launch.py --local --ranks N -- tools/bench.py attention [--lengths N ...]
 python tools/bench.py kernels [--op NAME ...] [--tiny]
 
 Each benchmark prints its own --help.

@@ -1,6 +1,6 @@
 """Asks a checkpoint a file of questions and scores the answers.
 
-torchrun --nproc-per-node N tools/evaluate.py CHECKPOINT --task exact_match --data FILE ... [--blank-images]
+python tools/launch.py --local --ranks N -- tools/evaluate.py CHECKPOINT --task exact_match --data FILE [--blank-images]
 python tools/evaluate.py CHECKPOINT --task exact_match --data FILE        (one process)
 
 FILE is LLaVA JSON or JSONL; the last answer of each conversation is the truth. Scores are given per question form (the

@@ -5,7 +5,7 @@ python tools/generate.py CHECKPOINT --media a.png b.png --prompt "Which image sh
 python tools/generate.py CHECKPOINT --media clip.mp4 --prompt "What happens?"
 python tools/generate.py CHECKPOINT --media a.png --chat --temperature 0.7 --top-p 0.9
 python tools/generate.py CHECKPOINT --devices 0 1 --prompt "What is this?"
-torchrun --nproc-per-node 4 tools/generate.py CHECKPOINT --tensor 2 --pipeline 2 --prompt "What is this?"
+python tools/launch.py --local --ranks 4 -- tools/generate.py CHECKPOINT --tensor 2 --pipeline 2 --prompt "What?"
 python tools/generate.py CHECKPOINT --devices 0 1 2 3 --tensor 2 --ring 2 --prompt "What is this?"
 python tools/generate.py VILA --downsample-order row --prompt "What is this?"    what its mlp_downsample does not say
 
@@ -22,6 +22,7 @@ import logging
 import math
 import shlex
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,8 @@ def chat(assistant: Any, arguments: argparse.Namespace, options: dict[str, Any])
         print(shown(conversation.say([*media, arguments.prompt])), flush=True)
         media = []
     prompt = "> " if sys.stdin.isatty() else ""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is told, and the next one read
     while True:
         try:
             line = input(prompt).strip()

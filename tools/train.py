@@ -1,6 +1,6 @@
 """Trains a recipe.
 
-torchrun --nproc-per-node N tools/train.py RECIPE.yaml [section.key=value ...]
+python tools/launch.py --local --ranks N -- tools/train.py RECIPE.yaml [section.key=value ...]
 python tools/train.py RECIPE.yaml [section.key=value ...]          (one process)
 
 With --check-layout nothing is trained: the recipe, shrunk, is run in its layout and by one process, in seconds, and the

@@ -134,7 +134,7 @@ class Export:
                 destination.rmdir()
             os.rename(beside, destination)
         except OSError as error:
-            raise ConversionError(f"{destination} could not be written: {error}") from error
+            raise ConversionError(f"{destination} could not be written: {one_line(error)}") from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image
 
 from megatron_vlm.data.media import to_rgb
-from megatron_vlm.errors import ConfigError, DataError, MegatronVlmError, ParallelError
+from megatron_vlm.errors import ConfigError, DataError, MegatronVlmError, ParallelError, one_line
 from megatron_vlm.generation.prompts import Dialogue, ImageSource, Message, Prompt, Score, check_message, list_prompts
 from megatron_vlm.runtime.failure import is_timeout
 from megatron_vlm.runtime.launch import environment_of_child, environment_of_rank, host_store
@@ -269,7 +269,7 @@ def _portable_message(message: Message, origin: str) -> Message:
             try:
                 parts.append(to_rgb(part))
             except (OSError, ValueError) as error:  # opened lazily, it may be damaged
-                raise DataError(f"{origin}: an image in memory cannot be used: {error}") from error
+                raise DataError(f"{origin}: an image in memory cannot be used: {one_line(error)}") from error
         else:
             parts.append(part.absolute() if isinstance(part, Path) else part)
     return parts

@@ -22,6 +22,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from megatron_vlm.errors import one_line
 from megatron_vlm.ops.attention_mask import Asked, band_of
 from megatron_vlm.ops.dispatch import triton_obstacle
 from megatron_vlm.ops.reference import AttentionRules
@@ -86,10 +87,10 @@ def _flash_package_obstacle() -> str | None:
         found = importlib.util.find_spec(_FLASH)  # imports flash_attn itself
     except ModuleNotFoundError as error:
         if error.name != "flash_attn":
-            return f"the package flash_attn cannot be imported: {error}"
+            return f"the package flash_attn cannot be imported: {one_line(error)}"
         return "the package flash_attn is not installed"
     except ImportError as error:  # of another torch's binary interface, say
-        return f"the package flash_attn cannot be imported: {error}"
+        return f"the package flash_attn cannot be imported: {one_line(error)}"
     needed = ".".join(map(str, _FLASH_NEEDED))
     if found is None:
         return f"it needs {_FLASH}, which the package flash_attn found here does not have"

@@ -29,7 +29,7 @@ def generate(folder: Path, *arguments: object, lines: str = "") -> subprocess.Co
     command = [sys.executable, str(ROOT / "tools" / "generate.py"), *map(str, arguments)]
     return subprocess.run(
         command, cwd=folder, env=environment(), input=lines, capture_output=True, text=True, timeout=LIMIT_SECONDS,
-        check=False,
+        check=False, errors="surrogateescape",
     )  # fmt: skip
 
 
@@ -42,6 +42,15 @@ def test_a_conversation_keeps_images_and_turns(folder: Path) -> None:
     assert done.stdout.count("\n") == 3, done.stdout
     first = generate(folder, "hf", "--media", image, "--prompt", "far?", "--max-new-tokens", 5)
     assert done.stdout.splitlines()[0] == first.stdout.rstrip("\n")
+
+
+def test_a_line_that_is_no_utf_8_costs_a_line(folder: Path) -> None:
+    lines = b"far\xff?\n/media \xff.png\nnear?\nred?\n".decode("utf-8", "surrogateescape")
+    done = generate(folder, "hf", "--chat", "--max-new-tokens", 5, lines=lines)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1, done
+    first, second = done.stderr.splitlines()
+    assert first.startswith("error: prompt 1: found ") and "\\udcff" in first and "Traceback" not in first
+    assert second.startswith("error: prompt ") and second.endswith(r"image '\udcff.png' does not exist"), second
 
 
 def test_the_order_of_squares_is_told_to_every_rank(folder: Path) -> None:
