@@ -9,6 +9,7 @@ terminal and a log, `one_line` makes a line of any exception.
 """
 
 import re
+from collections.abc import Sequence
 
 # Control characters but line feed and tab; what reorders text or breaks a line in some viewers; halves of surrogates,
 # which no output encodes.
@@ -21,6 +22,35 @@ class MegatronVlmError(ValueError):
 
 class ConfigError(MegatronVlmError):
     """A recipe key or command-line option is wrong."""
+
+
+class RecipeError(ConfigError):
+    """Keys of a recipe are wrong: one line for all, where nothing else is wrong.
+
+    Args:
+        faults: one by one.
+        origin: the file, where they are told of one.
+    """
+
+    def __init__(self, faults: Sequence[str], origin: str = "") -> None:
+        self.origin, head = origin, f"{origin}: " if origin else ""
+        super().__init__(head + "; ".join(faults))
+        self.faults = tuple(head + fault for fault in faults)
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...], str]]:
+        head = f"{self.origin}: " if self.origin else ""
+        return type(self), (tuple(fault.removeprefix(head) for fault in self.faults), self.origin)
+
+
+class SeveralFaults(ConfigError):
+    """What is wrong with a run in several places (recipe, tokenizer, data), found together and told a line each."""
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("; ".join(faults))
+        self.faults = tuple(faults)
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:
+        return type(self), (self.faults,)
 
 
 class DataError(MegatronVlmError):
@@ -45,6 +75,14 @@ class TrainingError(MegatronVlmError):
 
 class NotFiniteError(TrainingError):
     """A run's numbers are not finite; raised by all ranks together."""
+
+
+def together(errors: Sequence[MegatronVlmError]) -> MegatronVlmError:
+    """One error for all, of which there is at least one: itself where it is the only one."""
+    if len(errors) == 1:
+        return errors[0]
+    faults = [fault for error in errors for fault in getattr(error, "faults", (one_line(error),))]
+    return SeveralFaults(tuple(dict.fromkeys(faults)))
 
 
 def is_fault(error: BaseException) -> bool:

@@ -101,7 +101,7 @@ def find_output(arguments: argparse.Namespace) -> Path:
 
 
 def show(report: "Report", output: Path) -> None:
-    """Prints a table with one line per question form."""
+    """Prints a table with one line per question form; the last line is the whole score, on any terminal."""
     from rich.table import Table
 
     from megatron_vlm.runtime.logging import stdout_console
@@ -116,8 +116,9 @@ def show(report: "Report", output: Path) -> None:
         table.add_row(shown(form.form), f"{form.num_questions:,}", f"{form.score:.1%}", *blank, baseline)
     console = stdout_console()
     console.print(table)
-    line = f"{report.task}: {report.score:.1%} of {len(report.records):,} questions; answers in {output}"
-    console.print(shown(line))
+    line = f"{report.task}: {report.score:.1%} of {len(report.records):,} questions"
+    console.print(shown(f"answers in {output}"), soft_wrap=True)
+    console.print(shown(line), soft_wrap=True)
 
 
 if __name__ == "__main__":

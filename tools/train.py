@@ -18,11 +18,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
     parser.add_argument("--check-layout", action="store_true", help="compare this layout with one process instead")
     with parser.run() as (arguments, launch), StopSignals(launch) as signals:
-        from megatron_vlm.config import load_config
+        from megatron_vlm.config import read_recipe
         from megatron_vlm.runtime.device import prepare
         from megatron_vlm.runtime.distributed import init_world, teardown
 
-        config = load_config(arguments.recipe, arguments.overrides)
+        config, fault = read_recipe(arguments.recipe, arguments.overrides)
+        if fault is not None and arguments.check_layout:
+            raise fault
         device = prepare(config.runtime.device, launch.local_world_size)
         init_world(launch, device, config.runtime.timeout_seconds)
         if arguments.check_layout:
@@ -35,7 +37,7 @@ def main() -> None:
         else:
             from megatron_vlm.training.loop import train
 
-            train(config, launch, signals)
+            train(config, launch, signals, [] if fault is None else [fault])
         teardown()
 
 

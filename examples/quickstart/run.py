@@ -3,7 +3,7 @@
     make quickstart
 
 1. makes the data: 1,797 real digits as images, questions about them in LLaVA's JSON, a tokenizer;
-2. trains in LLaVA's two phases, tensor 2 x pipeline 2: the projector alone, then everything;
+2. trains in two phases, tensor 2 x pipeline 2: everything, then all but the tower;
 3. asks the checkpoint 1,440 questions about images it has never seen, with four data-parallel ranks, and asks them all
    again with the images blanked;
 4. draws the loss curve and a contact sheet, and says how to ask it yourself.
@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 OUTPUT = Path("runs/quickstart")  # relative to the repository, as in the recipes
 DATA, CHECKPOINT, RESULTS = OUTPUT / "data", OUTPUT / "phase2", OUTPUT / "evaluation"
-PHASES = {"projector only": "phase1", "everything": "phase2"}
+PHASES = {"everything": "phase1", "the tower frozen": "phase2"}
 NUM_RANKS = 4
 FORMS = ("digit", "parity", "pair")
 HEADLINE_FORMS = ("digit", "parity")

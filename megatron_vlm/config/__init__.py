@@ -4,7 +4,7 @@
 the names below do not.
 """
 
-from megatron_vlm.config.loading import config_from_tree, config_hash, load_config, to_yaml
+from megatron_vlm.config.loading import config_from_tree, config_hash, load_config, read_recipe, to_yaml
 from megatron_vlm.config.schema import Config
 from megatron_vlm.config.validation import ModelFacts, names_its_model, trains, validate
 
@@ -15,6 +15,7 @@ __all__ = [
     "config_hash",
     "load_config",
     "names_its_model",
+    "read_recipe",
     "to_yaml",
     "trains",
     "validate",

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from importlib.machinery import PathFinder
 
 from megatron_vlm.errors import ConfigError, one_line
-from megatron_vlm.runtime.logging import get_logger
+from megatron_vlm.runtime.logging import get_unquieted_logger
 
 IN_PYTHON = "in Python load(..., extensions=[...])"
 
-logger = get_logger(__name__)
+logger = get_unquieted_logger(__name__)  # tools/generate.py and evaluate.py quiet the rest
 
 
 def import_extensions(modules: Sequence[str]) -> None:

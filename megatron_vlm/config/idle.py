@@ -1,4 +1,4 @@
-"""What a recipe sets and what does nothing in it: told as warnings, for whoever set it expects something of it.
+"""What a recipe sets and what does nothing in it, or no good: told as warnings, for whoever set it expects something.
 
 A recipe that names such a key is valid: the key may wait for another model, or for more ranks.
 """
@@ -19,6 +19,25 @@ def idle_settings(config: Config, facts: ModelFacts, world_size: int) -> list[st
     """
     found = [*_fp8(config), *_rows(config), *_recomputation(config, facts), *_sharing(config, world_size)]
     return [f"{keys}: without effect, as {reason}" for keys, reason in found]
+
+
+def frozen_at_random(config: Config, facts: ModelFacts) -> list[str]:
+    """Tower or language model that starts from random weights of which some never train, so that they stay noise: a
+    line for each, by name and with what to do. Of a run that starts from no checkpoint."""
+    told = []
+    for component, part in (("language", config.model.language), ("vision", config.model.vision)):
+        names = facts.parameter_names[component]
+        frozen = [name for name in names if not trains(component, name, config.model)]
+        if part.path is not None or not frozen:
+            continue
+        is_off = not getattr(config.model.train, component)
+        by = f"model.train.{component} false" if is_off else f"model.freeze {list(config.model.freeze)}"
+        these = "all" if len(frozen) == len(names) else f"{len(frozen)} of its {len(names)}"
+        told.append(
+            f"{by}: {these} parameters of model.{component} are random and stay so, as it has no weights to start from "
+            f"(model.{component}.path); name them, or start from a checkpoint (checkpoint.load), or let it train"
+        )
+    return told
 
 
 def idle_keys(config: Config) -> list[str]:

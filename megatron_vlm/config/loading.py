@@ -1,7 +1,9 @@
 """From a recipe file and command-line overrides to a `Config`, and back to YAML.
 
 A recipe may name a `base:` (a path relative to its own folder), which may name another; the child's keys win, sections
-merge, lists are replaced. `section.key=value` overrides come last. Every violation is reported at once and on one line,
+merge, lists are replaced. `section.key=value` overrides come last. Other paths are relative to the working directory,
+whoever names them. A `media_root` belongs to the `path` beside it: whoever names another data file, and no folder of
+its pictures, has them where they are by default, beside the file. Every violation is reported at once and on one line,
 because a launch on a cluster is too dear to find them one by one.
 
 Hazards: OmegaConf's resolvers could read the environment (`${oc.env:...}`), which would make a run depend on more than
@@ -26,10 +28,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.errors import ConfigError, one_line
+from megatron_vlm.errors import ConfigError, RecipeError, one_line, shown
 from megatron_vlm.registry import did_you_mean
 from megatron_vlm.runtime.files import read_text
 from megatron_vlm.runtime.limits import LimitError, bounded
+from megatron_vlm.runtime.logging import get_logger
 
 _KINDS = {  # what pydantic says in the terms of Python
     "model_type": "must be a section of keys",
@@ -43,6 +46,9 @@ _PLAIN = (str, int, float, bool, type(None))
 _LARGEST_INTEGER_BITS = 64
 _LONGEST_CHAIN = 100  # of bases
 _SHOWN_CHARACTERS = 300  # of a value in an error
+_SECTIONS_WITH_MEDIA = ("data", "evaluation")  # with a `path` and the `media_root` of its pictures
+
+logger = get_logger(__name__)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -55,10 +61,48 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: a file that cannot be read, or all violations of the schema, on one line.
     """
-    path = Path(path)
+    return config_from_tree(_read_tree(Path(path), overrides), str(path))
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, RecipeError | None]:
+    """A recipe, and what is wrong with its keys, for those who look for all that is wrong with a run before they tell
+    any of it: the recipe is then the one without these keys, so that the rest can be checked.
+
+    Raises:
+        ConfigError: as `load_config`, where what is left is no recipe.
+    """
+    tree = _read_tree(Path(path), overrides)
+    try:
+        return config_from_tree(tree, str(path)), None
+    except RecipeError as error:
+        assert isinstance(error.__cause__, ValidationError), "as config_from_tree raises it"
+        places = [tuple(violation["loc"]) for violation in error.__cause__.errors()]
+        if any(place[0] == "extensions" for place in places):  # without which the rest means something else
+            raise
+        for place in places:
+            _drop(tree, place)
+        try:
+            return config_from_tree(tree, str(path)), error
+        except ConfigError:
+            raise error from error.__cause__
+
+
+def _drop(tree: Any, place: tuple[int | str, ...]) -> None:
+    """Takes a key out of nested dictionaries; where its place leads into a list, the list."""
+    for name in place[:-1]:
+        if not isinstance(tree.get(name), dict):
+            place = (*place[: place.index(name)], name)
+            break
+        tree = tree[name]
+    tree.pop(place[-1], None)
+
+
+def _read_tree(path: Path, overrides: Sequence[str]) -> dict[Any, Any]:
+    """A recipe's keys with its bases' and the overrides, unchecked. Raises ConfigError."""
     merged, parsed = _read_chain(path, ()), [_parse_override(override) for override in overrides]
 
     def resolve() -> Any:
+        _forget_media_roots(merged, OmegaConf.merge(*parsed) if parsed else {}, "the command line")
         for one in parsed:
             merged.merge_with(one)
         return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
@@ -68,7 +112,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OmegaConfBaseException, LimitError, RecursionError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {one_line(error)}") from error
     assert isinstance(tree, dict)
-    return config_from_tree(tree, str(path))
+    return tree
 
 
 def config_from_tree(tree: Mapping[Any, Any], origin: str, is_trusted: bool = True) -> Config:
@@ -83,7 +127,7 @@ def config_from_tree(tree: Mapping[Any, Any], origin: str, is_trusted: bool = Tr
     try:
         return Config.model_validate(tree, context={"is_trusted": is_trusted})
     except ValidationError as error:
-        raise ConfigError(f"{origin}: " + "; ".join(map(_describe, error.errors()))) from error
+        raise RecipeError([_describe(violation) for violation in error.errors()], origin) from error
 
 
 def config_hash(config: Config) -> str:
@@ -117,11 +161,31 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> DictConfig:
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: found {_shortened(base)}, needs the path of one recipe")
     over = _read_chain(path.parent / base, (*children, resolved))
+
+    def merge() -> None:
+        _forget_media_roots(over, tree, str(path))
+        over.merge_with(tree)
+
     try:
-        bounded(lambda: over.merge_with(tree))
+        bounded(merge)
     except (OmegaConfBaseException, LimitError, RecursionError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be merged with its base: {one_line(error)}") from error
     return over
+
+
+def _forget_media_roots(below: DictConfig, above: Any, origin: str) -> None:
+    """Takes each `media_root` out of a tree that is to be merged with one above it, which names another `path`."""
+    trees: list[Any] = [OmegaConf.to_container(OmegaConf.create(one), resolve=False) for one in (below, above)]
+    for name in _SECTIONS_WITH_MEDIA:
+        old, new = (tree.get(name) for tree in trees)
+        if not isinstance(old, dict) or not isinstance(new, dict) or old.get("media_root") is None:
+            continue
+        if "path" in new and "media_root" not in new and new["path"] != old.get("path"):
+            root = below[name].pop("media_root")
+            logger.info(
+                "%s.media_root %s is left out: it is of another file than %s.path %s, which %s names without one; its "
+                "pictures are looked for beside it", name, shown(root), name, shown(new["path"]), shown(origin),
+            )  # fmt: skip
 
 
 def _read_file(path: Path, named_by: str) -> DictConfig:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from megatron_vlm.config.drift import unknown_changes
 from megatron_vlm.config.packages import PACKAGES, TRANSFORMER_ENGINE
 from megatron_vlm.config.schema import Config, LanguageConfig, ModelConfig, VisionConfig
-from megatron_vlm.errors import ConfigError, one_line
+from megatron_vlm.errors import ConfigError, RecipeError, one_line
 from megatron_vlm.registry import did_you_mean
 from megatron_vlm.runtime.limits import LimitError, bounded
 
@@ -63,7 +63,7 @@ def validate(config: Config, facts: ModelFacts | None, world_size: int) -> None:
     if facts is not None:
         violations += [violation for rule in MODEL_RULES for violation in rule(config, facts)]
     if violations:
-        raise ConfigError("; ".join(violations))
+        raise RecipeError(violations)
 
 
 def validate_layout(config: Config, facts: ModelFacts, world_size: int) -> None:

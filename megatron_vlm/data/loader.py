@@ -139,8 +139,7 @@ def _open_source(
     rank: int,
 ) -> "SampleSource":
     data, sequence_length = config.data, config.training.sequence_length
-    limit = sequence_length if data.on_long_sample == "truncate" else None
-    encoder = ConversationEncoder.of(data, tokenizer, media_spec.tokens_per_image, limit)
+    encoder = make_encoder(config, tokenizer, media_spec.tokens_per_image)
     file = SOURCES.get(data.source)(path, data.image_token)
     root = Path(media_root) if media_root is not None else file.path.parent
     media = MediaReader(media_spec, data.image_mode)
@@ -148,6 +147,12 @@ def _open_source(
     index = open_index(file, encoder, root, Path(config.checkpoint.directory), rank, skip, data.video)
     check_lengths(index, file, sequence_length, media_spec.tokens_per_image)
     return SampleSource(file, index, encoder, media, root, tolerant=skip is not None)
+
+
+def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int) -> ConversationEncoder:
+    """What makes a recipe's conversations tokens. Raises ConfigError."""
+    limit = config.training.sequence_length if config.data.on_long_sample == "truncate" else None
+    return ConversationEncoder.of(config.data, tokenizer, tokens_per_image, limit)
 
 
 def check_lengths(index: SampleIndex, file: RecordFile, sequence_length: int, tokens_per_image: int) -> None:

@@ -12,8 +12,9 @@ from transformers import PretrainedConfig
 
 from megatron_vlm.config.megatron import QKV_BIAS_ALWAYS
 from megatron_vlm.config.packages import installed_packages
-from megatron_vlm.config.schema import Config, VisionConfig
+from megatron_vlm.config.schema import Config, ModelConfig, VisionConfig
 from megatron_vlm.config.validation import ModelFacts, names_its_model
+from megatron_vlm.errors import ConfigError, together
 from megatron_vlm.models.architectures import LANGUAGE_MODELS, context_tokens, like_tensors_of, load_language_config
 from megatron_vlm.models.families import FAMILIES
 from megatron_vlm.models.projectors import PROJECTORS, build_projector
@@ -37,8 +38,7 @@ def gather_facts(
         ConfigError: where tower or language model cannot be read, so that nothing more can be said about them.
     """
     assert names_its_model(config.model)
-    language = load_language_config(config.model.language)
-    survey = survey_tower(_with_layer_in_range(config.model.vision), config.model.projector)
+    language, survey = _read_both(config.model)
     projector = _projector(config.model.projector.type, survey, language.hidden_size)
     return ModelFacts(
         num_layers=language.num_hidden_layers,
@@ -62,6 +62,22 @@ def gather_facts(
         context_tokens=context_tokens(language),
         backend_obstacles=tuple(_backend_obstacles(config, language, projector, device)),
     )
+
+
+def _read_both(model: ModelConfig) -> tuple[PretrainedConfig, TowerSurvey]:
+    """Raises ConfigError for what is wrong with either, or both."""
+    errors: list[ConfigError] = []
+    try:
+        language = load_language_config(model.language)
+    except ConfigError as error:
+        errors.append(error)
+    try:
+        survey = survey_tower(_with_layer_in_range(model.vision), model.projector)
+    except ConfigError as error:
+        errors.append(error)
+    if errors:
+        raise together(errors)
+    return language, survey
 
 
 def language_parameter_names(language: PretrainedConfig) -> tuple[str, ...]:

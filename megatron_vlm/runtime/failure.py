@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, NoReturn
 
-from megatron_vlm.errors import MegatronVlmError, one_line, shown
+from megatron_vlm.errors import MegatronVlmError, SeveralFaults, one_line, shown
 from megatron_vlm.runtime import device
 from megatron_vlm.runtime.launch import Launch, connect_store, hosts_store, job_keys, leave_word, store_is_there
 from megatron_vlm.runtime.logging import quiet_libraries
@@ -100,13 +100,16 @@ def kind_of(error: BaseException) -> Kind:
 
 
 def describe(error: BaseException, launch: Launch, debug: bool) -> str:
-    """What the speaker writes: one line, or a traceback for our own errors and for debugging."""
+    """What the speaker writes: one line, or one for each of several faults; a traceback for our own errors and for
+    debugging."""
     kind = kind_of(error)
     line = one_line(error)
     if kind == "user" and not debug:
         if _is_out_of_memory(error):
             told = ". ".join(line.split(". ")[:2])  # torch goes on at length
             return f"error: rank {launch.rank} is out of memory ({told}){_NEEDS_LESS_MEMORY}"
+        if isinstance(error, SeveralFaults):
+            return "\n".join(f"error: {shown(' '.join(fault.split()))}" for fault in error.faults)
         return f"error: {line}"
     if kind == "echo" and not debug:
         if is_timeout(line):

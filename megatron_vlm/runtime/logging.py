@@ -27,13 +27,28 @@ def get_logger(name: str) -> logging.Logger:
     if not root.handlers:
         from rich.logging import RichHandler
 
-        rank = int(os.environ.get("RANK", 0))
+        rank = _rank()
         handler = RichHandler(console=stdout_console(), show_path=False, log_time_format="%H:%M:%S")
         handler.setFormatter(_Shown("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
         root.addHandler(handler)
-        root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        root.setLevel(_usual_level())
         root.propagate = False
     return logging.getLogger(name if name.split(".")[0] == _ROOT else f"{_ROOT}.{name}")
+
+
+def get_unquieted_logger(name: str) -> logging.Logger:
+    """The same for what must be told whatever else is quiet, such as whose code is run."""
+    logger = get_logger(name)
+    logger.setLevel(_usual_level())
+    return logger
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _usual_level() -> int:
+    return logging.INFO if _rank() == 0 else logging.WARNING
 
 
 class _Shown(logging.Formatter):

@@ -5,6 +5,7 @@ are loaded before the DDP wrappers copy them into their buffers; the optimizer c
 the master copies.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megatron_vlm.checkpoint.model_sources import read_sources, write_sources
 from megatron_vlm.checkpoint.recipe import without_training
 from megatron_vlm.checkpoint.resume import Start, find_start, start_from
 from megatron_vlm.checkpoint.store import TrainingState, load_checkpoint
+from megatron_vlm.config.idle import frozen_at_random
 from megatron_vlm.config.megatron import ddp_config, vision_ddp_config
 from megatron_vlm.config.schema import Config, LossConfig
 from megatron_vlm.conversion.origin import carry
@@ -25,9 +27,9 @@ from megatron_vlm.conversion.weights import load_weights
 from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.index import SampleIndex
 from megatron_vlm.data.loader import StepFetcher, build_loader
-from megatron_vlm.data.sources import SOURCES
-from megatron_vlm.data.tokenizer import Tokenizer, check_vocabulary, first_time_token, load_tokenizer
+from megatron_vlm.data.tokenizer import Tokenizer, first_time_token
 from megatron_vlm.data.workers import OrderedItems
+from megatron_vlm.errors import MegatronVlmError
 from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.models.families import build_model
 from megatron_vlm.models.vision.preprocessing import write_pixel_format
@@ -35,13 +37,11 @@ from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.ops.reference import LossRules, SoftTargets
 from megatron_vlm.parallel.groups import Grid, GridSizes, build_grid, vision_process_groups
 from megatron_vlm.runtime.collectives import broadcast_object
-from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.seeding import seed_everything
-from megatron_vlm.training.hub_ids import pin_hub_ids
 from megatron_vlm.training.media_cost import set_measured_cost
 from megatron_vlm.training.optimizer import build_optimizer
-from megatron_vlm.training.recipe import settle
+from megatron_vlm.training.preflight import settle_run
 from megatron_vlm.training.step import TrainStep
 
 logger = get_logger(__name__)
@@ -107,26 +107,32 @@ class Job:
             carry(before, directory)
 
 
-def build_job(config: Config, world_size: int, resumes: bool = False, ranks_per_node: int | None = None) -> Job:
+def build_job(
+    config: Config,
+    world_size: int,
+    resumes: bool = False,
+    ranks_per_node: int | None = None,
+    faults: Sequence[MegatronVlmError] = (),
+) -> Job:
     """Validates, then builds. The default process group exists already.
 
     Args:
         ranks_per_node: ranks on this machine, rank 0's counts; default: all of them.
         resumes: goes on from `checkpoint.directory` where it holds checkpoints (`checkpoint.resume`), and takes
-            possession of it; else the job starts from `checkpoint.load`, or from the recipe's weights.
+            possession of it; else the job starts from `checkpoint.load`, or from the recipe's weights. A run that is to
+            be trained: its data is looked at before anything is built.
+        faults: of the recipe, known already, to be told with all others.
 
     Raises:
-        ConfigError: everything wrong with the recipe, in one error; or it is not the one a checkpoint was saved under.
+        MegatronVlmError: everything wrong with recipe, tokenizer, template and the data's beginning, in one error.
+        ConfigError: the recipe is not the one a checkpoint was saved under.
         CheckpointError, ConversionError: weights that are missing, damaged or of another model.
     """
-    SOURCES.get(config.data.source)  # a name mistyped shall not cost the building of a model
     assert dist.group.WORLD is not None, "there is no default process group"
     ranks_per_node = broadcast_object(ranks_per_node or world_size, dist.group.WORLD)
     named = config
-    config, commits = pin_hub_ids(config, resumes, dist.group.WORLD)
-    config, facts = settle(config, world_size, ranks_per_node, current_device())
-    tokenizer = load_tokenizer(config.model.language.tokenizer or config.model.language.path, config.data.image_token)
-    check_vocabulary(tokenizer, config.data.image_token, facts.vocab_size)
+    settled = settle_run(config, world_size, ranks_per_node, resumes, has_data=resumes, known=faults)
+    config, commits, tokenizer = settled.config, settled.commits, settled.tokenizer
     rules = loss_rules(config.loss, tokenizer)
     grid = build_grid(GridSizes.from_config(config.parallel, world_size), config.parallel.virtual_pipeline)
     owns = resumes and config.training.mode != "eval"
@@ -138,6 +144,9 @@ def build_job(config: Config, world_size: int, resumes: bool = False, ranks_per_
         start.check_recipe(config if kept else config.model_copy(update={"model": named.model}))
     if config.training.mode == "eval":
         config = without_training(config)
+    elif start is None and resumes and grid.rank == 0:
+        for fault in frozen_at_random(config, settled.facts):
+            logger.warning("%s", fault)
     seed_everything(config.runtime.seed, grid)
     model = build_model(config, grid)
     for chunk in model.language:

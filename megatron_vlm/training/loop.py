@@ -12,7 +12,7 @@ from megatron_vlm.checkpoint.directory import checkpoints, step_of
 from megatron_vlm.checkpoint.saver import CheckpointSaver
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import StepBatch
-from megatron_vlm.errors import ConfigError, NotFiniteError, TrainingError
+from megatron_vlm.errors import ConfigError, MegatronVlmError, NotFiniteError, TrainingError
 from megatron_vlm.runtime.collectives import broadcast_object
 from megatron_vlm.runtime.distributed import Launch
 from megatron_vlm.runtime.garbage import settle
@@ -27,15 +27,22 @@ from megatron_vlm.training.job import Job, build_job
 from megatron_vlm.training.meters import Meter
 
 logger = get_logger(__name__)
+MANY_STEPS = 500  # to be lost for want of a checkpoint
 
 
-def train(config: Config, launch: Launch, signals: StopSignals | None = None) -> Path | None:
+def train(
+    config: Config,
+    launch: Launch,
+    signals: StopSignals | None = None,
+    faults: Sequence[MegatronVlmError] = (),
+) -> Path | None:
     """Runs a recipe to its last step on this rank, or until a signal asks it to end.
 
     Args:
         config: the recipe; the device is prepared and the default process group initialised.
         launch: this rank's place in the job.
         signals: noted since the process started; default: none are.
+        faults: of the recipe, known already; the run then ends with them and all others that are found.
 
     Returns:
         The directory of the last checkpoint: of this run, else the one it started from, else None.
@@ -45,7 +52,7 @@ def train(config: Config, launch: Launch, signals: StopSignals | None = None) ->
     """
     signals = signals or StopSignals()
     HERE.phase("build")
-    job = build_job(config, launch.world_size, resumes=True, ranks_per_node=launch.local_world_size)
+    job = build_job(config, launch.world_size, resumes=True, ranks_per_node=launch.local_world_size, faults=faults)
     steps, found = config.training.steps, None if job.start is None else job.start.directory
     if config.training.mode == "eval" and found is None and config.model.language.path is None:
         raise ConfigError(
@@ -70,9 +77,7 @@ def train(config: Config, launch: Launch, signals: StopSignals | None = None) ->
         if not trains:
             return found
         if not config.checkpoint.every_steps:
-            logger.info(
-                "checkpoint.every_steps is 0: nothing is saved before the last step, SIGTERM, SIGUSR1 or Ctrl-C"
-            )
+            tell_unsaved(steps - job.start_step, job.grid.rank)
         settle()
         maxima([0], job.grid.world)  # all are here: from now on they stop together
         signals.arm()
@@ -119,6 +124,18 @@ def run_steps(
             await_data(updates)
     assert saved is not None, "the batches end before a checkpoint is due"
     return saved
+
+
+def tell_unsaved(num_steps: int, rank: int) -> None:
+    """Says that nothing is saved on the way; as a warning, with what to do, where that is a long way."""
+    told = "checkpoint.every_steps is 0: nothing is saved before the last step, SIGTERM, SIGUSR1 or Ctrl-C"
+    if num_steps <= MANY_STEPS:
+        logger.info("%s", told)
+    elif rank == 0:
+        logger.warning(
+            "%s: whatever else ends this run takes all %d steps along; set checkpoint.every_steps, to %d say",
+            told, num_steps, MANY_STEPS,
+        )  # fmt: skip
 
 
 def await_data(updates: int) -> None:

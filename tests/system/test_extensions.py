@@ -6,6 +6,7 @@ found from the repository's root, as documented.
 
 import json
 import multiprocessing
+import re
 import textwrap
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 
 from megatron_vlm.config import to_yaml
 from tests.helpers.processes import ROOT, environment
-from tests.helpers.tiny import merge, tiny_recipe
+from tests.helpers.tiny import merge, tiny_dataset, tiny_recipe
 from tests.system.test_tools import Done, tool, tool_on_ranks
 
 NAMES = ("own_tower", "own_language_model", "own_source")
@@ -76,9 +77,15 @@ def test_all_three_train_in_one_process_and_answer(tmp_path: Path) -> None:
     assert all(f"--extensions examples.extensions.{name}" in done.stderr for name in NAMES)
     ask += ["--extensions", ",".join(f"examples.extensions.{name}" for name in NAMES)]
     alone = tool(*ask)
-    assert alone.code == 0 and alone.stderr == "" and alone.stdout.count("\n") == 1, alone
-    done = tool(*ask, "--devices", "cpu", "cpu")
-    assert (done.code, done.stderr, done.stdout) == (0, "", alone.stdout)
+    over_two = tool(*ask, "--devices", "cpu", "cpu")
+    evaluate = ["evaluate.py", tmp_path / "checkpoints", "--task", "exact_match", "--max-new-tokens", 2, *ask[-2:]]
+    scored = tool(*evaluate, "--data", tiny_dataset(tmp_path, 3, "asked.json"))
+    for done in (alone, over_two, scored):  # whose code is run is told, in a line each, before the answer
+        assert done.code == 0 and done.stderr == "", done
+        assert re.findall(r"extension (\S+):", done.stdout) == [f"examples.extensions.{name}" for name in NAMES]
+    assert alone.stdout.count("\n") == 1 + len(NAMES)
+    assert alone.stdout.splitlines()[-1] == over_two.stdout.splitlines()[-1]
+    assert re.fullmatch(r"exact_match: [\d.]+% of 3 questions", scored.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow

@@ -45,6 +45,11 @@ class RecordFile(ABC):
     def scan(self) -> list[Extent]:
         """The place of every record, in file order. Raises DataError where the file is of no use."""
 
+    def first(self, count: int) -> list[Extent]:
+        """The places of the first records, as many as there are of so many: a look before anything is built. A source
+        whose `scan` takes long does well to find them without. Raises DataError."""
+        return self.scan()[:count]
+
     @abstractmethod
     def parse(self, raw: bytes, origin: str, default_id: str) -> Sample:
         """A record's bytes -> its sample, with as many image markers in the users' turns as pictures, and as many video

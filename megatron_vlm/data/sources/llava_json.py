@@ -10,9 +10,11 @@ list of gigabytes costs its memory once, at indexing, and never in a worker. The
 character is a byte and JSON's own signs are what they are in UTF-8: positions in the text are offsets in the file.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ USUAL_MARKER = "<image>"
 HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 BLANK = re.compile(r"[ \t\r\n]*")
 BYTE_ORDER_MARK = "\xef\xbb\xbf"  # UTF-8's, as Latin-1
+FIRST_BYTES = 2**22  # of a file, which hold its first records
 UTF_16_MARKS = ("\xff\xfe", "\xfe\xff")
 
 
@@ -50,21 +53,40 @@ class LlavaFile(RecordFile):
         Raises:
             DataError: the file cannot be read, is empty, or is not JSON.
         """
+        extents = list(self._places(self._read()))
+        if not extents:
+            raise DataError(f"{self.path} holds no conversation")
+        return extents
+
+    def first(self, count: int) -> list[Extent]:
+        """As of all sources; of a large file only the beginning is read, in which a fault is left to `scan`."""
+        text = self._read(FIRST_BYTES)
+        if len(text) < FIRST_BYTES:
+            return self.scan()[:count]
+        found: list[Extent] = []
+        with contextlib.suppress(DataError):  # most likely where the text is cut
+            for extent in islice(self._places(text), count):
+                if extent.offset + extent.size < len(text):
+                    found.append(extent)
+        return found
+
+    def _read(self, num_bytes: int = -1) -> str:
+        """The file's beginning, by default all of it, as Latin-1. Raises DataError."""
         try:
             with open_regular(self.path) as file:
-                text = file.read().decode("latin-1")
+                return file.read(num_bytes).decode("latin-1")
         except OSError as error:
             raise DataError(f"data file {self.path} cannot be read: {error.strerror}") from error
         except MemoryError as error:
             size = self.path.stat().st_size
             raise DataError(f"data file {self.path} has {size:,} bytes; to index it takes twice the memory") from error
+
+    def _places(self, text: str) -> Iterator[Extent]:
+        """Raises DataError where it is not JSON."""
         if text.startswith(UTF_16_MARKS):
             raise DataError(f"{self.path} is UTF-16; UTF-8 is needed")
         start = _skip_blank(text, len(BYTE_ORDER_MARK) if text.startswith(BYTE_ORDER_MARK) else 0)
-        extents = list(self._scan_list(text, start + 1) if text[start : start + 1] == "[" else _scan_lines(text, start))
-        if not extents:
-            raise DataError(f"{self.path} holds no conversation")
-        return extents
+        yield from self._scan_list(text, start + 1) if text[start : start + 1] == "[" else _scan_lines(text, start)
 
     def parse(self, raw: bytes, origin: str, default_id: str) -> Sample:
         """One object. Raises BadSample: it is malformed, lacks a field or has one of the wrong kind; roles are unknown

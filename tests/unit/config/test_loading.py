@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_vlm.config import config_hash, load_config, to_yaml
+from megatron_vlm.config import config_hash, load_config, read_recipe, to_yaml
 from megatron_vlm.errors import ConfigError
 from tests.unit.config.recipes import recipe, tree
 
@@ -39,6 +39,46 @@ def test_bases_chain_and_are_relative_to_their_file(tmp_path: Path) -> None:
     assert (config.training.steps, config.training.sequence_length, config.optimizer.lr) == (2, 128, 0.5)
     assert (config.model.language.path, config.model.language.config) == ("weights", None)
     assert config.model.freeze == ("c",)
+
+
+MINE = {"path": "mine.json"}
+
+
+@pytest.mark.parametrize("section", ["data", "evaluation"])
+@pytest.mark.parametrize(
+    ("children", "overrides", "root"),
+    [
+        ([{}], [], "theirs"),
+        ([MINE], [], None),
+        ([MINE | {"media_root": "ours"}], [], "ours"),
+        ([{}], ["path=mine.json"], None),
+        ([{}], ["path=mine.json", "media_root=ours"], "ours"),
+        ([{}], ["media_root=ours", "path=mine.json"], "ours"),
+        ([{"path": "train.json"}], ["path=train.json"], "theirs"),  # the same file as before
+        ([MINE, {}], ["media_root=ours"], "ours"),
+        ([{"media_root": "ours"}, MINE], [], None),  # a folder in between is of the file in between
+        ([MINE | {"media_root": "ours"}, {}], [], "ours"),
+    ],
+)
+def test_a_folder_of_pictures_goes_with_its_file(
+    tmp_path: Path, section: str, children: list[dict[str, Any]], overrides: list[str], root: str | None
+) -> None:
+    """A base's does not send the pictures of a file that the child, or the command line, names elsewhere."""
+    keys = {f"{section}__path": "train.json", f"{section}__media_root": "theirs"}
+    path = write(tmp_path / "r.yaml", tree(**keys))
+    for number, child in enumerate(children):
+        path = write(tmp_path / f"{number}.yaml", {"base": path.name, section: child} if child else {"base": path.name})
+    config = load_config(path, [f"{section}.{override}" for override in overrides])
+    assert getattr(config, section).media_root == root
+
+
+def test_a_folder_of_pictures_that_is_left_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("megatron_vlm.config.loading.logger.info", lambda text, *parts: said.append(text % parts))
+    path = write(tmp_path / "r.yaml", tree(data__media_root="theirs"))
+    load_config(path, ["data.path=mine.json"])
+    load_config(path, ["data.path=train.json"])
+    assert len(said) == 1 and "data.media_root theirs is left out" in said[0] and "mine.json" in said[0]
 
 
 def test_overrides_come_last_and_are_yaml(tmp_path: Path) -> None:
@@ -170,3 +210,19 @@ def test_a_learning_rate_as_people_write_it(tmp_path: Path, rate: str) -> None:
     assert f"lr: {rate}\n" in text
     assert load_config(write(tmp_path / "r.yaml", text)).optimizer.lr == 2e-5
     assert load_config(write(tmp_path / "s.yaml", tree()), [f"optimizer.lr={rate}"]).optimizer.lr == 2e-5
+
+
+def test_what_is_left_of_a_faulty_recipe_is_read_all_the_same(tmp_path: Path) -> None:
+    """For those who look for all faults of a run before they tell any."""
+    faulty = tree(optimizer__lrr=1, training__media_window="many", optimizer__betas=[0.9, "x"], model__freeze=[3])
+    path = write(tmp_path / "r.yaml", faulty)
+    found, error = read_recipe(path, ["logging.every=2", "training.micro_batch_size=1"])
+    assert found == recipe(training__micro_batch_size=1) and error is not None
+    assert [fault.split(":")[1].strip() for fault in error.faults] == [
+        "model.freeze.0", "optimizer.betas.1", "optimizer.lrr", "training.media_window", "logging.every",
+    ]  # fmt: skip
+    assert error_of(path) != str(error) and error_of(path, "logging.every=2") == str(error)
+    assert read_recipe(write(tmp_path / "good.yaml", tree()))[1] is None
+    for fatal in ({"training__steps": 0}, {"extensions": ["no.such.module"]}):
+        with pytest.raises(ConfigError):  # nothing is left that says how many, or what its names mean
+            read_recipe(write(tmp_path / "bad.yaml", tree(**fatal)))

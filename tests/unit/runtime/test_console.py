@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -31,6 +32,29 @@ def test_who_tells_what(rank: str, told: list[str]) -> None:
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     assert len(lines) == len(told) and all(text in line for text, line in zip(told, lines, strict=True))
+
+
+QUIETED = """
+import logging, sys
+sys.path.insert(0, sys.argv[1])
+from megatron_vlm.runtime.logging import get_logger, quietly
+get_logger("megatron_vlm").setLevel(logging.WARNING)  # as generate.py and evaluate.py do
+from megatron_vlm.config.extensions import import_extensions
+with quietly():
+    get_logger("megatron_vlm.somewhere").info("not told")
+    import_extensions(["of_mine"])
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_whose_code_is_run_is_told_where_all_else_is_quiet(rank: str, tmp_path: Path) -> None:
+    (tmp_path / "of_mine.py").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-c", QUIETED, tmp_path], env={"RANK": rank, "PATH": ""}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert len(lines) == (rank == "0") and all(f"extension of_mine: {tmp_path / 'of_mine.py'}" in one for one in lines)
 
 
 def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,137 @@
+"""What is wrong with a run in several places is told together, once, before a weight exists."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_vlm.config import to_yaml
+from tests.helpers import spoiling
+from tests.helpers.live_jobs import TRAIN, LiveJob
+from tests.helpers.spoiling import Spoil, with_overrides
+from tests.helpers.tiny import tiny_recipe
+
+LIMIT_SECONDS = 300.0
+BUILT = "trainable parameters on this rank"  # said when a model is built
+
+
+def endless(folder: Path) -> list[str]:
+    """A template that no record of the file gets through."""
+    settings = folder / "tokenizer" / "tokenizer_config.json"
+    program = "{% if messages|length > 1 %}{{ raise_exception('never') }}{% endif %}{{ messages[0]['content'] }}"
+    (folder / "tokenizer" / "chat_template.jinja").unlink(missing_ok=True)
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": program}))
+    return ["parallel.tensor=3"]
+
+
+def all_at_once(folder: Path) -> list[str]:
+    return [
+        "optimizer.lrr=1", "model.projector.type=mlp2x_gelo", f"model.language.tokenizer={folder}/gone",
+        f"data.path={folder}/gone.json", "training.mode=train_and_eval", f"evaluation.path={folder}/lost.json",
+    ]  # fmt: skip
+
+
+def nothing_to_read(folder: Path) -> list[str]:
+    """Neither tower nor language model; the rules that need none of them speak."""
+    model = ["model.language.config=null", "model.vision.config=null"]
+    paths = [f"model.language.path={folder}/no/llm", f"model.vision.path={folder}/no/tower"]
+    return [*model, *paths, "checkpoint.load_states=model"]
+
+
+CASES = {
+    "all at once": (
+        all_at_once,
+        [
+            r"FOLDER/recipe\.yaml: optimizer\.lrr: unknown key, did you mean 'lr'\?",
+            r"model\.projector\.type: found 'mlp2x_gelo', did you mean 'mlp2x_gelu'\?",
+            r"model\.language\.tokenizer: found 'FOLDER/gone', which is not there, needs a directory or a hub id",
+            r"data file FOLDER/gone\.json cannot be read: No such file or directory",
+            r"data file FOLDER/lost\.json cannot be read: No such file or directory",
+        ],
+    ),
+    "recipe and template": (
+        endless,
+        [
+            r"parallel\.tensor \* parallel\.pipeline: found 3 \* 1 = 3, the world size . allows .*",
+            r"parallel\.tensor: found 3, which does not divide .*",
+            r"FOLDER/train\.json element 0: sample 'sample-0': the chat template refuses it: never .*",
+        ],
+    ),
+    "recipe and pictures": (
+        lambda folder: [*spoiling.missing_picture(folder), "parallel.virtual_pipeline=2"],
+        [
+            r"parallel\.virtual_pipeline: found 2 with parallel\.pipeline 1, .*",
+            r"FOLDER/train\.json element 2: sample 'sample-2': image FOLDER/images/2-1\.png does not exist .*",
+        ],
+    ),
+    "no models": (
+        nothing_to_read,
+        [
+            r"model\.language\.path: found 'FOLDER/no/llm', which is not there, .*",
+            r"model\.vision\.path: found 'FOLDER/no/tower', which is not there, .*",
+            r"checkpoint\.load_states: found model with checkpoint\.load null, .*",
+        ],
+    ),
+}
+ALONE = {
+    "a picture that is cut off": (spoiling.truncated_picture, r".*sample 'sample-2': image .* cannot be read: .*"),
+    "a sample that is too long": (
+        with_overrides("training.sequence_length=40"),
+        r"FOLDER/train\.json element 19: sample 'sample-19' has 78 tokens, .*; training\.sequence_length is 40 .*",
+    ),
+}
+
+
+def train_spoilt(tmp_path: Path, spoil: Spoil, num_ranks: int) -> tuple[list[str], str]:
+    """Lines on stderr, FOLDER for the job's, and what is said on stdout, of a job that fails."""
+    folder = tmp_path / "job"
+    recipe = tiny_recipe(folder, checkpoint={"directory": str(folder / "own")})
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    with LiveJob(tmp_path / "logs", [TRAIN, folder / "recipe.yaml", *spoil(folder)], num_ranks) as job:
+        assert job.process.wait(LIMIT_SECONDS) != 0
+        assert not (folder / "own" / "metrics.jsonl").exists()
+        return job.read("stderr.log").replace(str(folder), "FOLDER").splitlines(), job.read("stdout.log")
+
+
+LAUNCHES = [(name, 1) for name in ("all at once", "recipe and template")]
+LAUNCHES += [pytest.param(name, 2, marks=pytest.mark.slow) for name in CASES]
+
+
+@pytest.mark.parametrize(("name", "num_ranks"), LAUNCHES)
+def test_each_fault_is_a_line_of_its_own(tmp_path: Path, name: str, num_ranks: int) -> None:
+    spoil, expected = CASES[name]
+    lines, said = train_spoilt(tmp_path, spoil, num_ranks)
+    assert len(lines) == len(expected), lines
+    for line, pattern in zip(lines, expected, strict=True):
+        assert re.fullmatch(f"error: {pattern}", line), line
+    assert BUILT not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALONE)
+def test_the_data_is_looked_at_before_the_model_is_built(tmp_path: Path, name: str) -> None:
+    spoil, expected = ALONE[name]
+    lines, said = train_spoilt(tmp_path, spoil, num_ranks=1)
+    assert len(lines) == 1 and re.fullmatch(f"error: {expected}", lines[0]), lines
+    assert BUILT not in said
+
+
+def test_the_first_records_of_a_large_file_come_at_once(tmp_path: Path) -> None:
+    """A list and lines, cut in the middle of a record, and a fault far behind, which is left to the index."""
+    from megatron_vlm.data.sources.llava_json import FIRST_BYTES, LlavaFile
+
+    turns = [{"from": "human", "value": "?" * 100_000}, {"from": "gpt", "value": "!"}]
+    records = [json.dumps({"id": str(number), "conversations": turns}) for number in range(FIRST_BYTES // 90_000)]
+    broken = [*records[:-1], "{"]
+    for text in (f"[{','.join(broken)}]", "\n".join(broken)):
+        path = tmp_path / "large.json"
+        path.write_text(text)
+        started = time.monotonic()
+        file = LlavaFile(path, "<image>")
+        first = file.first(3)
+        assert [file.read(extent).id for extent in first] == ["0", "1", "2"]
+        whole = [file.read(extent).id for extent in file.first(10_000)]
+        assert whole == [str(number) for number in range(len(whole))] and 30 < len(whole) < len(records)
+        assert time.monotonic() - started < 5.0
