@@ -32,7 +32,7 @@ def frozen_at_random(config: Config, facts: ModelFacts) -> list[str]:
             continue
         is_off = not getattr(config.model.train, component)
         by = f"model.train.{component} false" if is_off else f"model.freeze {list(config.model.freeze)}"
-        these = "all" if len(frozen) == len(names) else f"{len(frozen)} of its {len(names)}"
+        these = "all" if len(frozen) == len(names) else f"{len(frozen)} of {len(names)}"
         told.append(
             f"{by}: {these} parameters of model.{component} are random and stay so, as it has no weights to start from "
             f"(model.{component}.path); name them, or start from a checkpoint (checkpoint.load), or let it train"

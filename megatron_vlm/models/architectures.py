@@ -123,13 +123,16 @@ def load_language_config(language: "LanguageConfig") -> "PretrainedConfig":
     Raises:
         ConfigError: unreadable, an unknown model type or key values, or an architecture this package does not build.
     """
-    from megatron_vlm.models.hf_config import config_from_dict, config_from_path
+    from megatron_vlm.models import hub
+    from megatron_vlm.models.hf_config import config_from_dict, config_from_path, find_directory, with_answer_ends
 
     if language.config is not None:
         hf_config = config_from_dict("model.language.config", language.config)
     else:
         assert language.path is not None, "validated with the recipe"
         hf_config = config_from_path("model.language.path", language.path)
+        folder = find_directory("model.language.path", language.path, hub.CONFIG_FILES)
+        hf_config = with_answer_ends("model.language.path", hf_config, [folder])
     check_architecture(hf_config)
     return hf_config
 

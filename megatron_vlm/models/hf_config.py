@@ -8,10 +8,11 @@ Hazards: left alone, transformers asks on the terminal whether to run code that 
 for a hub id, so that a mistyped path costs a riddle. Code is never run, and what has the form of a path must be one.
 """
 
+import copy
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from megatron_vlm.runtime.files import check_regular, parse_json, read_text
 OTHER_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype", "head_dim")
 
 
+GENERATION_CONFIG = "generation_config.json"
 MAX_CONFIG_BYTES = 2**26  # far above any real one; Python's objects of it may take thirty times as much
 MAX_SIZES = {  # what a model is as large as, at most, from 1; far above any real one, and walked through in a moment
     "hidden_size": 2**20,
@@ -147,6 +149,38 @@ def config_from_path(key: str, path: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.name_or_path = path
     return config
+
+
+def with_answer_ends(key: str, config: PretrainedConfig, folders: Iterable[Path]) -> PretrainedConfig:
+    """The language model's config, which also names the ends of an answer that generation_config.json does, where a
+    folder has one: transformers stops at these, and many models' config.json names but one of several.
+
+    Args:
+        key: of the recipe, for errors.
+        config: `eos_token_id` of it is a token, several, or None.
+
+    Raises:
+        ConfigError: a generation_config.json that cannot be read, or whose eos_token_id is no token and no list of any.
+    """
+    told = config.eos_token_id
+    known = told if isinstance(told, list) else [] if told is None else [told]
+    ends = list(known)
+    for file in (folder / GENERATION_CONFIG for folder in folders):
+        if os.path.lexists(file):
+            ends += _ends_in(key, file)
+    if set(ends) <= set(known):
+        return config
+    named = copy.deepcopy(config)
+    named.eos_token_id = list(dict.fromkeys(ends))
+    return named
+
+
+def _ends_in(key: str, file: Path) -> list[int]:
+    value = read_settings(key, file).get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(type(one) is not int or one < 0 for one in ids):
+        raise ConfigError(f"{key}: eos_token_id is {value!r} in {file}, needs a token's id or a list of them")
+    return ids
 
 
 def config_from_dict(key: str, settings: dict[str, Any]) -> PretrainedConfig:

@@ -22,7 +22,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 
 from megatron_vlm.errors import one_line
 
-CONFIG_FILES = ("config.json",)
+CONFIG_FILES = ("config.json", "generation_config.json")
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
 _NAME = r"[\w-][\w.-]*"

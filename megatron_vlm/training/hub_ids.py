@@ -13,7 +13,7 @@ from megatron_vlm.checkpoint.directory import checkpoints, find_checkpoint
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.model_sources import read_sources
 from megatron_vlm.config.schema import CheckpointConfig, Config
-from megatron_vlm.errors import CheckpointError, ConfigError, one_line
+from megatron_vlm.errors import CheckpointError, ConfigError, MegatronVlmError, one_line
 from megatron_vlm.models import hub
 from megatron_vlm.runtime.collectives import broadcast_object
 from megatron_vlm.runtime.logging import get_logger
@@ -29,17 +29,18 @@ def pin_hub_ids(config: Config, resumes: bool, world: dist.ProcessGroup) -> tupl
 
     Raises:
         ConfigError: on every rank, for an id whose commit cannot be found.
+        CheckpointError: on every rank, for a checkpoint to load that is none.
     """
-    outcome: tuple[dict[str, str], str | None] | None = None
+    outcome: tuple[dict[str, str], MegatronVlmError | None] | None = None
     if world.rank() == 0:
         try:
             kept = _kept_commits(config.checkpoint, resumes)
             outcome = {path: _commit(key, path, kept) for key, path in _hub_ids(config)}, None
-        except ConfigError as error:
-            outcome = {}, str(error)
+        except MegatronVlmError as error:
+            outcome = {}, error
     commits, fault = broadcast_object(outcome, world)
     if fault is not None:
-        raise ConfigError(fault)
+        raise fault
     return with_commits(config, commits), commits
 
 

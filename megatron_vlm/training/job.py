@@ -158,19 +158,23 @@ def build_job(
     language, vision = wrap(model, config, grid)
     optimizer = build_optimizer(config, language, vision, grid)
     step = TrainStep(model, language, vision, optimizer)
-    start_step = 0
-    if start is not None:
-        states = "model" if config.training.mode == "eval" else start.states
-        load_checkpoint(start.directory, model, optimizer, states, is_verified=True)
-        if start.states == "all":
-            start_step = start.manifest.step
-            logger.info("going on from %s: %d of %d steps are made", start.directory, start_step, config.training.steps)
-        else:
-            logger.info("weights from %s", start.directory)
+    start_step = 0 if start is None else _load(start, config, model, optimizer)
     return Job(
         config, grid, model, language, vision, optimizer, tokenizer, step, start_step, start, ranks_per_node, claim,
         commits=kept | commits,
     )  # fmt: skip
+
+
+def _load(start: Start, config: Config, model: VisionLanguageModel, optimizer: ChainedOptimizer) -> int:
+    """Loads what a job starts from; the updates that are made. Raises CheckpointError."""
+    states = "model" if config.training.mode == "eval" else start.states
+    load_checkpoint(start.directory, model, optimizer, states, is_verified=True)
+    if start.states != "all":
+        logger.info("weights from %s", start.directory)
+        return 0
+    step = start.manifest.step
+    logger.info("going on from %s: %d of %d steps are made", start.directory, step, config.training.steps)
+    return step
 
 
 def loss_rules(loss: LossConfig, tokenizer: Tokenizer) -> LossRules:

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import megatron_vlm
 from megatron_vlm.conversion.exporting import plan_export
+from megatron_vlm.data.tokenizer import load_tokenizer
 from tests.helpers.chat_tokenizers import CHATML, LLAMA_3, of_bytes
 from tests.helpers.tiny import tiny_llama, tiny_recipe
 
@@ -105,3 +107,37 @@ def test_answers_are_given_and_end_alike(tmp_path, case):
         assert processor.decode(ids, skip_special_tokens=True).strip() == answer
         said = ask(text=chat(colour), max_new_tokens=MAX_NEW_TOKENS, return_full_text=False, do_sample=False)
         assert said[0]["generated_text"].strip() == answer
+
+
+def test_ends_that_generation_config_alone_names_end_answers_and_are_kept(tmp_path):
+    """As of Llama-3-Instruct, whose config.json names one of several."""
+    from megatron_vlm.conversion.formats import open_foreign
+    from megatron_vlm.conversion.importing import import_model
+
+    template, program, eos, end = CASES["auto"]
+    theirs = tmp_path / "theirs"
+    plan_export(train(tmp_path, template, program, eos)).write(theirs)
+    other = "<|eot_id|>"  # special, and no word of the template or the tokenizer's end
+    assert answers_here(say_instead(theirs, end, other)) != ANSWERS  # it goes on, without an end that is known
+    settings = theirs / "generation_config.json"
+    ids = {token: load_tokenizer(theirs, "<image>").convert_tokens_to_ids(token) for token in (eos, end, other)}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token_id": [ids[eos], ids[other]]}))
+    assert answers_here(theirs) == ANSWERS
+    import_model(open_foreign(theirs), tmp_path / "ours")
+    assert answers_here(tmp_path / "ours") == ANSWERS
+    for format in ("llava-hf", "llava"):
+        plan_export(tmp_path / "ours", format).write(tmp_path / format)
+        told = json.loads((tmp_path / format / "generation_config.json").read_text())["eos_token_id"]
+        assert set(told) >= {ids[eos], ids[other]}
+        assert answers_here(tmp_path / format) == ANSWERS
+
+
+def say_instead(folder: Path, token: str, other: str) -> Path:
+    """Makes a model say one token where it said another."""
+    tokenizer, (file,) = load_tokenizer(folder, "<image>"), folder.glob("*.safetensors")
+    state = load_file(file)
+    (head,) = (name for name in state if name.endswith("lm_head.weight"))
+    rows = [tokenizer.convert_tokens_to_ids(one) for one in (token, other)]
+    state[head][rows] = state[head][rows[::-1]].clone()
+    save_file(state, file, {"format": "pt"})
+    return folder

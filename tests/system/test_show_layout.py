@@ -52,7 +52,20 @@ def check_page(path: Path) -> Page:
     page = Page(text)
     assert not page.open and not page.fetched and "script" not in page.counts
     assert not re.search(r"https?://|@import|url\(", text)
+    check_for_a_phone(text)
     return page
+
+
+def check_for_a_phone(text: str) -> None:
+    """A screen of 360 pixels is as wide as the page thinks it is, and what is wider scrolls in a box of its own."""
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    drawn = re.findall(r"(.{20})<svg viewBox=\"0 0 (\d+) ", text, re.DOTALL)
+    wide = [before for before, width in drawn if int(width) > 100]
+    assert wide and all(before.endswith('<div class="figure">') for before in wide)
+    style = text.partition("<style>")[2].partition("</style>")[0]
+    assert ".figure { overflow-x: auto; }" in style
+    outside = re.sub(r"\.figure svg \{[^}]*\}", "", style)
+    assert all(int(pixels) <= 300 for pixels in re.findall(r"(?:min-width: |minmax\(|[; ]width: )(\d+)px", outside))
 
 
 def test_names_of_a_recipe_are_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ def page(view: View) -> str:
     tiles = "".join(f"<div><b>{escape(number)}</b>{escape(words)}</div>" for number, words in _tiles(view))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(view.name)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{style}</style></head><body><main>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head><body><main>'
         f'<header><h1>{escape(view.name)}</h1><p>{escape(_product(view))}</p></header><div class="tiles">{tiles}</div>'
         f"{sections}<footer>{escape(_footer(view))}</footer></main></body></html>\n"
     )

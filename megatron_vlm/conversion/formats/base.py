@@ -21,6 +21,7 @@ from megatron_vlm.conversion.sources import FolderSource, WeightSource, resolve_
 from megatron_vlm.data.jinja import content_form, render_question
 from megatron_vlm.errors import ConversionError, one_line, shown
 from megatron_vlm.models import hub
+from megatron_vlm.models.hf_config import with_answer_ends
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.registry import Registry
 from megatron_vlm.runtime.files import parse_json, read_text
@@ -157,7 +158,8 @@ def open_foreign(path: str | Path, format: str | None = None, places: Places = P
     if places != Places() and not found.names_parts:
         raise ConversionError(f"{folder}: a directory of {found.name} holds all its parts; found {places}")
     foreign = found.open(folder, places)
-    return replace(foreign, commits={**hub.commits({str(path): folder}), **foreign.commits})
+    language = with_answer_ends("generation", foreign.language, dict.fromkeys((folder, foreign.tokenizer)))
+    return replace(foreign, language=language, commits={**hub.commits({str(path): folder}), **foreign.commits})
 
 
 def is_foreign(path: str | Path) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_vlm.config.idle import idle_keys, idle_settings
+from megatron_vlm.config.idle import frozen_at_random, idle_keys, idle_settings
 from megatron_vlm.training.recipe import settle
 from tests.unit.config.recipes import FACTS, facts, recipe
 
@@ -81,3 +81,31 @@ def test_the_ring_is_the_one_that_context_is_split_into_and_is_told_once(monkeyp
     monkeypatch.setattr("megatron_vlm.training.recipe.logger.warning", lambda text, *parts: said.append(text % parts))
     settle(recipe(parallel={"context": 4, "ring_mode": "all_gather"}), 4, ranks_per_node)
     assert said == told
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ({"train": {"vision": True}}, []),
+        ({}, ["model.train.vision false: all parameters of model.vision are random"]),
+        (
+            {"train": {"language": False}},
+            [
+                "model.train.language false: all parameters of model.language",
+                "model.train.vision false: all parameters",
+            ],
+        ),
+        ({"vision": {"path": "openai/clip", "config": None}}, []),
+        (
+            {"train": {"vision": True}, "freeze": ["embedding"]},
+            ["model.freeze ['embedding']: 1 of 2 parameters of model.language are random"],
+        ),
+        ({"vision": {"path": "tower", "config": None}, "train": {"projector": False}}, []),
+    ],
+)
+def test_what_is_random_and_stays_so_is_told_by_name(model, told):
+    found = frozen_at_random(recipe(**{f"model__{key}": value for key, value in model.items()}), FACTS)
+    assert len(found) == len(told), found
+    assert all(one.startswith(start) for one, start in zip(found, told, strict=True))
+    assert all("model.language.path" in one or "model.vision.path" in one for one in found)
+    assert all("checkpoint.load" in one for one in found)

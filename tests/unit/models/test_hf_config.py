@@ -142,3 +142,37 @@ def test_a_link_to_itself_among_a_directory_s_texts_is_told(tmp_path: Path) -> N
 def test_a_model_type_that_is_no_text_is_told() -> None:
     with pytest.raises(ConfigError, match=r"config.model_type: found \['llama'\]"):
         config_from_dict("model.language.config", {"model_type": ["llama"]})
+
+
+@pytest.mark.parametrize(
+    ("of_config", "of_generation", "ends"),
+    [
+        (128001, [128001, 128008, 128009], [128001, 128008, 128009]),  # Llama-3-Instruct's
+        ([5, 6], 7, [5, 6, 7]),
+        (None, 7, [7]),
+        ([5, 6], 5, [5, 6]),
+        (5, None, 5),
+        (5, "absent", 5),
+    ],
+)
+def test_the_ends_of_an_answer_are_also_those_of_the_generation_config(
+    tmp_path: Path, of_config: Any, of_generation: Any, ends: Any
+) -> None:
+    """Saved with a checkpoint they stay with its language model's own config."""
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 128256}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": of_config, **sizes}))
+    if of_generation != "absent":
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": of_generation}))
+    config = load_language_config(LanguageConfig(path=str(tmp_path)))
+    assert config.eos_token_id == ends
+    config.save_pretrained(tmp_path / "again")
+    assert load_language_config(LanguageConfig(path=str(tmp_path / "again"))).eos_token_id == ends
+
+
+@pytest.mark.parametrize("value", ["</s>", [1, "2"], -1, True, {"1": 2}])
+def test_ends_that_are_no_tokens_are_named(tmp_path: Path, value: Any) -> None:
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ConfigError, match=r"model\.language\.path: eos_token_id is .*generation_config\.json"):
+        load_language_config(LanguageConfig(path=str(tmp_path)))
