@@ -112,6 +112,7 @@ def build_job(
     world_size: int,
     resumes: bool = False,
     ranks_per_node: int | None = None,
+    opens_data: bool = False,
     faults: Sequence[MegatronVlmError] = (),
 ) -> Job:
     """Validates, then builds. The default process group exists already.
@@ -119,8 +120,8 @@ def build_job(
     Args:
         ranks_per_node: ranks on this machine, rank 0's counts; default: all of them.
         resumes: goes on from `checkpoint.directory` where it holds checkpoints (`checkpoint.resume`), and takes
-            possession of it; else the job starts from `checkpoint.load`, or from the recipe's weights. A run that is to
-            be trained: its data is looked at before anything is built.
+            possession of it; else the job starts from `checkpoint.load`, or from the recipe's weights.
+        opens_data: the recipe's data will be read, so it and the template are looked at before anything is built.
         faults: of the recipe, known already, to be told with all others.
 
     Raises:
@@ -131,7 +132,7 @@ def build_job(
     assert dist.group.WORLD is not None, "there is no default process group"
     ranks_per_node = broadcast_object(ranks_per_node or world_size, dist.group.WORLD)
     named = config
-    settled = settle_run(config, world_size, ranks_per_node, resumes, has_data=resumes, known=faults)
+    settled = settle_run(config, world_size, ranks_per_node, resumes, opens_data, faults)
     config, commits, tokenizer = settled.config, settled.commits, settled.tokenizer
     rules = loss_rules(config.loss, tokenizer)
     grid = build_grid(GridSizes.from_config(config.parallel, world_size), config.parallel.virtual_pipeline)

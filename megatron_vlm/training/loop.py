@@ -52,7 +52,7 @@ def train(
     """
     signals = signals or StopSignals()
     HERE.phase("build")
-    job = build_job(config, launch.world_size, resumes=True, ranks_per_node=launch.local_world_size, faults=faults)
+    job = build_job(config, launch.world_size, True, launch.local_world_size, opens_data=True, faults=faults)
     steps, found = config.training.steps, None if job.start is None else job.start.directory
     if config.training.mode == "eval" and found is None and config.model.language.path is None:
         raise ConfigError(

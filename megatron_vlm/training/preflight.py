@@ -75,14 +75,14 @@ def settle_run(
     world_size: int,
     ranks_per_node: int,
     resumes: bool,
-    has_data: bool,
+    opens_data: bool,
     known: Sequence[MegatronVlmError] = (),
 ) -> Settled:
     """Looks at all that a run needs. Every rank of the default process group calls it.
 
     Args:
         resumes: the run may go on in `checkpoint.directory`.
-        has_data: look at the data files, too.
+        opens_data: look at the template and the data files, too.
         known: faults of the recipe that were found when it was read.
 
     Raises:
@@ -94,9 +94,11 @@ def settle_run(
     with found.noted():
         found.config, found.commits = pin_hub_ids(config, resumes, world)
     _look_at_models(found, world_size, ranks_per_node)
+    if opens_data and found.tokenizer is not None:
+        _look_at_template(found, found.tokenizer)
     with found.noted():
         SOURCES.get(config.data.source)
-        if has_data and world.rank() == 0:
+        if opens_data and world.rank() == 0:
             _look_at_data(found)
     by_rank = all_gather_objects(found.errors, world)
     if errors := next(filter(None, by_rank), None):
@@ -113,11 +115,11 @@ def _look_at_models(found: _Findings, world_size: int, ranks_per_node: int) -> N
         else:
             found.config, found.facts = settle(found.config, world_size, ranks_per_node, current_device())
     if found.commits is not None:
-        _read_words(found)
+        _read_tokenizer(found)
 
 
-def _read_words(found: _Findings) -> None:
-    """Tokenizer and template."""
+def _read_tokenizer(found: _Findings) -> None:
+    """Its tokenizer."""
     config, language = found.config, found.config.model.language
     if language.tokenizer is None and language.path is None:  # the recipe's own fault, told by its rules
         return
@@ -131,10 +133,13 @@ def _read_words(found: _Findings) -> None:
     if config.loss.time_tokens is not None:
         with found.noted():
             first_time_token(found.tokenizer, config.loss.time_tokens)
-    if config.data.template in TEMPLATES:  # else told by the recipe's rules
+
+
+def _look_at_template(found: _Findings, tokenizer: Tokenizer) -> None:
+    if found.config.data.template in TEMPLATES:  # else told by the recipe's rules
         tokens_per_image = 1 if found.facts is None else found.facts.tokens_per_image
         with found.noted():
-            found.encoder = make_encoder(config, found.tokenizer, tokens_per_image)
+            found.encoder = make_encoder(found.config, tokenizer, tokens_per_image)
 
 
 def _look_at_data(found: _Findings) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_vlm.config import to_yaml
 from megatron_vlm.training import loop
-from tests.helpers.live_jobs import TRAIN, LiveJob, read_metrics, wait_for
+from tests.helpers.live_jobs import START_SECONDS, TRAIN, LiveJob, read_metrics, wait_for
 from tests.helpers.tiny import tiny_recipe
 
 FROZEN = "model.train.vision false: all parameters of model.vision are random and stay so"
@@ -15,11 +15,13 @@ UNSAVED = "checkpoint.every_steps is 0: nothing is saved before the last step"
 
 
 def said(tmp_path: Path, name: str, num_ranks: int, *overrides: str, **sections: Any) -> str:
-    """What a run tells until it has made its first steps."""
+    """What a run tells until it has made its first steps, or to its end where it has no more."""
     checkpoint = {"directory": str(tmp_path / name), **sections.pop("checkpoint", {})}
     recipe = tiny_recipe(tmp_path, checkpoint=checkpoint, **sections)
     (tmp_path / f"{name}.yaml").write_text(to_yaml(recipe))
     with LiveJob(tmp_path / f"logs of {name}", [TRAIN, tmp_path / f"{name}.yaml", *overrides], num_ranks) as job:
+        if recipe.training.steps == 2:
+            job.process.wait(START_SECONDS)
         wait_for("two steps", lambda: len(read_metrics(tmp_path / name)) >= 2 or job.process.poll() is not None)
         assert job.read("stderr.log") == ""
         return job.stdout
