@@ -22,20 +22,21 @@ def idle_settings(config: Config, facts: ModelFacts, world_size: int) -> list[st
 
 
 def frozen_at_random(config: Config, facts: ModelFacts) -> list[str]:
-    """Tower or language model that starts from random weights of which some never train, so that they stay noise: a
-    line for each, by name and with what to do. Of a run that starts from no checkpoint."""
-    told = []
-    for component, part in (("language", config.model.language), ("vision", config.model.vision)):
+    """Parts that start from random weights of which some never train, so that they stay noise: a line for each, by name
+    and with what to do. Of a run that starts from no checkpoint, where the projector is always new."""
+    told, paths = [], {"language": config.model.language.path, "vision": config.model.vision.path, "projector": None}
+    for component, path in paths.items():
         names = facts.parameter_names[component]
         frozen = [name for name in names if not trains(component, name, config.model)]
-        if part.path is not None or not frozen:
+        if path is not None or not frozen:
             continue
         is_off = not getattr(config.model.train, component)
         by = f"model.train.{component} false" if is_off else f"model.freeze {list(config.model.freeze)}"
         these = "all" if len(frozen) == len(names) else f"{len(frozen)} of {len(names)}"
+        name_it = "" if component == "projector" else f"name trained ones (model.{component}.path), "
         told.append(
-            f"{by}: {these} parameters of model.{component} are random and stay so, as it has no weights to start from "
-            f"(model.{component}.path); name them, or start from a checkpoint (checkpoint.load), or let it train"
+            f"{by}: {these} parameters of model.{component} start from random weights and keep them; {name_it}start "
+            "from a checkpoint (checkpoint.load) or let them train"
         )
     return told
 

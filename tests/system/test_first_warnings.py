@@ -10,7 +10,7 @@ from megatron_vlm.training import loop
 from tests.helpers.live_jobs import START_SECONDS, TRAIN, LiveJob, read_metrics, wait_for
 from tests.helpers.tiny import tiny_recipe
 
-FROZEN = "model.train.vision false: all parameters of model.vision are random and stay so"
+FROZEN = "model.train.vision false: all parameters of model.vision start from random weights and keep them"
 UNSAVED = "checkpoint.every_steps is 0: nothing is saved before the last step"
 
 

@@ -87,7 +87,7 @@ def test_the_ring_is_the_one_that_context_is_split_into_and_is_told_once(monkeyp
     ("model", "told"),
     [
         ({"train": {"vision": True}}, []),
-        ({}, ["model.train.vision false: all parameters of model.vision are random"]),
+        ({}, ["model.train.vision false: all parameters of model.vision start from random weights"]),
         (
             {"train": {"language": False}},
             [
@@ -98,14 +98,19 @@ def test_the_ring_is_the_one_that_context_is_split_into_and_is_told_once(monkeyp
         ({"vision": {"path": "openai/clip", "config": None}}, []),
         (
             {"train": {"vision": True}, "freeze": ["embedding"]},
-            ["model.freeze ['embedding']: 1 of 2 parameters of model.language are random"],
+            ["model.freeze ['embedding']: 1 of 2 parameters of model.language start from random"],
         ),
-        ({"vision": {"path": "tower", "config": None}, "train": {"projector": False}}, []),
+        (
+            {"vision": {"path": "tower", "config": None}, "train": {"projector": False}},
+            ["model.train.projector false: all parameters of model.projector start from"],
+        ),
     ],
 )
 def test_what_is_random_and_stays_so_is_told_by_name(model, told):
     found = frozen_at_random(recipe(**{f"model__{key}": value for key, value in model.items()}), FACTS)
     assert len(found) == len(told), found
     assert all(one.startswith(start) for one, start in zip(found, told, strict=True))
-    assert all("model.language.path" in one or "model.vision.path" in one for one in found)
+    assert all(
+        ("model.language.path" in one or "model.vision.path" in one) == ("projector" not in one) for one in found
+    )
     assert all("checkpoint.load" in one for one in found)
