@@ -5,12 +5,16 @@ tokenizer and configs are compared with the manifest before a library reads them
 """
 
 from pathlib import Path
+from typing import Any
 
 from megatron_vlm.checkpoint.integrity import refuse_damage, refuse_unlisted
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config import config_from_tree
-from megatron_vlm.config.schema import Config, LanguageConfig, ParallelConfig, TrainableConfig
+from megatron_vlm.config.schema import Config, LanguageConfig, ParallelConfig, TrainableConfig, VisionConfig
 from megatron_vlm.errors import CheckpointError
+from megatron_vlm.models.vision.pixels import as_it_was
+from megatron_vlm.models.vision.survey import load_vision_config
+from megatron_vlm.runtime.logging import get_logger
 
 PARTS = ("tokenizer", "language", "vision")  # directories that libraries read
 
@@ -30,9 +34,30 @@ def inference_config(directory: Path, parallel: ParallelConfig) -> Config:
     refuse_unlisted(directory, manifest, PARTS)
     refuse_damage(directory, manifest, [name for name in manifest.files if name.partition("/")[0] in PARTS])
     language = LanguageConfig(path=str(directory / "language"), tokenizer=str(directory / "tokenizer"))
-    vision = config.model.vision.model_copy(update={"path": str(directory / "vision"), "config": None})
+    former = former_preprocessor(directory, manifest, config.data.image_mode)
+    places = {"path": str(directory / "vision"), "config": None}
+    vision = config.model.vision.model_copy(update=places | ({} if former is None else {"preprocessor": former}))
     model = config.model.model_copy(update={"language": language, "vision": vision})
     return config.model_copy(update={"model": model, "parallel": parallel, "ops": config.ops.anywhere()})
+
+
+def former_preprocessor(directory: Path, manifest: Manifest, image_mode: str) -> dict[str, Any] | None:
+    """`model.vision.preprocessor` by which a checkpoint is used as it was trained, where it was saved before `pad` and
+    `resize` followed the tower's preprocessor config and that is a difference, which is told.
+
+    Of an import that has not trained the tower's config counts: its model was trained elsewhere. Raises ConfigError.
+    """
+    saved_vision = manifest.config.get("model", {}).get("vision", {})
+    if "preprocessor" in saved_vision or not manifest.step:
+        return None
+    path = str(directory / "vision")
+    settings = as_it_was(path, load_vision_config(VisionConfig(path=path)), image_mode)
+    if settings is not None:
+        get_logger(__name__).warning(
+            "%s was saved before data.image_mode %s followed the tower's preprocessor config; pictures are prepared as "
+            "they were in its training, resized by bicubic", directory, image_mode,
+        )  # fmt: skip
+    return settings
 
 
 def saved_config(directory: Path, manifest: Manifest) -> Config:

@@ -87,6 +87,7 @@ class VisionConfig(Section):
 
     path: str | None = None
     config: dict[str, Any] | None = None
+    preprocessor: dict[str, Any] | None = None  # in the place of these keys of the tower's own preprocessor config
     select_layer: Annotated[int, Number] = -2
     select_feature: Literal["patch", "cls_patch"] = "patch"
     sharding: Literal["replicate"] = "replicate"

@@ -23,7 +23,7 @@ from megatron_vlm.checkpoint.directory import find_checkpoint
 from megatron_vlm.checkpoint.integrity import refuse_damage, refuse_unlisted, sync_directory
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.model_sources import read_sources, write_sources
-from megatron_vlm.checkpoint.recipe import PARTS, saved_config
+from megatron_vlm.checkpoint.recipe import PARTS, former_preprocessor, saved_config
 from megatron_vlm.config.schema import VisionConfig
 from megatron_vlm.conversion.asking import Asking, let_transformers_4_read, write_record, write_stops
 from megatron_vlm.conversion.destination import refuse_taken
@@ -168,7 +168,8 @@ def plan_export(path: str | Path, format: str | None = None, dtype: str | None =
         num_rows = -(-(target.image_token_id + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
     shards = None
     if origin is not None and origin.weights and origin.format == target_format.name:
-        is_same = origin.is_read_as(reading_of(checkpoint, target.config))
+        pixels = json.loads(target.media.processor)  # as trained, which a checkpoint from before may not say
+        is_same = origin.is_read_as(reading_of(checkpoint, target.config) | {"pixels": pixels})
         source = ExportSource(stored, origin.spare(), target.language.vocab_size if is_same else num_rows)
         shards = plan_returned(origin, source, disk_name, wanted, is_same)
         if shards is not None and is_same:
@@ -212,6 +213,7 @@ def _target(checkpoint: Path, manifest: Manifest) -> Target:
     config = saved_config(checkpoint, manifest)
     vision = VisionConfig(
         path=str(checkpoint / "vision"),
+        preprocessor=former_preprocessor(checkpoint, manifest, config.data.image_mode),
         select_layer=config.model.vision.select_layer,
         select_feature=config.model.vision.select_feature,
     )

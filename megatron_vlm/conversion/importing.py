@@ -25,7 +25,7 @@ from megatron_vlm.conversion.table import model_mappings
 from megatron_vlm.conversion.weights import check_fit, check_part
 from megatron_vlm.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_vlm.models.architectures import check_architecture
-from megatron_vlm.models.vision.preprocessing import write_pixel_format
+from megatron_vlm.models.vision.pixels import write_pixel_format
 from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.parallel.sizes import GridSizes
 
@@ -88,7 +88,7 @@ def _write_parts(foreign: ForeignModel, config: Config, partial: Path) -> None:
     tokenizer.save_pretrained(partial / "tokenizer")
     foreign.language.save_pretrained(partial / "language")
     survey.hf_config.save_pretrained(partial / "vision")
-    write_pixel_format(partial / "vision", survey.media_spec)
+    write_pixel_format(partial / "vision", survey.media_spec, config.data.image_mode)
 
 
 def size_bytes(foreign: ForeignModel) -> int:

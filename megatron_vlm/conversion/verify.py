@@ -121,7 +121,7 @@ def _read_pixels(wanted: PixelFormat, mode: ImageMode, media: Sequence[Path]) ->
     if not media:
         return torch.randn(1, 3, wanted.height, wanted.width, generator=torch.Generator().manual_seed(_SEED))
     # the numbers of tokens and patches are not needed
-    spec = MediaSpec(0, 0, wanted.height, wanted.width, wanted.mean, wanted.std, wanted.processor)
+    spec = MediaSpec(0, 0, **vars(wanted))
     reader = MediaReader(spec, mode)
     return torch.stack([reader.read(path, "--media") for path in media])
 
@@ -172,6 +172,9 @@ def _notes(a: Side, b: Side) -> Iterator[str]:
         yield f"A's weights are {formats[0]}, B's {formats[1]}"
     if (a.pixels.mean, a.pixels.std) != (b.pixels.mean, b.pixels.std):
         yield "pixels are normalised by other means and deviations; both were given A's"
+    if a.pixels.resample != b.pixels.resample:
+        filters = [side.pixels.resample.name.lower() for side in (a, b)]
+        yield f"A's pictures are resized by {filters[0]}, B's by {filters[1]}; both were given A's"
     for name in type(a.asked).model_fields:
         if (found := getattr(a.asked, name)) != (other := getattr(b.asked, name)):
             yield f"A is asked with data.{name} {found!r}, B with {other!r}"

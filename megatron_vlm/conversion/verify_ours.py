@@ -64,7 +64,7 @@ class OurSide:
         plain = {"precision": PrecisionConfig(params="fp32"), "ops": OpsConfig()}
         config = inference_config(directory, ParallelConfig()).model_copy(update=plain)
         language, vision = load_language_config(config.model.language), load_vision_config(config.model.vision)
-        pixels = pixel_format(config.model.vision.path, vision)
+        pixels = pixel_format(config.model.vision.path, vision, config.model.vision.preprocessor)
         facts = Facts.of(language, vision, config.model.vision.select_layer, pixels)
         return cls(path, directory, config, facts, _number_format(directory), pixels, directory / "tokenizer")
 

@@ -1,8 +1,8 @@
 """From a picture file to the pixels a tower takes.
 
 PIL only, as LLaVA prepares its pictures: `pad` sets the picture on a square of the tower's mean colour before the
-bicubic resize, `resize` lets the aspect ratio go, `processor` does what the tower's own preprocessor config says. Only
-the rank that encodes a picture opens its file.
+resize, `resize` lets the aspect ratio go, `processor` does what the tower's own preprocessor config says, and the
+former two follow its numbers (`models/vision/pixels.py`). Only the rank that encodes a picture opens its file.
 
 As there, an alpha channel is dropped and EXIF's rotation is not applied. Hazards: Pillow clips wide grey values to 8
 bits, which makes a 16-bit scan all white, so those are scaled first, by what the file says is white. A file of some
@@ -27,12 +27,13 @@ from megatron_vlm.data.png import without_notes
 from megatron_vlm.data.sample import BadSample
 from megatron_vlm.errors import one_line
 from megatron_vlm.models.vision.media_spec import MediaSpec
+from megatron_vlm.models.vision.pixels import refuse_unfollowed, to_pixels
 from megatron_vlm.models.vision.preprocessing import load_processor
 from megatron_vlm.runtime.files import FileKindError, check_regular, open_regular
 from megatron_vlm.runtime.limits import bounded
 
 FAULTS = ("none", "missing", "not an image", "damaged", "bomb", "not a video")  # of a picture; 0: it can be read
-MAX_SIDE_PIXELS = 2**24  # of either side: the weights of Pillow's bicubic resize take 32 bytes for each, 0.5 GiB here
+MAX_SIDE_PIXELS = 2**24  # of either side: the weights of Pillow's widest filter take 48 bytes for each, 0.75 GiB here
 MAX_PREPARED_PIXELS = 2 * 89_478_485  # of a picture while it is prepared; Pillow's own bound of what may be read, twice
 
 # What pictures that are trained on come in; no reader among them starts a program. JPEG's reads MPO too.
@@ -55,7 +56,7 @@ class MediaReader:
         blank: every picture becomes the mean colour, unread: what a model answers then, it does not owe to the picture.
 
     Raises:
-        ConfigError: `processor`, and the tower's own cannot be used.
+        ConfigError: `processor`, and the tower's own cannot be used; another mode, which does not follow all it says.
     """
 
     def __init__(self, spec: MediaSpec, image_mode: ImageMode, blank: bool = False) -> None:
@@ -63,6 +64,7 @@ class MediaReader:
         self.image_mode = image_mode
         self.blank = blank
         self.mean_colour = tuple(int(mean * 255) for mean in spec.mean)
+        refuse_unfollowed(spec, image_mode)
         self._processor = load_processor(spec) if image_mode == "processor" else None
 
     def read(self, path: str | Path, sample: str) -> Tensor:
@@ -92,10 +94,7 @@ class MediaReader:
             return torch.from_numpy(np.array(self._processor(image)["pixel_values"][0], dtype=np.float32))
         if self.image_mode == "pad":
             image = pad_to_square(image, self.mean_colour)
-        image = image.resize((self.spec.width, self.spec.height), Image.Resampling.BICUBIC)
-        values = np.asarray(image, dtype=np.float32) / np.float32(255)  # [H, W, 3]
-        normalised = (values - np.asarray(self.spec.mean, np.float32)) / np.asarray(self.spec.std, np.float32)
-        return torch.from_numpy(normalised.transpose(2, 0, 1).copy())  # [H, W, 3] -> [3, H, W]
+        return torch.from_numpy(to_pixels(image, self.spec))
 
     @contextlib.contextmanager
     def _opened(self, path: str | Path, sample: str) -> Iterator[Image.Image]:

@@ -32,7 +32,7 @@ from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.errors import MegatronVlmError
 from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.models.families import build_model
-from megatron_vlm.models.vision.preprocessing import write_pixel_format
+from megatron_vlm.models.vision.pixels import write_pixel_format
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.ops.reference import LossRules, SoftTargets
 from megatron_vlm.parallel.groups import Grid, GridSizes, build_grid, vision_process_groups
@@ -41,6 +41,7 @@ from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.seeding import seed_everything
 from megatron_vlm.training.media_cost import set_measured_cost
 from megatron_vlm.training.optimizer import build_optimizer
+from megatron_vlm.training.pixels import settle_pixels, take_pixels
 from megatron_vlm.training.preflight import settle_run
 from megatron_vlm.training.step import TrainStep
 
@@ -100,7 +101,7 @@ class Job:
         load_language_config(self.config.model.language).save_pretrained(directory / "language")
         survey = self.model.vision.tower.survey
         survey.hf_config.save_pretrained(directory / "vision")
-        write_pixel_format(directory / "vision", survey.media_spec)
+        write_pixel_format(directory / "vision", survey.media_spec, self.config.data.image_mode)
         write_sources(directory, self.commits)
         if self.start is not None:  # which `checkpoint.keep` may have removed since: then a later one has it
             before = [*checkpoints(Path(self.config.checkpoint.directory))[:1], self.start.directory][0]
@@ -143,6 +144,7 @@ def build_job(
     if start is not None and config.training.mode != "eval":
         # before commits were kept, ids stand in the manifest as they were named
         start.check_recipe(config if kept else config.model_copy(update={"model": named.model}))
+    pixels = settle_pixels(config, start)
     if config.training.mode == "eval":
         config = without_training(config)
     elif start is None and resumes and grid.rank == 0:
@@ -150,6 +152,7 @@ def build_job(
             logger.warning("%s", fault)
     seed_everything(config.runtime.seed, grid)
     model = build_model(config, grid)
+    take_pixels(model.vision.tower, pixels)
     for chunk in model.language:
         chunk.train_by(rules)
     if start is None:

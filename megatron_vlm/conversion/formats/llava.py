@@ -39,6 +39,7 @@ from megatron_vlm.conversion.tower_names import TowerNames
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models import hub
 from megatron_vlm.models.hf_config import config_from_dict, config_from_path, known_keys
+from megatron_vlm.models.vision.pixels import write_pixel_format
 
 NAME = "llava"
 PROJECTOR_FILE = "mm_projector.bin"
@@ -321,6 +322,7 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
     shutil.copytree(target.checkpoint / "vision", folder / TOWER_FOLDER)
+    write_pixel_format(folder / TOWER_FOLDER, target.media, data.image_mode)
 
 
 FORMATS.register(NAME)(

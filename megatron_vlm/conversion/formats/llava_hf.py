@@ -29,6 +29,7 @@ from megatron_vlm.conversion.tower_names import TowerNames
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf_config import config_from_path
+from megatron_vlm.models.vision.pixels import plain_settings
 from megatron_vlm.models.vision.preprocessing import load_processor
 
 NAME = "llava-hf"
@@ -151,14 +152,10 @@ def _image_processor(target: Target) -> Any:
     """One that prepares pictures as the checkpoint's `data.image_mode` does."""
     from transformers import LlavaImageProcessorPil
 
-    own = json.loads(target.media.processor)
     mode = target.config.data.image_mode
     if mode == "processor":
         return load_processor(target.media)
-    size = {"height": target.media.height, "width": target.media.width}
-    settings = {key: own[key] for key in ("image_mean", "image_std", "resample", "rescale_factor") if key in own}
-    whole = {"size": size, "crop_size": size, "do_center_crop": False, "do_resize": True}
-    return LlavaImageProcessorPil(**settings, **whole, do_pad=mode == "pad")
+    return LlavaImageProcessorPil(**plain_settings(target.media) | {"do_pad": mode == "pad"})
 
 
 FORMATS.register(NAME)(Format(NAME, ("llava",), recognises, open_folder, disk_name, write_extras, has_image_token=True))

@@ -3,7 +3,9 @@
 Kept apart from the tower so that data workers can carry it without holding a model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from PIL import Image
 
 from megatron_vlm.parallel.media_plan import MediaCost
 
@@ -19,6 +21,8 @@ class MediaSpec:
         mean, std: per RGB channel, of values in 0..1.
         processor: the tower's own preprocessor config as JSON, naming its `image_processor_type`; what image mode
             `processor` follows, and what a checkpoint keeps.
+        resample: the filter by which `pad` and `resize` bring a picture to height and width.
+        is_usual: nobody stated the preprocessor config; it is the usual one of the model type.
         cost: of encoding a picture by its patches, by which pictures are shared out over ranks.
     """
 
@@ -29,4 +33,6 @@ class MediaSpec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     processor: str = ""
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+    is_usual: bool = field(default=False, compare=False, repr=False)
     cost: MediaCost = MediaCost()

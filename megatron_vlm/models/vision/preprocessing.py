@@ -1,8 +1,10 @@
-"""The pixels a tower was trained on: size, mean, standard deviation, and how a picture is brought to them.
+"""The pixels a tower was trained on: size, filter, mean, standard deviation, and how a picture is brought to them.
 
-They come from the preprocessor config beside the weights. Where there is none (a tower built from a config dictionary)
-the model type's usual one is made up. For image modes `pad` and `resize` only its numbers are read; mode `processor`
-runs the transformers class it names, in the form that needs Pillow alone (`CLIPImageProcessorPil`).
+They come from the preprocessor config beside the weights, and from nowhere else; `model.vision.preprocessor` of the
+recipe may change single keys of it. A key that it lacks is the one of the transformers class that it names, as
+transformers has it. Where there is no config (a tower built from a config dictionary) the model type's usual one is
+made up. Image mode `processor` runs that class, in the form that needs Pillow alone (`CLIPImageProcessorPil`); `pad`
+and `resize` follow its numbers (`pixels.py`).
 
 Hazard: the class a config names without `Pil` wants torchvision, and transformers takes it silently where that is
 installed; its resize gives other pixels.
@@ -10,10 +12,12 @@ installed; its resize gives other pixels.
 
 import json
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 from PIL import Image
 from transformers import PretrainedConfig
@@ -28,12 +32,15 @@ from transformers.utils.constants import (
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models import hub
-from megatron_vlm.models.hf_config import MAX_SIZES, find_directory, read_settings, told
+from megatron_vlm.models.hf_config import MAX_SIZES, check_numbers, find_directory, read_settings, told
 from megatron_vlm.models.vision.media_spec import MediaSpec
+from megatron_vlm.registry import did_you_mean
 from megatron_vlm.runtime.logging import get_logger
 
 Channels = tuple[float, float, float]
 _KEY = "model.vision"
+KEYS = ("image_processor_type", "do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size",
+        "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_pad")  # fmt: skip
 _EDGES = ("height", "width", "shortest_edge")
 
 
@@ -62,26 +69,34 @@ USUAL = {  # every other model type is fed as CLIP's
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """height, width in pixels; mean and std per RGB channel, of values in 0..1; processor as in `MediaSpec`."""
+    """height, width in pixels; mean and std per RGB channel, of values in 0..1; all as in `MediaSpec`."""
 
     height: int
     width: int
     mean: Channels
     std: Channels
     processor: str
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+    is_usual: bool = False
 
 
-def pixel_format(path: str | None, tower: PretrainedConfig) -> PixelFormat:
+def pixel_format(path: str | None, tower: PretrainedConfig, instead: Mapping[str, Any] | None = None) -> PixelFormat:
     """The pixels the tower takes.
 
     Args:
         path: directory or hub id of the weights, or None for a tower from a config dictionary.
         tower: its transformers config.
+        instead: what takes the place of keys of the preprocessor config (`model.vision.preprocessor`).
+
     Raises:
-        ConfigError: where the preprocessor config or the tower's config gives no usable size.
+        ConfigError: where the preprocessor config or the tower's config gives no usable size, mean, deviation or
+            filter.
     """
     usual = USUAL.get(tower.model_type, USUAL_CLIP)
-    settings = _preprocessor_settings(path) if path is not None else {}
+    instead = dict(instead or {})
+    _check_keys(instead)
+    stated = _preprocessor_settings(path) if path is not None else {}
+    settings = {**stated, **instead}
     for key in ("size", "crop_size"):
         _refuse_huge(key, settings.get(key))
     size: Any = settings.get("size")
@@ -89,24 +104,35 @@ def pixel_format(path: str | None, tower: PretrainedConfig) -> PixelFormat:
         size = settings["crop_size"]
     if size is None:
         size = getattr(tower, "image_size", None)
-    height, width = _height_width(size, path or tower.model_type)
-    mean = _channels("image_mean", settings.get("image_mean", usual.mean), is_divisor=False)
-    std = _channels("image_std", settings.get("image_std", usual.std), is_divisor=True)
-    settings = settings or _usual_settings(usual, height, width)
+    height, width = height_width(size, path or tower.model_type)
+    if not stated:
+        settings = {**_usual_settings(usual, height, width), **instead}
     if "feature_extractor_type" in settings:  # as transformers called them until 4.26
         former = str(settings["feature_extractor_type"]).replace("FeatureExtractor", "ImageProcessor")
         settings = {"image_processor_type": former, **settings}
     settings = {"image_processor_type": usual.processor_type, **settings}
-    return PixelFormat(height, width, mean, std, json.dumps(settings, sort_keys=True))
+    mean = _channels("image_mean", setting(settings, "image_mean", usual.mean), is_divisor=False)
+    std = _channels("image_std", setting(settings, "image_std", usual.std), is_divisor=True)
+    resample = _filter(setting(settings, "resample", Image.Resampling.BICUBIC))
+    processor = json.dumps(settings, sort_keys=True)
+    return PixelFormat(height, width, mean, std, processor, resample, is_usual=not stated and not instead)
 
 
-def write_pixel_format(directory: Path, spec: MediaSpec) -> None:
-    """Writes the preprocessor config that `pixel_format` reads back, beside a tower's config."""
-    settings = json.dumps(json.loads(spec.processor), indent=1)
-    (directory / "preprocessor_config.json").write_text(settings, encoding="utf-8")
+def setting(settings: Mapping[str, Any], key: str, otherwise: Any = None) -> Any:
+    """What transformers goes by: the preprocessor config's value, else its class's; without a class, `otherwise`."""
+    if key in settings:
+        return settings[key]
+    value = getattr(_processor_class(settings), key, None)
+    return otherwise if value is None else value
 
 
-def load_processor(spec: MediaSpec) -> Any:
+def _processor_class(settings: Mapping[str, Any]) -> Any:
+    """The class a config names, in its form for Pillow; None where there is none."""
+    name = str(settings.get("image_processor_type")).removesuffix("Fast").removesuffix("Pil")
+    return getattr(transformers, f"{name}Pil", None)
+
+
+def load_processor(spec: MediaSpec | PixelFormat) -> Any:
     """The transformers image processor the tower's preprocessor config names, from Pillow pictures to pixels.
 
     Raises:
@@ -116,7 +142,7 @@ def load_processor(spec: MediaSpec) -> Any:
     settings = json.loads(spec.processor)
     name = str(settings["image_processor_type"]).removesuffix("Fast").removesuffix("Pil")
     key = "data.image_mode: found processor, but the tower's"
-    class_ = getattr(transformers, f"{name}Pil", None)
+    class_ = _processor_class(settings)
     if class_ is None:
         raise ConfigError(f"{key} image processor {name} has no form for Pillow in transformers; needs pad or resize")
     oblong = Image.new("RGB", (2 * spec.width + 7, spec.height + 3))
@@ -129,6 +155,16 @@ def load_processor(spec: MediaSpec) -> Any:
             f"the tower takes {(3, spec.height, spec.width)} of every one, so needs pad or resize"
         )
     return processor
+
+
+def made_by_class(spec: MediaSpec | PixelFormat, picture: Image.Image) -> Any:
+    """What the class that the preprocessor config names makes of one picture; None where it has no form for Pillow.
+    Raises ConfigError where it refuses its settings."""
+    settings = json.loads(spec.processor)
+    if (class_ := _processor_class(settings)) is None:
+        return None
+    with told(f"{_KEY}: image processor {class_.__name__} refuses its own settings"):
+        return np.asarray(class_.from_dict(settings)(picture)["pixel_values"][0], dtype=np.float32)
 
 
 def _usual_settings(usual: Usual, height: int, width: int) -> dict[str, Any]:
@@ -160,7 +196,7 @@ def _preprocessor_settings(path: str) -> dict[str, Any]:
     return settings
 
 
-def _height_width(size: Any, source: str) -> tuple[int, int]:
+def height_width(size: Any, source: str) -> tuple[int, int]:
     """Reads the forms transformers knows: a number, a pair, {height, width}, {shortest_edge} (square)."""
     found = size
     if isinstance(size, dict) and "shortest_edge" in size:
@@ -189,6 +225,24 @@ def _refuse_huge(key: str, size: Any) -> None:
 def _is_edge(pixels: Any) -> bool:
     is_number = isinstance(pixels, int | float) and not isinstance(pixels, bool) and pixels == int(pixels)
     return is_number and 1 <= pixels <= MAX_SIZES["image_size"]
+
+
+def _check_keys(instead: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a key that no preprocessor config here is read for, or a number that is none."""
+    check_numbers(f"{_KEY}.preprocessor", instead)
+    for key in instead:
+        if key not in KEYS:
+            hint = did_you_mean(str(key), KEYS, f"needs one of {', '.join(KEYS)}")
+            raise ConfigError(f"{_KEY}.preprocessor: found the key {key!r}, {hint}")
+
+
+def _filter(code: Any) -> Image.Resampling:
+    """Raises ConfigError for what is no code of Pillow's."""
+    if type(code) is int or isinstance(code, Image.Resampling):
+        with suppress(ValueError):
+            return Image.Resampling(code)
+    codes = ", ".join(f"{int(known)} ({known.name.lower()})" for known in sorted(Image.Resampling))
+    raise ConfigError(f"{_KEY}: resample of the preprocessor config is {code!r}, needs one of {codes}")
 
 
 def _channels(key: str, values: Any, is_divisor: bool) -> Channels:

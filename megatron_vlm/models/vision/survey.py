@@ -98,7 +98,7 @@ def survey_tower(vision: VisionConfig, projector: ProjectorConfig | None) -> Tow
             does not take pixels of one fixed size, or the projector does not take its tokens.
     """
     hf_config = load_vision_config(vision)
-    pixels = pixel_format(vision.path, hf_config)
+    pixels = pixel_format(vision.path, hf_config, vision.preprocessor)
     with torch.device("meta"):
         model = build_hf_tower(hf_config)
     names = tuple(name for name, _ in model.named_parameters())
@@ -121,7 +121,8 @@ def survey_tower(vision: VisionConfig, projector: ProjectorConfig | None) -> Tow
     num_tokens = hidden.shape[1] - num_dropped
     spec = MediaSpec(
         _num_rows(projector, num_tokens, hidden.shape[2], grid), num_patches, pixels.height, pixels.width,
-        mean=pixels.mean, std=pixels.std, processor=pixels.processor,
+        mean=pixels.mean, std=pixels.std, processor=pixels.processor, resample=pixels.resample,
+        is_usual=pixels.is_usual,
         cost=MediaCost() if vision.cost is None else MediaCost(vision.cost.linear, vision.cost.quadratic),
     )  # fmt: skip
     return TowerSurvey(

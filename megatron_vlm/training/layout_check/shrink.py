@@ -80,7 +80,7 @@ def shrink(config: Config, world_size: int) -> tuple[Config, list[Tree]]:
         "tokenizer": language.tokenizer or language.path,
     }
     tower, select_layer = shrink_tower(config)
-    model["vision"] |= {"path": None, "config": tower, "select_layer": select_layer}
+    model["vision"] |= {"path": None, "config": tower, "preprocessor": None, "select_layer": select_layer}
     root = config.data.media_root or str(Path(config.data.path).parent)
     tree["data"] |= {"media_root": str(Path(root).resolve()), "num_workers": 0}
     tree["data"] |= {

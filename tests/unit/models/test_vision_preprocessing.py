@@ -19,7 +19,8 @@ from transformers import (
 from megatron_vlm.config.schema import VisionConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.vision.media_spec import MediaSpec
-from megatron_vlm.models.vision.preprocessing import load_processor, write_pixel_format
+from megatron_vlm.models.vision.pixels import write_pixel_format
+from megatron_vlm.models.vision.preprocessing import load_processor
 from megatron_vlm.models.vision.survey import survey_tower
 from tests.unit.models.recipes import SMALL_TOWER, small_tower
 
@@ -65,7 +66,7 @@ def test_a_tower_without_a_config_gets_its_types_usual_one(model_type: str, usua
     made = pixels(load_processor(survey.media_spec))
     assert made.shape == (3, 28, 28) and np.array_equal(made, pixels(usual))
     survey.hf_config.save_pretrained(tmp_path)
-    write_pixel_format(tmp_path, survey.media_spec)
+    write_pixel_format(tmp_path, survey.media_spec, "processor")
     assert spec_at(tmp_path) == survey.media_spec
     assert np.array_equal(made, pixels(AutoImageProcessor.from_pretrained(tmp_path, backend="pil")))
 
@@ -91,7 +92,7 @@ def test_a_towers_own_config_survives_a_checkpoint(settings: dict[str, Any], tmp
     spec = spec_at(tower)
     assert np.array_equal(pixels(load_processor(spec)), expected)
     checkpoint = tower_with(tmp_path / "checkpoint", {})
-    write_pixel_format(checkpoint, spec)
+    write_pixel_format(checkpoint, spec, "processor")
     assert spec_at(checkpoint) == spec
 
 

@@ -1,0 +1,132 @@
+"""How image modes `pad` and `resize` follow a tower's preprocessor config.
+
+They have their own way to a picture's shape: a square of the mean colour, or the aspect ratio let go. All else is the
+config's: the filter of the resize, means and deviations. What it says beside that is refused by its name: a crop, no
+normalisation, another scale. A class of transformers may have settings and steps that are its own, so the class is
+asked too: of a picture that is a square already it must make these pixels.
+
+Checkpoints from before are read as they were trained (`as_it_was`): always bicubic, all else passed over.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import PretrainedConfig
+
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.vision.media_spec import MediaSpec
+from megatron_vlm.models.vision.preprocessing import (
+    USUAL,
+    USUAL_CLIP,
+    PixelFormat,
+    height_width,
+    made_by_class,
+    pixel_format,
+    setting,
+)
+
+SCALE = 1 / 255
+_TOLERANCE = 1e-4  # of a trial, in parts of the largest value: far above fp32's rounding, far below one of 255 steps
+
+
+def to_pixels(image: Image.Image, spec: MediaSpec | PixelFormat) -> NDArray[np.float32]:
+    """An RGB picture -> pixels [3, H, W], normalised; its aspect ratio is let go."""
+    image = image.resize((spec.width, spec.height), spec.resample)
+    values = np.asarray(image, dtype=np.float32) / np.float32(255)  # [H, W, 3]
+    mean, std = (np.asarray(channels, dtype=np.float32) for channels in (spec.mean, spec.std))
+    normalised: NDArray[np.float32] = (values - mean) / std
+    return normalised.transpose(2, 0, 1).copy()  # [H, W, 3] -> [3, H, W]
+
+
+def refuse_unfollowed(spec: MediaSpec | PixelFormat, image_mode: str) -> None:
+    """Raises ConfigError where the tower's preprocessor config says what `pad` or `resize` cannot follow, by name. Of a
+    config that nobody stated the geometry is the mode's own."""
+    if image_mode == "processor" or spec.is_usual or not spec.processor:
+        return
+    faults = list(_unfollowed(json.loads(spec.processor), image_mode)) or list(_tried(spec))
+    if faults:
+        raise ConfigError(
+            f"data.image_mode: found {image_mode}, but the tower's preprocessor config has {'; '.join(faults)}, which "
+            f"{image_mode} does not follow; needs processor, or other values under model.vision.preprocessor"
+        )
+
+
+def plain_settings(spec: MediaSpec | PixelFormat) -> dict[str, Any]:
+    """The preprocessor config that says what `to_pixels` does, of any class that does what its config says."""
+    whole = {"height": spec.height, "width": spec.width}
+    sizes = {"do_resize": True, "size": whole, "do_center_crop": False, "crop_size": whole, "do_pad": False}
+    scales = {"do_rescale": True, "rescale_factor": SCALE, "do_convert_rgb": True, "resample": int(spec.resample)}
+    return sizes | scales | {"do_normalize": True, "image_mean": list(spec.mean), "image_std": list(spec.std)}
+
+
+def write_pixel_format(directory: Path, spec: MediaSpec, image_mode: str) -> None:
+    """Writes the preprocessor config that `pixel_format` reads back, beside a tower's config: the tower's own, or where
+    that was made up and the mode does not follow it, the mode's. Raises OSError."""
+    settings: dict[str, Any] = json.loads(spec.processor)
+    if image_mode != "processor" and spec.is_usual and any(_unfollowed(settings, image_mode)):
+        settings |= plain_settings(spec)
+    (directory / "preprocessor_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def as_it_was(path: str, tower: PretrainedConfig, image_mode: str) -> dict[str, Any] | None:
+    """Settings in the place of a checkpoint's (`model.vision.preprocessor`), by which its pictures were prepared before
+    `pad` and `resize` followed its preprocessor config; None where that is no difference."""
+    if image_mode == "processor":
+        return None
+    usual = USUAL.get(tower.model_type, USUAL_CLIP)
+    kept: dict[str, Any] = json.loads(pixel_format(path, tower, {"resample": int(Image.Resampling.BICUBIC)}).processor)
+    means = {"image_mean": usual.mean, "image_std": usual.std}
+    then = pixel_format(path, tower, {key: kept.get(key, value) for key, value in means.items()} | {"resample": 3})
+    with suppress(ConfigError):  # of what was passed over then
+        now = pixel_format(path, tower)
+        refuse_unfollowed(now, image_mode)
+        if look_alike(now, then, image_mode):
+            return None
+    return {"image_processor_type": USUAL_CLIP.processor_type, **plain_settings(then)}
+
+
+def look_alike(a: MediaSpec | PixelFormat, b: MediaSpec | PixelFormat, image_mode: str) -> bool:
+    """Whether both make the same pixels of every picture, in one image mode."""
+    if image_mode == "processor":
+        return a.processor == b.processor
+    return all(getattr(a, name) == getattr(b, name) for name in ("height", "width", "resample", "mean", "std"))
+
+
+def _unfollowed(settings: dict[str, Any], image_mode: str) -> Iterator[str]:
+    """What is said by keys that every class has."""
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        if not setting(settings, key, True):
+            yield f"{key} false"
+    factor = setting(settings, "rescale_factor", SCALE)
+    if type(factor) not in (int, float) or abs(factor / SCALE - 1) > 1e-6:
+        yield f"rescale_factor {factor!r} and not 1/255"
+    size, crop = setting(settings, "size"), setting(settings, "crop_size")
+    if setting(settings, "do_center_crop", False) and size is not None and crop is not None:
+        edge = size.get("shortest_edge") if isinstance(size, dict) else None
+        cut = height_width(crop, "crop_size")
+        if min(cut) != edge if edge else cut != height_width(size, "size"):
+            yield f"crop_size {crop} of size {size}"
+    is_llava = str(settings.get("image_processor_type")).startswith("LlavaImageProcessor")
+    if setting(settings, "do_pad", False) and not (is_llava and image_mode == "pad"):
+        yield "do_pad true"
+
+
+def _tried(spec: MediaSpec | PixelFormat) -> Iterator[str]:
+    """What is said by others: its class is given a picture of which both make the same, if it says nothing else."""
+    noise = np.random.default_rng(0).integers(0, 256, (2 * spec.height, 2 * spec.width, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    with suppress(ConfigError):  # a class that takes no picture is told where it is asked for
+        theirs, ours = made_by_class(spec, picture), to_pixels(picture, spec)
+        if theirs is None:
+            return
+        name, seen = json.loads(spec.processor)["image_processor_type"], f"{picture.width} x {picture.height}"
+        if theirs.shape != ours.shape:
+            yield f"settings by which {name} makes pixels {theirs.shape} of a picture of {seen}, not {ours.shape}"
+        elif (off := float(np.abs(theirs - ours).max())) > _TOLERANCE * max(1.0, float(np.abs(ours).max())):
+            yield f"settings by which {name} makes other pixels of a picture of {seen}, off by {off:.2g}"

@@ -1,0 +1,146 @@
+"""What a tower's preprocessor config makes of a picture is what its run, its checkpoints and its exports make of it."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_vlm.checkpoint.manifest import Manifest
+from megatron_vlm.config.loading import hash_of_tree
+from megatron_vlm.conversion.exporting import plan_export
+from megatron_vlm.errors import ConfigError
+from tests.helpers.foreign_models import TINY_SIGLIP
+from tests.helpers.ranks import RankPool
+from tests.helpers.tiny import tiny_recipe
+
+BILINEAR, BICUBIC = 2, 3
+PICTURE = Image.fromarray(np.random.default_rng(4).integers(0, 256, (90, 71, 3), dtype=np.uint8))
+
+
+def written(settings: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    return {"image_processor_type": "SiglipImageProcessor", "size": {"height": 28, "width": 28}, **settings, **keys}
+
+
+def recipe(folder: Path, mode: str, **settings: Any) -> dict[str, Any]:
+    """Of a SigLIP tower with a preprocessor config."""
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(**TINY_SIGLIP)
+    torch.manual_seed(3)
+    config.save_pretrained(folder / "tower")
+    save_file(AutoModel.from_config(config).state_dict(), folder / "tower" / "model.safetensors")
+    (folder / "tower" / "preprocessor_config.json").write_text(json.dumps(written(settings)))
+    vision = {"config": None, "path": str(folder / "tower")}
+    sections = {"model": {"vision": vision}, "data": {"image_mode": mode}, "checkpoint": {"async_save": False}}
+    return tiny_recipe(folder, **sections).model_dump(mode="json")
+
+
+def run(recipe: dict[str, Any], saves: bool = True) -> tuple[str | None, Tensor, list[str]]:
+    """A job's checkpoint after one update, what it makes of the picture, and what it was told."""
+    from megatron_vlm.config.schema import Config
+    from megatron_vlm.data.media import MediaReader
+    from megatron_vlm.training.job import build_job
+    from tests.helpers.jobs import save
+
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron_vlm").addHandler(handler)
+    try:
+        job = build_job(Config.model_validate(recipe), torch.distributed.get_world_size(), resumes=True)
+    finally:
+        logging.getLogger("megatron_vlm").removeHandler(handler)
+    pixels = MediaReader(job.model.media_spec, job.config.data.image_mode).prepare(PICTURE)
+    return str(save(job, job.start_step + 1)) if saves else None, pixels, told
+
+
+def loaded(path: str) -> tuple[Tensor, list[str]]:
+    """What `load` makes of the picture."""
+    from megatron_vlm.generation.load import open_checkpoint
+
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron_vlm").addHandler(handler)
+    try:
+        return open_checkpoint(path).reader.prepare(PICTURE), told
+    finally:
+        logging.getLogger("megatron_vlm").removeHandler(handler)
+
+
+def refused(recipe: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        run(recipe)
+    return str(caught.value)
+
+
+def of_before(checkpoint: Path) -> None:
+    """As a version saved it that did not know `model.vision.preprocessor`."""
+    manifest = Manifest.read(checkpoint)
+    del manifest.config["model"]["vision"]["preprocessor"]
+    replace(manifest, config_hash=hash_of_tree(manifest.config)).write(checkpoint)
+
+
+@pytest.mark.parametrize("mode", ["pad", "resize", pytest.param("processor", marks=pytest.mark.slow)])
+def test_a_bilinear_tower_s_pixels_are_its_exports(ranks: RankPool, tmp_path: Path, mode: str) -> None:
+    from transformers import AutoProcessor
+
+    checkpoint, pixels, told = ranks.run(1, run, recipe(tmp_path, mode, resample=BILINEAR))[0]
+    assert checkpoint is not None and not told
+    assert torch.equal(ranks.run(1, loaded, checkpoint)[0][0], pixels)
+    for format in ("llava-hf", "llava") if mode == "pad" else ("llava-hf",):
+        plan_export(checkpoint, format).write(tmp_path / format)
+        again, told = ranks.run(1, loaded, str(tmp_path / format))[0]
+        assert torch.equal(again, pixels) and not told
+    theirs = AutoProcessor.from_pretrained(tmp_path / "llava-hf")(text="<image>", images=PICTURE, return_tensors="pt")
+    torch.testing.assert_close(theirs["pixel_values"][0], pixels, atol=1e-5, rtol=0)
+    _, others, _ = ranks.run(1, run, recipe(tmp_path / "b", mode, resample=BICUBIC), False)[0]
+    assert (others - pixels).abs().max() > 0.05, "the filter shows"
+
+
+def test_checkpoints_from_before_are_loaded_and_exported_as_trained(ranks: RankPool, tmp_path: Path) -> None:
+    _, bicubic, _ = ranks.run(1, run, recipe(tmp_path / "b", "pad", resample=BICUBIC), False)[0]
+    begun = recipe(tmp_path, "pad", resample=BILINEAR)
+    checkpoint, _, _ = ranks.run(1, run, begun)[0]
+    assert checkpoint is not None
+    of_before(Path(checkpoint))
+    pixels, told = ranks.run(1, loaded, checkpoint)[0]
+    assert torch.equal(pixels, bicubic) and any("resized by bicubic" in line for line in told)
+    for format in ("llava-hf", "llava"):
+        plan_export(checkpoint, format).write(tmp_path / format)
+        assert torch.equal(ranks.run(1, loaded, str(tmp_path / format))[0][0], bicubic)
+    # a run goes on so, and so does one that goes on from that
+    for _ in range(2):
+        checkpoint, pixels, told = ranks.run(1, run, begun)[0]
+        assert torch.equal(pixels, bicubic) and any("going on with the checkpoint's" in line for line in told)
+    assert torch.equal(ranks.run(1, loaded, checkpoint)[0][0], bicubic)
+
+
+def test_a_run_goes_on_with_the_pixels_it_began_with(ranks: RankPool, tmp_path: Path) -> None:
+    begun = recipe(tmp_path, "resize", resample=BILINEAR)
+    _, before, _ = ranks.run(2, run, begun)[0]
+    changed = recipe(tmp_path, "resize", resample=BILINEAR, image_std=[0.2, 0.2, 0.2])
+    goes_on = ranks.run(2, run, changed, False)
+    for _, pixels, told in goes_on:
+        assert torch.equal(pixels, before) and any("makes other pixels than those that" in line for line in told)
+    changed["checkpoint"]["accept_changes"] = ["model.vision.preprocessor"]
+    _, pixels, told = ranks.run(2, run, changed, False)[0]
+    assert not torch.equal(pixels, before) and not told
+
+
+def test_a_mode_that_cannot_follow_is_told_before_the_model_is_built(ranks: RankPool, tmp_path: Path) -> None:
+    told = ranks.run(2, refused, recipe(tmp_path, "pad", do_rescale=False))
+    assert len(set(told)) == 1 and told[0].startswith("data.image_mode: found pad, but the tower's preprocessor config")
+    assert "do_rescale false" in told[0]
+    (tmp_path / "tower" / "model.safetensors").unlink()
+    recipe_of_processor = recipe(tmp_path / "b", "processor", image_processor_type="NoSuchProcessor")
+    (tmp_path / "b" / "tower" / "model.safetensors").unlink()
+    assert "NoSuchProcessor has no form for Pillow" in ranks.run(1, refused, recipe_of_processor)[0]
