@@ -7,6 +7,8 @@ tokenizer and configs are compared with the manifest before a library reads them
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_vlm.checkpoint.integrity import refuse_damage, refuse_unlisted
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config import config_from_tree
@@ -52,7 +54,7 @@ def former_preprocessor(directory: Path, manifest: Manifest, image_mode: str) ->
         return None
     path = str(directory / "vision")
     settings = as_it_was(path, load_vision_config(VisionConfig(path=path)), image_mode)
-    if settings is not None:
+    if settings is not None and (not dist.is_initialized() or dist.get_rank() == 0):
         get_logger(__name__).warning(
             "%s was saved before data.image_mode %s followed the tower's preprocessor config; pictures are prepared as "
             "they were in its training, resized by bicubic", directory, image_mode,

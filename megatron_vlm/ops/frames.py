@@ -74,10 +74,17 @@ def pad_plan(
 
 
 def crop_plan(
-    frame: Pair, shortest_edge: int, size: Pair, mean: Colour, std: Colour, *, patch: Pair | None = None
+    frame: Pair,
+    shortest_edge: int,
+    size: Pair,
+    mean: Colour,
+    std: Colour,
+    *,
+    patch: Pair | None = None,
+    filter: Filter = "bicubic",
 ) -> FramePlan:
-    """The frame's shorter side is resized to `shortest_edge`, and its middle cut out: CLIP's processor, bicubic. What
-    the cut has outside the frame is black."""
+    """The frame's shorter side is resized to `shortest_edge`, and its middle cut out: CLIP's processor. What the cut
+    has outside the frame is black."""
     height, width = frame
     if height <= width:
         resized = (shortest_edge, int(shortest_edge * width / height))
@@ -85,7 +92,7 @@ def crop_plan(
         resized = (int(shortest_edge * height / width), shortest_edge)
     window_at = ((resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2)
     patch, down = patch or size, pillow_goes_down_first(frame, resized)
-    return FramePlan(frame, (0, 0), resized, size, window_at, size, patch, (0, 0, 0), "bicubic", mean, std, down)
+    return FramePlan(frame, (0, 0), resized, size, window_at, size, patch, (0, 0, 0), filter, mean, std, down)
 
 
 def _weights(plan: FramePlan, axis: int, device: torch.device) -> tuple[Tensor, Tensor]:

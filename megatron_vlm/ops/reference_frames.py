@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Filter = Literal["bilinear", "bicubic"]
+Filter = Literal["box", "bilinear", "hamming", "bicubic", "lanczos"]
 Pair = tuple[int, int]
 Colour = tuple[float, float, float]
 
@@ -100,9 +100,24 @@ def _bicubic(x: Tensor) -> Tensor:
     return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
 
 
+def _box(x: Tensor) -> Tensor:
+    return ((x > -0.5) & (x <= 0.5)).to(x.dtype)
+
+
+def _hamming(x: Tensor) -> Tensor:
+    return torch.where(x.abs() < 1, torch.sinc(x) * (0.54 + 0.46 * torch.cos(torch.pi * x)), 0.0)
+
+
+def _lanczos(x: Tensor) -> Tensor:
+    return torch.where((x >= -3) & (x < 3), torch.sinc(x) * torch.sinc(x / 3), 0.0)
+
+
 FILTERS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "box": (_box, 0.5),
     "bilinear": (_bilinear, 1.0),
+    "hamming": (_hamming, 1.0),
     "bicubic": (_bicubic, 2.0),
+    "lanczos": (_lanczos, 3.0),
 }
 
 

@@ -6,6 +6,8 @@ to read it otherwise. Half a training with other pixels is not what was asked fo
 
 from dataclasses import replace
 
+import torch.distributed as dist
+
 from megatron_vlm.checkpoint.recipe import former_preprocessor
 from megatron_vlm.checkpoint.resume import Start
 from megatron_vlm.config.schema import Config, VisionConfig
@@ -37,11 +39,12 @@ def settle_pixels(config: Config, start: Start | None) -> PixelFormat:
                 f"{start.directory} was trained with {kept.height} x {kept.width}"
             )
         if not look_alike(pixels, kept, mode):
-            logger.warning(
-                "the tower's preprocessor config makes other pixels than those that %s was trained with: going on with "
-                "the checkpoint's (checkpoint.accept_changes=[model.vision.preprocessor] takes the tower's)",
-                start.directory,
-            )
+            if dist.get_rank() == 0:
+                logger.warning(
+                    "the tower's preprocessor config makes other pixels than those that %s was trained with: going on "
+                    "with the checkpoint's (checkpoint.accept_changes=[model.vision.preprocessor] takes the tower's)",
+                    start.directory,
+                )
             pixels = kept
     refuse_unfollowed(pixels, mode)
     if mode == "processor":

@@ -15,7 +15,7 @@ from megatron_vlm.ops.frames import crop_plan, frames_to_patches, pad_plan, resi
 from megatron_vlm.ops.reference_frames import FramePlan, pillow_goes_down_first, resize_pass
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+FILTERS = {name: Image.Resampling[name.upper()] for name in reference_frames.FILTERS}
 BACKENDS = ["reference", "triton"]
 TOLERANCE = 1 / 255 / max(STD) / 2  # half of the 1/255 that is allowed before normalisation
 
