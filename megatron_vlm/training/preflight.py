@@ -13,10 +13,12 @@ Hazard: everything here is collective, and ends on all ranks with the same error
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_vlm.checkpoint.directory import checkpoints
 from megatron_vlm.config.schema import Config
 from megatron_vlm.config.validation import ModelFacts, validate
 from megatron_vlm.data.conversation import TEMPLATES, ConversationEncoder
@@ -99,7 +101,7 @@ def settle_run(
     with found.noted():
         SOURCES.get(config.data.source)
         if opens_data and world.rank() == 0:
-            _look_at_data(found)
+            _look_at_data(found, resumes)
     by_rank = all_gather_objects(found.errors, world)
     if errors := next(filter(None, by_rank), None):
         raise together(errors)
@@ -142,11 +144,14 @@ def _look_at_template(found: _Findings, tokenizer: Tokenizer) -> None:
             found.encoder = make_encoder(found.config, tokenizer, tokens_per_image)
 
 
-def _look_at_data(found: _Findings) -> None:
+def _look_at_data(found: _Findings, resumes: bool) -> None:
     config, media = found.config, None
+    goes_on = config.checkpoint.load is not None or (resumes and bool(checkpoints(Path(config.checkpoint.directory))))
     if found.facts is not None:
         with found.noted():
             spec = survey_tower(config.model.vision, config.model.projector).media_spec
+            if goes_on:  # with pixels that its checkpoint says, which `settle_pixels` judges
+                spec = replace(spec, is_usual=True)
             media = MediaReader(spec, config.data.image_mode)
     files = [] if config.training.mode == "eval" else [(config.data.path, config.data.media_root)]
     if config.training.mode != "train" and config.evaluation.path is not None:
