@@ -60,7 +60,9 @@ def main() -> None:
         assistant = load(arguments.checkpoint, **{name: getattr(arguments, name) for name in names})
         from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, find_unanswerable, read_questions
 
-        asked = read_questions(arguments.data, arguments.media_root, assistant.image_token, assistant.video)
+        asked = read_questions(
+            arguments.data, arguments.media_root, assistant.image_token, assistant.video, launch.rank == 0
+        )
         bad = find_unanswerable(assistant, len(asked), lambda number: asked[number].sample, progress=True)
         if bad:
             raise next(iter(bad.values()))

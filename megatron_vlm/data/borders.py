@@ -29,6 +29,9 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerBase
 
+from megatron_vlm.errors import one_line
+
+_NO_TEXT = "\ue002\ue003"  # private-use characters
 _PREFIXES: dict[str, dict[str, Any]] = {
     "Metaspace": {"prepend_scheme": "never"},
     "ByteLevel": {"add_prefix_space": False},
@@ -57,16 +60,22 @@ class BorderTokenizer:
 
     Args:
         tokenizer: one with offsets.
+        unknown: a special token of it that is a text as any other here.
+
+    Raises:
+        ValueError: its words are made of that token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, unknown: str | None = None) -> None:
         tokenizer("", add_special_tokens=False)  # unsets what its file says of truncation and padding
+        self.backend = tokenizer.backend_tokenizer
+        if unknown is not None:
+            self.backend = without_token(self.backend, unknown)
         # Cut out of the text as it stands, before anything is normalised: nothing joins them.
         self.walls = {
             id_: token.content
             for id_, token in tokenizer.added_tokens_decoder.items()
-            if not token.normalized and not token.single_word
+            if not token.normalized and not token.single_word and token.content != unknown
         }
         self._continuing: Backend | None = None
 
@@ -99,7 +108,7 @@ class BorderTokenizer:
 
     def _part(self, text: str, start: int, stop: int, continues: bool) -> Tokens:
         """Tokens of text[start:stop]; one that continues does so up to its first special token."""
-        backend = self.tokenizer.backend_tokenizer
+        backend = self.backend
         if continues:
             self._continuing = backend = self._continuing or without_prefix(backend)
         encoding = backend.encode(text[start:stop], add_special_tokens=False)
@@ -118,6 +127,26 @@ class BorderTokenizer:
         """Whether a token is a special one that the text holds; models may make the same id of something else."""
         content = self.walls.get(tokens.ids[number])
         return content is not None and content in text[slice(*tokens.offsets[number])]
+
+
+def without_token(backend: Backend, token: str) -> Backend:
+    """A tokenizer to which a special token is a text as any other.
+
+    The others keep their ids, as the token's stays: under a name that no text has. Raises ValueError where the model
+    puts words together to that token.
+    """
+    tree = json.loads(backend.to_str())
+    for entry in tree["added_tokens"]:
+        entry["content"] = _NO_TEXT if entry["content"] == token else entry["content"]
+    words = tree["model"].get("vocab")
+    if isinstance(words, dict) and token in words:
+        words[_NO_TEXT] = words.pop(token)
+    elif isinstance(words, list):  # a Unigram's, with scores
+        tree["model"]["vocab"] = [[_NO_TEXT if word == token else word, *score] for word, *score in words]
+    try:
+        return Backend.from_str(json.dumps(tree | {"truncation": None, "padding": None}))
+    except Exception as error:  # the library raises no other kind
+        raise ValueError(f"the tokenizer makes words of {token!r}: {one_line(error)}") from error
 
 
 def without_prefix(backend: Backend) -> Backend:

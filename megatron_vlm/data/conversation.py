@@ -37,7 +37,7 @@ from megatron_vlm.config.schema import DataConfig
 from megatron_vlm.data.answers import AnswerSpan, Surroundings, find_surroundings, locate, marked_tokens, recognise
 from megatron_vlm.data.borders import BorderTokenizer, Tokens
 from megatron_vlm.data.chat_template import ChatTemplate
-from megatron_vlm.data.sample import IGNORE, BadSample, Sample, Turn
+from megatron_vlm.data.sample import IGNORE, BadSample, Sample, Turn, marks_picture
 from megatron_vlm.data.templates import TEMPLATES
 from megatron_vlm.errors import ConfigError, one_line
 
@@ -124,6 +124,7 @@ class ConversationEncoder:
         begins = self.form.begins and tokenizer.bos_token_id is not None
         self.beginning = [tokenizer.bos_token_id] if begins else []
         self.borders = BorderTokenizer(tokenizer)
+        self.borders_of_text: BorderTokenizer | None = None  # to which the marker is a text
         self.chat_template = self._read_chat_template() if template == "auto" else None
         self._check_template()
         self.surroundings = self._find_surroundings()
@@ -153,19 +154,25 @@ class ConversationEncoder:
             return [sample]
         parts = []
         for number, turn in enumerate(sample.turns[:-1], start=1):
-            if turn.role == "assistant":
+            if turn.role == "assistant" and turn.trained:
                 markers = sum(turn.text.count(self.image_token) for turn in sample.turns[:number])
                 parts.append(replace(sample, turns=sample.turns[:number], images=sample.images[:markers]))
-        return [*parts, sample]
+        return [*parts, sample] if sample.turns[-1].trained or not parts else parts
 
     def encode(self, sample: Sample) -> EncodedSample:
-        """A whole conversation, for training: one of `split`.
+        """A whole conversation, for training: one of `split`. Answers that are not `trained` have no labels.
 
         Raises:
             BadSample: the template refuses the turns, does not repeat the answers as they are or begins otherwise than
-                it asks for one, the number of markers is not that of the pictures, or nothing that is trained is left
-                of a truncated one.
+                it asks for one, the number of markers is not that of the pictures, no answer is to be trained, or
+                nothing that is trained is left of a truncated one.
         """
+        if not any(turn.role == "assistant" and turn.trained for turn in sample.turns):
+            raise BadSample(
+                f"{sample.origin}: sample {sample.id!r}: none of its answers is to be trained (weight, "
+                "loss); needs one",
+                "not trained",
+            )
         found = self._label_all(sample)
         return self._truncate(self._expand(found.ids, found.labels, sample), sample)
 
@@ -221,7 +228,7 @@ class ConversationEncoder:
         if not self.form.captions:
             return sample.turns
         roles = [turn.role for turn in sample.turns]
-        markers = self.image_token * sample.turns[0].text.count(self.image_token)
+        markers = self.image_token * sample.turns[0].text.count(self.image_token) if sample.images else ""
         if roles not in (["user", "assistant"], ["user"]) or not markers:
             raise BadSample(
                 f"{sample.origin}: sample {sample.id!r} has turns of {', '.join(roles)}, and in the first of them "
@@ -270,6 +277,9 @@ class ConversationEncoder:
 
     def _tokenize(self, text: str, borders: Sequence[int], sample: Sample) -> tuple[Tokens, list[int]]:
         try:
+            if not sample.images and self.image_token in text and not self._lacks_pictures(sample):
+                self.borders_of_text = self.borders_of_text or BorderTokenizer(self.tokenizer, self.image_token)
+                return self.borders_of_text.tokenize(text, borders)
             return self.borders.tokenize(text, borders)
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -279,6 +289,9 @@ class ConversationEncoder:
                 f"{one_line(error)}",
                 "tokenizer",
             ) from error
+
+    def _lacks_pictures(self, sample: Sample) -> bool:
+        return any(marks_picture(turn, self.image_token) for turn in sample.turns)
 
     def _check_template(self) -> None:
         """Raises ConfigError where it takes no arguments, or cannot be rendered."""
@@ -381,7 +394,10 @@ class ConversationEncoder:
                 raise self._mismarked(sample, [text[slice(*stray[0])]], text[spans[0].start : spans[0].turn_end])
         labels = [IGNORE] * len(tokens.ids)
         ends = set()
-        for span, first in zip(spans, counts[-len(spans) :], strict=True):
+        answers = [turn for turn in sample.turns if turn.role == "assistant"][-len(spans) :]
+        for span, first, answer in zip(spans, counts[-len(spans) :], answers, strict=True):
+            if not answer.trained:
+                continue
             stop, closed = first, False
             while stop < len(labels) and tokens.offsets[stop][0] < span.turn_end and not closed:
                 closed = tokens.ids[stop] in self.special_ids and span.is_closed_by(tokens.offsets[stop], text)

@@ -11,7 +11,8 @@ A record is one sample, or several where each answer is one (`data.render_turns:
 
     samples.npy     RECORD per sample            ids.bin         their ids, one after the other
     frames.npy      int32, the frames taken of each video, sample after sample
-    contents.json   fingerprint, counts          dropped.jsonl   what was left out: id, place, reason, message, images
+    contents.json   fingerprint, counts, remarks (`Sample.remarks`) with the number of their records
+    dropped.jsonl   what was left out: id, place, reason, message, images
 
 Hazard: pictures come and go without a trace in the fingerprint. What was left out for want of one that is there by now
 is refused, not indexed anew: ranks that open the index meanwhile would train on other samples than the rest.
@@ -30,7 +31,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,7 +39,7 @@ from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.conversation import ConversationEncoder, EncodedSample
 from megatron_vlm.data.media import MediaReader, check_file
 from megatron_vlm.data.sample import BadSample, Sample, told_of
-from megatron_vlm.data.sources import Extent, RecordFile
+from megatron_vlm.data.sources import Extent, RecordFile, tell_remarks
 from megatron_vlm.data.video.files import count_frames
 from megatron_vlm.data.video.sampling import place, with_frames
 from megatron_vlm.data.workers import OrderedItems
@@ -47,8 +48,9 @@ from megatron_vlm.runtime.files import check_regular, open_regular, parse_json, 
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.progress import Progress
 
-FORMAT = 7  # of the index's files and of what is in them
+FORMAT = 8  # of the index's files and of what is in them
 SAMPLES_PER_CHUNK = 512
+MOST_REMARKS = 1000  # kept of a file: keys of records may be names, of which there is no end
 SAMPLES_PER_PROCESS = 20_000  # below which another process costs more to start than it saves
 HEAD_START_SECONDS = 1.0  # of rank 0, which owns the console, before another rank may build
 RECORD = np.dtype(
@@ -63,7 +65,8 @@ class SampleIndex:
     """A published index, mapped from disk; pickled as its folder.
 
     `tokens` [n] int32: length of each sample, pictures included; `images` [n] int32: its pictures. `dropped`: how many
-    samples were left out, by reason; `num_truncated`: how many are cut to the most tokens allowed.
+    samples were left out, by reason; `num_truncated`: how many are cut to the most tokens allowed; `remarks`: what is
+    to be told of the `num_records` records (`Sample.remarks`), each with the number of those it is true of.
     `fingerprint_of_contents`: numbers of samples, tokens and images, hex digests of ids, lengths and contents; the same
     wherever the file lies and whenever it was written.
     """
@@ -85,6 +88,8 @@ class SampleIndex:
         contents = read_json(folder / "contents.json")
         self.dropped: dict[str, int] = contents["dropped"]
         self.num_truncated: int = contents["truncated"]
+        self.num_records: int = contents["records"]
+        self.remarks: dict[str, int] = contents["remarks"]
         self.fingerprint_of_contents: dict[str, int | str] = contents["fingerprint"]
 
     def __reduce__(self) -> tuple[type["SampleIndex"], tuple[Path]]:
@@ -132,6 +137,7 @@ class Measured(NamedTuple):
     id: str
     is_truncated: bool
     frames: tuple[int, ...]  # of each video
+    remarks: tuple[str, ...]  # of its record
 
 
 class Dropped(NamedTuple):
@@ -177,7 +183,16 @@ class Measurer:
                 parts = self.encoder.split(with_frames(sample, frames, self.encoder.image_token))
                 encoded = [self._encode(part, frames) for part in parts]
             return [
-                Measured(len(one.ids), len(one.image_starts), part, digest, sample_id, one.num_cut > 0, frames)
+                Measured(
+                    len(one.ids),
+                    len(one.image_starts),
+                    part,
+                    digest,
+                    sample_id,
+                    one.num_cut > 0,
+                    frames,
+                    sample.remarks,
+                )
                 for part, one in enumerate(encoded)
             ]
         except BadSample as error:
@@ -260,6 +275,8 @@ def open_index(
             "%d of %d samples of %s are left out (%s); they are listed in %s",
             num_dropped, num_dropped + len(index), file.path, counts, folder / "dropped.jsonl",
         )  # fmt: skip
+    if rank == 0:
+        tell_remarks(file.path, index.remarks, index.num_records)
     if index.num_truncated and rank == 0:
         get_logger(__name__).warning(
             "%d of %d samples of %s are truncated to %s tokens",
@@ -385,6 +402,7 @@ def _build(measurer: Measurer, folder: Path) -> None:
     ids: list[bytes] = []
     dropped: list[Dropped] = []
     frames: list[int] = []
+    remarks: Counter[str] = Counter()
     id_end = num_truncated = num_read = with_pictures = 0
     with Progress(f"indexing {file.path.name}", total=len(extents)) as progress:
         for chunk in OrderedItems(measurer, range(num_chunks), num_processes if num_processes > 1 else 0):
@@ -396,6 +414,7 @@ def _build(measurer: Measurer, folder: Path) -> None:
                     dropped.append(found)
                     continue
                 with_pictures += any(one.images for one in found)
+                remarks.update(one for one in found[0].remarks if one in remarks or len(remarks) < MOST_REMARKS)
                 for one in found:
                     ids.append(one.id.encode())
                     id_end += len(ids[-1])
@@ -411,15 +430,16 @@ def _build(measurer: Measurer, folder: Path) -> None:
             f"data file {file.path}: all of its samples are bad ({counts}), so data.on_bad_sample: skip leaves none; "
             f"the first: {dropped[0].message}"
         )
-    _publish(np.concatenate(records), b"".join(ids), np.array(frames, np.int32), dropped, num_truncated, folder)
+    facts = {"truncated": num_truncated, "records": num_read - len(dropped), "remarks": remarks}
+    _publish(np.concatenate(records), b"".join(ids), np.array(frames, np.int32), dropped, facts, folder)
 
 
 def _publish(
-    records: np.ndarray, ids: bytes, frames: np.ndarray, dropped: Sequence[Dropped], num_truncated: int, folder: Path
+    records: np.ndarray, ids: bytes, frames: np.ndarray, dropped: Sequence[Dropped], facts: dict[str, Any], folder: Path
 ) -> None:
-    """Writes beside and renames; where another process was first, its index stands."""
+    """Writes beside and renames; where another process was first, its index stands. `facts`: more of contents.json."""
     counts = dict(sorted(Counter(sample.reason for sample in dropped).items()))
-    contents = {"fingerprint": _fingerprint_of_contents(records, ids), "dropped": counts, "truncated": num_truncated}
+    contents = {"fingerprint": _fingerprint_of_contents(records, ids), "dropped": counts, **facts}
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         for name, array in (("samples.npy", records), ("frames.npy", frames)):

@@ -15,10 +15,19 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says; a user's text holds one marker per picture or video, where it belongs."""
+    """What one side says; a user's text holds one marker per picture or video, where it belongs, of a sample that has
+    any. `trained`: of an answer, whether the model learns to say it; else it is only told."""
 
     role: Role
     text: str
+    trained: bool = True
+
+
+def marks_picture(turn: Turn, marker: str) -> bool:
+    """Whether a turn holds the marker where loaders put pictures: at its beginning, or as its last line. If its sample
+    has no pictures, they are lost; elsewhere, and in answers, such a sample speaks of the marker as of any word."""
+    text = turn.text.strip()
+    return turn.role != "assistant" and (text.startswith(marker) or text.endswith(f"\n{marker}"))
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Sample:
         form: question form, by which evaluation reports; empty where the file names none.
         videos: paths as written in the file, in the order of their markers, as long as their frames are not counted;
             `video.sampling.with_frames` then puts these among the images.
+        remarks: what a user is told of it once for all samples like it, as "key 'x' is not known and passed over".
     """
 
     id: str
@@ -65,6 +75,7 @@ class Sample:
     origin: str
     form: str = ""
     videos: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 class BadSample(DataError):

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.media import MediaReader
 from megatron_vlm.data.sample import BadSample, Sample
+from megatron_vlm.data.sources import tell_remarks
 from megatron_vlm.data.sources.llava_json import LlavaFile
 from megatron_vlm.data.video.files import count_frames
 from megatron_vlm.data.video.sampling import with_frames
@@ -71,7 +72,11 @@ class Asked:
 
 
 def read_questions(
-    data: Sequence[Path], media_root: Path | None, image_token: str, sampling: VideoConfig | None = None
+    data: Sequence[Path],
+    media_root: Path | None,
+    image_token: str,
+    sampling: VideoConfig | None = None,
+    is_first: bool = True,
 ) -> list[Asked]:
     """Every conversation of LLaVA JSON or JSONL files, in order.
 
@@ -79,6 +84,7 @@ def read_questions(
         media_root: folder of their images; default: each file's own.
         image_token: the marker of an image in a text.
         sampling: which frames of a video are shown; default: VideoConfig's.
+        is_first: of the ranks that read them: it tells what is passed over in records.
 
     Raises:
         DataError: a file, a conversation or a video's header cannot be read.
@@ -86,7 +92,10 @@ def read_questions(
     asked = []
     for path in data:
         folder = media_root or path.parent
-        for sample in LlavaFile(path, image_token).read_all():
+        samples = LlavaFile(path, image_token).read_all()
+        if is_first:
+            tell_remarks(path, Counter(remark for sample in samples for remark in sample.remarks), len(samples))
+        for sample in samples:
             counts = count_frames(sample, folder, sampling or VideoConfig())
             asked.append(Asked(with_frames(sample, counts, image_token), folder))
     return asked

@@ -137,8 +137,8 @@ def read_prompt(prompt: Prompt, image_token: str, number: int) -> tuple[Sample, 
         number: of this prompt among those given, for error messages.
 
     Raises:
-        DataError: no text, two without an image between, something that is neither text nor image, or an image file
-            that does not exist.
+        DataError: no text, two without an image between, something that is neither text nor image, an image file that
+            does not exist, or image tokens in a user's texts and no image.
     """
     origin = f"prompt {number}"
     dialogue = prompt if isinstance(prompt, Dialogue) else Dialogue((), prompt)
@@ -148,6 +148,9 @@ def read_prompt(prompt: Prompt, image_token: str, number: int) -> tuple[Sample, 
         text, shown = _read_message(message, image_token, origin)
         turns += [Turn("user", text)] if answer is None else [Turn("user", text), Turn("assistant", answer)]
         images += shown
+    markers = sum(turn.text.count(image_token) for turn in turns if turn.role == "user")
+    if markers and not images:  # of a record it would be a text; who asks has forgotten the image
+        raise DataError(f"{origin} has 0 image(s) and {markers} image marker(s) in its text; both must be equal")
     names = tuple(str(image) if isinstance(image, Path) else "(image in memory)" for image in images)
     return Sample(f"{number}", tuple(turns), names, origin), images
 

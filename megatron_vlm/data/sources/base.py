@@ -10,6 +10,7 @@ Hazard: a source is pickled into worker processes, so what it opens it opens whe
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,9 @@ from megatron_vlm.data.sample import Sample
 from megatron_vlm.errors import DataError
 from megatron_vlm.registry import Registry
 from megatron_vlm.runtime.files import open_regular
+from megatron_vlm.runtime.logging import get_logger
+
+MOST_TOLD = 10  # remarks of a file, the most frequent ones
 
 
 class Extent(NamedTuple):
@@ -53,7 +57,8 @@ class RecordFile(ABC):
     @abstractmethod
     def parse(self, raw: bytes, origin: str, default_id: str) -> Sample:
         """A record's bytes -> its sample, with as many image markers in the users' turns as pictures, and as many video
-        markers as videos, whose frames are counted and put in their places afterwards.
+        markers as videos, whose frames are counted and put in their places afterwards. Of one with neither the markers
+        are texts.
 
         Args:
             origin: what to call the record in errors, and the sample's own.
@@ -82,6 +87,16 @@ class RecordFile(ABC):
     def origin(self, extent: Extent) -> str:
         """How error messages name the record."""
         return f"{self.path} {self.unit} {extent.number}"
+
+
+def tell_remarks(path: Path, remarks: Mapping[str, int], num_records: int) -> None:
+    """Warns once of a whole file's. `remarks`: each with the number of records that it is true of."""
+    if not remarks:
+        return
+    ordered = sorted(remarks.items(), key=lambda item: (-item[1], item[0]))
+    told = [f"{remark} ({count})" for remark, count in ordered[:MOST_TOLD]]
+    more = [f"and {len(ordered) - MOST_TOLD} more"] if len(ordered) > MOST_TOLD else []
+    get_logger(__name__).warning("of the %d records of %s: %s", num_records, path, "; ".join([*told, *more]))
 
 
 SOURCES: Registry[type[RecordFile]] = Registry("data source")

@@ -4,6 +4,8 @@
      "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
 
 A video is named in "video" (a file, or a folder with a picture file per frame) and stands where its <video> stands.
+In a record without either, the image marker is a text as any other, but where a picture would stand
+(`sample.marks_picture`). What other keys do, `record_keys.py` says.
 
 A file is scanned once for the place of every object; after that one object's bytes are read and parsed at a time, so a
 list of gigabytes costs its memory once, at indexing, and never in a worker. The scan decodes as Latin-1, in which a
@@ -14,12 +16,14 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, Role, Sample, Turn
+from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, Role, Sample, Turn, marks_picture
 from megatron_vlm.data.sources.base import SOURCES, Extent, RecordFile
+from megatron_vlm.data.sources.record_keys import check_record, check_turn, few, given, is_trained, system_text
 from megatron_vlm.errors import DataError, one_line
 from megatron_vlm.runtime.files import open_regular, parse_json
 
@@ -30,7 +34,6 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
-UNREAD_MEDIA_KEYS = ("images", "video_path", "video_id", "frames")
 USUAL_MARKER = "<image>"
 HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
 BLANK = re.compile(r"[ \t\r\n]*")
@@ -144,11 +147,26 @@ def _scan_lines(text: str, position: int) -> Iterator[Extent]:
 
 
 def parse_record(raw: bytes, origin: str, default_id: str, image_token: str) -> Sample:
-    """One object's bytes -> a sample whose markers and pictures agree in number.
+    """One object's bytes -> a sample whose markers and pictures agree in number, where it has pictures.
 
     Where pictures are given and no text has a marker, the markers go in front of the first user turn, one line each, as
     LLaVA does. Raises BadSample naming `origin` and what is wrong.
     """
+    record = _read_object(raw, origin)
+    keys = given(record)
+    remarks = list(check_record(keys, origin))
+    images, videos = _paths(keys.get("image"), "image", origin), _paths(keys.get("video"), "video", origin)
+    turns = _turns(record, origin, image_token, remarks)
+    if images or videos or any(marks_picture(turn, image_token) for turn in turns):
+        turns = _mark(turns, len(images), len(videos), image_token, origin)
+    elif any(turn.role != "assistant" and image_token in turn.text for turn in turns):
+        remarks.append(f"{image_token} in what is asked is a text, as the record has no pictures")
+    id_ = record.get("id")
+    name = default_id if id_ is None else str(id_)
+    return Sample(name, tuple(turns), images, origin, str(keys.get("form", "")), videos, few(remarks))
+
+
+def _read_object(raw: bytes, origin: str) -> dict[str, Any]:
     try:
         record = parse_json(raw)
         if HALF_CHARACTER.search(raw):
@@ -159,27 +177,7 @@ def parse_record(raw: bytes, origin: str, default_id: str, image_token: str) -> 
         raise BadSample(message) from error
     if not isinstance(record, dict):
         raise BadSample(f"{origin} is {type(record).__name__}; an object is needed")
-    for key in UNREAD_MEDIA_KEYS:
-        if record.get(key):
-            raise BadSample(
-                f"{origin} has field {key!r}, which is not read; pictures are named in 'image', videos in 'video'"
-            )
-    images, videos = _paths(record.get("image"), "image", origin), _paths(record.get("video") or None, "video", origin)
-    turns = _turns(record, origin, image_token)
-    if videos:
-        turns = _mark_videos(turns, len(videos), len(images), image_token, origin)
-    found = sum(turn.text.count(image_token) for turn in turns)
-    if images and not found:
-        if any(USUAL_MARKER in turn.text for turn in turns):
-            message = f"{origin} marks its image(s) by {USUAL_MARKER}; data.image_token is {image_token!r}"
-            raise BadSample(message, "marker count")
-        turns = _prepend_markers(turns, len(images), image_token)
-    elif found != len(images):
-        message = f"{origin} has {len(images)} image(s) and {found} {image_token} in its text; equal is needed"
-        raise BadSample(message, "marker count")
-    id_ = record.get("id")
-    name = default_id if id_ is None else str(id_)
-    return Sample(name, tuple(turns), images, origin, str(record.get("form", "")), videos)
+    return record
 
 
 def _paths(value: Any, key: str, origin: str) -> tuple[str, ...]:
@@ -191,14 +189,19 @@ def _paths(value: Any, key: str, origin: str) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def _turns(record: dict[str, Any], origin: str, image_token: str) -> list[Turn]:
+def _turns(record: dict[str, Any], origin: str, image_token: str, remarks: list[str]) -> list[Turn]:
+    """Its turns, with the system prompt that a key names; what is to be told of their keys is added to `remarks`."""
     if "conversations" not in record:
         raise BadSample(f"{origin} has no field 'conversations'; found: {', '.join(record) or 'none'}")
     entries = record["conversations"]
     if not isinstance(entries, list) or not entries:
         raise BadSample(f"{origin} field 'conversations' must be a list with at least one question and answer")
-    turns = [_turn(entry, f"{origin} turn {number}") for number, entry in enumerate(entries)]
+    turns = [_turn(entry, f"{origin} turn {number}", remarks) for number, entry in enumerate(entries)]
     first = 1 if turns[0].role == "system" else 0
+    beside = system_text(given(record), origin)
+    if first and beside not in (None, turns[0].text):
+        raise BadSample(f"{origin} has two different system prompts, in a key and in its first turn; needs one")
+    system = [Turn("system", beside)] if beside is not None else turns[:first]
     begin = first
     if len(turns) > first + 1 and turns[first].role == "assistant" and image_token not in turns[first].text:
         begin += 1  # an answer to nothing: LLaVA's own loader leaves it out too, and its 665k mix has some
@@ -211,24 +214,42 @@ def _turns(record: dict[str, Any], origin: str, image_token: str) -> list[Turn]:
             )
     if turns[-1].role != "assistant":
         raise BadSample(f"{origin} ends with the {turns[-1].role}; the last turn must be the assistant's")
-    return [*turns[:first], *turns[begin:]]
+    return [*system, *turns[begin:]]
 
 
-def _turn(entry: Any, origin: str) -> Turn:
+def _turn(entry: Any, origin: str, remarks: list[str]) -> Turn:
     if not isinstance(entry, dict):
         raise BadSample(f"{origin} is {type(entry).__name__}; an object with 'from' and 'value' is needed")
+    remarks += check_turn(given(entry), origin)
     for key in ("from", "value"):
         if not isinstance(entry.get(key), str):
             raise BadSample(f"{origin} field {key!r} is {json.dumps(entry.get(key))[:80]}; a string is needed")
     if entry["from"] not in ROLES:
         raise BadSample(f"{origin} is from {entry['from']!r}; known roles: {', '.join(ROLES)}")
-    return Turn(ROLES[entry["from"]], entry["value"])
+    role = ROLES[entry["from"]]
+    return Turn(role, entry["value"], is_trained(given(entry), role, origin) or role != "assistant")
+
+
+def _mark(turns: list[Turn], num_images: int, num_videos: int, image_token: str, origin: str) -> list[Turn]:
+    """Each picture and video marked in the texts. Raises BadSample where more or fewer are marked than there are."""
+    if num_videos:
+        turns = _mark_videos(turns, num_videos, num_images, image_token, origin)
+    found = sum(turn.text.count(image_token) for turn in turns)
+    if num_images and not found:
+        if any(USUAL_MARKER in turn.text for turn in turns):
+            message = f"{origin} marks its image(s) by {USUAL_MARKER}; data.image_token is {image_token!r}"
+            raise BadSample(message, "marker count")
+        turns = _prepend_markers(turns, num_images, image_token)
+    elif found != num_images:
+        message = f"{origin} has {num_images} image(s) and {found} {image_token} in its text; equal is needed"
+        raise BadSample(message, "marker count")
+    return turns
 
 
 def _prepend_markers(turns: list[Turn], count: int, image_token: str) -> list[Turn]:
     first = next(number for number, turn in enumerate(turns) if turn.role == "user")
     text = f"{image_token}\n" * count + turns[first].text
-    return [*turns[:first], Turn("user", text), *turns[first + 1 :]]
+    return [*turns[:first], replace(turns[first], text=text), *turns[first + 1 :]]
 
 
 def _mark_videos(turns: list[Turn], num_videos: int, num_images: int, image_token: str, origin: str) -> list[Turn]:
@@ -238,7 +259,7 @@ def _mark_videos(turns: list[Turn], num_videos: int, num_images: int, image_toke
     if found == num_videos:
         return turns
     if not found and not num_images and found_images == num_videos:
-        return [Turn(turn.role, turn.text.replace(image_token, VIDEO_TOKEN)) for turn in turns]
+        return [replace(turn, text=turn.text.replace(image_token, VIDEO_TOKEN)) for turn in turns]
     if found or found_images not in (0, num_images):
         message = f"{origin} has {num_videos} video(s) and {found} {VIDEO_TOKEN} in its text; equal is needed, or none"
         raise BadSample(message, "marker count")

@@ -262,5 +262,7 @@ def _by_turns(kinds: Sequence[Sequence[tuple[int, Extent]]]) -> Iterator[tuple[i
 
 def _record(sample: Sample) -> Tree:
     """A conversation of any source as a LLaVA file has it."""
-    turns = [{"from": turn.role, "value": turn.text} for turn in sample.turns]
+    turns = [
+        {"from": turn.role, "value": turn.text, **({} if turn.trained else {"loss": False})} for turn in sample.turns
+    ]
     return {"id": sample.id, "image": list(sample.images), "video": list(sample.videos), "conversations": turns}
