@@ -75,7 +75,7 @@ class BorderTokenizer:
         self.walls = {
             id_: token.content
             for id_, token in tokenizer.added_tokens_decoder.items()
-            if not token.normalized and not token.single_word and token.content != unknown
+            if not token.normalized and not token.single_word
         }
         self._continuing: Backend | None = None
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_vlm.data.borders import BorderTokenizer
@@ -130,6 +131,16 @@ def test_a_tag_of_which_a_text_speaks_is_cut_as_any_text(tmp_path: Path, form: s
             assert encoded.ids[: last.start] == prompt.ids, "trained is what follows the prompt"
             assert all(label in (IGNORE, id_) for id_, label in zip(encoded.ids, encoded.labels, strict=True))
             assert encoded.labels.count(IGNORE) < len(encoded.ids) - len(borders.tokenize(text.strip())[0].ids)
+
+
+def test_special_tokens_behind_the_marker_keep_their_ids(tmp_path: Path) -> None:
+    tokenizer = tokenizers.byte_level(tmp_path, tokenizers.CHATML)
+    tokenizer.add_tokens([AddedToken(f"<late{number}>", special=True) for number in range(3)])
+    encoder = ConversationEncoder(tokenizer, "auto", "<image>", 3)
+    encoded = encoder.encode(conversation("an <image>", "x<late2> <late0>"))
+    assert encoder.marker_id + 1 == tokenizer.convert_tokens_to_ids("<late0>")
+    late = [id_ - encoder.marker_id for id_ in encoded.labels if id_ >= encoder.marker_id]
+    assert late == [3, 1]
 
 
 @pytest.mark.parametrize("form", ["gpt2", "unigram"])
