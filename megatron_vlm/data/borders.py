@@ -68,9 +68,8 @@ class BorderTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, unknown: str | None = None) -> None:
         tokenizer("", add_special_tokens=False)  # unsets what its file says of truncation and padding
-        self.backend = tokenizer.backend_tokenizer
-        if unknown is not None:
-            self.backend = without_token(self.backend, unknown)
+        self.tokenizer = tokenizer
+        self._unknowing = None if unknown is None else without_token(tokenizer.backend_tokenizer, unknown)
         # Cut out of the text as it stands, before anything is normalised: nothing joins them.
         self.walls = {
             id_: token.content
@@ -108,7 +107,7 @@ class BorderTokenizer:
 
     def _part(self, text: str, start: int, stop: int, continues: bool) -> Tokens:
         """Tokens of text[start:stop]; one that continues does so up to its first special token."""
-        backend = self.backend
+        backend = self._unknowing or self.tokenizer.backend_tokenizer
         if continues:
             self._continuing = backend = self._continuing or without_prefix(backend)
         encoding = backend.encode(text[start:stop], add_special_tokens=False)
