@@ -24,7 +24,7 @@ from megatron_vlm.checkpoint.integrity import refuse_damage, refuse_unlisted, sy
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.model_sources import read_sources, write_sources
 from megatron_vlm.checkpoint.recipe import PARTS, former_preprocessor, saved_config
-from megatron_vlm.config.schema import VisionConfig
+from megatron_vlm.config.schema import VideoConfig, VisionConfig
 from megatron_vlm.conversion.asking import Asking, let_transformers_4_read, write_record, write_stops
 from megatron_vlm.conversion.destination import refuse_taken
 from megatron_vlm.conversion.export_plan import (
@@ -287,6 +287,8 @@ def _write_returned(
             asking.write_prompts(folder)
             write_record(folder, trained.target.config.data)
             asking.check(folder)
+        elif trained.target.config.data.video != VideoConfig():  # nothing else in the directory says it
+            write_record(folder, trained.target.config.data)
     trained.write_card(folder, origin.format)
 
 

@@ -1,5 +1,6 @@
 """What a tower's preprocessor config makes of a picture is what its run, its checkpoints and its exports make of it."""
 
+import hashlib
 import json
 import logging
 from dataclasses import replace
@@ -13,9 +14,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_vlm.checkpoint.manifest import Manifest
+from megatron_vlm.checkpoint.manifest import FileRecord, Manifest
+from megatron_vlm.checkpoint.recipe import saved_config
 from megatron_vlm.config.loading import hash_of_tree
+from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.conversion.exporting import plan_export
+from megatron_vlm.conversion.formats import config_of, open_foreign
+from megatron_vlm.conversion.formats.base import AskedAs
+from megatron_vlm.conversion.importing import import_model
 from megatron_vlm.errors import ConfigError
 from tests.helpers.foreign_models import TINY_SIGLIP
 from tests.helpers.ranks import RankPool
@@ -55,7 +61,9 @@ def run(recipe: dict[str, Any], saves: bool = True) -> tuple[str | None, Tensor,
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("megatron_vlm").addHandler(handler)
     try:
-        job = build_job(Config.model_validate(recipe), torch.distributed.get_world_size(), resumes=True)
+        job = build_job(
+            Config.model_validate(recipe), torch.distributed.get_world_size(), resumes=True, opens_data=True
+        )
     finally:
         logging.getLogger("megatron_vlm").removeHandler(handler)
     pixels = MediaReader(job.model.media_spec, job.config.data.image_mode).prepare(PICTURE)
@@ -82,9 +90,12 @@ def refused(recipe: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-def of_before(checkpoint: Path) -> None:
-    """As a version saved it that did not know `model.vision.preprocessor`."""
-    manifest = Manifest.read(checkpoint)
+def of_before(checkpoint: Path, **settings: Any) -> None:
+    """As a version saved it that did not know `model.vision.preprocessor`, of a tower with these settings."""
+    file, manifest = checkpoint / "vision" / "preprocessor_config.json", Manifest.read(checkpoint)
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest.files["vision/preprocessor_config.json"] = FileRecord(file.stat().st_size, digest)
     del manifest.config["model"]["vision"]["preprocessor"]
     replace(manifest, config_hash=hash_of_tree(manifest.config)).write(checkpoint)
 
@@ -144,3 +155,27 @@ def test_a_mode_that_cannot_follow_is_told_before_the_model_is_built(ranks: Rank
     recipe_of_processor = recipe(tmp_path / "b", "processor", image_processor_type="NoSuchProcessor")
     (tmp_path / "b" / "tower" / "model.safetensors").unlink()
     assert "NoSuchProcessor has no form for Pillow" in ranks.run(1, refused, recipe_of_processor)[0]
+
+
+def test_a_run_from_before_goes_on_where_a_new_one_is_refused(ranks: RankPool, tmp_path: Path) -> None:
+    """A crop was passed over; it is refused by now, but not in the middle of a training."""
+    crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}, "do_center_crop": True}
+    crop |= {"image_processor_type": "CLIPImageProcessor"}
+    checkpoint, pixels, _ = ranks.run(1, run, recipe(tmp_path, "pad"))[0]
+    of_before(Path(str(checkpoint)), **crop)
+    begun = recipe(tmp_path, "pad", **crop)
+    _, same, told = ranks.run(1, run, begun, False)[0]
+    assert torch.equal(same, pixels) and any("resized by bicubic" in line for line in told)
+    begun["checkpoint"]["directory"] = str(tmp_path / "new")
+    assert "crop_size" in ranks.run(1, refused, begun)[0]
+
+
+def test_frames_of_a_video_are_those_that_an_export_takes(ranks: RankPool, tmp_path: Path) -> None:
+    begun = recipe(tmp_path, "pad")
+    begun["data"]["video"] = {"num_frames": 3, "fps": 0.5}
+    checkpoint, _, _ = ranks.run(1, run, begun)[0]
+    plan_export(str(checkpoint)).write(tmp_path / "out")
+    foreign = open_foreign(tmp_path / "out")
+    assert foreign.video == config_of(foreign).data.video == VideoConfig(num_frames=3, fps=0.5)
+    again = import_model(foreign, tmp_path / "again")
+    assert AskedAs.of(saved_config(again, Manifest.read(again)).data).video.num_frames == 3

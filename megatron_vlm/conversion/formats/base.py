@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PretrainedConfig
 
 from megatron_vlm.checkpoint.manifest import FILE_NAME as MANIFEST
-from megatron_vlm.config.schema import Config
+from megatron_vlm.config.schema import Config, VideoConfig
 from megatron_vlm.conversion.mappings import EMBEDDING, HEAD
 from megatron_vlm.conversion.sources import FolderSource, WeightSource, resolve_folder
 from megatron_vlm.data.jinja import content_form, render_question
@@ -43,7 +43,7 @@ class ForeignModel:
         source: every tensor by canonical name, one at a time.
         tokenizer: a directory AutoTokenizer loads.
         image_token: of the prompts.
-        template, image_mode, template_arguments: of `data`, that fit.
+        template, image_mode, template_arguments, video: of `data`, that fit.
         own: the source of the folder's own weight files; None where they do not make a model of the format.
         commits: of the hub ids that it came from, as they were named.
         drops_first_token: the model drops one token of the tower's, whatever it is; `select_feature` is "patch" then,
@@ -64,6 +64,7 @@ class ForeignModel:
     template: str
     image_mode: str
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    video: VideoConfig = VideoConfig()
     own: FolderSource | None = None
     drops_first_token: bool = False
     commits: Mapping[str, str] = field(default_factory=dict)
@@ -246,6 +247,7 @@ class AskedAs(BaseModel):
     template: str
     template_arguments: dict[str, Any] = {}
     image_mode: Literal["pad", "resize", "processor"]
+    video: VideoConfig = VideoConfig()
     image_token: Annotated[str, Field(min_length=1)]
 
     @classmethod

@@ -124,6 +124,7 @@ def open_folder(folder: Path, places: Places) -> ForeignModel:
         template=asked.template,
         template_arguments=asked.template_arguments,
         image_mode=asked.image_mode,
+        video=asked.video,
         own=None if alone else own,
         commits=hub.commits(named),
     )

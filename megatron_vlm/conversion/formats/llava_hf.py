@@ -72,6 +72,7 @@ def open_folder(folder: Path, _: Places) -> ForeignModel:
         template=asked.template,
         template_arguments=asked.template_arguments,
         image_mode=asked.image_mode,
+        video=asked.video,
         own=source,
     )
 

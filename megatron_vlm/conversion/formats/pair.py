@@ -71,6 +71,7 @@ def open_pair(
         template=asked.template,
         template_arguments=asked.template_arguments,
         image_mode=asked.image_mode,
+        video=asked.video,
         commits=hub.commits({language: folder, tower: tower_folder}),
     )
 

@@ -50,6 +50,7 @@ def config_of(foreign: ForeignModel, **sections: Any) -> Config:
             "template": foreign.template,
             "template_arguments": dict(foreign.template_arguments),
             "image_mode": foreign.image_mode,
+            "video": foreign.video.model_dump(),
             "image_token": foreign.image_token,
         },
         "training": {"steps": 1},
