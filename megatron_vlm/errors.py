@@ -77,12 +77,14 @@ class NotFiniteError(TrainingError):
     """A run's numbers are not finite; raised by all ranks together."""
 
 
-def together(errors: Sequence[MegatronVlmError]) -> MegatronVlmError:
-    """One error for all, of which there is at least one: itself where it is the only one."""
+def together(
+    errors: Sequence[MegatronVlmError], kind: type[RecipeError] | type[SeveralFaults] = SeveralFaults
+) -> MegatronVlmError:
+    """One error for all, of which there is at least one: itself where it is the only one, else one of this kind."""
     if len(errors) == 1:
         return errors[0]
     faults = [fault for error in errors for fault in getattr(error, "faults", (one_line(error),))]
-    return SeveralFaults(tuple(dict.fromkeys(faults)))
+    return kind(tuple(dict.fromkeys(faults)))
 
 
 def is_fault(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from megatron_vlm.config.megatron import QKV_BIAS_ALWAYS
 from megatron_vlm.config.packages import installed_packages
 from megatron_vlm.config.schema import Config, ModelConfig, VisionConfig
 from megatron_vlm.config.validation import ModelFacts, names_its_model
-from megatron_vlm.errors import ConfigError, together
+from megatron_vlm.errors import ConfigError, RecipeError, together
 from megatron_vlm.models.architectures import LANGUAGE_MODELS, context_tokens, like_tensors_of, load_language_config
 from megatron_vlm.models.families import FAMILIES
 from megatron_vlm.models.projectors import PROJECTORS, build_projector
@@ -76,7 +76,7 @@ def _read_both(model: ModelConfig) -> tuple[PretrainedConfig, TowerSurvey]:
     except ConfigError as error:
         errors.append(error)
     if errors:
-        raise together(errors)
+        raise together(errors, RecipeError)
     return language, survey
 
 

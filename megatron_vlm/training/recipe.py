@@ -10,7 +10,7 @@ from megatron_vlm.config.idle import idle_settings
 from megatron_vlm.config.schema import Config
 from megatron_vlm.config.validation import ModelFacts, names_its_model, validate
 from megatron_vlm.data.conversation import TEMPLATES
-from megatron_vlm.errors import ConfigError, together
+from megatron_vlm.errors import ConfigError, RecipeError, together
 from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.facts import gather_facts
 from megatron_vlm.runtime.logging import get_logger
@@ -44,7 +44,7 @@ def settle(
     except ConfigError as error:
         errors.append(error)
     if errors:
-        raise together(errors)
+        raise together(errors, RecipeError)
     assert facts is not None, "validate refuses a recipe that does not name its model"
     if config.parallel.context is not None:
         parallel, reason = split_context(config.parallel, facts.num_attention_heads, ranks_per_node)

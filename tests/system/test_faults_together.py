@@ -66,11 +66,11 @@ CASES = {
             r"FOLDER/train\.json element 2: sample 'sample-2': image FOLDER/images/2-1\.png does not exist .*",
         ],
     ),
-    "no models": (
+    "no models": (  # all of it the recipe's, which is one line
         nothing_to_read,
         [
-            r"model\.language\.path: found 'FOLDER/no/llm', which is not there, .*",
-            r"model\.vision\.path: found 'FOLDER/no/tower', which is not there, .*",
+            r"model\.language\.path: found 'FOLDER/no/llm', which is not there, .*; "
+            r"model\.vision\.path: found 'FOLDER/no/tower', which is not there, .*; "
             r"checkpoint\.load_states: found model with checkpoint\.load null, .*",
         ],
     ),
