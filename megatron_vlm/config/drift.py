@@ -16,6 +16,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.registry import did_you_mean
 
 DATA = "data"
+UNTRAINED = "untrained answers (weight 0, loss false)"  # in a fingerprint of samples that have some
 
 MAY_DIFFER: dict[str, bool] = {
     "extensions": True,  # what they bring is named by the keys below
@@ -93,7 +94,7 @@ def refuse_data_drift(
     """Compares the fingerprint of the training samples with a checkpoint's; None is not compared.
 
     Args:
-        saved, found: what is compared -> a number, or the digest of what has no number.
+        saved, found: what is compared -> a number, 0 where it is missing, or the digest of what has no number.
         checkpoint: what to call it in the error.
 
     Raises:
@@ -102,9 +103,11 @@ def refuse_data_drift(
     if saved is None or found is None or saved == found or DATA in config.checkpoint.accept_changes:
         return
     differences = (
-        f"{value} {name}, it was trained on {saved[name]}" if isinstance(value, int) else f"the {name} differ"
-        for name, value in found.items()
-        if value != saved[name]
+        f"{found.get(name, 0)} {name}, it was trained {'with' if name == UNTRAINED else 'on'} {saved.get(name, 0)}"
+        if isinstance(value, int)
+        else f"the {name} differ"
+        for name, value in {**saved, **found}.items()
+        if saved.get(name, 0) != found.get(name, 0)
     )
     raise ConfigError(
         f"data.path: found {config.data.path}, whose samples are not those of {checkpoint}: {'; '.join(differences)}; "

@@ -64,10 +64,12 @@ class EncodedSample:
 
 @dataclass(frozen=True)
 class _Labelled:
-    """Tokens and labels of a conversation, image markers as they are; the special tokens that ended its answers."""
+    """Tokens and labels of a conversation, image markers as they are; where the labels of each answer asked for stand,
+    its last ones; the special tokens that ended them."""
 
     ids: list[int]
     labels: list[int]
+    answers: list[range]
     ends: frozenset[int]
 
 
@@ -174,11 +176,15 @@ class ConversationEncoder:
                 "not trained",
             )
         found = self._label_all(sample)
+        turns = [turn for turn in sample.turns if turn.role == "assistant"][-len(found.answers) :]
+        for turn, place in zip(turns, found.answers, strict=True):
+            if not turn.trained:
+                found.labels[place.start : place.stop] = [IGNORE] * len(place)
         return self._truncate(self._expand(found.ids, found.labels, sample), sample)
 
     def encode_answer(self, sample: Sample) -> EncodedSample:
         """A conversation whose last turn is the assistant's, for scoring: `encode_prompt`'s ids and then those of this
-        turn, which alone are labelled. Raises BadSample as `encode`."""
+        turn, which alone are labelled, be it `trained` or not. Raises BadSample as `encode`."""
         found = self._label_last(sample)
         return self._expand(found.ids, found.labels, sample)
 
@@ -393,11 +399,8 @@ class ConversationEncoder:
             if stray:
                 raise self._mismarked(sample, [text[slice(*stray[0])]], text[spans[0].start : spans[0].turn_end])
         labels = [IGNORE] * len(tokens.ids)
-        ends = set()
-        answers = [turn for turn in sample.turns if turn.role == "assistant"][-len(spans) :]
-        for span, first, answer in zip(spans, counts[-len(spans) :], answers, strict=True):
-            if not answer.trained:
-                continue
+        ends, answers = set(), []
+        for span, first in zip(spans, counts[-len(spans) :], strict=True):
             stop, closed = first, False
             while stop < len(labels) and tokens.offsets[stop][0] < span.turn_end and not closed:
                 closed = tokens.ids[stop] in self.special_ids and span.is_closed_by(tokens.offsets[stop], text)
@@ -409,8 +412,10 @@ class ConversationEncoder:
             if trained is None:
                 raise self._mismarked(sample, [text[slice(*mark)] for mark in own], text[span.start : span.turn_end])
             labels[trained.start : trained.stop] = tokens.ids[trained.start : trained.stop]
+            answers.append(range(trained.start + len(self.beginning), trained.stop + len(self.beginning)))
             ends |= {tokens.ids[stop - 1]} if closed and trained else set()
-        return _Labelled(self.beginning + tokens.ids, [IGNORE] * len(self.beginning) + labels, frozenset(ends))
+        labels = [IGNORE] * len(self.beginning) + labels
+        return _Labelled(self.beginning + tokens.ids, labels, answers, frozenset(ends))
 
     def _render_marked(self, sample: Sample, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]] | None]:
         """The text, and where the template marks what the model says; None where it has no marks."""

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from megatron_vlm.config.drift import UNTRAINED
 from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.conversation import ConversationEncoder, EncodedSample
 from megatron_vlm.data.media import MediaReader, check_file
@@ -48,7 +49,7 @@ from megatron_vlm.runtime.files import check_regular, open_regular, parse_json, 
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.progress import Progress
 
-FORMAT = 8  # of the index's files and of what is in them
+FORMAT = 9  # of the index's files and of what is in them
 SAMPLES_PER_CHUNK = 512
 MOST_REMARKS = 1000  # kept of a file: keys of records may be names, of which there is no end
 SAMPLES_PER_PROCESS = 20_000  # below which another process costs more to start than it saves
@@ -58,6 +59,7 @@ RECORD = np.dtype(
     + [("video_end", "<i8")]
     + [("digest", "<u8")]  # of its bytes in the file
     + [("part", "<i4")]  # of its record
+    + [("untrained", "<i4")]  # answers of its record that are told alone; with its first part
 )
 
 
@@ -68,7 +70,8 @@ class SampleIndex:
     samples were left out, by reason; `num_truncated`: how many are cut to the most tokens allowed; `remarks`: what is
     to be told of the `num_records` records (`Sample.remarks`), each with the number of those it is true of.
     `fingerprint_of_contents`: numbers of samples, tokens and images, hex digests of ids, lengths and contents; the same
-    wherever the file lies and whenever it was written.
+    wherever the file lies and whenever it was written. Where answers are told and not trained, their number too: bytes
+    and lengths are those of data of which all are trained, as they were before such a thing was asked.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -138,6 +141,7 @@ class Measured(NamedTuple):
     is_truncated: bool
     frames: tuple[int, ...]  # of each video
     remarks: tuple[str, ...]  # of its record
+    untrained: int  # answers of its record that are told and not trained; with its first part
 
 
 class Dropped(NamedTuple):
@@ -182,6 +186,7 @@ class Measurer:
                 frames = count_frames(sample, self.media_root, self.sampling)
                 parts = self.encoder.split(with_frames(sample, frames, self.encoder.image_token))
                 encoded = [self._encode(part, frames) for part in parts]
+            untrained = sum(turn.role == "assistant" and not turn.trained for turn in sample.turns)
             return [
                 Measured(
                     len(one.ids),
@@ -192,6 +197,7 @@ class Measurer:
                     one.num_cut > 0,
                     frames,
                     sample.remarks,
+                    0 if part else untrained,
                 )
                 for part, one in enumerate(encoded)
             ]
@@ -420,7 +426,8 @@ def _build(measurer: Measurer, folder: Path) -> None:
                     id_end += len(ids[-1])
                     num_truncated += one.is_truncated
                     frames += one.frames
-                    rows.append((*extent, one.tokens, one.images, id_end, len(frames), one.digest, one.part))
+                    numbers = (one.tokens, one.images, id_end, len(frames), one.digest, one.part, one.untrained)
+                    rows.append((*extent, *numbers))
             records.append(np.array(rows, RECORD))
             progress.advance(len(chunk))
     _refuse_media_root(measurer.media_root, file.path, with_pictures, dropped)
@@ -464,6 +471,7 @@ def _fingerprint_of_contents(records: np.ndarray, ids: bytes) -> dict[str, int |
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
     tokens, images = records["tokens"], records["images"]
+    num_untrained = int(records["untrained"].sum(dtype=np.int64))
     return {
         "samples": len(records),
         "tokens": int(tokens.sum(dtype=np.int64)),
@@ -471,4 +479,5 @@ def _fingerprint_of_contents(records: np.ndarray, ids: bytes) -> dict[str, int |
         "ids": digest(records["id_end"].tobytes(), ids),
         "lengths": digest(tokens.tobytes(), images.tobytes()),
         "contents": digest(records["digest"].tobytes()),
+        **({UNTRAINED: num_untrained} if num_untrained else {}),
     }

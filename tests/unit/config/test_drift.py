@@ -4,6 +4,7 @@ import pytest
 
 from megatron_vlm.config.drift import (
     MAY_DIFFER,
+    UNTRAINED,
     keys_and_sections,
     leaves,
     may_differ,
@@ -106,6 +107,20 @@ def test_other_samples_are_refused_unless_accepted() -> None:
         "samples, or checkpoint.accept_changes=[data] to go on with these"
     )
     refuse_data_drift(saved, found, changed(checkpoint={"accept_changes": ["data"]}), "step_1")
+
+
+def test_answers_that_are_no_longer_trained_are_another_data() -> None:
+    """Of which a run from before they could be told alone has no number; its samples are equal in all else."""
+    saved: dict[str, int | str] = {"samples": 9, "contents": "bb"}
+    found = {**saved, UNTRAINED: 2}
+    for before, now, told in (
+        (saved, found, "2 {}, it was trained with 0"),
+        (found, saved, "0 {}, it was trained with 2"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            refuse_data_drift(before, now, recipe(), "step_1")
+        assert f"are not those of step_1: {told.format(UNTRAINED)}; needs the same samples" in str(caught.value)
+    refuse_data_drift(found, dict(found), recipe(), "step_1")
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from megatron_vlm.config.drift import UNTRAINED
 from megatron_vlm.data import index as index_module
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.index import SampleIndex, SkipRule, open_index
 from megatron_vlm.data.media import MediaReader
 from megatron_vlm.data.sample import IGNORE, BadSample
+from megatron_vlm.data.sources import llava_json
 from megatron_vlm.data.sources.llava_json import LlavaFile
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import DataError
@@ -317,6 +319,26 @@ def test_fingerprint_of_contents(tmp_path: Path, change: Callable[[list[Any]], l
     one, two = (open_tiny(tmp_path / name).fingerprint_of_contents for name in ("one", "two"))
     assert {name for name in one if one[name] != two[name]} == differing
     assert (one["samples"], len(str(one["contents"])), one.keys()) == (24, 64, two.keys())
+
+
+@pytest.mark.parametrize("key", ["weight", "loss"])
+def test_untrained_answers_are_part_of_the_fingerprint(tmp_path: Path, key: str) -> None:
+    """Of equal bytes: a run from when the key was passed over trained the answer. Where none is, there is no number."""
+    asked = {"from": "human", "value": "?"}
+    turns = [asked, {"from": "gpt", "value": "a", key: 0}, asked, {"from": "gpt", "value": "b", key: 1}]
+    (tmp_path / "train.json").write_text(
+        json.dumps([{"conversations": turns}, {"conversations": turns[:1] + turns[3:]}])
+    )
+    for apart in (False, True):
+        file, encoder = LlavaFile(tmp_path / "train.json", "<image>"), encoder_in(tmp_path)
+        encoder.apart = apart
+        found = open_index(file, encoder, tmp_path, tmp_path / "spare").fingerprint_of_contents
+        assert found.pop(UNTRAINED) == 1 and found["samples"] == 2
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(llava_json, "is_trained", lambda *_: True)
+            os.utime(file.path, (1, 1 + apart))
+            before = open_index(file, encoder, tmp_path, tmp_path / "spare").fingerprint_of_contents
+        assert before.keys() == found.keys() and (before == found) is not apart
 
 
 def test_truncated_samples_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

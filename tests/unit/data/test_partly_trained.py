@@ -83,6 +83,16 @@ def test_a_sample_of_which_nothing_is_trained_is_bad(tmp_path: Path) -> None:
     assert encoder.encode_prompt(sample).ids  # it can be asked
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_an_answer_that_is_scored_is_labelled_whatever_is_trained(tmp_path: Path, apart: bool) -> None:
+    encoder = encoder_of("vicuna_v1", tokenizers.byte_level(tmp_path), apart=apart)
+    sample = conversation("?", "zero", "!", "one")
+    expected = encoder.encode_answer(sample)
+    assert trained_texts(encoder.tokenizer, expected) == [" one</s>"]
+    for trained in ([True, False], [False, False]):
+        assert encoder.encode_answer(with_trained(sample, trained)) == expected
+
+
 def test_marks_of_a_template_do_not_train_an_answer_that_is_left_out(tmp_path: Path) -> None:
     """The quickstart's template has generation blocks."""
     tokenizer = tokenizers.byte_level(tmp_path)
