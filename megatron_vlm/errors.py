@@ -9,7 +9,7 @@ terminal and a log, `one_line` makes a line of any exception.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 # Control characters but line feed and tab; what reorders text or breaks a line in some viewers; halves of surrogates,
 # which no output encodes.
@@ -30,16 +30,17 @@ class RecipeError(ConfigError):
     Args:
         faults: one by one.
         origin: the file, where they are told of one.
+        sections: those of the recipe whose keys could not be read.
     """
 
-    def __init__(self, faults: Sequence[str], origin: str = "") -> None:
-        self.origin, head = origin, f"{origin}: " if origin else ""
+    def __init__(self, faults: Sequence[str], origin: str = "", sections: Collection[str] = ()) -> None:
+        self.origin, self.sections, head = origin, frozenset(sections), f"{origin}: " if origin else ""
         super().__init__(head + "; ".join(faults))
         self.faults = tuple(head + fault for fault in faults)
 
-    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...], str]]:
+    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...], str, frozenset[str]]]:
         head = f"{self.origin}: " if self.origin else ""
-        return type(self), (tuple(fault.removeprefix(head) for fault in self.faults), self.origin)
+        return type(self), (tuple(fault.removeprefix(head) for fault in self.faults), self.origin, self.sections)
 
 
 class SeveralFaults(ConfigError):
@@ -83,8 +84,12 @@ def together(
     """One error for all, of which there is at least one: itself where it is the only one, else one of this kind."""
     if len(errors) == 1:
         return errors[0]
-    faults = [fault for error in errors for fault in getattr(error, "faults", (one_line(error),))]
-    return kind(tuple(dict.fromkeys(faults)))
+    return kind(tuple(dict.fromkeys(fault for error in errors for fault in faults_of(error))))
+
+
+def faults_of(error: MegatronVlmError) -> tuple[str, ...]:
+    """What it tells, one by one."""
+    return error.faults if isinstance(error, RecipeError | SeveralFaults) else (one_line(error),)
 
 
 def is_fault(error: BaseException) -> bool:

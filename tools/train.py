@@ -7,7 +7,7 @@ With --check-layout nothing is trained: the recipe, shrunk, is run in its layout
 first tensor that differs is named.
 """
 
-from megatron_vlm.errors import shown
+from megatron_vlm.errors import MegatronVlmError, shown, together
 from megatron_vlm.runtime.command_line import CommandLine
 from megatron_vlm.runtime.signals import StopSignals
 
@@ -25,8 +25,11 @@ def main() -> None:
         config, fault = read_recipe(arguments.recipe, arguments.overrides)
         if fault is not None and arguments.check_layout:
             raise fault
-        device = prepare(config.runtime.device, launch.local_world_size)
-        init_world(launch, device, config.runtime.timeout_seconds)
+        try:
+            device = prepare(config.runtime.device, launch.local_world_size)
+            init_world(launch, device, config.runtime.timeout_seconds)
+        except MegatronVlmError as error:
+            raise error if fault is None else together([fault, error]) from error
         if arguments.check_layout:
             from megatron_vlm.training.check_layout import check_layout
 

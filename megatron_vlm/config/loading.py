@@ -3,8 +3,8 @@
 A recipe may name a `base:` (a path relative to its own folder), which may name another; the child's keys win, sections
 merge, lists are replaced. `section.key=value` overrides come last. Other paths are relative to the working directory,
 whoever names them. A `media_root` belongs to the `path` beside it: whoever names another data file, and no folder of
-its pictures, has them where they are by default, beside the file. Every violation is reported at once and on one line,
-because a launch on a cluster is too dear to find them one by one.
+its pictures, has them where they are by default, beside the file. One without a `path` beside it is for any file. Every
+violation is reported at once and on one line, because a launch on a cluster is too dear to find them one by one.
 
 Hazards: OmegaConf's resolvers could read the environment (`${oc.env:...}`), which would make a run depend on more than
 its recipe, and put what is secret into what is shared; so of each text, before anything is resolved or merged, only
@@ -91,8 +91,8 @@ def _drop(tree: Any, place: tuple[int | str, ...]) -> None:
     """Takes a key out of nested dictionaries; where its place leads into a list, the list."""
     for name in place[:-1]:
         if not isinstance(tree.get(name), dict):
-            place = (*place[: place.index(name)], name)
-            break
+            tree.pop(name, None)
+            return
         tree = tree[name]
     tree.pop(place[-1], None)
 
@@ -127,7 +127,8 @@ def config_from_tree(tree: Mapping[Any, Any], origin: str, is_trusted: bool = Tr
     try:
         return Config.model_validate(tree, context={"is_trusted": is_trusted})
     except ValidationError as error:
-        raise RecipeError([_describe(violation) for violation in error.errors()], origin) from error
+        sections = {str(violation["loc"][0]) for violation in error.errors() if violation["loc"]}
+        raise RecipeError([_describe(violation) for violation in error.errors()], origin, sections) from error
 
 
 def config_hash(config: Config) -> str:
@@ -180,7 +181,9 @@ def _forget_media_roots(below: DictConfig, above: Any, origin: str) -> None:
         old, new = (tree.get(name) for tree in trees)
         if not isinstance(old, dict) or not isinstance(new, dict) or old.get("media_root") is None:
             continue
-        if "path" in new and "media_root" not in new and new["path"] != old.get("path"):
+        if old.get("path") is None:  # of whatever file is named above
+            continue
+        if "path" in new and "media_root" not in new and new["path"] != old["path"]:
             root = below[name].pop("media_root")
             logger.info(
                 "%s.media_root %s is left out: it is of another file than %s.path %s, which %s names without one; its "

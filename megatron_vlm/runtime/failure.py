@@ -320,7 +320,7 @@ class _Watcher(threading.Thread):
         import torch.distributed as dist
 
         while True:
-            if store_is_there():  # torch would log that it is not
+            if store_is_there(self.launch):  # torch would log that it is not
                 with contextlib.suppress(dist.DistError):
                     return connect_store(self.launch, STORE, STORE_SECONDS)
             if self.job_is_done.wait(POLL_SECONDS):

@@ -116,12 +116,18 @@ def hosts_store(launch: Launch) -> bool:
     return launch.rank == 0 and not _agent_hosts()
 
 
-def store_is_there() -> bool:
+def store_is_there(launch: Launch) -> bool:
     """Whether somebody listens where the job's store is to be."""
     with contextlib.suppress(OSError):
-        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 1).close()
+        socket.create_connection(_place_of_store(launch), 1).close()
         return True
     return False
+
+
+def _place_of_store(launch: Launch) -> tuple[str, int]:
+    """Address and port. Ranks of one machine, one of which hosts it, meet on the loopback interface."""
+    is_ours = launch.on_one_node and not _agent_hosts()
+    return LOOPBACK if is_ours else os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def connect_store(launch: Launch, name: str, timeout_seconds: float) -> "Store":
@@ -132,10 +138,8 @@ def connect_store(launch: Launch, name: str, timeout_seconds: float) -> "Store":
     """
     import torch.distributed as dist
 
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port = _place_of_store(launch)
     hosts, timeout = hosts_store(launch), timedelta(seconds=timeout_seconds)
-    if launch.on_one_node and not _agent_hosts():
-        address = LOOPBACK
     if hosts and launch.on_one_node:
         with _hosting:
             store = host_store(port, timeout)

@@ -6,11 +6,12 @@
 
 Recipe, ranks, model configs, tokenizer and template are looked at by every rank, since their machines may differ; the
 data by rank 0 alone, and only its first records. What depends on something that is at fault is not looked at: it would
-be a second line for one fault.
+be a second line for one fault. That goes for sections of a recipe too, of which a key could not be read.
 
 Hazard: everything here is collective, and ends on all ranks with the same error, or on none.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_vlm.checkpoint.directory import checkpoints
+from megatron_vlm.checkpoint.directory import checkpoints, step_of
 from megatron_vlm.config.schema import Config
 from megatron_vlm.config.validation import ModelFacts, validate
 from megatron_vlm.data.conversation import TEMPLATES, ConversationEncoder
@@ -27,9 +28,9 @@ from megatron_vlm.data.loader import make_encoder
 from megatron_vlm.data.media import MediaReader
 from megatron_vlm.data.sources import SOURCES
 from megatron_vlm.data.tokenizer import Tokenizer, check_vocabulary, first_time_token, load_tokenizer
-from megatron_vlm.errors import MegatronVlmError, together
+from megatron_vlm.errors import MegatronVlmError, RecipeError, SeveralFaults, faults_of, together
 from megatron_vlm.models.vision.survey import survey_tower
-from megatron_vlm.runtime.collectives import all_gather_objects
+from megatron_vlm.runtime.collectives import all_gather_objects, broadcast_object
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.training.hub_ids import pin_hub_ids
 from megatron_vlm.training.recipe import settle
@@ -58,6 +59,7 @@ class _Findings:
 
     config: Config
     errors: list[MegatronVlmError] = field(default_factory=list)
+    unknown: frozenset[str] = frozenset()  # sections that are not what the user wrote
     commits: dict[str, str] | None = None  # None, as the others below: it is at fault
     facts: ModelFacts | None = None
     tokenizer: Tokenizer | None = None
@@ -68,8 +70,19 @@ class _Findings:
         """What a user can fix is noted instead of raised."""
         try:
             yield
+        except RecipeError as error:
+            told = [fault for fault in error.faults if not self._rests_on_unknown(fault)]
+            if told:
+                self.errors.append(error if len(told) == len(error.faults) else RecipeError(told))
         except MegatronVlmError as error:
             self.errors.append(error)
+
+    def _rests_on_unknown(self, fault: str) -> bool:
+        return any(re.search(rf"\b{section}\.[a-z]", fault) for section in self.unknown)
+
+    def knows(self, *sections: str) -> bool:
+        """Whether these are what the user wrote."""
+        return self.unknown.isdisjoint(sections)
 
 
 def settle_run(
@@ -88,35 +101,56 @@ def settle_run(
         known: faults of the recipe that were found when it was read.
 
     Raises:
-        MegatronVlmError: on every rank, all that was found.
+        MegatronVlmError: on every rank, all that was found by any.
     """
     world = dist.group.WORLD
     assert world is not None, "there is no default process group"
-    found = _Findings(config, list(known))
+    unknown = frozenset().union(*(fault.sections for fault in known if isinstance(fault, RecipeError)))
+    found = _Findings(config, list(known), unknown)
     with found.noted():
         found.config, found.commits = pin_hub_ids(config, resumes, world)
     _look_at_models(found, world_size, ranks_per_node)
-    if opens_data and found.tokenizer is not None:
+    if opens_data and found.tokenizer is not None and found.knows("data", "training"):
         _look_at_template(found, found.tokenizer)
-    with found.noted():
-        SOURCES.get(config.data.source)
-        if opens_data and world.rank() == 0:
-            _look_at_data(found, resumes)
+    if found.knows("data"):
+        with found.noted():
+            SOURCES.get(config.data.source)
+    before = len(found.errors)
+    if opens_data and world.rank() == 0:
+        _look_at_data(found, resumes)
+    found.errors[before:] = broadcast_object(found.errors[before:], world)
     by_rank = all_gather_objects(found.errors, world)
-    if errors := next(filter(None, by_rank), None):
-        raise together(errors)
+    if any(by_rank):
+        raise _of_ranks(by_rank)
     assert found.facts is not None and found.tokenizer is not None and found.commits is not None
     return Settled(found.config, found.facts, found.tokenizer, found.commits)
+
+
+def _of_ranks(by_rank: Sequence[Sequence[MegatronVlmError]]) -> MegatronVlmError:
+    """One error for what ranks found; what not all of them found is told with those that did."""
+    told = [[fault for error in errors for fault in faults_of(error)] for errors in by_rank]
+    if all(one == told[0] for one in told):
+        return together(by_rank[0])
+    finders: dict[str, list[int]] = {}
+    for rank, faults in enumerate(told):
+        for fault in dict.fromkeys(faults):
+            finders.setdefault(fault, []).append(rank)
+    return SeveralFaults(
+        [
+            fault if len(ranks) == len(by_rank) else f"{fault} (rank {', '.join(map(str, ranks))})"
+            for fault, ranks in finders.items()
+        ]
+    )
 
 
 def _look_at_models(found: _Findings, world_size: int, ranks_per_node: int) -> None:
     """The recipe's rules, and what it names; where a hub id is at fault, the rules that need no model."""
     with found.noted():
-        if found.commits is None:
+        if found.commits is None or not found.knows("model"):
             validate(found.config, None, world_size)
         else:
             found.config, found.facts = settle(found.config, world_size, ranks_per_node, current_device())
-    if found.commits is not None:
+    if found.commits is not None and found.knows("model"):
         _read_tokenizer(found)
 
 
@@ -146,14 +180,18 @@ def _look_at_template(found: _Findings, tokenizer: Tokenizer) -> None:
 
 def _look_at_data(found: _Findings, resumes: bool) -> None:
     config, media = found.config, None
-    goes_on = config.checkpoint.load is not None or (resumes and bool(checkpoints(Path(config.checkpoint.directory))))
+    if config.data.source not in SOURCES or not found.knows("data", "model", "training", "evaluation"):
+        return
+    own = checkpoints(Path(config.checkpoint.directory)) if resumes else []
+    goes_on = config.checkpoint.load is not None or bool(own)
     if found.facts is not None:
         with found.noted():
             spec = survey_tower(config.model.vision, config.model.projector).media_spec
             if goes_on:  # with pixels that its checkpoint says, which `settle_pixels` judges
                 spec = replace(spec, is_usual=True)
             media = MediaReader(spec, config.data.image_mode)
-    files = [] if config.training.mode == "eval" else [(config.data.path, config.data.media_root)]
+    is_done = bool(own) and max(map(step_of, own)) >= config.training.steps
+    files = [] if config.training.mode == "eval" or is_done else [(config.data.path, config.data.media_root)]
     if config.training.mode != "train" and config.evaluation.path is not None:
         files.append((config.evaluation.path, config.evaluation.media_root))
     for path, media_root in files:

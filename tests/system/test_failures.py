@@ -152,6 +152,29 @@ def test_one_process_without_a_launcher(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ranks_of_one_machine_are_watched_whatever_it_is_called() -> None:
+    """A plain launcher says the machine's own address, or 127.0.1.1 as Debian's /etc/hosts does."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = str(other.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.1.1", "MASTER_PORT": port}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(JOB), "user", "sleep"], stderr=subprocess.PIPE, text=True,
+            env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        told = [process.communicate(timeout=START_SECONDS)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in started] == [1, 1] and "".join(told) == USER_LINE
+
+
+@pytest.mark.slow
 def test_a_host_of_the_store_that_comes_late_is_waited_for() -> None:
     """By what watches the ranks too: only the main thread knows `runtime.timeout_seconds`."""
     with socket.socket() as other:

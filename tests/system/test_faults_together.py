@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config import to_yaml
+from megatron_vlm.errors import DataError, RecipeError, faults_of
+from megatron_vlm.training.preflight import _of_ranks
 from tests.helpers import spoiling
 from tests.helpers.live_jobs import TRAIN, LiveJob
 from tests.helpers.spoiling import Spoil, with_overrides
@@ -31,6 +33,16 @@ def all_at_once(folder: Path) -> list[str]:
         "optimizer.lrr=1", "model.projector.type=mlp2x_gelo", f"model.language.tokenizer={folder}/gone",
         f"data.path={folder}/gone.json", "training.mode=train_and_eval", f"evaluation.path={folder}/lost.json",
     ]  # fmt: skip
+
+
+def not_what_was_written(folder: Path) -> list[str]:
+    """Nothing is said of these sections by what stands there without the key."""
+    return [
+        "training.sequence_length=2k",
+        "model.vision.config=5",
+        f"data.path={folder}/gone.json",
+        "parallel.tensor=3",
+    ]
 
 
 def nothing_to_read(folder: Path) -> list[str]:
@@ -66,6 +78,14 @@ CASES = {
             r"FOLDER/train\.json element 2: sample 'sample-2': image FOLDER/images/2-1\.png does not exist .*",
         ],
     ),
+    "unreadable keys": (
+        not_what_was_written,
+        [
+            r"FOLDER/recipe\.yaml: model\.vision\.config: found 5, .*",
+            r"FOLDER/recipe\.yaml: training\.sequence_length: found '2k', .*",
+            r"parallel\.tensor \* parallel\.pipeline: found 3 \* 1 = 3, the world size . allows .*",
+        ],
+    ),
     "no models": (  # all of it the recipe's, which is one line
         nothing_to_read,
         [
@@ -95,7 +115,7 @@ def train_spoilt(tmp_path: Path, spoil: Spoil, num_ranks: int) -> tuple[list[str
         return job.read("stderr.log").replace(str(folder), "FOLDER").splitlines(), job.read("stdout.log")
 
 
-LAUNCHES = [(name, 1) for name in ("all at once", "recipe and template")]
+LAUNCHES = [(name, 1) for name in ("all at once", "unreadable keys")]
 LAUNCHES += [pytest.param(name, 2, marks=pytest.mark.slow) for name in CASES]
 
 
@@ -107,6 +127,29 @@ def test_each_fault_is_a_line_of_its_own(tmp_path: Path, name: str, num_ranks: i
     for line, pattern in zip(lines, expected, strict=True):
         assert re.fullmatch(f"error: {pattern}", line), line
     assert BUILT not in said
+
+
+def test_what_not_all_ranks_found_is_told_with_those_that_did() -> None:
+    gone, wrong = DataError("tokenizer gone"), RecipeError(["a.b: found 1", "c.d: found 2"])
+    assert str(_of_ranks([[wrong], [wrong]])) == str(wrong)
+    found = _of_ranks([[], [gone], [wrong, gone]])
+    assert faults_of(found) == ("tokenizer gone (rank 1, 2)", "a.b: found 1 (rank 2)", "c.d: found 2 (rank 2)")
+
+
+def test_a_device_that_is_not_there_hides_no_fault_of_the_recipe(tmp_path: Path) -> None:
+    lines, _ = train_spoilt(tmp_path, with_overrides("optimizer.lrr=1", "runtime.device=cuda"), num_ranks=1)
+    assert [line.split(": ")[1] for line in lines] == ["FOLDER/recipe.yaml", "runtime.device"], lines
+
+
+@pytest.mark.slow
+def test_a_run_that_is_done_needs_no_data(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, training={"steps": 1}, checkpoint={"directory": str(tmp_path / "own")})
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    for number, told in enumerate(["", "nothing to do"]):
+        with LiveJob(tmp_path / f"logs{number}", [TRAIN, tmp_path / "recipe.yaml"]) as job:
+            assert job.process.wait(LIMIT_SECONDS) == 0, job.read("stderr.log")
+            assert told in job.read("stdout.log")
+        (tmp_path / "train.json").unlink(missing_ok=True)
 
 
 @pytest.mark.slow

@@ -72,6 +72,16 @@ def test_a_folder_of_pictures_goes_with_its_file(
     assert getattr(config, section).media_root == root
 
 
+def test_a_folder_of_pictures_without_a_file_is_for_any(tmp_path: Path) -> None:
+    """A cluster's, say."""
+    write(tmp_path / "cluster.yaml", {"data": {"media_root": "/pictures"}})
+    mine = {section: keys for section, keys in tree().items() if section != "data"}
+    path = write(tmp_path / "mine.yaml", {**mine, "base": "cluster.yaml", "data": {"path": "mine.json"}})
+    assert load_config(path).data.media_root == "/pictures"
+    path = write(tmp_path / "no_data.yaml", {**mine, "base": "cluster.yaml"})
+    assert load_config(path, ["data.path=mine.json"]).data.media_root == "/pictures"
+
+
 def test_a_folder_of_pictures_that_is_left_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("megatron_vlm.config.loading.logger.info", lambda text, *parts: said.append(text % parts))
