@@ -43,6 +43,8 @@ if find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
 
 SIXTEEN_BITS = ("PNG", "PPM")  # the formats whose mode I has no more; PPM's is scaled to them by Pillow
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF's tags
+_OF_TIFF = "compression"  # what Pillow notes of every TIFF, and of no other wide grey; a copy keeps it
+_INSTEAD_OF_A_COPY = "instead of a copy the path of its file, the picture as it was opened or one of 8 bits is needed"
 
 ImageMode = Literal["pad", "resize", "processor"]
 
@@ -172,14 +174,22 @@ def check_file(path: str | Path, kind: Literal["image", "video"], owner: str, ad
 def to_rgb(image: Image.Image) -> Image.Image:
     """A picture of any mode as 8-bit RGB; wide grey is scaled by what the file calls white.
 
+    Args:
+        image: as opened from a file; or one in memory (made, or a copy, part or change of an opened one), which no
+            longer says what its file calls white. Of mode I;16 that is 65535 there, as Pillow saves it and as it opens
+            all but TIFF; of a copied TIFF it may be anything.
+
     Raises:
-        ValueError: grey of which nobody knows what is white: 32-bit, or signed, or with white as 0.
+        ValueError: grey of which nobody knows what is white: 32-bit, or signed, or with white as 0; of a copied TIFF.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BITS):
         values = np.asarray(image).astype(np.float32) * np.float32(255 / _white(image))
         image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are 32 bits wide, or signed (mode {image.mode}), 8 or 16 unsigned are needed")
+        advice = "" if image.format else f"; {_INSTEAD_OF_A_COPY}"
+        raise ValueError(
+            f"its pixels are 32 bits wide, or signed (mode {image.mode}), 8 or 16 unsigned are needed{advice}"
+        )
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # which then drops it without a warning
     return image.convert("RGB")
@@ -188,6 +198,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _white(image: Image.Image) -> int:
     """The largest value of wide grey: of TIFF as its tags say, of others 65535, to which Pillow brings theirs."""
     tags = getattr(image, "tag_v2", None)
+    if tags is None and _OF_TIFF in image.info:
+        raise ValueError(
+            f"its pixels are wide grey of a copied TIFF (mode {image.mode}), whose file alone says what is white; "
+            f"{_INSTEAD_OF_A_COPY}"
+        )
     if tags is None:
         return 65535
     if tags.get(_PHOTOMETRIC) == 0:  # which Pillow turns round for up to 8 bits, and no more

@@ -1,8 +1,10 @@
 """One training conversation, as every source gives it: turns of text and the pictures and videos they mention."""
 
 import contextlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 from megatron_vlm.errors import DataError, one_line
@@ -23,11 +25,28 @@ class Turn:
     trained: bool = True
 
 
-def marks_picture(turn: Turn, marker: str) -> bool:
+def marks_picture(turn: Turn, marker: str, *others: str) -> bool:
     """Whether a turn holds the marker where loaders put pictures: at its beginning, or as its last line. If its sample
-    has no pictures, they are lost; elsewhere, and in answers, such a sample speaks of the marker as of any word."""
+    has no pictures, they are lost; elsewhere, and in answers, such a sample speaks of the marker as of any word.
+
+    Args:
+        marker: of pictures, or of videos.
+        others: markers beside which it may stand there, as an image's before a video's.
+    """
+    if turn.role == "assistant" or marker not in turn.text:
+        return False
+    markers = "|".join(map(re.escape, (marker, *others)))
     text = turn.text.strip()
-    return turn.role != "assistant" and (text.startswith(marker) or text.endswith(f"\n{marker}"))
+    beginning = re.match(rf"(?:(?:{markers})\s*)*", text)
+    if beginning is not None and marker in beginning.group():
+        return True
+    last = takewhile(re.compile(rf"\s*(?:(?:{markers})\s*)*").fullmatch, reversed(text.split("\n")[1:]))
+    return any(marker in line for line in last)
+
+
+def lacks_video(turns: Sequence[Turn], image_token: str) -> bool:
+    """Whether, in turns of a sample without videos, a video's marker stands where one would be."""
+    return image_token != VIDEO_TOKEN and any(marks_picture(turn, VIDEO_TOKEN, image_token) for turn in turns)
 
 
 @dataclass(frozen=True)

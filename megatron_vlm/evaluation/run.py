@@ -104,8 +104,8 @@ def read_questions(
 def find_unanswerable(
     assistant: Assistant, num_samples: int, sample: Callable[[int], Sample], progress: bool = False
 ) -> dict[int, BadSample]:
-    """Which samples `evaluate` would fail at for their texts, by number and in order; a collective call, of which every
-    rank checks its share and knows the whole.
+    """Which samples `evaluate` would fail at for their texts, or for want of a truth, by number and in order; a
+    collective call, of which every rank checks its share and knows the whole.
 
     Args:
         sample: of a number.
@@ -120,7 +120,9 @@ def find_unanswerable(
     with Progress("checking questions", total=len(share), enabled=progress) as shown:
         for number in share:
             try:
-                assistant.check_question(sample(number))
+                one = sample(number)
+                _refuse_untrue(one)
+                assistant.check_question(one)
             except BadSample as error:
                 bad[number] = error
             shown.advance(1)
@@ -143,9 +145,12 @@ def evaluate(
     Raises:
         EvaluationStopped: it was to leave off.
         ConfigError: no such task.
-        DataError: an image cannot be read; where that is tolerated, none can.
+        DataError: a last answer is not trained, so that it is no truth; an image cannot be read; where that is
+            tolerated, none can.
     """
     scorer = TASKS.get(request.task)
+    for one in asked:
+        _refuse_untrue(one.sample)
     records = ask_all(assistant, asked, request, scorer, assistant.reader, is_stopped)
     blank_records: list[Record] = []
     if request.blank_images:
@@ -197,6 +202,16 @@ def _gather(records: list[Record], faults: Faults, grid: Grid) -> list[Record]:
     if bad and grid.rank == 0:
         logger.warning("%d of %d questions are left out for their images (%s)", len(bad), len(bad) + len(good), counts)
     return sorted(good, key=lambda record: record.number)
+
+
+def _refuse_untrue(sample: Sample) -> None:
+    """Raises BadSample where the last answer, against which every task scores, is one that its record does not want."""
+    if not sample.turns[-1].trained:
+        raise BadSample(
+            f"{sample.origin}: sample {sample.id!r}: its last answer is told and not trained (weight, loss), so the "
+            "question has no truth to be scored against; needs a last answer that is trained",
+            "no truth",
+        )
 
 
 def _question(number: int, asked: Asked, reader: MediaReader, faults: Faults | None) -> Question:

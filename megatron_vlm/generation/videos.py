@@ -27,10 +27,10 @@ def show_frames(
     """A prompt as `read_prompt` gives it -> the same with frames in the places of its videos.
 
     Raises:
-        DataError: a video's header cannot be read.
+        DataError: a video's header cannot be read; a video's marker stands where one would, and there is none.
     """
     if not any(map(is_video, images)):
-        return sample, list(images)
+        return with_frames(sample, (), image_token), list(images)
     rest = iter(images)
 
     def mark(found: re.Match[str]) -> str:

@@ -5,7 +5,7 @@
 
 A video is named in "video" (a file, or a folder with a picture file per frame) and stands where its <video> stands.
 In a record without either, the image marker is a text as any other, but where a picture would stand
-(`sample.marks_picture`). What other keys do, `record_keys.py` says.
+(`sample.marks_picture`); so is <video> in one without videos. What other keys do, `record_keys.py` says.
 
 A file is scanned once for the place of every object; after that one object's bytes are read and parsed at a time, so a
 list of gigabytes costs its memory once, at indexing, and never in a worker. The scan decodes as Latin-1, in which a
@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, Role, Sample, Turn, marks_picture
+from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, Role, Sample, Turn, lacks_video, marks_picture
 from megatron_vlm.data.sources.base import SOURCES, Extent, RecordFile
 from megatron_vlm.data.sources.record_keys import check_record, check_turn, few, given, is_trained, system_text
 from megatron_vlm.errors import DataError, one_line
@@ -157,10 +157,13 @@ def parse_record(raw: bytes, origin: str, default_id: str, image_token: str) -> 
     remarks = list(check_record(keys, origin))
     images, videos = _paths(keys.get("image"), "image", origin), _paths(keys.get("video"), "video", origin)
     turns = _turns(record, origin, image_token, remarks)
-    if images or videos or any(marks_picture(turn, image_token) for turn in turns):
+    lacks = lacks_video(turns, image_token) or any(marks_picture(turn, image_token) for turn in turns)
+    if images or videos or lacks:
         turns = _mark(turns, len(images), len(videos), image_token, origin)
-    elif any(turn.role != "assistant" and image_token in turn.text for turn in turns):
-        remarks.append(f"{image_token} in what is asked is a text, as the record has no pictures")
+    asked = [turn.text for turn in turns if turn.role != "assistant"]
+    for marker, kind, media in ((image_token, "pictures", images or videos), (VIDEO_TOKEN, "videos", videos)):
+        if not media and any(marker in text for text in asked) and (kind == "pictures" or marker != image_token):
+            remarks.append(f"{marker} in what is asked is a text, as the record has no {kind}")
     id_ = record.get("id")
     name = default_id if id_ is None else str(id_)
     return Sample(name, tuple(turns), images, origin, str(keys.get("form", "")), videos, few(remarks))
@@ -232,7 +235,7 @@ def _turn(entry: Any, origin: str, remarks: list[str]) -> Turn:
 
 def _mark(turns: list[Turn], num_images: int, num_videos: int, image_token: str, origin: str) -> list[Turn]:
     """Each picture and video marked in the texts. Raises BadSample where more or fewer are marked than there are."""
-    if num_videos:
+    if num_videos or lacks_video(turns, image_token):
         turns = _mark_videos(turns, num_videos, num_images, image_token, origin)
     found = sum(turn.text.count(image_token) for turn in turns)
     if num_images and not found:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_vlm.config.schema import VideoConfig
-from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, Frame, Picture, Sample, Turn
+from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, Frame, Picture, Sample, Turn, lacks_video
 
 
 class VideoFacts(NamedTuple):
@@ -45,9 +45,10 @@ def with_frames(sample: Sample, counts: Sequence[int], image_token: str) -> Samp
         counts: frames of each video.
 
     Raises:
-        BadSample: the texts have another number of video markers than there are videos.
+        BadSample: the texts have another number of video markers than there are videos; or there are none, and a marker
+            stands where one would (`lacks_video`).
     """
-    if not sample.videos:
+    if not sample.videos and not lacks_video(sample.turns, image_token):
         return sample
     found = sum(turn.text.count(VIDEO_TOKEN) for turn in sample.turns)
     if found != len(sample.videos):

@@ -1,6 +1,7 @@
 """Good pictures of unusual kinds are read rightly or refused by name, whatever a library's own limits say."""
 
 import io
+import pickle
 import struct
 import threading
 import zlib
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
-from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.media import MediaReader, to_rgb
 from megatron_vlm.data.png import without_notes
 from megatron_vlm.data.sample import BadSample
 from megatron_vlm.models.vision.media_spec import MediaSpec
@@ -148,6 +149,32 @@ def test_wide_grey_tiffs(tmp_path: Path) -> None:
 def test_grey_of_which_nobody_knows_what_is_white(tmp_path: Path, data: bytes, message: str) -> None:
     with pytest.raises(BadSample, match=f"sample 's': image .* cannot be read: its pixels are {message}"):
         read(tmp_path, data, "a.tif")
+
+
+WIDE = {
+    "a PNG": (png(wide=True), None),
+    "a PGM": (b"P5\n28 28\n4095\n" + (GREY % 4096).astype(">u2").tobytes(), r"32 bits wide, or signed \(mode I\)"),
+    "a TIFF": (tiff(GREY.tobytes(), 16), r"wide grey of a copied TIFF \(mode I;16\)"),
+    "a TIFF of 12 bits": (tiff(twelve_bits(GREY % 4096), 12), r"wide grey of a copied TIFF \(mode I;16\)"),
+    "a TIFF of another order": (tiff(GREY.astype(">u2").tobytes(), 16, order=">"), "wide grey of a copied TIFF"),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_a_copy_is_what_its_file_is_or_refused(name: str) -> None:
+    """Pillow keeps neither format nor tags, by which white is known."""
+    data, message = WIDE[name]
+    opened = Image.open(io.BytesIO(data))
+    expected = np.asarray(to_rgb(opened))
+    assert expected.std() > 50
+    for copied in (opened.copy(), opened.crop((0, 0, 28, 28)), pickle.loads(pickle.dumps(opened))):
+        if message is None or copied.format == "PPM":  # which a pickle keeps, as the class has it
+            assert (np.asarray(to_rgb(copied)) == expected).all()
+            continue
+        with pytest.raises(ValueError, match=f"{message}.*; instead of a copy the path of its file, the picture as it"):
+            to_rgb(copied)
+    made = np.asarray(to_rgb(Image.fromarray(GREY)))[..., 0]
+    assert np.abs(made / 255 - GREY / 65535).max() < 0.003
 
 
 @pytest.mark.parametrize(

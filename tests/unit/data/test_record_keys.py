@@ -1,6 +1,7 @@
 """No key of a record or of a turn is passed over in silence: it is used, known to be bookkeeping, refused, or told."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import pytest
 
 from megatron_vlm.data import index as index_module
 from megatron_vlm.data.index import SampleIndex, open_index
-from megatron_vlm.data.sample import BadSample, Sample, Turn
+from megatron_vlm.data.sample import BadSample, Sample, Turn, marks_picture
 from megatron_vlm.data.sources import record_keys
 from megatron_vlm.data.sources.base import MOST_TOLD
 from megatron_vlm.data.sources.llava_json import LlavaFile, parse_record
+from megatron_vlm.data.video.sampling import with_frames
 from megatron_vlm.evaluation.run import read_questions
 from tests.unit.data.test_index import encoder_in
 
@@ -140,6 +142,47 @@ def test_a_tag_without_pictures_is_a_text_but_where_a_picture_would_stand(questi
     assert parse(TALK[0], answer).remarks == ()
     assert parse(*TALK, system="An <image> is a tag.").remarks == told
     assert "has 1 image(s) and 2 <image> in its text" in refused(TALK[0], answer, image="a.png")
+
+
+@pytest.mark.parametrize(
+    ("question", "is_text"),
+    [
+        ("What is <video> in HTML5?", True), ("Is it\n<video>\nor <audio>?", True), ("What is a <video>", True),
+        ("<video>\nWhat happens?", False), (" \n<video> What?", False), ("What happens?\n<video>\n", False),
+        ("<video>\n<image>\nWhat?", False), ("<image>\n<video>\nWhat?", False), ("<image><video> What?", False),
+        ("What?\n<video>\n\n <image>", False), ("What?\n<image> <video>", False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("pictured", [False, True])
+def test_a_videos_marker_is_a_text_by_the_same_rule(question: str, is_text: bool, pictured: bool) -> None:
+    """Of records with pictures, too."""
+    keys = {"image": "a.png"} if pictured else {}
+    asked, answer = {"from": "human", "value": question}, {"from": "gpt", "value": "<video>\nholds"}
+    if is_text:
+        sample = parse(asked, answer, **keys)
+        text = f"<image>\n{question}" if pictured else question
+        assert sample.turns == (Turn("user", text), Turn("assistant", answer["value"])) and sample.videos == ()
+        assert sample.remarks == ("<video> in what is asked is a text, as the record has no videos",)
+        assert with_frames(sample, (), "<image>") == sample
+    else:
+        assert "has 0 video(s) and 2 <video> in its text" in refused(asked, answer, **keys)
+        turns = (Turn("user", question), Turn("assistant", "yes"))  # as a source of one's own may give it
+        with pytest.raises(BadSample, match=r"sample '3' has 0 video\(s\) and 1 <video> in its text"):
+            with_frames(Sample("3", turns, ("a.png",) * pictured, "a.json element 3"), (), "<image>")
+
+
+def test_a_videos_marker_that_is_the_recipes_image_marker() -> None:
+    record = {"conversations": [{"from": "human", "value": "<video>\nWhat?"}, TALK[1]], "image": "a.png"}
+    sample = parse_record(json.dumps(record).encode(), "a", "3", "<video>")
+    assert sample.turns[0].text == "<video>\nWhat?" and sample.remarks == ()
+    assert with_frames(sample, (), "<video>") == sample
+
+
+def test_markers_without_end_take_no_time() -> None:
+    begin = time.monotonic()
+    for text in ("<video>\n" * 300_000 + "x", "x\n" + "\n<video>" * 300_000 + " x", "\n<image>" * 300_000 + "<video"):
+        marks_picture(Turn("user", f"{text}?"), "<video>", "<image>")
+    assert time.monotonic() - begin < 5
 
 
 def write(folder: Path, count: int = 7) -> LlavaFile:

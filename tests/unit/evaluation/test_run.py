@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.sample import BadSample
 from megatron_vlm.errors import ConfigError, DataError
+from megatron_vlm.evaluation import run
 from megatron_vlm.evaluation.report import Report
 from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, read_questions
 from megatron_vlm.models.vision.media_spec import MediaSpec
@@ -110,6 +112,27 @@ def test_questions_about_bad_images_are_left_out_where_that_is_tolerated(data, c
     (data.parent / "dark.png").unlink()
     with pytest.raises(DataError, match="no question can be asked: .* all 6 cannot be read .3 missing, 3 not an image"):
         report_on([data], tolerant=True)
+
+
+@pytest.mark.parametrize("key", ["weight", "loss"])
+def test_an_answer_that_the_record_does_not_want_is_no_truth(data, key, monkeypatch):
+    """Told before anything is asked, of all that can be asked, and counted where that is tolerated."""
+    records = json.loads(data.read_text())
+    turns = records[4]["conversations"]
+    records[4]["conversations"] = [*turns[:-1], {**turns[-1], key: 0}]
+    records[2]["conversations"] = [*turns, {"from": "human", "value": "?"}, turns[-1]]
+    records[2]["conversations"][1] = {**turns[-1], key: 0}  # an earlier answer is no truth, and may be wrong
+    data.write_text(json.dumps(records))
+    assistant = ColourAssistant()
+    told = r"^.*data.json element 4: sample 's4': its last answer is told and not trained .* no truth"
+    with pytest.raises(BadSample, match=told) as caught:
+        report_on([data], assistant=assistant, tolerant=True)
+    assert assistant.batches == [] and caught.value.reason == "no truth"
+    monkeypatch.setattr(run, "all_gather_objects", lambda one, _: [one])
+    assistant.check_question = lambda _: None
+    asked = read_questions([data], None, "<image>")
+    bad = run.find_unanswerable(assistant, len(asked), lambda number: asked[number].sample)
+    assert [(number, error.reason) for number, error in bad.items()] == [(4, "no truth")]
 
 
 def test_an_unknown_task_is_an_error():

@@ -1,6 +1,7 @@
 """Videos in prompts are their frames, in their places."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,14 @@ def test_frames_stand_where_the_video_stood(tmp_path: Path) -> None:
     assert len(sample.images) == 4 and not sample.videos
     unseen = read_prompt([still, "What?"], "<image>", 1)
     assert show_frames(*unseen, VideoConfig(), "<image>") == unseen
+
+
+@pytest.mark.parametrize("prompt", [["<video>\nWhat?"], [picture(3), "<video>\nWhat?"], ["What?\n<video>"]])
+def test_a_video_that_was_forgotten_is_told(prompt: list[Any]) -> None:
+    with pytest.raises(DataError, match=r"^prompt 1: .*has 0 video\(s\) and 1 <video> in its text; equal is needed"):
+        show_frames(*read_prompt(prompt, "<image>", 1), VideoConfig(), "<image>")
+    speaking = read_prompt(["What is the <video> tag?"], "<image>", 1)
+    assert show_frames(*speaking, VideoConfig(), "<image>") == speaking
 
 
 def test_answers_are_those_to_the_frames(pair, tmp_path: Path) -> None:
