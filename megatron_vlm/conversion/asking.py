@@ -18,8 +18,8 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from megatron_vlm.config.schema import Config, DataConfig
-from megatron_vlm.conversion.formats.base import RECORD_FILE, AskedAs, read_json
+from megatron_vlm.config.schema import Config, DataConfig, VideoConfig
+from megatron_vlm.conversion.formats.base import RECORD_FILE, AskedAs, read_json, recorded_in
 from megatron_vlm.data.answer_ends import find_stop_ids
 from megatron_vlm.data.chat_template import CLOCK, reads_clock
 from megatron_vlm.data.conversation import ConversationEncoder
@@ -167,9 +167,19 @@ def write_stops(folder: Path, tokenizer: Tokenizer, stop_ids: Collection[int]) -
 
 def write_record(folder: Path, data: DataConfig) -> None:
     """The recipe's words for prompts and pictures. Raises OSError."""
+    (folder / RECORD_FILE).write_text(_record_of(data).model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def is_recorded(folder: Path, data: DataConfig) -> bool:
+    """Whether a directory whose own files fit the recipe's prompts and pictures leads to the recipe's words: by its
+    record, or without one by what no other file says, which is then the default. Raises ConversionError."""
+    record, said = _record_of(data), recorded_in(folder)
+    return record.video == VideoConfig() if said is None else said == record
+
+
+def _record_of(data: DataConfig) -> AskedAs:
     arguments = {name: value for name, value in data.template_arguments.items() if name != CLOCK}  # the program has it
-    record = AskedAs.of(data).model_copy(update={"template_arguments": arguments})
-    (folder / RECORD_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return AskedAs.of(data).model_copy(update={"template_arguments": arguments})
 
 
 def _questions(marker: str) -> Iterator[tuple[Turn, ...]]:

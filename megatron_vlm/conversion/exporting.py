@@ -24,8 +24,8 @@ from megatron_vlm.checkpoint.integrity import refuse_damage, refuse_unlisted, sy
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.model_sources import read_sources, write_sources
 from megatron_vlm.checkpoint.recipe import PARTS, former_preprocessor, saved_config
-from megatron_vlm.config.schema import VideoConfig, VisionConfig
-from megatron_vlm.conversion.asking import Asking, let_transformers_4_read, write_record, write_stops
+from megatron_vlm.config.schema import VisionConfig
+from megatron_vlm.conversion.asking import Asking, is_recorded, let_transformers_4_read, write_record, write_stops
 from megatron_vlm.conversion.destination import refuse_taken
 from megatron_vlm.conversion.export_plan import (
     TOWER_FILE,
@@ -281,14 +281,15 @@ def _write_returned(
         (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     if trained is None:
         return
-    if (asking := trained.asking()) is not None:
+    data, asking = trained.target.config.data, trained.asking()
+    if asking is not None:
         asking.write_stops(folder)
         if not asking.is_asked_alike(folder, on_any_day=True):
             asking.write_prompts(folder)
-            write_record(folder, trained.target.config.data)
+            write_record(folder, data)
             asking.check(folder)
-        elif trained.target.config.data.video != VideoConfig():  # nothing else in the directory says it
-            write_record(folder, trained.target.config.data)
+    if not is_recorded(folder, data):
+        write_record(folder, data)
     trained.write_card(folder, origin.format)
 
 

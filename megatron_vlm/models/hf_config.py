@@ -156,7 +156,7 @@ def with_answer_ends(key: str, config: PretrainedConfig, folders: Iterable[Path]
     folder has one: transformers stops at these, and many models' config.json names but one of several.
 
     Args:
-        key: of the recipe, for errors.
+        key: for errors: of the recipe, or the directory as it was named.
         config: `eos_token_id` of it is a token, several, or None.
 
     Raises:

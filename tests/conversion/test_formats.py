@@ -1,5 +1,7 @@
 """docs/formats.md says what the registries hold, and every cell of its matrix has been through a conversion."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import open_foreign, open_pair
 from megatron_vlm.conversion.formats.matrix import cells, table
 from megatron_vlm.conversion.importing import import_model
+from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.architectures import attention_windows
 from tests.helpers.foreign_models import Kind, llava, llava_hf, projector_alone
 
@@ -56,6 +59,32 @@ def test_every_cell_is_converted(tmp_path, format, family, language, direction):
     assert back.image_mode == foreign.image_mode
     for name in foreign.source.names():
         assert torch.equal(back.source.read(name)[: foreign.source.read(name).shape[0]], foreign.source.read(name))
+
+
+@pytest.mark.parametrize("kind", ["pair", "projector alone"])
+def test_ends_of_answers_that_the_language_model_s_generation_config_names_are_taken(tmp_path, kind):
+    """The projector alone has a tokenizer of its own, and the language model's directory is read for its weights."""
+    phase1, base = projector_alone(tmp_path / "phase1"), tmp_path / "phase1_base"
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / file, phase1 / file)
+
+    def opened(ends):
+        (base / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        whole = str(tmp_path / "phase1_whole_tower")
+        return open_pair(str(base), whole) if kind == "pair" else open_foreign(phase1)
+
+    own = json.loads((base / "config.json").read_text())["eos_token_id"]
+    checkpoint = import_model(opened([own, 7]), tmp_path / "ours")
+    assert json.loads((checkpoint / "language" / "config.json").read_text())["eos_token_id"] == [own, 7]
+    with pytest.raises(ConfigError, match=f"^{base}: eos_token_id is 'x' in {base}/generation_config.json, needs"):
+        opened("x")
+
+
+def test_an_end_that_is_no_token_is_told_with_its_file(tmp_path):
+    folder = SOURCES["llava-hf"](tmp_path / "source", Kind())
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": -3}))
+    with pytest.raises(ConfigError, match=f"^{folder}: eos_token_id is -3 in {folder}/generation_config.json, needs"):
+        open_foreign(folder)
 
 
 def test_a_pair_starts_from_the_weights_a_recipe_starts_from(tmp_path):

@@ -159,7 +159,7 @@ def open_foreign(path: str | Path, format: str | None = None, places: Places = P
     if places != Places() and not found.names_parts:
         raise ConversionError(f"{folder}: a directory of {found.name} holds all its parts; found {places}")
     foreign = found.open(folder, places)
-    language = with_answer_ends("generation", foreign.language, dict.fromkeys((folder, foreign.tokenizer)))
+    language = with_answer_ends(str(path), foreign.language, dict.fromkeys((folder, foreign.tokenizer)))
     return replace(foreign, language=language, commits={**hub.commits({str(path): folder}), **foreign.commits})
 
 
@@ -262,10 +262,17 @@ def asked_as(folder: Path, language: PretrainedConfig, image_mode: str) -> Asked
     Raises:
         ConversionError: a record that is none; as `fitting_template`.
     """
+    if (recorded := recorded_in(folder)) is not None:
+        return recorded
+    template = fitting_template(folder, language)
+    return AskedAs.model_validate({"template": template, "image_mode": image_mode, "image_token": "<image>"})
+
+
+def recorded_in(folder: Path) -> AskedAs | None:
+    """What a directory's record says; None where there is none. Raises ConversionError for a file that is no record."""
     file = folder / RECORD_FILE
     if not os.path.lexists(file):
-        template = fitting_template(folder, language)
-        return AskedAs.model_validate({"template": template, "image_mode": image_mode, "image_token": "<image>"})
+        return None
     settings = read_json(file)
     try:
         return AskedAs.model_validate(settings)

@@ -38,7 +38,7 @@ from megatron_vlm.conversion.sources import (
 from megatron_vlm.conversion.tower_names import TowerNames
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models import hub
-from megatron_vlm.models.hf_config import config_from_dict, config_from_path, known_keys
+from megatron_vlm.models.hf_config import config_from_dict, config_from_path, known_keys, with_answer_ends
 from megatron_vlm.models.vision.pixels import write_pixel_format
 
 NAME = "llava"
@@ -266,7 +266,7 @@ def _base_of(folder: Path, settings: dict[str, Any], place: str | None) -> tuple
 
 def _language(base: Path, settings: dict[str, Any], alone: bool) -> PretrainedConfig:
     if alone:
-        return config_from_path(str(base), str(base))
+        return with_answer_ends(str(base), config_from_path(str(base), str(base)), [base])
     named = settings.get("architectures") or settings.get("model_type")
     kind = next((kind for part, kind in LANGUAGES.items() if part in str(named).lower()), None)
     if kind is None:

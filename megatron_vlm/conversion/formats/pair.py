@@ -18,7 +18,7 @@ from megatron_vlm.conversion.tower_names import TowerNames
 from megatron_vlm.conversion.weights import fresh_source
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models import hub
-from megatron_vlm.models.hf_config import config_from_path
+from megatron_vlm.models.hf_config import config_from_path, with_answer_ends
 from megatron_vlm.models.projectors import build_projector
 
 NAME = "pair"
@@ -40,7 +40,7 @@ def open_pair(
         ConversionError, ConfigError: as `open_foreign`.
     """
     folder, tower_folder = resolve_folder(language), resolve_folder(tower)
-    language_config = config_from_path(language, str(folder))
+    language_config = with_answer_ends(language, config_from_path(language, str(folder)), [folder])
     vision_config = config_from_path(tower, str(tower_folder))
     vision_config = getattr(vision_config, "vision_config", vision_config)
     own = FolderSource(str(folder), lambda names: canonical_name)
