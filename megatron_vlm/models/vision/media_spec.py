@@ -22,7 +22,7 @@ class MediaSpec:
         processor: the tower's own preprocessor config as JSON, naming its `image_processor_type`; what image mode
             `processor` follows, and what a checkpoint keeps.
         resample: the filter by which `pad` and `resize` bring a picture to height and width.
-        is_usual: nobody stated the preprocessor config; it is the usual one of the model type.
+        is_usual: nobody stated in the preprocessor config how a picture becomes the tower's square.
         cost: of encoding a picture by its patches, by which pictures are shared out over ranks.
     """
 

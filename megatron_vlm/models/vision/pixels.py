@@ -11,6 +11,7 @@ Checkpoints from before are read as they were trained (`as_it_was`): always bicu
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import PretrainedConfig
 
-from megatron_vlm.errors import ConfigError
+from megatron_vlm.errors import ConfigError, one_line
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.preprocessing import (
+    GEOMETRY,
     USUAL,
     USUAL_CLIP,
     PixelFormat,
@@ -45,11 +47,21 @@ def to_pixels(image: Image.Image, spec: MediaSpec | PixelFormat) -> NDArray[np.f
 
 
 def refuse_unfollowed(spec: MediaSpec | PixelFormat, image_mode: str) -> None:
-    """Raises ConfigError where the tower's preprocessor config says what `pad` or `resize` cannot follow, by name. Of a
-    config that nobody stated the geometry is the mode's own."""
-    if image_mode == "processor" or spec.is_usual or not spec.processor:
+    """Raises ConfigError where the tower's preprocessor config says what `pad` or `resize` cannot follow, by name. A
+    geometry that nobody stated is the mode's own; one whose class refuses it cannot be tried, and is not trusted."""
+    if image_mode == "processor" or not spec.processor:
         return
-    faults = list(_unfollowed(json.loads(spec.processor), image_mode)) or list(_tried(spec))
+    settings = json.loads(spec.processor)
+    if spec.is_usual:
+        settings |= {key: value for key, value in plain_settings(spec).items() if key in GEOMETRY}
+    faults = list(_unfollowed(settings, image_mode))
+    try:
+        faults = faults or list(_tried(settings, spec))
+    except ConfigError as refusal:
+        raise ConfigError(
+            f"data.image_mode: found {image_mode}, which cannot be compared with the tower's preprocessor config: "
+            f"{one_line(refusal)}; needs other values under model.vision.preprocessor"
+        ) from refusal
     if faults:
         raise ConfigError(
             f"data.image_mode: found {image_mode}, but the tower's preprocessor config has {'; '.join(faults)}, which "
@@ -67,10 +79,13 @@ def plain_settings(spec: MediaSpec | PixelFormat) -> dict[str, Any]:
 
 def write_pixel_format(directory: Path, spec: MediaSpec, image_mode: str) -> None:
     """Writes the preprocessor config that `pixel_format` reads back, beside a tower's config: the tower's own, or where
-    that was made up and the mode does not follow it, the mode's. Raises OSError."""
+    its geometry was made up and the mode does not follow it, the mode's. Raises OSError."""
     settings: dict[str, Any] = json.loads(spec.processor)
-    if image_mode != "processor" and spec.is_usual and any(_unfollowed(settings, image_mode)):
-        settings |= plain_settings(spec)
+    if image_mode != "processor" and spec.is_usual:
+        try:
+            refuse_unfollowed(replace(spec, is_usual=False), image_mode)
+        except ConfigError:
+            settings |= plain_settings(spec)
     (directory / "preprocessor_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
@@ -117,16 +132,16 @@ def _unfollowed(settings: dict[str, Any], image_mode: str) -> Iterator[str]:
         yield "do_pad true"
 
 
-def _tried(spec: MediaSpec | PixelFormat) -> Iterator[str]:
-    """What is said by others: its class is given a picture of which both make the same, if it says nothing else."""
+def _tried(settings: dict[str, Any], spec: MediaSpec | PixelFormat) -> Iterator[str]:
+    """What is said by others: its class is given a picture of which both make the same, if it says nothing else.
+    Raises ConfigError where the class refuses."""
     noise = np.random.default_rng(0).integers(0, 256, (2 * spec.height, 2 * spec.width, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
-    with suppress(ConfigError):  # a class that takes no picture is told where it is asked for
-        theirs, ours = made_by_class(spec, picture), to_pixels(picture, spec)
-        if theirs is None:
-            return
-        name, seen = json.loads(spec.processor)["image_processor_type"], f"{picture.width} x {picture.height}"
-        if theirs.shape != ours.shape:
-            yield f"settings by which {name} makes pixels {theirs.shape} of a picture of {seen}, not {ours.shape}"
-        elif (off := float(np.abs(theirs - ours).max())) > _TOLERANCE * max(1.0, float(np.abs(ours).max())):
-            yield f"settings by which {name} makes other pixels of a picture of {seen}, off by {off:.2g}"
+    theirs, ours = made_by_class(settings, picture), to_pixels(picture, spec)
+    if theirs is None:
+        return
+    name, seen = settings["image_processor_type"], f"{picture.width} x {picture.height}"
+    if theirs.shape != ours.shape:
+        yield f"settings by which {name} makes pixels {theirs.shape} of a picture of {seen}, not {ours.shape}"
+    elif (off := float(np.abs(theirs - ours).max())) > _TOLERANCE * max(1.0, float(np.abs(ours).max())):
+        yield f"settings by which {name} makes other pixels of a picture of {seen}, off by {off:.2g}"

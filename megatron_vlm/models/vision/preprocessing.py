@@ -41,6 +41,7 @@ Channels = tuple[float, float, float]
 _KEY = "model.vision"
 KEYS = ("image_processor_type", "do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size",
         "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_pad")  # fmt: skip
+GEOMETRY = ("size", "do_center_crop", "crop_size")  # how a picture becomes the tower's square
 _EDGES = ("height", "width", "shortest_edge")
 
 
@@ -69,7 +70,8 @@ USUAL = {  # every other model type is fed as CLIP's
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """height, width in pixels; mean and std per RGB channel, of values in 0..1; all as in `MediaSpec`."""
+    """height, width in pixels; mean and std per RGB channel, of values in 0..1; is_usual: no key of `GEOMETRY` is
+    stated; all as in `MediaSpec`."""
 
     height: int
     width: int
@@ -114,8 +116,8 @@ def pixel_format(path: str | None, tower: PretrainedConfig, instead: Mapping[str
     mean = _channels("image_mean", setting(settings, "image_mean", usual.mean), is_divisor=False)
     std = _channels("image_std", setting(settings, "image_std", usual.std), is_divisor=True)
     resample = _filter(setting(settings, "resample", Image.Resampling.BICUBIC))
-    processor = json.dumps(settings, sort_keys=True)
-    return PixelFormat(height, width, mean, std, processor, resample, is_usual=not stated and not instead)
+    processor, is_usual = json.dumps(settings, sort_keys=True), not {*stated, *instead}.intersection(GEOMETRY)
+    return PixelFormat(height, width, mean, std, processor, resample, is_usual)
 
 
 def setting(settings: Mapping[str, Any], key: str, otherwise: Any = None) -> Any:
@@ -157,14 +159,13 @@ def load_processor(spec: MediaSpec | PixelFormat) -> Any:
     return processor
 
 
-def made_by_class(spec: MediaSpec | PixelFormat, picture: Image.Image) -> Any:
-    """What the class that the preprocessor config names makes of one picture; None where it has no form for Pillow.
-    Raises ConfigError where it refuses its settings."""
-    settings = json.loads(spec.processor)
+def made_by_class(settings: Mapping[str, Any], picture: Image.Image) -> Any:
+    """What the class that a preprocessor config names makes of one picture; None where it has no form for Pillow.
+    Raises ConfigError where it refuses its settings, or the picture."""
     if (class_ := _processor_class(settings)) is None:
         return None
     with told(f"{_KEY}: image processor {class_.__name__} refuses its own settings"):
-        return np.asarray(class_.from_dict(settings)(picture)["pixel_values"][0], dtype=np.float32)
+        return np.asarray(class_.from_dict(dict(settings))(picture)["pixel_values"][0], dtype=np.float32)
 
 
 def _usual_settings(usual: Usual, height: int, width: int) -> dict[str, Any]:

@@ -144,6 +144,52 @@ def test_a_config_that_was_made_up_gives_way_to_the_mode(tmp_path: Path) -> None
         torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("where", ["recipe", "file"])
+@pytest.mark.parametrize("mode", ["pad", "resize"])
+def test_a_geometry_that_nobody_stated_is_the_mode_s(where: str, mode: Any, tmp_path: Path) -> None:
+    """Other keys are followed all the same, or refused; a crop that somebody states is."""
+
+    def of(folder: str, **stated: Any) -> MediaSpec:
+        if where == "recipe":
+            return survey_tower(VisionConfig(config=small_tower("dinov2"), preprocessor=stated), None).media_spec
+        return spec_of(tower(tmp_path / folder, {"image_processor_type": "BitImageProcessor", **stated}))
+
+    spec = of("a", resample=2, image_std=[0.2, 0.3, 0.4])
+    pixels = MediaReader(spec, mode).prepare(PICTURE)
+    image = PICTURE if mode == "resize" else pad_to_square(PICTURE, tuple(int(mean * 255) for mean in spec.mean))
+    whole = BitImageProcessorPil(
+        size=WHOLE, do_center_crop=False, image_mean=spec.mean, image_std=[0.2, 0.3, 0.4], resample=2
+    )
+    expected = torch.from_numpy(np.asarray(whole(image)["pixel_values"][0])).float()
+    torch.testing.assert_close(pixels, expected, atol=1e-5, rtol=0)
+    CLIPVisionConfig(**SMALL_TOWER).save_pretrained(tmp_path / "saved")
+    write_pixel_format(tmp_path / "saved", spec, mode)
+    for again in (mode, "processor"):
+        torch.testing.assert_close(
+            MediaReader(spec_of(tmp_path / "saved"), again).prepare(image), expected, atol=1e-5, rtol=0
+        )
+    for name, stated, told in (
+        ("b", {"do_rescale": False}, "do_rescale false"),
+        ("c", {"do_pad": True}, "do_pad true"),
+        ("d", {"do_center_crop": True, "size": {"shortest_edge": 30}, "crop_size": 28}, "crop_size 28 of size"),
+    ):
+        with pytest.raises(ConfigError, match=f"^data.image_mode: found {mode}, .* has {told}"):
+            MediaReader(of(name, **stated), mode)
+
+
+@pytest.mark.parametrize("mode", ["pad", "resize"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("ConvNextImageProcessor", WHOLE), ("DPTImageProcessor", {"shortest_edge": 28}), ("ImageGPTImageProcessor", 28)],
+)
+def test_settings_that_their_own_class_refuses_are_told(name: str, size: Any, mode: Any, tmp_path: Path) -> None:
+    spec = spec_of(tower(tmp_path, {"image_processor_type": name, "size": size}))
+    with pytest.raises(
+        ConfigError, match=f"^data.image_mode: found {mode}, .*{name}Pil refuses its own .*; needs other"
+    ):
+        MediaReader(spec, mode)
+
+
 def test_checkpoints_from_before_are_read_as_they_were_trained(tmp_path: Path) -> None:
     config = CLIPVisionConfig(**SMALL_TOWER)
     bicubic = {"image_processor_type": "CLIPImageProcessor", "size": 28, "crop_size": 28, "resample": 3}
