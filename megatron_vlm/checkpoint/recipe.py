@@ -43,9 +43,11 @@ def inference_config(directory: Path, parallel: ParallelConfig) -> Config:
     return config.model_copy(update={"model": model, "parallel": parallel, "ops": config.ops.anywhere()})
 
 
-def former_preprocessor(directory: Path, manifest: Manifest, image_mode: str) -> dict[str, Any] | None:
+def former_preprocessor(
+    directory: Path, manifest: Manifest, image_mode: str, tells: bool = True
+) -> dict[str, Any] | None:
     """`model.vision.preprocessor` by which a checkpoint is used as it was trained, where it was saved before `pad` and
-    `resize` followed the tower's preprocessor config and that is a difference, which is told.
+    `resize` followed the tower's preprocessor config and that is a difference, which it `tells`.
 
     Of an import that has not trained the tower's config counts: its model was trained elsewhere. Raises ConfigError.
     """
@@ -54,7 +56,7 @@ def former_preprocessor(directory: Path, manifest: Manifest, image_mode: str) ->
         return None
     path = str(directory / "vision")
     settings = as_it_was(path, load_vision_config(VisionConfig(path=path)), image_mode)
-    if settings is not None and (not dist.is_initialized() or dist.get_rank() == 0):
+    if tells and settings is not None and (not dist.is_initialized() or dist.get_rank() == 0):
         get_logger(__name__).warning(
             "%s was saved before data.image_mode %s followed the tower's preprocessor config; pictures are prepared as "
             "they were in its training, resized by bicubic", directory, image_mode,

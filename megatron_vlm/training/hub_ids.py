@@ -68,12 +68,18 @@ def _hub_ids(config: Config) -> Iterator[tuple[str, str]]:
             yield f"model.{key}", path
 
 
-def _kept_commits(config: CheckpointConfig, resumes: bool) -> dict[str, str]:
-    """Those of the checkpoint the run is to go on from: which one that is is found later, and all have the same."""
+def candidates(config: CheckpointConfig, resumes: bool) -> list[Path]:
+    """The checkpoints one of which a run goes on from, the likeliest first; none where it begins. Raises
+    CheckpointError."""
     found: list[Path] = checkpoints(Path(config.directory)) if resumes else []
     if not found and config.load is not None and config.load_states == "all":
         found = [find_checkpoint(config.load)]
-    for checkpoint in found:
+    return found
+
+
+def _kept_commits(config: CheckpointConfig, resumes: bool) -> dict[str, str]:
+    """Those of the checkpoint the run is to go on from: which one that is is found later, and all have the same."""
+    for checkpoint in candidates(config, resumes):
         try:
             return read_sources(checkpoint, Manifest.read(checkpoint).files)
         except CheckpointError:  # damaged: what is damaged is told where the checkpoints are compared

@@ -41,7 +41,7 @@ from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.seeding import seed_everything
 from megatron_vlm.training.media_cost import set_measured_cost
 from megatron_vlm.training.optimizer import build_optimizer
-from megatron_vlm.training.pixels import settle_pixels, take_pixels
+from megatron_vlm.training.pixels import settle_pixels, take_pixels, with_pixels
 from megatron_vlm.training.preflight import settle_run
 from megatron_vlm.training.step import TrainStep
 
@@ -151,7 +151,7 @@ def build_job(
         for fault in frozen_at_random(config, settled.facts):
             logger.warning("%s", fault)
     seed_everything(config.runtime.seed, grid)
-    model = build_model(config, grid)
+    model = build_model(with_pixels(config, pixels), grid)
     take_pixels(model.vision.tower, pixels)
     for chunk in model.language:
         chunk.train_by(rules)

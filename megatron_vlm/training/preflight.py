@@ -29,10 +29,12 @@ from megatron_vlm.data.media import MediaReader
 from megatron_vlm.data.sources import SOURCES
 from megatron_vlm.data.tokenizer import Tokenizer, check_vocabulary, first_time_token, load_tokenizer
 from megatron_vlm.errors import MegatronVlmError, RecipeError, SeveralFaults, faults_of, together
+from megatron_vlm.models.vision.preprocessing import PixelFormat
 from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.runtime.collectives import all_gather_objects, broadcast_object
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.training.hub_ids import pin_hub_ids
+from megatron_vlm.training.pixels import foresee_pixels, with_pixels
 from megatron_vlm.training.recipe import settle
 
 
@@ -62,6 +64,7 @@ class _Findings:
     unknown: frozenset[str] = frozenset()  # sections that are not what the user wrote
     commits: dict[str, str] | None = None  # None, as the others below: it is at fault
     facts: ModelFacts | None = None
+    pixels: PixelFormat | None = None  # that a checkpoint was trained with, from which the run is to go on
     tokenizer: Tokenizer | None = None
     encoder: ConversationEncoder | None = None
 
@@ -109,6 +112,7 @@ def settle_run(
     found = _Findings(config, list(known), unknown)
     with found.noted():
         found.config, found.commits = pin_hub_ids(config, resumes, world)
+    found.pixels = foresee_pixels(found.config, resumes, world)
     _look_at_models(found, world_size, ranks_per_node)
     if opens_data and found.tokenizer is not None and found.knows("data", "training"):
         _look_at_template(found, found.tokenizer)
@@ -149,7 +153,9 @@ def _look_at_models(found: _Findings, world_size: int, ranks_per_node: int) -> N
         if found.commits is None or not found.knows("model"):
             validate(found.config, None, world_size)
         else:
-            found.config, found.facts = settle(found.config, world_size, ranks_per_node, current_device())
+            looked_at = with_pixels(found.config, found.pixels)
+            settled, found.facts = settle(looked_at, world_size, ranks_per_node, current_device())
+            found.config = settled.model_copy(update={"model": found.config.model})
     if found.commits is not None and found.knows("model"):
         _read_tokenizer(found)
 
@@ -182,14 +188,14 @@ def _look_at_data(found: _Findings, resumes: bool) -> None:
     config, media = found.config, None
     if config.data.source not in SOURCES or not found.knows("data", "model", "training", "evaluation"):
         return
-    own = checkpoints(Path(config.checkpoint.directory)) if resumes else []
-    goes_on = config.checkpoint.load is not None or bool(own)
     if found.facts is not None:
         with found.noted():
-            spec = survey_tower(config.model.vision, config.model.projector).media_spec
-            if goes_on:  # with pixels that its checkpoint says, which `settle_pixels` judges
-                spec = replace(spec, is_usual=True)
+            model = with_pixels(config, found.pixels).model
+            spec = survey_tower(model.vision, model.projector).media_spec
+            if found.pixels is not None:
+                spec = replace(spec, **vars(found.pixels))
             media = MediaReader(spec, config.data.image_mode)
+    own = checkpoints(Path(config.checkpoint.directory)) if resumes else []
     is_done = bool(own) and max(map(step_of, own)) >= config.training.steps
     files = [] if config.training.mode == "eval" or is_done else [(config.data.path, config.data.media_root)]
     if config.training.mode != "train" and config.evaluation.path is not None:

@@ -23,12 +23,17 @@ from megatron_vlm.conversion.formats import config_of, open_foreign
 from megatron_vlm.conversion.formats.base import AskedAs
 from megatron_vlm.conversion.importing import import_model
 from megatron_vlm.errors import ConfigError
-from tests.helpers.foreign_models import TINY_SIGLIP
+from tests.helpers.foreign_models import TINY_SIGLIP, llava_hf
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_recipe
 
 BILINEAR, BICUBIC = 2, 3
 PICTURE = Image.fromarray(np.random.default_rng(4).integers(0, 256, (90, 71, 3), dtype=np.uint8))
+TEXTS_OR_PARTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for p in m['content'] %}{{ p['text'] if p['type'] == 'text' else '<image>' }}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def written(settings: dict[str, Any], **keys: Any) -> dict[str, Any]:
@@ -168,6 +173,56 @@ def test_a_run_from_before_goes_on_where_a_new_one_is_refused(ranks: RankPool, t
     assert torch.equal(same, pixels) and any("resized by bicubic" in line for line in told)
     begun["checkpoint"]["directory"] = str(tmp_path / "new")
     assert "crop_size" in ranks.run(1, refused, begun)[0]
+
+
+@pytest.mark.parametrize("resample", [None, "cubic"])
+def test_a_run_from_before_goes_on_whatever_its_filter_was_called(
+    ranks: RankPool, tmp_path: Path, resample: str | None
+) -> None:
+    checkpoint, pixels, _ = ranks.run(1, run, recipe(tmp_path, "pad", resample=BICUBIC))[0]
+    of_before(Path(str(checkpoint)), resample=resample)
+    begun = recipe(tmp_path, "pad", resample=resample)
+    for _ in range(2):  # and a run that goes on from that
+        checkpoint, same, told = ranks.run(1, run, begun)[0]
+        assert torch.equal(same, pixels) and sum("cannot be followed (model.vision: resample" in t for t in told) == 1
+    assert torch.equal(ranks.run(1, loaded, checkpoint)[0][0], pixels)
+    begun["checkpoint"]["accept_changes"] = ["model.vision.preprocessor"]
+    assert "model.vision: resample of the preprocessor config is" in ranks.run(1, refused, begun)[0]
+
+
+def test_a_run_goes_on_with_the_processor_of_its_checkpoint(ranks: RankPool, tmp_path: Path) -> None:
+    """Whatever the one beside the tower has become, also where that is looked for before the checkpoint."""
+    _, pixels, _ = ranks.run(2, run, recipe(tmp_path, "processor"))[0]
+    begun = recipe(tmp_path, "processor", image_processor_type="NoSuchProcessor")
+    _, same, told = ranks.run(2, run, begun, False)[0]
+    assert torch.equal(same, pixels) and any("makes other pixels" in line for line in told)
+    begun["checkpoint"] |= {"load": begun["checkpoint"]["directory"], "directory": str(tmp_path / "new")}
+    assert torch.equal(ranks.run(2, run, begun, False)[0][1], pixels)
+    begun["checkpoint"]["load_states"] = "model"
+    assert "NoSuchProcessor has no form for Pillow" in ranks.run(2, refused, begun)[1]
+
+
+@pytest.mark.parametrize(("came", "trained", "said"), [(5, 8, 8), (5, 5, 5), (None, 8, None), (None, 3, 3)])
+def test_an_export_that_gives_an_import_back_says_the_frames_of_its_training(
+    tmp_path: Path, came: int | None, trained: int, said: int | None
+) -> None:
+    source = llava_hf(tmp_path / "source")
+    (source / "chat_template.jinja").write_text(TEXTS_OR_PARTS)  # as trained: nothing but the frames may be told
+    record = source / "megatron_vlm.json"
+    if came is not None:
+        data = {"template": "auto", "image_mode": "processor", "image_token": "<image>", "video": {"num_frames": came}}
+        record.write_text(json.dumps(data))
+    checkpoint = import_model(open_foreign(source), tmp_path / "ours")
+    manifest = Manifest.read(checkpoint)
+    manifest.config["data"]["video"] = {"num_frames": trained, "fps": 0.0}
+    checkpoint = checkpoint.rename(checkpoint.with_name("step_0000001"))
+    replace(manifest, step=1, config_hash=hash_of_tree(manifest.config)).write(checkpoint)
+    plan_export(checkpoint).write(tmp_path / "out")
+    returned = tmp_path / "out" / "megatron_vlm.json"
+    assert (json.loads(returned.read_text())["video"]["num_frames"] if returned.exists() else None) == said
+    assert open_foreign(tmp_path / "out").video.num_frames == trained
+    if said == came and came is not None:
+        assert returned.read_bytes() == record.read_bytes()
 
 
 def test_frames_of_a_video_are_those_that_an_export_takes(ranks: RankPool, tmp_path: Path) -> None:
