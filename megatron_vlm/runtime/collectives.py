@@ -1,6 +1,6 @@
 """The collectives we call ourselves. The group is always an argument; a group of one rank communicates nothing.
 
-torch.distributed.nn's differentiable collectives fail on sub-groups (reference/megatron-core-traps.md), hence our own.
+torch.distributed.nn's differentiable collectives fail on sub-groups (traps B27), hence our own.
 The hazard of every collective: all ranks of the group must call it, those with nothing to send too.
 
 Shapes: n_send and n_recv are row counts, `...` any trailing shape equal on all ranks.

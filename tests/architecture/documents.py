@@ -13,6 +13,7 @@ FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 PATH = re.compile(r"\.?[\w-][\w.-]*(?:/[\w.*-]+)*/?")
+DECISION = re.compile(r"docs/decisions/\d{4}")
 REFERENCE = re.compile(r"([\w./-]+\.py):([A-Za-z_][\w.]*)")
 
 
@@ -42,11 +43,15 @@ def _is_ours(candidate: str) -> bool:
     return candidate.endswith(SUFFIXES) and stem.upper() != stem
 
 
-def exists(path: str) -> bool:
-    """From the root, from the package, as a pattern, or, for a lone file name, anywhere in the repository."""
+def exists(path: str, beside: Path = ROOT) -> bool:
+    """From the document's folder, from the root or the package, as a pattern, as a decision's number, or, for a lone
+    file name, anywhere in the repository."""
+    if (beside / path).exists():
+        return True
     if "/" not in path.rstrip("/"):
         return (ROOT / path).exists() or any(_tracked(path))
-    return any(any(base.glob(path.rstrip("/"))) for base in (ROOT, ROOT / "megatron_vlm"))
+    pattern = f"{path}-*.md" if DECISION.fullmatch(path) else path.rstrip("/")
+    return any(any(base.glob(pattern)) for base in (ROOT, ROOT / "megatron_vlm"))
 
 
 def _tracked(name: str) -> Iterator[Path]:
@@ -60,7 +65,7 @@ def references(text: str) -> list[tuple[str, str]]:
 
 
 def defines(path: str, name: str) -> bool:
-    """Whether that file has a function, class or method of that name."""
+    """Whether that file has a function, class, method or variable at its top of that name."""
     for base in (ROOT, ROOT / "megatron_vlm"):
         if (base / path).is_file():
             return _find(ast.parse((base / path).read_text()), name.split("."))
@@ -71,4 +76,8 @@ def _find(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionD
     for child in node.body:
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and child.name == names[0]:
             return len(names) == 1 or _find(child, names[1:])
+        if isinstance(child, ast.Assign | ast.AnnAssign):
+            targets = child.targets if isinstance(child, ast.Assign) else [child.target]
+            if names in [[target.id] for target in targets if isinstance(target, ast.Name)]:
+                return True
     return False

@@ -44,9 +44,13 @@ def test_commands_would_be_taken(document: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_keys_named_in_the_readme_exist() -> None:
-    keys = named_keys((ROOT / "README.md").read_text())
-    assert len(keys) >= 10, keys
+@pytest.mark.parametrize(
+    ("document", "least"),
+    [("README.md", 10), ("docs/design.md", 4), ("docs/limitations.md", 4), ("CONTRIBUTING.md", 4)],
+)
+def test_keys_named_exist(document: str, least: int) -> None:
+    keys = named_keys((ROOT / document).read_text())
+    assert len(keys) >= least, keys
     wrong = [fault for key in sorted(keys) if (fault := key_fault(key))]
     assert not wrong, "\n".join(wrong)
 

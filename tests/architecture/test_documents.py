@@ -5,14 +5,17 @@ import pytest
 from tests.architecture.documents import defines, exists, named_paths, references
 from tests.architecture.sources import ROOT
 
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")
+DOCUMENTS = (
+    "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/design.md", "docs/traps.md", "docs/extending.md",
+    "docs/limitations.md",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_paths_named_exist(document: str) -> None:
     paths = set(named_paths((ROOT / document).read_text()))
     assert paths, f"{document} names no path that this test understands"
-    missing = sorted(path for path in paths if not exists(path))
+    missing = sorted(path for path in paths if not exists(path, (ROOT / document).parent))
     assert not missing, f"{document} names what does not exist: {', '.join(missing)}"
 
 
@@ -53,4 +56,7 @@ python tools/none.py RECIPE.yaml tests/architecture/test_*.py
     assert references(text) == [("training/none.py", "run"), ("tests/architecture/documents.py", "exists")]
     assert defines("tests/architecture/documents.py", "exists")
     assert defines("config/schema.py", "Config") and defines("megatron_vlm/registry.py", "Registry.get")
+    assert defines("registry.py", "T") and defines("tests/architecture/test_documents.py", "DOCUMENTS")
+    assert exists("docs/decisions/0001") and not exists("docs/decisions/9999")
+    assert exists("../README.md", ROOT / "docs") and not exists("../none.md", ROOT / "docs")
     assert not defines("tests/architecture/documents.py", "exist") and not defines("config/schema.py", "Config.get")

@@ -1,4 +1,4 @@
-"""Our logits against transformers' LlavaForConditionalGeneration, over random configurations, fp32 (issue 2, line 4).
+"""Our logits against transformers' LlavaForConditionalGeneration, over random configurations, fp32.
 
 Weights are drawn so that the logits' standard deviation is at least 1 and attention is far from uniform: with the usual
 small initialisation every layer is nearly the identity and a wrong one would pass. Both models get the same state; ours

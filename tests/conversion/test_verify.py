@@ -1,5 +1,5 @@
 """`verify` on real directories: right conversions agree, every planted mistake is named, and what cannot be asked is
-said (issue 4, line 6)."""
+said."""
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence

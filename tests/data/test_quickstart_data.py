@@ -1,4 +1,4 @@
-"""The quickstart's files are what reference/quickstart-digits.md measured: numbers, split, mix, lengths."""
+"""The quickstart's files have the numbers, split, mix and lengths that its recipe was chosen for."""
 
 import json
 from collections import Counter

@@ -1,6 +1,6 @@
 """The master test (DESIGN 6): any layout gives the losses, gradients and updates of one process.
 
-Real job, real loader, a mix of text-only, one-image and three-image samples, fp32. Tolerances are DESIGN's and relative
+Real job, real loader, a mix of text-only, one-image and three-image samples, fp32. Tolerances are relative
 in the L2 norm: losses and gradient norms 1e-5; first gradients per tensor 1e-5 of (its norm + 1e-6 of the total norm);
 five-step updates per tensor 1e-4 (`docs/decisions/0009` proposes an eps for it); the first step's features,
 embeddings, layer outputs and token losses 1e-5 per rank and row. Tensors whose gradient in one process is under 1e-6 of
