@@ -35,9 +35,8 @@ from megatron_vlm.checkpoint.store import TrainingState
 from megatron_vlm.checkpoint.writing import BackgroundWriter, Outcome, Part, SharedMemory, reason_of, start_server
 from megatron_vlm.config.schema import CheckpointConfig
 from megatron_vlm.errors import CheckpointError
-from megatron_vlm.runtime.collectives import all_gather_objects, gather_objects
+from megatron_vlm.runtime.collectives import all_gather_objects, all_reduce_max, gather_objects
 from megatron_vlm.runtime.logging import get_logger
-from megatron_vlm.runtime.signals import maxima
 
 logger = get_logger(__name__)
 REMOVAL_SECONDS = 10.0  # that the end of a run waits for it: the next start removes the rest
@@ -82,7 +81,7 @@ class CheckpointSaver:
             CheckpointError: on every rank, where this or the save before it cannot be written.
         """
         if self._save is not None:
-            if maxima([self.is_writing], state.grid.world)[0]:
+            if all_reduce_max([self.is_writing], state.grid.world)[0]:
                 logger.info("%s is still being written: step %d waits for it", self._save.final, state.step)
             self._complete(self._save)
         final, world = checkpoint_path(Path(self.config.directory), state.step), state.grid.world
@@ -118,7 +117,7 @@ class CheckpointSaver:
         """
         if self._save is not None:
             if is_writing is None:
-                is_writing = bool(maxima([self.is_writing], self._save.state.grid.world)[0])
+                is_writing = bool(all_reduce_max([self.is_writing], self._save.state.grid.world)[0])
             if not is_writing:
                 self._complete(self._save)
         published, self._published = self._published, []

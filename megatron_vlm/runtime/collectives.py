@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_vlm.runtime.device import current_device
+
 T = TypeVar("T")
 
 
@@ -86,3 +88,11 @@ def all_reduce_(tensor: Tensor, group: ProcessGroup, operation: dist.ReduceOp.Re
     if group.size() > 1:
         dist.all_reduce(tensor, operation, group=group)
     return tensor
+
+
+def all_reduce_max(values: list[int], group: ProcessGroup) -> list[int]:
+    """The largest of every rank's values, place by place; without cost for one rank."""
+    if group.size() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.int32, device=current_device())
+    return all_reduce_(tensor, group, dist.ReduceOp.MAX).tolist()

@@ -60,7 +60,9 @@ class StopSignals:
 
     def agreed(self, group: "ProcessGroup") -> str | None:
         """The name of a signal that any rank has seen, the same on every rank; a collective call."""
-        return name_of(maxima([self.seen], group)[0])
+        from megatron_vlm.runtime.collectives import all_reduce_max  # imports torch; signals are noted before that
+
+        return name_of(all_reduce_max([self.seen], group)[0])
 
     def __enter__(self) -> "StopSignals":
         self._readable, self._writable = os.pipe()
@@ -118,19 +120,6 @@ def _for_how_long(number: int) -> str:
     if seconds is None or number == signal.SIGUSR1:
         return "; Ctrl-C ends at once" if number == signal.SIGINT else ""
     return f"; torchrun, if it was told, kills its ranks {seconds} s later, and what they have not saved is lost"
-
-
-def maxima(values: list[int], group: "ProcessGroup") -> list[int]:
-    """The largest of every rank's values, place by place; a collective call, without cost for one rank."""
-    import torch
-
-    from megatron_vlm.runtime.collectives import all_reduce_
-    from megatron_vlm.runtime.device import current_device
-
-    if group.size() == 1:
-        return values
-    tensor = torch.tensor(values, dtype=torch.int32, device=current_device())
-    return all_reduce_(tensor, group, torch.distributed.ReduceOp.MAX).tolist()
 
 
 def name_of(number: int) -> str | None:

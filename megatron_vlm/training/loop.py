@@ -13,12 +13,12 @@ from megatron_vlm.checkpoint.saver import CheckpointSaver
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.errors import ConfigError, MegatronVlmError, NotFiniteError, TrainingError
-from megatron_vlm.runtime.collectives import broadcast_object
+from megatron_vlm.runtime.collectives import all_reduce_max, broadcast_object
 from megatron_vlm.runtime.distributed import Launch
 from megatron_vlm.runtime.garbage import settle
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.position import HERE
-from megatron_vlm.runtime.signals import StopSignals, maxima, name_of
+from megatron_vlm.runtime.signals import StopSignals, name_of
 from megatron_vlm.training import schedule
 from megatron_vlm.training.held_out import HeldOut, build_held_out
 from megatron_vlm.training.hooks import Hook, build_hooks
@@ -79,7 +79,7 @@ def train(
         if not config.checkpoint.every_steps:
             tell_unsaved(steps - job.start_step, job.grid.rank)
         settle()
-        maxima([0], job.grid.world)  # all are here: from now on they stop together
+        all_reduce_max([0], job.grid.world)  # all are here: from now on they stop together
         signals.arm()
         return run_steps(job, meter, batches, hooks, signals, held_out)
 
@@ -105,7 +105,7 @@ def run_steps(
             for hook in hooks:
                 hook.after_step(report)
             updates = batch.step + 1
-            signal, is_writing = maxima([signals.seen, saver.is_writing], job.grid.world)
+            signal, is_writing = all_reduce_max([signals.seen, saver.is_writing], job.grid.world)
             evaluates = held_out is not None and not signal and is_evaluation_due(config, updates)
             ends = signal > 0 or updates == steps
             saves = ends or is_due(updates, config.checkpoint.every_steps)
@@ -178,7 +178,7 @@ def evaluate(held_out: HeldOut, updates: int, hooks: Sequence[Hook], signals: St
 
     def is_stopped() -> bool:
         nonlocal signal
-        signal = maxima([signals.seen], world)[0]
+        signal = all_reduce_max([signals.seen], world)[0]
         return signal > 0
 
     report = held_out.evaluate(updates, is_stopped)
