@@ -5,9 +5,6 @@ how many tokens it gives, how many of them come before the patches (CLS, registe
 hidden state reaches, all follow from one forward and backward of the cut model on the meta device, which costs no
 memory and no arithmetic.
 
-Hazard: a model that normalises its last hidden state (`tie_last_hidden_states`) would do so to the selected one when it
-is cut there; `cut` turns that off unless the last layer itself was selected.
-
 L: layers; hidden states number 0..L, embeddings first.
 """
 
@@ -22,6 +19,7 @@ from megatron_vlm.config.schema import ProjectorConfig, VisionConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.hf_config import config_from_dict, config_from_path, told
 from megatron_vlm.models.projectors import PROJECTORS, PatchGrid, count_rows
+from megatron_vlm.models.vision.hidden_state import cut, select_hidden
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.preprocessing import pixel_format
 from megatron_vlm.parallel.media_plan import MediaCost
@@ -157,23 +155,6 @@ def find_layers(model: nn.Module, num_layers: int) -> str:
             f"model.vision: {type(model).__name__} must have one list of its {num_layers} layers; found {paths}"
         )
     return outermost[0]
-
-
-def cut(model: nn.Module, layers_path: str, kept: int) -> nn.ModuleList:
-    """Leaves the first `kept` layers in the model and returns the others."""
-    parent_path, _, attribute = layers_path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    layers = getattr(parent, attribute)
-    assert isinstance(layers, nn.ModuleList)
-    setattr(parent, attribute, layers[:kept])
-    if kept < len(layers):
-        model.config.tie_last_hidden_states = False  # type: ignore[union-attr]
-    return layers[kept:]
-
-
-def select_hidden(model: nn.Module, pixels: Tensor, selected: int) -> Tensor:
-    """pixels [n, 3, H, W] -> hidden state [n, tokens, width] of a cut model (never its normalised last state)."""
-    return model(pixel_values=pixels, output_hidden_states=True, return_dict=True).hidden_states[selected]
 
 
 def _try_on_meta(model: nn.Module, selected: int, height: int, width: int) -> Tensor:

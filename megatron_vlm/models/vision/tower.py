@@ -12,7 +12,8 @@ from functools import partial
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_vlm.models.vision.survey import TowerSurvey, build_hf_tower, cut, select_hidden
+from megatron_vlm.models.vision.hidden_state import cut, select_hidden
+from megatron_vlm.models.vision.survey import TowerSurvey, build_hf_tower
 
 
 class VisionTower(nn.Module):
