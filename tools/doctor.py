@@ -202,11 +202,11 @@ def check_recipe(recipe: str, overrides: list[str], world_size: int) -> None:
     where it cannot be checked."""
     from megatron_vlm.config import load_config
     from megatron_vlm.data.sources import SOURCES
-    from megatron_vlm.training.recipe import settle
+    from megatron_vlm.training.recipe import resolve_recipe
 
     config = load_config(recipe, overrides)
     SOURCES.get(config.data.source)
-    settle(config, world_size, world_size, device_here(config.runtime.device, world_size))
+    resolve_recipe(config, world_size, world_size, device_here(config.runtime.device, world_size))
 
 
 def show(found: list[Finding]) -> None:

@@ -30,7 +30,7 @@ def not_collected() -> Iterator[None]:
             gc.enable()
 
 
-def settle() -> None:
+def freeze_gc() -> None:
     """Collect as Python does, but leave alone all that is there now: what a long run makes in cycles is freed soon."""
     gc.freeze()
     gc.set_threshold(*_PYTHONS_OWN)

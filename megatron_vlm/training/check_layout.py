@@ -36,7 +36,7 @@ from megatron_vlm.training.layout_check.hints import hint_of
 from megatron_vlm.training.layout_check.record import Record, gather_records, observe
 from megatron_vlm.training.layout_check.reference import ReferenceProcess, exact_arithmetic
 from megatron_vlm.training.layout_check.shrink import shrink
-from megatron_vlm.training.recipe import settle
+from megatron_vlm.training.recipe import resolve_recipe
 
 MAX_HANG_SECONDS = 60.0  # without a step made
 REFERENCE_SECONDS = 1200.0
@@ -126,7 +126,7 @@ def check_layout(
     world, store = dist.group.WORLD, _own_store()
     assert world is not None, "there is no default process group"
     ranks_per_node = broadcast_object(launch.local_world_size, world)
-    config, _ = settle(config, launch.world_size, ranks_per_node, current_device())
+    config, _ = resolve_recipe(config, launch.world_size, ranks_per_node, current_device())
     sizes = GridSizes.from_config(config.parallel, launch.world_size)
     small, samples = broadcast_object(shrink(config, launch.world_size) if launch.rank == 0 else None, world)
     with tempfile.TemporaryDirectory(prefix="check-layout-") as folder:

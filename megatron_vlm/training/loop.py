@@ -15,7 +15,7 @@ from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.errors import ConfigError, MegatronVlmError, NotFiniteError, TrainingError
 from megatron_vlm.runtime.collectives import all_reduce_max, broadcast_object
 from megatron_vlm.runtime.distributed import Launch
-from megatron_vlm.runtime.garbage import settle
+from megatron_vlm.runtime.garbage import freeze_gc
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.position import HERE
 from megatron_vlm.runtime.signals import StopSignals, name_of
@@ -78,7 +78,7 @@ def train(
             return found
         if not config.checkpoint.every_steps:
             tell_unsaved(steps - job.start_step, job.grid.rank)
-        settle()
+        freeze_gc()
         all_reduce_max([0], job.grid.world)  # all are here: from now on they stop together
         signals.arm()
         return run_steps(job, meter, batches, hooks, signals, held_out)

@@ -35,7 +35,7 @@ from megatron_vlm.runtime.collectives import all_gather_objects, broadcast_objec
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.training.hub_ids import pin_hub_ids
 from megatron_vlm.training.pixels import foresee_pixels, with_pixels
-from megatron_vlm.training.recipe import settle
+from megatron_vlm.training.recipe import resolve_recipe
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _look_at_models(found: _Findings, world_size: int, ranks_per_node: int) -> N
             validate(found.config, None, world_size)
         else:
             looked_at = with_pixels(found.config, found.pixels)
-            settled, found.facts = settle(looked_at, world_size, ranks_per_node, current_device())
+            settled, found.facts = resolve_recipe(looked_at, world_size, ranks_per_node, current_device())
             found.config = settled.model_copy(update={"model": found.config.model})
     if found.commits is not None and found.knows("model"):
         _read_tokenizer(found)

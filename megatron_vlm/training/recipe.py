@@ -18,7 +18,7 @@ from megatron_vlm.runtime.logging import get_logger
 logger = get_logger(__name__)
 
 
-def settle(
+def resolve_recipe(
     config: Config, world_size: int, ranks_per_node: int, device: torch.device | None = None
 ) -> tuple[Config, ModelFacts]:
     """Validates a recipe, and splits `parallel.context` into Ulysses and ring ranks, which it tells with its reason.

@@ -23,7 +23,7 @@ from megatron_vlm.training.parameter_shards import (
     meta_encoder,
     vision_parameters,
 )
-from megatron_vlm.training.recipe import settle
+from megatron_vlm.training.recipe import resolve_recipe
 from megatron_vlm.training.traffic import Flow, Traffic
 
 from .batch import Batch, ReplicaBatch, SampleRow, first_batch
@@ -181,7 +181,7 @@ def gather(name: str, config: Config, world_size: int, ranks_per_node: int = RAN
         ConfigError: everything wrong with the recipe on so many ranks; a model whose config cannot be read.
         DataError: the recipe's data are there and cannot be used.
     """
-    config, _ = settle(config, world_size, min(world_size, ranks_per_node))
+    config, _ = resolve_recipe(config, world_size, min(world_size, ranks_per_node))
     if config.training.mode == "eval":
         config = without_training(config)
     sizes = GridSizes.from_config(config.parallel, world_size)

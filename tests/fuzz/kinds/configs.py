@@ -11,7 +11,7 @@ from PIL import Image
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.media import MediaReader
 from megatron_vlm.models.vision.survey import survey_tower
-from megatron_vlm.training.recipe import settle
+from megatron_vlm.training.recipe import resolve_recipe
 from tests.fuzz import hostile
 from tests.fuzz.kind import Kind, Read
 from tests.fuzz.tripwire import PLANTED
@@ -48,7 +48,7 @@ class Base:
 
 def prepare(folder: Path) -> Base:
     config = tiny_recipe(folder)
-    settle(config, 1, 1)
+    resolve_recipe(config, 1, 1)
     recipe = json.loads(config.model_dump_json())
     llama = config.model.language.config or tiny_llama(331)
     languages = [llama, {**llama, **ROPE}, *({**llama, "model_type": kind} for kind in ("qwen2", "mistral", "gemma"))]
@@ -96,7 +96,7 @@ def _read(recipe: dict[str, Any]) -> None:
     from megatron_vlm.config import config_from_tree
 
     config: Config = config_from_tree(recipe, "recipe.yaml")
-    config, _ = settle(config, 1, 1)
+    config, _ = resolve_recipe(config, 1, 1)
     survey = survey_tower(config.model.vision, config.model.projector)
     reader = MediaReader(survey.media_spec, config.data.image_mode)
     Image.new("RGB", (33, 24)).save("a.png")

@@ -9,7 +9,7 @@ import yaml
 
 from megatron_vlm.config import load_config, to_yaml
 from megatron_vlm.config.loading import config_hash
-from megatron_vlm.training.recipe import settle
+from megatron_vlm.training.recipe import resolve_recipe
 from tests.fuzz import hostile
 from tests.fuzz.kind import Kind, Read
 from tests.fuzz.runner import SECRET
@@ -106,7 +106,7 @@ PLACES = (
 def prepare(folder: Path) -> dict[str, Any]:
     """A whole recipe, defaults included, whose files are in the folder."""
     config = tiny_recipe(folder)
-    settle(config, 1, 1)  # transformers imports a model's code when it is first asked for it
+    resolve_recipe(config, 1, 1)  # transformers imports a model's code when it is first asked for it
     return json.loads(config.model_dump_json())
 
 
@@ -151,7 +151,7 @@ def _read(path: Path, overrides: list[str], world_size: int) -> None:
     written = to_yaml(config) + config_hash(config)
     if SECRET in written and "outside" not in path.read_text("utf-8", "replace"):
         raise Wrong("the recipe holds what only the environment knows")
-    settle(config, world_size, 8)
+    resolve_recipe(config, world_size, 8)
 
 
 def _dump(tree: Any) -> bytes:

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_vlm.config.idle import frozen_at_random, idle_keys, idle_settings
-from megatron_vlm.training.recipe import settle
+from megatron_vlm.training.recipe import resolve_recipe
 from tests.unit.config.recipes import FACTS, facts, recipe
 
 FULL = "training.recompute.vision full: without effect, as no parameter of the tower trains"
@@ -79,7 +79,7 @@ def test_the_ring_is_the_one_that_context_is_split_into_and_is_told_once(monkeyp
     said = []
     monkeypatch.setattr("megatron_vlm.training.recipe.gather_facts", lambda *_: FACTS)
     monkeypatch.setattr("megatron_vlm.training.recipe.logger.warning", lambda text, *parts: said.append(text % parts))
-    settle(recipe(parallel={"context": 4, "ring_mode": "all_gather"}), 4, ranks_per_node)
+    resolve_recipe(recipe(parallel={"context": 4, "ring_mode": "all_gather"}), 4, ranks_per_node)
     assert said == told
 
 
