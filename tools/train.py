@@ -31,7 +31,7 @@ def main() -> None:
         except MegatronVlmError as error:
             raise error if fault is None else together([fault, error]) from error
         if arguments.check_layout:
-            from megatron_vlm.training.check_layout import check_layout
+            from megatron_vlm.training.layout_check.check import check_layout
 
             report = check_layout(config, launch)
             if launch.rank == 0 and report.comparisons:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_vlm.errors import ParallelError
-from megatron_vlm.training.check_layout import LayoutReport
+from megatron_vlm.training.layout_check.check import LayoutReport
 from tests.distributed.test_master import (
     FAULTS,
     HANGING_FAULT,

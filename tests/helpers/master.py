@@ -10,8 +10,8 @@ import torch
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data import loader
 from megatron_vlm.runtime.distributed import Launch
-from megatron_vlm.training.check_layout import LayoutReport, check_layout, place_in
 from megatron_vlm.training.job import Job, build_job
+from megatron_vlm.training.layout_check.check import LayoutReport, check_layout, place_in
 from megatron_vlm.training.layout_check.record import Record, observe
 from megatron_vlm.training.layout_check.reference import one_process, run_reference
 from megatron_vlm.training.layout_check.shrink import shrink

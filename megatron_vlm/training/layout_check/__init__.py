@@ -1,1 +1,1 @@
-"""The parts of `training/check_layout.py`: shrink the recipe, record a run, compare two, notice a hang."""
+"""`--check-layout`: shrink the recipe, record a run, compare two, notice a hang; `check.py` does all of it."""
