@@ -18,7 +18,7 @@ from megatron_vlm.checkpoint.directory import checkpoints, find_checkpoint, on_r
 from megatron_vlm.checkpoint.integrity import find_damage
 from megatron_vlm.checkpoint.manifest import Manifest, OtherFormatError
 from megatron_vlm.config import config_from_tree
-from megatron_vlm.config.drift import refuse_data_drift, refuse_drift
+from megatron_vlm.config.recipe_changes import refuse_data_changes, refuse_recipe_changes
 from megatron_vlm.config.schema import CheckpointConfig, Config
 from megatron_vlm.errors import CheckpointError, ConfigError
 from megatron_vlm.runtime.logging import get_logger
@@ -42,12 +42,12 @@ class Start:
             # what it names under `extensions` is imported by no one; what those bring is named by other keys
             tree = self.manifest.config | {"extensions": config.extensions}
             saved = config_from_tree(tree, f"{self.directory}/manifest.json")
-            refuse_drift(saved, config, str(self.directory))
+            refuse_recipe_changes(saved, config, str(self.directory))
 
     def check_data(self, fingerprint: dict[str, int | str] | None, config: Config) -> None:
         """Raises ConfigError where a run is to go on with other training samples."""
         if self.states == "all":
-            refuse_data_drift(self.manifest.data_fingerprint, fingerprint, config, str(self.directory))
+            refuse_data_changes(self.manifest.data_fingerprint, fingerprint, config, str(self.directory))
 
 
 def find_start(config: CheckpointConfig, world: ProcessGroup, owns: bool = True) -> Start | None:

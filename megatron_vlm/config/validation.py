@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_vlm.config.drift import unknown_changes
 from megatron_vlm.config.packages import PACKAGES, TRANSFORMER_ENGINE
+from megatron_vlm.config.recipe_changes import unknown_changes
 from megatron_vlm.config.schema import Config, LanguageConfig, ModelConfig, VisionConfig
 from megatron_vlm.errors import ConfigError, RecipeError, one_line
 from megatron_vlm.registry import did_you_mean

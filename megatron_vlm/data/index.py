@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_vlm.config.drift import UNTRAINED
+from megatron_vlm.config.recipe_changes import UNTRAINED
 from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.conversation import ConversationEncoder, EncodedSample
 from megatron_vlm.data.media import MediaReader, check_file

@@ -19,9 +19,9 @@ from megatron_vlm.checkpoint.model_sources import read_sources, write_sources
 from megatron_vlm.checkpoint.recipe import without_training
 from megatron_vlm.checkpoint.resume import Start, find_start, start_from
 from megatron_vlm.checkpoint.store import TrainingState, load_checkpoint
-from megatron_vlm.config.idle import frozen_at_random
 from megatron_vlm.config.megatron import ddp_config, vision_ddp_config
 from megatron_vlm.config.schema import Config, LossConfig
+from megatron_vlm.config.unused_keys import frozen_at_random
 from megatron_vlm.conversion.origin import carry
 from megatron_vlm.conversion.weights import load_weights
 from megatron_vlm.data.batch import StepBatch

@@ -6,8 +6,8 @@ Here the layers' knowledge meets (DESIGN D12): validation is pure and knows no m
 import torch
 
 from megatron_vlm.config.context import split_context
-from megatron_vlm.config.idle import idle_settings
 from megatron_vlm.config.schema import Config
+from megatron_vlm.config.unused_keys import unused_keys
 from megatron_vlm.config.validation import ModelFacts, names_its_model, validate
 from megatron_vlm.data.conversation import TEMPLATES
 from megatron_vlm.errors import ConfigError, RecipeError, together
@@ -57,8 +57,8 @@ def resolve_recipe(
 
 
 def _warn(config: Config, facts: ModelFacts, world_size: int) -> None:
-    for idle in idle_settings(config, facts, world_size):
-        logger.warning("%s", idle)
+    for line in unused_keys(config, facts, world_size):
+        logger.warning("%s", line)
     length, known = config.training.sequence_length, facts.context_tokens
     if known is not None and length > known and not config.data.packing:  # a packed row is longer than its samples
         logger.warning(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vlm.config.drift import UNTRAINED
+from megatron_vlm.config.recipe_changes import UNTRAINED
 from megatron_vlm.data import index as index_module
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.index import SampleIndex, SkipRule, open_index

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config import load_config
-from megatron_vlm.config.idle import idle_settings
 from megatron_vlm.config.schema import Config
+from megatron_vlm.config.unused_keys import unused_keys
 from megatron_vlm.config.validation import validate
 from megatron_vlm.data.conversation import TEMPLATES
 from megatron_vlm.evaluation.tasks import TASKS
@@ -50,7 +50,7 @@ def test_recipe(path: Path) -> None:
     world_size = RANKS[path.stem.partition("_phase")[0]]
     facts = gather_facts(config, TEMPLATES.names(), TASKS.names())
     validate(config, facts, world_size)
-    assert config.parallel.context is None and idle_settings(config, facts, world_size) == []
+    assert config.parallel.context is None and unused_keys(config, facts, world_size) == []
     assert facts.context_tokens is not None and config.training.sequence_length <= facts.context_tokens
 
 

@@ -2,14 +2,14 @@
 
 import pytest
 
-from megatron_vlm.config.drift import (
+from megatron_vlm.config.recipe_changes import (
     MAY_DIFFER,
     UNTRAINED,
     keys_and_sections,
     leaves,
     may_differ,
-    refuse_data_drift,
-    refuse_drift,
+    refuse_data_changes,
+    refuse_recipe_changes,
     unknown_changes,
 )
 from megatron_vlm.config.schema import Config
@@ -47,13 +47,13 @@ def test_what_cannot_change_the_result_may_differ() -> None:
         logging={"every_steps": 3},
         ops={"loss_chunk_tokens": 64},
     )
-    refuse_drift(recipe(), now, "step_1")
+    refuse_recipe_changes(recipe(), now, "step_1")
 
 
 def test_every_change_of_meaning_is_named_with_both_values() -> None:
     now = changed(optimizer={"lr": 0.5, "betas": [0.5, 0.5]}, training={"steps": 3}, model={"freeze": ["x"]})
     with pytest.raises(ConfigError) as caught:
-        refuse_drift(recipe(), now, "runs/a/step_1")
+        refuse_recipe_changes(recipe(), now, "runs/a/step_1")
     message, before = str(caught.value), recipe()
     assert message.startswith("runs/a/step_1 is of another recipe: ")
     assert f"optimizer.lr: found 0.5, it was trained with {before.optimizer.lr}" in message
@@ -67,7 +67,7 @@ def test_another_loss_is_noticed_whole() -> None:
     before = changed(loss={"time_tokens": {"count": 5}})
     now = changed(loss={"z_loss": 1e-4, "time_tokens": {"count": 5, "std": 2.0}})
     with pytest.raises(ConfigError, match=r"accept_changes=\[loss.time_tokens,loss.z_loss\]"):
-        refuse_drift(before, now, "step_1")
+        refuse_recipe_changes(before, now, "step_1")
 
 
 @pytest.mark.parametrize(
@@ -82,31 +82,31 @@ def test_another_loss_is_noticed_whole() -> None:
 def test_changes_are_accepted_by_key_or_section(accepted: list[str], refused: str | None) -> None:
     now = changed(optimizer={"lr": 0.5, "eps": 0.5}, training={"steps": 3}, checkpoint={"accept_changes": accepted})
     if refused is None:
-        refuse_drift(recipe(), now, "step_1")
+        refuse_recipe_changes(recipe(), now, "step_1")
     else:
         with pytest.raises(ConfigError, match=rf"accept_changes=\[{refused}\]"):
-            refuse_drift(recipe(), now, "step_1")
+            refuse_recipe_changes(recipe(), now, "step_1")
 
 
 def test_a_models_own_configuration_is_one_value() -> None:
     old = changed(model={"language": {"path": None, "config": {"model_type": "llama", "hidden_size": 8}}})
     new = changed(model={"language": {"path": None, "config": {"model_type": "llama", "hidden_size": 16}}})
     with pytest.raises(ConfigError, match=r"model.language.config: found .*16.*trained with .*8"):
-        refuse_drift(old, new, "step_1")
+        refuse_recipe_changes(old, new, "step_1")
 
 
 def test_other_samples_are_refused_unless_accepted() -> None:
     saved = {"samples": 9, "tokens": 70, "ids": "aa", "contents": "bb"}
     found = {"samples": 9, "tokens": 71, "ids": "aa", "contents": "cc"}
-    refuse_data_drift(saved, dict(saved), recipe(), "step_1")
-    refuse_data_drift(None, found, recipe(), "step_1")
+    refuse_data_changes(saved, dict(saved), recipe(), "step_1")
+    refuse_data_changes(None, found, recipe(), "step_1")
     with pytest.raises(ConfigError) as caught:
-        refuse_data_drift(saved, found, recipe(), "step_1")
+        refuse_data_changes(saved, found, recipe(), "step_1")
     assert str(caught.value).endswith(
         ", whose samples are not those of step_1: 71 tokens, it was trained on 70; the contents differ; needs the same "
         "samples, or checkpoint.accept_changes=[data] to go on with these"
     )
-    refuse_data_drift(saved, found, changed(checkpoint={"accept_changes": ["data"]}), "step_1")
+    refuse_data_changes(saved, found, changed(checkpoint={"accept_changes": ["data"]}), "step_1")
 
 
 def test_answers_that_are_no_longer_trained_are_another_data() -> None:
@@ -118,9 +118,9 @@ def test_answers_that_are_no_longer_trained_are_another_data() -> None:
         (found, saved, "0 {}, it was trained with 2"),
     ):
         with pytest.raises(ConfigError) as caught:
-            refuse_data_drift(before, now, recipe(), "step_1")
+            refuse_data_changes(before, now, recipe(), "step_1")
         assert f"are not those of step_1: {told.format(UNTRAINED)}; needs the same samples" in str(caught.value)
-    refuse_data_drift(found, dict(found), recipe(), "step_1")
+    refuse_data_changes(found, dict(found), recipe(), "step_1")
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ MAY_DIFFER: dict[str, bool] = {
 }
 
 
-def refuse_drift(saved: Config, config: Config, checkpoint: str) -> None:
+def refuse_recipe_changes(saved: Config, config: Config, checkpoint: str) -> None:
     """Compares a recipe with the one a checkpoint was saved under.
 
     Args:
@@ -88,7 +88,7 @@ def refuse_drift(saved: Config, config: Config, checkpoint: str) -> None:
         )
 
 
-def refuse_data_drift(
+def refuse_data_changes(
     saved: Mapping[str, int | str] | None, found: Mapping[str, int | str] | None, config: Config, checkpoint: str
 ) -> None:
     """Compares the fingerprint of the training samples with a checkpoint's; None is not compared.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_vlm.config.idle import frozen_at_random, idle_keys, idle_settings
+from megatron_vlm.config.unused_keys import frozen_at_random, unused_fp8_keys, unused_keys
 from megatron_vlm.training.recipe import resolve_recipe
 from tests.unit.config.recipes import FACTS, facts, recipe
 
@@ -14,15 +14,15 @@ GROUP = "parallel.media_group world: without effect, as all ranks are one data-p
 
 def test_fp8_keys_without_fp8_are_told() -> None:
     idle = recipe(precision={"fp8_backend": "native", "fp8_exclude": {"last": 1}})
-    assert idle_keys(idle) == ["precision.fp8_backend", "precision.fp8_exclude"]
-    assert idle_keys(recipe(precision={"fp8_gradients": "e5m2"})) == ["precision.fp8_gradients"]
-    assert idle_keys(recipe()) == []
-    assert idle_keys(recipe(precision={"fp8": "tensorwise", "fp8_gradients": "e5m2"})) == []
+    assert unused_fp8_keys(idle) == ["precision.fp8_backend", "precision.fp8_exclude"]
+    assert unused_fp8_keys(recipe(precision={"fp8_gradients": "e5m2"})) == ["precision.fp8_gradients"]
+    assert unused_fp8_keys(recipe()) == []
+    assert unused_fp8_keys(recipe(precision={"fp8": "tensorwise", "fp8_gradients": "e5m2"})) == []
 
 
 def test_an_operation_of_fp8_without_fp8_is_told() -> None:
-    assert idle_keys(recipe(ops={"fp8_quantise": "reference", "norm": "reference"})) == ["ops.fp8_quantise"]
-    assert idle_keys(recipe(precision={"fp8": "tensorwise"}, ops={"fp8_quantise": "reference"})) == []
+    assert unused_fp8_keys(recipe(ops={"fp8_quantise": "reference", "norm": "reference"})) == ["ops.fp8_quantise"]
+    assert unused_fp8_keys(recipe(precision={"fp8": "tensorwise"}, ops={"fp8_quantise": "reference"})) == []
 
 
 @pytest.mark.parametrize(
@@ -40,22 +40,22 @@ def test_an_operation_of_fp8_without_fp8_is_told() -> None:
 )
 def test_recomputing_what_is_frozen_is_told(mode, train, freeze, told):
     config = recipe(training__recompute={"vision": mode}, model__train=train, model__freeze=freeze)
-    assert idle_settings(config, FACTS, 1) == told
+    assert unused_keys(config, FACTS, 1) == told
 
 
 def test_a_padding_of_packed_rows_is_told():
     told = ["data.pad_to_multiple_of: without effect, as packed rows have training.sequence_length tokens"]
-    assert idle_settings(recipe(data__packing=True, data__pad_to_multiple_of=8), FACTS, 1) == told
-    assert idle_settings(recipe(data__pad_to_multiple_of=8), FACTS, 1) == []
+    assert unused_keys(recipe(data__packing=True, data__pad_to_multiple_of=8), FACTS, 1) == told
+    assert unused_keys(recipe(data__pad_to_multiple_of=8), FACTS, 1) == []
     packed = {"data__packing": True, "data__pad_to_multiple_of": 8, "evaluation__path": "held_out.json"}
-    assert idle_settings(recipe(**packed), FACTS, 1) == told
-    assert idle_settings(recipe(**packed, training__mode="train_and_eval"), FACTS, 1) == []  # whose rows are not packed
+    assert unused_keys(recipe(**packed), FACTS, 1) == told
+    assert unused_keys(recipe(**packed, training__mode="train_and_eval"), FACTS, 1) == []  # whose rows are not packed
 
 
 def test_a_projector_without_parameters_has_nothing_to_recompute():
     config = recipe(training__recompute={"vision": "encoder"})
     names = {**FACTS.parameter_names, "projector": ()}
-    assert idle_settings(config, facts(parameter_names=names), 1) == [ENCODER]
+    assert unused_keys(config, facts(parameter_names=names), 1) == [ENCODER]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_projector_without_parameters_has_nothing_to_recompute():
     ],
 )
 def test_sharing_with_nobody_is_told(parallel, world_size, told):
-    assert idle_settings(recipe(parallel=parallel), FACTS, world_size) == told
+    assert unused_keys(recipe(parallel=parallel), FACTS, world_size) == told
 
 
 @pytest.mark.parametrize(("ranks_per_node", "told"), [(4, [RING]), (2, [])])

@@ -9,7 +9,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.config.validation import ModelFacts, trains
 
 
-def idle_settings(config: Config, facts: ModelFacts, world_size: int) -> list[str]:
+def unused_keys(config: Config, facts: ModelFacts, world_size: int) -> list[str]:
     """`keys: without effect, as reason`, a line for each reason.
 
     Args:
@@ -41,7 +41,7 @@ def frozen_at_random(config: Config, facts: ModelFacts) -> list[str]:
     return told
 
 
-def idle_keys(config: Config) -> list[str]:
+def unused_fp8_keys(config: Config) -> list[str]:
     """Keys that only FP8 reads, without FP8."""
     if config.precision.fp8 is not None:
         return []
@@ -49,17 +49,17 @@ def idle_keys(config: Config) -> list[str]:
         ("precision", ("fp8_backend", "fp8_gradients", "fp8_exclude")),
         ("ops", ("fp8_quantise",)),
     )
-    idle = []
+    unused = []
     for name, of_fp8 in keys:
         section = getattr(config, name)
         default = type(section)()
-        idle += [f"{name}.{key}" for key in of_fp8 if getattr(section, key) != getattr(default, key)]
-    return idle
+        unused += [f"{name}.{key}" for key in of_fp8 if getattr(section, key) != getattr(default, key)]
+    return unused
 
 
 def _fp8(config: Config) -> Iterator[tuple[str, str]]:
-    if idle := idle_keys(config):
-        yield ", ".join(idle), "precision.fp8 is null"
+    if unused := unused_fp8_keys(config):
+        yield ", ".join(unused), "precision.fp8 is null"
 
 
 def _rows(config: Config) -> Iterator[tuple[str, str]]:
