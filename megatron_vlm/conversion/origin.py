@@ -7,7 +7,7 @@
                             inside the model's, weights too
     origin/spare.safetensors    tensors no model here has, because it computes them: rotary frequencies, position ids
 
-A checkpoint trained from an imported one keeps it too (`carry`).
+A checkpoint trained from an imported one keeps it too (`copy_origin`).
 """
 
 import hashlib
@@ -268,7 +268,7 @@ def _weights_of(own: FolderSource, headers: Path) -> dict[str, list[list[Any]]]:
     return weights
 
 
-def carry(start: Path, checkpoint: Path) -> None:
+def copy_origin(start: Path, checkpoint: Path) -> None:
     """Gives a checkpoint that is being written the origin of the one its weights come from: what its manifest
     lists. Raises OSError, CheckpointError."""
     for name in Manifest.read(start).files:

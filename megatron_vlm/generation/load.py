@@ -155,7 +155,7 @@ def open_checkpoint(
         load_checkpoint(directory, model, optimizer=None, states="model")
     else:
         fill_model(model, foreign, grid)
-    turn_weights(model)
+    transpose_weights_for_decoding(model)
     return Assistant.of(model, config.data, tokenizer)
 
 
@@ -220,7 +220,7 @@ def _load_tokenizer(config: "Config", path: str | os.PathLike[str]) -> "Tokenize
     return tokenizer
 
 
-def turn_weights(model: "VisionLanguageModel") -> None:
+def transpose_weights_for_decoding(model: "VisionLanguageModel") -> None:
     """Stores the weights that widen (qkv, gate and up, the head), on the CPU in fp32, so that a column stands together:
     the product with one token, or a few, then takes less time, the head's half. Not where the head is also the
     embedding, whose rows are read; in bf16 the same would take seven times as long (docs/benchmarks/decoding_cpu.md).

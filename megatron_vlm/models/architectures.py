@@ -102,7 +102,7 @@ def head_width(hf_config: "PretrainedConfig") -> int:
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
 
 
-def like_tensors_of(hf_config: "PretrainedConfig", config: "Config", device: "torch.device") -> "Example":
+def example_tensors(hf_config: "PretrainedConfig", config: "Config", device: "torch.device") -> "Example":
     """What `ops.table` asks of a recipe's language model."""
     from megatron_vlm.config.megatron import DTYPES
     from megatron_vlm.ops.table import Example

@@ -15,7 +15,7 @@ from megatron_vlm.config.packages import installed_packages
 from megatron_vlm.config.schema import Config, ModelConfig, VisionConfig
 from megatron_vlm.config.validation import ModelFacts, names_its_model
 from megatron_vlm.errors import ConfigError, RecipeError, together
-from megatron_vlm.models.architectures import LANGUAGE_MODELS, context_tokens, like_tensors_of, load_language_config
+from megatron_vlm.models.architectures import LANGUAGE_MODELS, context_tokens, example_tensors, load_language_config
 from megatron_vlm.models.families import FAMILIES
 from megatron_vlm.models.projectors import PROJECTORS, build_projector
 from megatron_vlm.models.projectors.base import backend_obstacle
@@ -118,7 +118,7 @@ def _backend_obstacles(
         del requested["projector"]
         yield reason
     if device is not None:
-        yield from obstacles(requested, like_tensors_of(language, config, device))
+        yield from obstacles(requested, example_tensors(language, config, device))
 
 
 def _with_layer_in_range(vision: VisionConfig) -> VisionConfig:

@@ -24,8 +24,8 @@ from megatron_vlm.models.architectures import (
     attention_softcap,
     attention_windows,
     check_architecture,
+    example_tensors,
     head_width,
-    like_tensors_of,
 )
 from megatron_vlm.models.fp8 import counted_tokens, quantise_layers
 from megatron_vlm.models.head import LanguageHead
@@ -228,7 +228,7 @@ def build_language_chunks(config: Config, hf_config: PretrainedConfig, grid: Gri
     spec = LanguageSpec.from_config(hf_config)
     settings = LANGUAGE_MODELS.get(hf_config.model_type).settings(hf_config)
     mcore_config = transformer_config(config, hf_config, settings)
-    table.check(config.used_ops(), like_tensors_of(hf_config, config, current_device()))
+    table.check(config.used_ops(), example_tensors(hf_config, config, current_device()))
     num_chunks = config.parallel.virtual_pipeline
     first_rank, last_rank = grid.coordinates.pipeline == 0, grid.coordinates.pipeline == grid.sizes.pipeline - 1
     chunks = []

@@ -22,7 +22,7 @@ from megatron_vlm.checkpoint.store import TrainingState, load_checkpoint
 from megatron_vlm.config.megatron import ddp_config, vision_ddp_config
 from megatron_vlm.config.schema import Config, LossConfig
 from megatron_vlm.config.unused_keys import frozen_at_random
-from megatron_vlm.conversion.origin import carry
+from megatron_vlm.conversion.origin import copy_origin
 from megatron_vlm.conversion.weights import load_weights
 from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.index import SampleIndex
@@ -105,7 +105,7 @@ class Job:
         write_sources(directory, self.commits)
         if self.start is not None:  # which `checkpoint.keep` may have removed since: then a later one has it
             before = [*checkpoints(Path(self.config.checkpoint.directory))[:1], self.start.directory][0]
-            carry(before, directory)
+            copy_origin(before, directory)
 
 
 def build_job(

@@ -179,7 +179,7 @@ def _ours(config: Config) -> Generate:
     from megatron_vlm.conversion.weights import load_weights
     from megatron_vlm.data.tokenizer import load_tokenizer
     from megatron_vlm.generation.decoding import decode
-    from megatron_vlm.generation.load import turn_weights
+    from megatron_vlm.generation.load import transpose_weights_for_decoding
     from megatron_vlm.generation.prompts import PromptBatch
     from megatron_vlm.generation.sampling import Sampler, Sampling
     from megatron_vlm.generation.stopping import Stopping
@@ -194,7 +194,7 @@ def _ours(config: Config) -> Generate:
     grid = build_grid(GridSizes())
     model = build_model(config, grid).train(False)
     load_weights(model, config, grid)
-    turn_weights(model)
+    transpose_weights_for_decoding(model)
     with tempfile.TemporaryDirectory() as folder:
         make_tokenizer(Path(folder), 2 * len(SPECIAL) + 8)  # no stop string is looked for, so any will do
         stopping = Stopping(load_tokenizer(folder, config.data.image_token), ())

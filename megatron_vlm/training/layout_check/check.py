@@ -1,9 +1,9 @@
 """`--check-layout`: does this recipe's layout compute what one process does, and if not, where does it begin to differ?
 
 The master test as a debugging tool (DESIGN 5). Every rank runs a few steps of the user's recipe, shrunk
-(`shrink.py`), through the real job, loader and step, and records what it computes. Rank 0 runs the same
-steps in a child of one process, collects the records, and compares them in the order of computation: the first tensor
-that differs is the one to look at. Ranks that wait for each other for ever are noticed and told apart too.
+(`shrink.py`), through the real job, loader and step, and records what it computes. Rank 0 runs the same steps in a
+child of one process, collects the records, and compares them in the order of computation: the first tensor that differs
+is the one to look at. Ranks that wait for each other for ever are noticed and told apart too.
 
 Nothing is written but in temporary folders: the user's checkpoints and logs are not touched.
 """

@@ -163,16 +163,16 @@ def test_stands_for_nothing_but_what_it_describes(grid):
 def test_turned_weights_give_the_same_logits(grid):
     from types import SimpleNamespace
 
-    from megatron_vlm.generation.load import turn_weights
+    from megatron_vlm.generation.load import transpose_weights_for_decoding
 
     chunk = build(grid)
     ids, positions = torch.tensor([[3, 4, 5]]), torch.arange(3)[None]
     before, weight = chunk(ids, positions), chunk.output_layer.weight.clone()
-    turn_weights(SimpleNamespace(language=[chunk]))
+    transpose_weights_for_decoding(SimpleNamespace(language=[chunk]))
     for layer in chunk.decoder.layers:
         assert layer.mlp.linear_fc1.weight.stride()[0] == layer.self_attention.linear_qkv.weight.stride()[0] == 1
     assert chunk.output_layer.weight.stride() == (1, weight.shape[0]) and chunk.output_layer.weight.equal(weight)
     assert relative(chunk(ids, positions), before) < 1e-6
     tied = build(grid, tie_word_embeddings=True)
-    turn_weights(SimpleNamespace(language=[tied]))
+    transpose_weights_for_decoding(SimpleNamespace(language=[tied]))
     assert tied.embedding.word_embeddings.weight.is_contiguous()
