@@ -146,7 +146,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     from megatron_vlm.config.extensions import import_extensions
-    from megatron_vlm.conversion.verify import compare
+    from megatron_vlm.conversion.verify.comparing import compare
     from megatron_vlm.runtime.device import prepare
 
     prepare(arguments.device)  # before what an extension imports

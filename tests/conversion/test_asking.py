@@ -176,7 +176,7 @@ def test_transformers_and_load_ask_as_training_did(tmp_path, kind, caplog):
 
 
 def test_verify_shows_pictures_as_training_did_and_tells_what_is_asked_otherwise(tmp_path):
-    from megatron_vlm.conversion.verify import compare, make_probe, open_side
+    from megatron_vlm.conversion.verify.comparing import compare, make_probe, open_side
 
     checkpoint = checkpoint_of(tmp_path, lambda f: of_bytes(f, CHATML), template="vicuna_v1", image_mode="resize")
     plan_export(checkpoint, "llava-hf").write(tmp_path / "out")

@@ -13,7 +13,7 @@ from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import Places, llava, open_foreign
 from megatron_vlm.conversion.importing import import_model
 from megatron_vlm.conversion.inspection import inspect
-from megatron_vlm.conversion.verify import compare
+from megatron_vlm.conversion.verify.comparing import compare
 from megatron_vlm.errors import ConversionError
 from tests.helpers.foreign_models import state_of, tree
 from tests.helpers.verify_models import save_llava_projector

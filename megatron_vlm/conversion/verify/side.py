@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from megatron_vlm.conversion.formats.base import AskedAs
-from megatron_vlm.conversion.verify_trace import Probe, Trace
+from megatron_vlm.conversion.verify.trace import Probe, Trace
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.vision.preprocessing import PixelFormat
 

@@ -23,8 +23,8 @@ from megatron_vlm.checkpoint.stored_metadata import read_metadata
 from megatron_vlm.config.schema import Config, OpsConfig, ParallelConfig, PrecisionConfig
 from megatron_vlm.conversion.formats.base import AskedAs
 from megatron_vlm.conversion.native_reading import MODEL_PARTS
-from megatron_vlm.conversion.verify_side import Facts, coarsest, round_weights
-from megatron_vlm.conversion.verify_trace import HEAD, Anatomy, Probe, Trace, traced
+from megatron_vlm.conversion.verify.side import Facts, coarsest, round_weights
+from megatron_vlm.conversion.verify.trace import HEAD, Anatomy, Probe, Trace, traced
 from megatron_vlm.errors import ParallelError
 from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.models.families import build_model
@@ -42,7 +42,7 @@ _TIMEOUT_SECONDS = 60
 
 @dataclass(frozen=True)
 class OurSide:
-    """A checkpoint. The protocol is `verify_side.Side`."""
+    """A checkpoint. The protocol is `side.Side`."""
 
     origin: str
     directory: Path

@@ -2,7 +2,7 @@
 
 None of this goes through the tables of `mappings`: a wrong table would make both sides wrong alike. transformers loads
 a `llava-hf` directory whole. Of LLaVA's own directories it loads language model and tower, whose tensors have LLaVA's
-prefixes taken off; the projector is plain layers (`verify_projectors`), and pictures are put in by hand.
+prefixes taken off; the projector is plain layers (`projectors`), and pictures are put in by hand.
 
 Hazard: transformers fills what it finds no tensor for with random numbers and passes over what it has no place for;
 both are errors here.
@@ -28,9 +28,9 @@ from transformers import (
 from megatron_vlm.conversion.files import WeightFolder, open_weight_file
 from megatron_vlm.conversion.formats import Places, llava, open_foreign
 from megatron_vlm.conversion.formats.base import AskedAs, has_tokenizer, read_json, recognised
-from megatron_vlm.conversion.verify_projectors import plain_projector
-from megatron_vlm.conversion.verify_side import Facts, coarsest, round_weights
-from megatron_vlm.conversion.verify_trace import HEAD, Anatomy, Probe, Trace, traced
+from megatron_vlm.conversion.verify.projectors import plain_projector
+from megatron_vlm.conversion.verify.side import Facts, coarsest, round_weights
+from megatron_vlm.conversion.verify.trace import HEAD, Anatomy, Probe, Trace, traced
 from megatron_vlm.errors import ConversionError, one_line
 from megatron_vlm.models.vision.preprocessing import PixelFormat, pixel_format
 from megatron_vlm.models.vision.survey import find_layers
@@ -51,7 +51,7 @@ _NUM_SHOWN = 4  # names per error
 
 @dataclass(frozen=True)
 class ForeignSide(ABC):
-    """What both kinds share. The protocol is `verify_side.Side`."""
+    """What both kinds share. The protocol is `side.Side`."""
 
     origin: str
     folder: Path

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_vlm.conversion.verify_trace import HEAD, Trace
+from megatron_vlm.conversion.verify.trace import HEAD, Trace
 from megatron_vlm.errors import ConversionError
 
 # Largest difference of any value of a place, in the place's standard deviations. Two right implementations are 1e-6 to

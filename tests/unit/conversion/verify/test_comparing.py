@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from megatron_vlm.conversion.formats.base import AskedAs
-from megatron_vlm.conversion.verify import NUM_RANDOM_TOKENS, _notes, make_probe
-from megatron_vlm.conversion.verify_side import Facts, check_fit, coarsest, round_weights
-from megatron_vlm.conversion.verify_trace import Anatomy, Probe, Trace, traced
+from megatron_vlm.conversion.verify.comparing import NUM_RANDOM_TOKENS, _notes, make_probe
+from megatron_vlm.conversion.verify.side import Facts, check_fit, coarsest, round_weights
+from megatron_vlm.conversion.verify.trace import Anatomy, Probe, Trace, traced
 from megatron_vlm.errors import ConversionError, DataError
 from megatron_vlm.models.vision.preprocessing import PixelFormat
 from tests.helpers.tiny import tiny_tokenizer

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from megatron_vlm.conversion.verify_report import (
+from megatron_vlm.conversion.verify.report import (
     TOLERANCE,
     Comparison,
     Difference,
     compare_traces,
     top1_agreement,
 )
-from megatron_vlm.conversion.verify_trace import HEAD, Trace
+from megatron_vlm.conversion.verify.trace import HEAD, Trace
 from megatron_vlm.errors import ConversionError
 
 NAN, INF = math.nan, math.inf

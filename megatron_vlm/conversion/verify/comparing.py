@@ -24,9 +24,9 @@ from torch import Tensor
 
 from megatron_vlm.checkpoint.directory import LATEST
 from megatron_vlm.checkpoint.manifest import FILE_NAME as MANIFEST
-from megatron_vlm.conversion.verify_report import Comparison, compare_traces, top1_agreement
-from megatron_vlm.conversion.verify_side import Side, check_fit, coarsest
-from megatron_vlm.conversion.verify_trace import Probe
+from megatron_vlm.conversion.verify.report import Comparison, compare_traces, top1_agreement
+from megatron_vlm.conversion.verify.side import Side, check_fit, coarsest
+from megatron_vlm.conversion.verify.trace import Probe
 from megatron_vlm.data.media import ImageMode, MediaReader
 from megatron_vlm.data.tokenizer import faults_told, load_tokenizer
 from megatron_vlm.errors import ConversionError, DataError
@@ -93,8 +93,8 @@ def compare(
 
 def open_side(path: str, downsample_order: str | None = None) -> Side:
     """A model by what lies there; its configs are read, no tensor yet. Raises as `compare`."""
-    from megatron_vlm.conversion.verify_foreign import open_foreign_side
-    from megatron_vlm.conversion.verify_ours import OurSide
+    from megatron_vlm.conversion.verify.foreign import open_foreign_side
+    from megatron_vlm.conversion.verify.ours import OurSide
 
     folder = Path(path)
     if not folder.is_dir():
