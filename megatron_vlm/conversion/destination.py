@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_vlm.checkpoint.directory import checkpoint_path, create_partial, partial_path
-from megatron_vlm.conversion.native_writing import NativeWriter
+from megatron_vlm.conversion.native.writing import NativeWriter
 from megatron_vlm.errors import ConversionError
 
 

@@ -40,7 +40,7 @@ from megatron_vlm.conversion.formats.base import FORMATS, Format, Target, read_j
 from megatron_vlm.conversion.formats.llava import TOWER_INSIDE, told_order
 from megatron_vlm.conversion.mappings import EMBEDDING, HEAD, TOWER_PREFIX
 from megatron_vlm.conversion.model_card import CARD, ORIGINS_CARD, base_models, made_from, model_card
-from megatron_vlm.conversion.native_reading import NativeSource
+from megatron_vlm.conversion.native.reading import NativeSource
 from megatron_vlm.conversion.origin import FOLDER, LICENCE_FILES, SENTENCEPIECE_FILE, Origin, reading_of
 from megatron_vlm.conversion.table import model_mappings
 from megatron_vlm.conversion.tower_names import TowerNames

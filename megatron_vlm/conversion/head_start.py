@@ -21,7 +21,7 @@ from megatron_vlm.conversion.mappings import (
     canonical_name,
     language_mappings,
 )
-from megatron_vlm.conversion.native_writing import Parameter, lay_out
+from megatron_vlm.conversion.native.plan import Parameter, lay_out
 from megatron_vlm.runtime.files import read_json
 
 LLAMA_HEADS = 32  # where a config does not say; Mistral's, Qwen2's and Phi-3's default, too

@@ -19,7 +19,8 @@ from megatron_vlm.conversion.destination import first_checkpoint, refusals_of_th
 from megatron_vlm.conversion.formats.base import ForeignModel
 from megatron_vlm.conversion.formats.recipe import check_selection, config_of, parameter_format
 from megatron_vlm.conversion.mappings import language_mappings
-from megatron_vlm.conversion.native_writing import NativeWriter, lay_out
+from megatron_vlm.conversion.native.plan import lay_out
+from megatron_vlm.conversion.native.writing import NativeWriter
 from megatron_vlm.conversion.origin import write_origin
 from megatron_vlm.conversion.table import model_mappings
 from megatron_vlm.conversion.weights import check_fit, check_part

@@ -269,7 +269,7 @@ def test_what_a_killed_import_left_is_no_obstacle(whole, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_nothing(whole, tmp_path, monkeypatch):
-    from megatron_vlm.conversion import byte_files
+    from megatron_vlm.conversion.native import byte_files
 
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -15,7 +15,7 @@ from megatron_vlm.conversion.formats import open_foreign
 from megatron_vlm.conversion.head_start import guess_plan
 from megatron_vlm.conversion.importing import complete_import, import_model
 from megatron_vlm.conversion.mappings import language_mappings
-from megatron_vlm.conversion.native_writing import lay_out
+from megatron_vlm.conversion.native.plan import lay_out
 from tests.helpers.foreign_models import Kind, llava, llava_hf, with_old_names
 
 WITHOUT_TORCH = """

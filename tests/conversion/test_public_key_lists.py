@@ -15,7 +15,7 @@ from megatron_vlm.config.schema import LanguageConfig
 from megatron_vlm.conversion.formats import config_of, open_foreign
 from megatron_vlm.conversion.head_start import guess_plan
 from megatron_vlm.conversion.mappings import canonical_name, language_mappings
-from megatron_vlm.conversion.native_writing import lay_out
+from megatron_vlm.conversion.native.plan import lay_out
 from megatron_vlm.conversion.sources import FolderSource
 from megatron_vlm.conversion.table import model_mappings
 from megatron_vlm.conversion.weights import check_fit

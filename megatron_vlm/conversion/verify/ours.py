@@ -22,7 +22,7 @@ from megatron_vlm.checkpoint.store import load_checkpoint
 from megatron_vlm.checkpoint.stored_metadata import read_metadata
 from megatron_vlm.config.schema import Config, OpsConfig, ParallelConfig, PrecisionConfig
 from megatron_vlm.conversion.formats.base import AskedAs
-from megatron_vlm.conversion.native_reading import MODEL_PARTS
+from megatron_vlm.conversion.native.reading import MODEL_PARTS
 from megatron_vlm.conversion.verify.side import Facts, coarsest, round_weights
 from megatron_vlm.conversion.verify.trace import HEAD, Anatomy, Probe, Trace, traced
 from megatron_vlm.errors import ParallelError

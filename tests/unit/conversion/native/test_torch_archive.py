@@ -7,7 +7,7 @@ import torch
 
 from megatron_vlm.conversion.dtypes import DTYPES
 from megatron_vlm.conversion.files import stored_in_memory
-from megatron_vlm.conversion.torch_archive import around
+from megatron_vlm.conversion.native.torch_archive import around
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,6 @@
 """What a checkpoint of torch's distributed format says of the pieces in its files.
 
-Apart from `native_writing` since torch takes seconds to be imported, in which writing has begun.
+Apart from `writing` since torch takes seconds to be imported, in which writing has begun.
 
 Hazard: megatron-core loads a parameter's checkpoint only where the extra state of its linear layers is there too, empty
 as it is; `EXTRA_STATES` lists those layers.
@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_vlm.checkpoint.manifest import BACKENDS_FILE, COMMON_FILE
-from megatron_vlm.conversion.byte_files import HashingFile
-from megatron_vlm.conversion.native_writing import Parameter, Piece
+from megatron_vlm.conversion.native.byte_files import HashingFile
+from megatron_vlm.conversion.native.plan import Parameter, Piece
 
 EXTRA_STATES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 BACKEND = {  # megatron-core's words for the format (`save_config`)
