@@ -108,7 +108,7 @@ def _import(arguments: argparse.Namespace) -> None:
 def _open(arguments: argparse.Namespace) -> "ForeignModel":
     """The model to import. Raises ConfigError for options that it would pass over."""
     from megatron_vlm.conversion.formats import Places, is_foreign, open_foreign, open_pair
-    from megatron_vlm.conversion.sources import resolve_folder
+    from megatron_vlm.conversion.weights.sources import resolve_folder
     from megatron_vlm.errors import ConfigError
 
     given = {name: value for name in PAIR_OPTIONS if (value := getattr(arguments, name)) is not None}

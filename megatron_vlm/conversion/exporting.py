@@ -35,7 +35,6 @@ from megatron_vlm.conversion.export_plan import (
     plan_returned,
     write_shards,
 )
-from megatron_vlm.conversion.files import INDEXES, SAFETENSORS_INDEX
 from megatron_vlm.conversion.formats.base import FORMATS, Format, Target, read_json
 from megatron_vlm.conversion.formats.llava import TOWER_INSIDE, told_order
 from megatron_vlm.conversion.mappings import EMBEDDING, HEAD, TOWER_PREFIX
@@ -43,7 +42,8 @@ from megatron_vlm.conversion.model_card import CARD, ORIGINS_CARD, base_models, 
 from megatron_vlm.conversion.native.reading import NativeSource
 from megatron_vlm.conversion.origin import FOLDER, LICENCE_FILES, SENTENCEPIECE_FILE, Origin, reading_of
 from megatron_vlm.conversion.table import model_mappings
-from megatron_vlm.conversion.tower_names import TowerNames
+from megatron_vlm.conversion.weights.files import INDEXES, SAFETENSORS_INDEX
+from megatron_vlm.conversion.weights.tower_names import TowerNames
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConfigError, ConversionError, one_line
 from megatron_vlm.models.hf_config import config_from_path

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_vlm.conversion.files import StoredTensor, WeightFolder
 from megatron_vlm.conversion.mappings import (
     COMPUTED_BUFFERS,
     EMBEDDING,
@@ -22,6 +21,7 @@ from megatron_vlm.conversion.mappings import (
     language_mappings,
 )
 from megatron_vlm.conversion.native.plan import Parameter, lay_out
+from megatron_vlm.conversion.weights.files import StoredTensor, WeightFolder
 from megatron_vlm.runtime.files import read_json
 
 LLAMA_HEADS = 32  # where a config does not say; Mistral's, Qwen2's and Phi-3's default, too

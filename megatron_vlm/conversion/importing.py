@@ -23,7 +23,7 @@ from megatron_vlm.conversion.native.plan import lay_out
 from megatron_vlm.conversion.native.writing import NativeWriter
 from megatron_vlm.conversion.origin import write_origin
 from megatron_vlm.conversion.table import model_mappings
-from megatron_vlm.conversion.weights import check_fit, check_part
+from megatron_vlm.conversion.weights.loading import check_fit, check_part
 from megatron_vlm.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_vlm.models.architectures import check_architecture
 from megatron_vlm.models.vision.pixels import write_pixel_format

@@ -28,12 +28,12 @@ from torch import Tensor
 
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config.schema import Config
-from megatron_vlm.conversion.dtypes import DTYPES
-from megatron_vlm.conversion.files import LENGTH_BYTES, SafetensorsFile
 from megatron_vlm.conversion.formats.base import ForeignModel, read_json
 from megatron_vlm.conversion.formats.recipe import settings_of
-from megatron_vlm.conversion.safetensors_header import read_header
-from megatron_vlm.conversion.sources import FolderSource
+from megatron_vlm.conversion.weights.dtypes import DTYPES
+from megatron_vlm.conversion.weights.files import LENGTH_BYTES, SafetensorsFile
+from megatron_vlm.conversion.weights.safetensors_header import read_header
+from megatron_vlm.conversion.weights.sources import FolderSource
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import CheckpointError, ConversionError, one_line, shown
 from megatron_vlm.models.hf_config import config_from_path

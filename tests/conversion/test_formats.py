@@ -89,7 +89,7 @@ def test_an_end_that_is_no_token_is_told_with_its_file(tmp_path):
 
 def test_a_pair_starts_from_the_weights_a_recipe_starts_from(tmp_path):
     from megatron_vlm.config.schema import Config
-    from megatron_vlm.conversion.weights import weight_sources
+    from megatron_vlm.conversion.weights.loading import weight_sources
     from megatron_vlm.models.vision.survey import survey_tower
 
     projector_alone(tmp_path / "phase1", Kind(dtype="fp32"))

@@ -221,7 +221,7 @@ def draw_batch(case: Case, generator: torch.Generator) -> Batch:
 
 def our_logits(case: Case, state: dict[str, Tensor], batch: Batch, fault: str | None) -> Tensor:
     """Our model's logits [b, s, V]; runs on every rank."""
-    from megatron_vlm.conversion.weights import load_hf_state
+    from megatron_vlm.conversion.weights.loading import load_hf_state
     from megatron_vlm.models.families import build_model
     from megatron_vlm.parallel.groups import GridSizes, build_grid
     from megatron_vlm.runtime.seeding import seed_everything

@@ -47,7 +47,7 @@ def decode_in_job(
     """Token ids per prompt, by a job's model, as this rank sees them, and how many images it read; replica d decodes
     batch_sizes[d] prompts at a time, and other replicas do not wait."""
     from megatron_vlm.config.schema import Config
-    from megatron_vlm.conversion.weights import load_hf_state
+    from megatron_vlm.conversion.weights.loading import load_hf_state
     from megatron_vlm.generation.assistant import Assistant
     from megatron_vlm.generation.decoding import decode
     from megatron_vlm.generation.prompts import Question, collate, read_prompt

@@ -109,7 +109,7 @@ def raw_prompts(batch: list[tuple[int, int]], vocabulary: int, seed: int) -> Any
 
 def open_model(recipe: dict[str, Any]) -> Any:
     from megatron_vlm.config.schema import Config
-    from megatron_vlm.conversion.weights import load_hf_state
+    from megatron_vlm.conversion.weights.loading import load_hf_state
     from megatron_vlm.training.job import build_job
 
     config = Config.model_validate(recipe)

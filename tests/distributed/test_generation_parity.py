@@ -56,7 +56,7 @@ def encoded_prompts(assistant: Any) -> list[Any]:
 def ours(recipe: dict[str, Any], with_inputs: bool) -> tuple[list[list[int]], list[Any]]:
     """Tokens per prompt as this rank sees them, and each prompt's ids and pixels."""
     from megatron_vlm.config.schema import Config
-    from megatron_vlm.conversion.weights import load_hf_state
+    from megatron_vlm.conversion.weights.loading import load_hf_state
     from megatron_vlm.generation.assistant import Assistant
     from megatron_vlm.generation.decoding import decode
     from megatron_vlm.generation.prompts import collate

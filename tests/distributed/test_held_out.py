@@ -55,7 +55,7 @@ def letters(answer: str, truth: str) -> float:
 def start(recipe: dict[str, Any], stack: contextlib.ExitStack, fault: str | None = None) -> tuple[Any, Any]:
     """A job of weights that make it look at pictures, and its evaluation with the task `letters`; maybe a fault."""
     from megatron_vlm.config.schema import Config
-    from megatron_vlm.conversion.weights import load_hf_state
+    from megatron_vlm.conversion.weights.loading import load_hf_state
     from megatron_vlm.data.batch import MicroBatch
     from megatron_vlm.evaluation.tasks import TASKS
     from megatron_vlm.training.held_out import build_held_out

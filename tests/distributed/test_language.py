@@ -155,8 +155,8 @@ def run_layout(
     from transformers import AutoConfig
 
     from megatron_vlm.conversion.mappings import canonical_name
-    from megatron_vlm.conversion.sources import StateSource
-    from megatron_vlm.conversion.weights import fill_language
+    from megatron_vlm.conversion.weights.loading import fill_language
+    from megatron_vlm.conversion.weights.sources import StateSource
     from megatron_vlm.models.language import build_language_chunks
     from megatron_vlm.parallel.groups import GridSizes, build_grid
     from megatron_vlm.runtime.seeding import seed_everything

@@ -123,8 +123,8 @@ def logit_differences() -> tuple[float, float]:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from megatron_vlm.conversion.mappings import canonical_name
-    from megatron_vlm.conversion.sources import StateSource
-    from megatron_vlm.conversion.weights import fill_language
+    from megatron_vlm.conversion.weights.loading import fill_language
+    from megatron_vlm.conversion.weights.sources import StateSource
     from megatron_vlm.models.families import build_model
     from tests.helpers.solo import one_rank, small_recipe
 

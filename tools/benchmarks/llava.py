@@ -19,7 +19,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, PretrainedC
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.mappings import canonical_name
-from megatron_vlm.conversion.weights import weight_sources
+from megatron_vlm.conversion.weights.loading import weight_sources
 from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.loader import build_loader
 from megatron_vlm.data.sample import IGNORE

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from megatron_vlm.checkpoint.manifest import FILE_NAME as MANIFEST
 from megatron_vlm.config.schema import Config, VideoConfig
 from megatron_vlm.conversion.mappings import EMBEDDING, HEAD
-from megatron_vlm.conversion.sources import FolderSource, WeightSource, resolve_folder
+from megatron_vlm.conversion.weights.sources import FolderSource, WeightSource, resolve_folder
 from megatron_vlm.data.jinja import content_form, render_question
 from megatron_vlm.errors import ConversionError, one_line, shown
 from megatron_vlm.models import hub

@@ -13,7 +13,6 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from megatron_vlm.conversion.files import PickleFile
 from megatron_vlm.conversion.formats.base import (
     FORMATS,
     ForeignModel,
@@ -28,14 +27,15 @@ from megatron_vlm.conversion.formats.base import (
     with_rope_of_4,
 )
 from megatron_vlm.conversion.mappings import projector_name
-from megatron_vlm.conversion.sources import (
+from megatron_vlm.conversion.weights.files import PickleFile
+from megatron_vlm.conversion.weights.sources import (
     FolderSource,
     JoinedSource,
     StateSource,
     WeightSource,
     resolve_folder,
 )
-from megatron_vlm.conversion.tower_names import TowerNames
+from megatron_vlm.conversion.weights.tower_names import TowerNames
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models import hub
 from megatron_vlm.models.hf_config import config_from_dict, config_from_path, known_keys, with_answer_ends

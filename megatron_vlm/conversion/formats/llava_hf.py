@@ -24,8 +24,8 @@ from megatron_vlm.conversion.formats.base import (
     with_rope_of_4,
 )
 from megatron_vlm.conversion.mappings import canonical_name
-from megatron_vlm.conversion.sources import FolderSource
-from megatron_vlm.conversion.tower_names import TowerNames
+from megatron_vlm.conversion.weights.sources import FolderSource
+from megatron_vlm.conversion.weights.tower_names import TowerNames
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf_config import config_from_path

@@ -13,9 +13,9 @@ from megatron_vlm.conversion.formats.base import (
     is_tied,
 )
 from megatron_vlm.conversion.mappings import EMBEDDING, canonical_name, projector_name
-from megatron_vlm.conversion.sources import FolderSource, JoinedSource, StateSource, resolve_folder
-from megatron_vlm.conversion.tower_names import TowerNames
-from megatron_vlm.conversion.weights import fresh_source
+from megatron_vlm.conversion.weights.loading import fresh_source
+from megatron_vlm.conversion.weights.sources import FolderSource, JoinedSource, StateSource, resolve_folder
+from megatron_vlm.conversion.weights.tower_names import TowerNames
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models import hub
 from megatron_vlm.models.hf_config import config_from_path, with_answer_ends

@@ -9,8 +9,8 @@ from megatron_vlm.config.loading import config_from_tree
 from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.formats.base import ForeignModel
 from megatron_vlm.conversion.mappings import COMPUTED_BUFFERS
-from megatron_vlm.conversion.sources import PartSource
-from megatron_vlm.conversion.weights import VISION_PARTS, fill_language, fill_vision
+from megatron_vlm.conversion.weights.loading import VISION_PARTS, fill_language, fill_vision
+from megatron_vlm.conversion.weights.sources import PartSource
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.architectures import check_architecture
 from megatron_vlm.models.hf_config import known_keys

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_vlm.checkpoint.manifest import FileRecord
-from megatron_vlm.conversion.files import Span, file_version
+from megatron_vlm.conversion.weights.files import Span, file_version
 from megatron_vlm.errors import ConversionError, one_line
 from megatron_vlm.runtime.files import open_regular
 

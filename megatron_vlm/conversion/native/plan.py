@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from megatron_vlm.conversion.dtypes import DTYPES
-from megatron_vlm.conversion.files import Span, StoredTensor
 from megatron_vlm.conversion.mappings import Mapping
+from megatron_vlm.conversion.weights.dtypes import DTYPES
+from megatron_vlm.conversion.weights.files import Span, StoredTensor
 
 
 @dataclass(frozen=True)

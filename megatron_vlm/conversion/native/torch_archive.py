@@ -13,7 +13,7 @@ import struct
 import zlib
 from math import prod
 
-from megatron_vlm.conversion.dtypes import DTYPES
+from megatron_vlm.conversion.weights.dtypes import DTYPES
 
 _ROOT = "archive"
 _IS_64_BIT = 0xFFFFFFFF  # of a 32-bit field: look in the 64-bit one

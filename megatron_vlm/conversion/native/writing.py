@@ -13,10 +13,10 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_vlm.checkpoint.manifest import FileRecord
-from megatron_vlm.conversion.files import Span, stored_in_memory
 from megatron_vlm.conversion.native.byte_files import HashingFile, SourceFiles
 from megatron_vlm.conversion.native.plan import Converted, Parameter, Piece, Run
 from megatron_vlm.conversion.native.torch_archive import around
+from megatron_vlm.conversion.weights.files import Span, stored_in_memory
 
 NUM_THREADS = 4  # however few the cores: they wait for the disk in turn
 _LESS_URGENT = (

@@ -25,12 +25,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from megatron_vlm.conversion.files import WeightFolder, open_weight_file
 from megatron_vlm.conversion.formats import Places, llava, open_foreign
 from megatron_vlm.conversion.formats.base import AskedAs, has_tokenizer, read_json, recognised
 from megatron_vlm.conversion.verify.projectors import plain_projector
 from megatron_vlm.conversion.verify.side import Facts, coarsest, round_weights
 from megatron_vlm.conversion.verify.trace import HEAD, Anatomy, Probe, Trace, traced
+from megatron_vlm.conversion.weights.files import WeightFolder, open_weight_file
 from megatron_vlm.errors import ConversionError, one_line
 from megatron_vlm.models.vision.preprocessing import PixelFormat, pixel_format
 from megatron_vlm.models.vision.survey import find_layers

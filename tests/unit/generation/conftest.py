@@ -32,7 +32,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 def make_pair(config: Any, grid: Any) -> Pair:
     """Both models from one state dict."""
-    from megatron_vlm.conversion.weights import load_hf_state
+    from megatron_vlm.conversion.weights.loading import load_hf_state
     from megatron_vlm.data.conversation import ConversationEncoder
     from megatron_vlm.data.tokenizer import load_tokenizer
     from megatron_vlm.generation.assistant import Assistant

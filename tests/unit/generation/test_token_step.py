@@ -24,8 +24,8 @@ def build(grid: Any, **changes: Any) -> Any:
     from transformers import AutoConfig
 
     from megatron_vlm.conversion.mappings import canonical_name
-    from megatron_vlm.conversion.sources import StateSource
-    from megatron_vlm.conversion.weights import fill_language
+    from megatron_vlm.conversion.weights.loading import fill_language
+    from megatron_vlm.conversion.weights.sources import StateSource
     from megatron_vlm.models.language import build_language_chunks
 
     hf_config = AutoConfig.for_model(**{**LLAMA, **changes})

@@ -51,8 +51,8 @@ def grid():
 
 def ours(grid, theirs, changes, train=False, hf_config=None, **sections):
     from megatron_vlm.conversion.mappings import canonical_name
-    from megatron_vlm.conversion.sources import StateSource
-    from megatron_vlm.conversion.weights import fill_language
+    from megatron_vlm.conversion.weights.loading import fill_language
+    from megatron_vlm.conversion.weights.sources import StateSource
     from megatron_vlm.models.language import build_language_chunks
 
     config = small_recipe(changes, sections)

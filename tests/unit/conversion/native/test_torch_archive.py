@@ -5,9 +5,9 @@ import io
 import pytest
 import torch
 
-from megatron_vlm.conversion.dtypes import DTYPES
-from megatron_vlm.conversion.files import stored_in_memory
 from megatron_vlm.conversion.native.torch_archive import around
+from megatron_vlm.conversion.weights.dtypes import DTYPES
+from megatron_vlm.conversion.weights.files import stored_in_memory
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

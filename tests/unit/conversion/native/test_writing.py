@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_vlm.conversion.files import SafetensorsFile, Span, file_version
 from megatron_vlm.conversion.mappings import QKV, Column, GatedMLP, Replicated, Row, Vocab
 from megatron_vlm.conversion.native import byte_files
 from megatron_vlm.conversion.native.byte_files import HashingFile, SourceFiles
 from megatron_vlm.conversion.native.plan import lay_out
 from megatron_vlm.conversion.native.writing import NativeWriter
-from megatron_vlm.conversion.sources import StateSource
+from megatron_vlm.conversion.weights.files import SafetensorsFile, Span, file_version
+from megatron_vlm.conversion.weights.sources import StateSource
 from megatron_vlm.errors import ConversionError
 
 

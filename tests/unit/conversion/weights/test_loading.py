@@ -85,7 +85,7 @@ def old_names(state):
 
 @pytest.mark.parametrize("names", ["memory", "disk", "old"])
 def test_a_state_dict_fills_every_tensor(grid, llava, tmp_path, names):
-    from megatron_vlm.conversion.weights import load_hf_state
+    from megatron_vlm.conversion.weights.loading import load_hf_state
 
     memory = llava.state_dict()
     state = {"memory": memory, "disk": disk_state(llava, tmp_path), "old": old_names(memory)}[names]
@@ -95,7 +95,7 @@ def test_a_state_dict_fills_every_tensor(grid, llava, tmp_path, names):
 
 
 def test_directories_fill_language_and_tower(grid, llava, tmp_path):
-    from megatron_vlm.conversion.weights import load_weights
+    from megatron_vlm.conversion.weights.loading import load_weights
 
     llama, clip = tmp_path / "llama", tmp_path / "clip"
     language = {
@@ -152,7 +152,7 @@ def write(folder, settings, state, num_files=1):
     ],
 )
 def test_what_does_not_fit_is_named(grid, llava, change, message):
-    from megatron_vlm.conversion.weights import load_hf_state
+    from megatron_vlm.conversion.weights.loading import load_hf_state
 
     state = dict(llava.state_dict())
     change(state)
@@ -161,13 +161,13 @@ def test_what_does_not_fit_is_named(grid, llava, change, message):
 
 
 def test_a_stored_tied_head_is_no_left_over(grid, llava):
-    from megatron_vlm.conversion.weights import load_hf_state
+    from megatron_vlm.conversion.weights.loading import load_hf_state
 
     load_hf_state(build(grid, tie_word_embeddings=True), llava.state_dict(), grid)
 
 
 def test_seeded_weights_depend_on_the_seed_alone(grid):
-    from megatron_vlm.conversion.weights import load_weights
+    from megatron_vlm.conversion.weights.loading import load_weights
 
     filled = []
     for seed in (1, 1, 2):

@@ -18,8 +18,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_vlm.conversion.dtypes import DTYPES
-from megatron_vlm.conversion.safetensors_header import MAX_HEADER_BYTES, read_header
+from megatron_vlm.conversion.weights.dtypes import DTYPES
+from megatron_vlm.conversion.weights.safetensors_header import MAX_HEADER_BYTES, read_header
 from megatron_vlm.errors import ConversionError, one_line
 from megatron_vlm.runtime.files import can_be_a_name, check_regular, open_regular, parse_json, read_text, stays_inside
 

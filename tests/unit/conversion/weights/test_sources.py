@@ -9,9 +9,9 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from megatron_vlm.conversion.files import SafetensorsFile
 from megatron_vlm.conversion.mappings import canonical_name, language_mappings
-from megatron_vlm.conversion.sources import FolderSource, RandomSource, resolve_folder, vision_rename
+from megatron_vlm.conversion.weights.files import SafetensorsFile
+from megatron_vlm.conversion.weights.sources import FolderSource, RandomSource, resolve_folder, vision_rename
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models import hub
 from tests.unit.conversion.test_mappings import llama

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from megatron_vlm.conversion.dtypes import BY_CODE, DTYPES
+from megatron_vlm.conversion.weights.dtypes import BY_CODE, DTYPES
 from megatron_vlm.errors import ConversionError, one_line
 from megatron_vlm.runtime.files import parse_json
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_vlm.conversion import files
-from megatron_vlm.conversion.files import SafetensorsFile, WeightFolder
+from megatron_vlm.conversion.weights import files
+from megatron_vlm.conversion.weights.files import SafetensorsFile, WeightFolder
 from megatron_vlm.errors import ConversionError
 
 FULL = {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 64]}

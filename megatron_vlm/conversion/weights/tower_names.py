@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from megatron_vlm.conversion.mappings import TOWER_PREFIX, tower_name
-from megatron_vlm.conversion.sources import vision_rename
+from megatron_vlm.conversion.weights.sources import vision_rename
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.vision.survey import build_hf_tower
 

@@ -21,14 +21,14 @@ from megatron_vlm.conversion.mappings import (
     tower_name,
 )
 from megatron_vlm.conversion.mappings import Mapping as Entry
-from megatron_vlm.conversion.sources import (
+from megatron_vlm.conversion.weights.sources import (
     FolderSource,
     RandomSource,
     StateSource,
     WeightSource,
     named_seed,
 )
-from megatron_vlm.conversion.tower_names import TowerNames
+from megatron_vlm.conversion.weights.tower_names import TowerNames
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.projectors import build_projector
 from megatron_vlm.models.vision.survey import TowerSurvey, build_hf_tower

@@ -1,0 +1,1 @@
+"""Weight files of Hugging Face's kinds, the tensors in them as sources, and a model's parameters filled from them."""
