@@ -91,13 +91,13 @@ def _add_inspect(parser: CommandLine) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from megatron_vlm.conversion.destination import first_checkpoint
-    from megatron_vlm.conversion.head_start import guess_plan
+    from megatron_vlm.conversion.transfer.destination import first_checkpoint
+    from megatron_vlm.conversion.transfer.head_start import guess_plan
 
     with _Bytes() as written, first_checkpoint(arguments.destination, written.advance) as writer:
         writer.start(guess_plan(Path(arguments.source)))  # while what follows is imported, which takes seconds
         _prepare()
-        from megatron_vlm.conversion.importing import complete_import, size_bytes
+        from megatron_vlm.conversion.transfer.importing import complete_import, size_bytes
 
         foreign = _open(arguments)
         written.show(f"importing {arguments.source}", size_bytes(foreign))
@@ -134,7 +134,7 @@ def _open(arguments: argparse.Namespace) -> "ForeignModel":
 def _export(arguments: argparse.Namespace) -> None:
     _prepare()
     from megatron_vlm.config.extensions import import_extensions
-    from megatron_vlm.conversion.exporting import plan_export
+    from megatron_vlm.conversion.transfer.exporting import plan_export
 
     import_extensions(arguments.extensions)
     plan = plan_export(arguments.checkpoint, arguments.format, arguments.dtype)
@@ -161,7 +161,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     _prepare()
-    from megatron_vlm.conversion.inspection import inspect
+    from megatron_vlm.conversion.transfer.inspection import inspect
 
     print(shown(inspect(arguments.directory)))
 

@@ -8,7 +8,7 @@ The hazards live in two classes. `QKV`: mcore keeps the heads interleaved by gro
 Face apart. `GatedMLP`: each rank holds its slice of gate above its slice of up, so cutting the concatenation is wrong.
 Some models have either as one tensor: `Fused` takes it apart for these two, and nothing else knows of it.
 
-torch is imported where tensors are cut, so that the table is at hand before (`head_start`).
+torch is imported where tensors are cut, so that the table is at hand before (`transfer/head_start`).
 
 Letters: h hidden, d head width, g kv heads (groups), f MLP width, V vocabulary.
 """

@@ -14,10 +14,10 @@ from PIL import Image
 from megatron_vlm.checkpoint.integrity import records_of
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config.loading import config_from_tree, config_hash
-from megatron_vlm.conversion.asking import Asking
-from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import config_of, open_foreign, open_pair
-from megatron_vlm.conversion.importing import import_model
+from megatron_vlm.conversion.transfer.asking import Asking
+from megatron_vlm.conversion.transfer.exporting import plan_export
+from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.data.answer_ends import find_stop_ids
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.sample import BadSample, Sample, Turn

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_vlm.checkpoint.integrity import records_of
 from megatron_vlm.checkpoint.manifest import Manifest
-from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import open_foreign, open_pair
-from megatron_vlm.conversion.importing import import_model
+from megatron_vlm.conversion.transfer.exporting import plan_export
+from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.errors import CheckpointError, ConfigError, ConversionError
 from tests.helpers.foreign_models import Kind, llava, llava_hf, projector_alone
 

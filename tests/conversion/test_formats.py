@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import open_foreign, open_pair
 from megatron_vlm.conversion.formats.matrix import cells, table
-from megatron_vlm.conversion.importing import import_model
+from megatron_vlm.conversion.transfer.exporting import plan_export
+from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.architectures import attention_windows
 from tests.helpers.foreign_models import Kind, llava, llava_hf, projector_alone

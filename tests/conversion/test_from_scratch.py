@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import open_foreign, open_pair
-from megatron_vlm.conversion.importing import import_model
+from megatron_vlm.conversion.transfer.exporting import plan_export
+from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.data.answer_ends import find_stop_ids
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.errors import ConversionError

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import megatron_vlm
-from megatron_vlm.conversion.exporting import plan_export
+from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.data.tokenizer import load_tokenizer
 from tests.helpers.chat_tokenizers import CHATML, LLAMA_3, of_bytes
 from tests.helpers.tiny import tiny_llama, tiny_recipe
@@ -112,7 +112,7 @@ def test_answers_are_given_and_end_alike(tmp_path, case):
 def test_ends_that_generation_config_alone_names_end_answers_and_are_kept(tmp_path):
     """As of Llama-3-Instruct, whose config.json names one of several."""
     from megatron_vlm.conversion.formats import open_foreign
-    from megatron_vlm.conversion.importing import import_model
+    from megatron_vlm.conversion.transfer.importing import import_model
 
     template, program, eos, end = CASES["auto"]
     theirs = tmp_path / "theirs"

@@ -9,20 +9,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vlm.checkpoint.manifest import Manifest
-from megatron_vlm.conversion import head_start
-from megatron_vlm.conversion.destination import first_checkpoint
 from megatron_vlm.conversion.formats import open_foreign
-from megatron_vlm.conversion.head_start import guess_plan
-from megatron_vlm.conversion.importing import complete_import, import_model
 from megatron_vlm.conversion.mappings import language_mappings
 from megatron_vlm.conversion.native.plan import lay_out
+from megatron_vlm.conversion.transfer import head_start
+from megatron_vlm.conversion.transfer.destination import first_checkpoint
+from megatron_vlm.conversion.transfer.head_start import guess_plan
+from megatron_vlm.conversion.transfer.importing import complete_import, import_model
 from tests.helpers.foreign_models import Kind, llava, llava_hf, with_old_names
 
 WITHOUT_TORCH = """
 import sys
 from pathlib import Path
-from megatron_vlm.conversion.destination import first_checkpoint
-from megatron_vlm.conversion.head_start import guess_plan
+from megatron_vlm.conversion.transfer.destination import first_checkpoint
+from megatron_vlm.conversion.transfer.head_start import guess_plan
 with first_checkpoint(Path(sys.argv[2]), lambda num_bytes: None) as writer:
     writer.start(guess_plan(Path(sys.argv[1])))
     print(len(writer.started), *(name for name in ("torch", "transformers", "numpy") if name in sys.modules))

@@ -8,10 +8,10 @@ import pytest
 
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.model_sources import FILE_NAME, read_sources
-from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import open_foreign, open_pair
-from megatron_vlm.conversion.importing import import_model
-from megatron_vlm.conversion.inspection import inspect
+from megatron_vlm.conversion.transfer.exporting import plan_export
+from megatron_vlm.conversion.transfer.importing import import_model
+from megatron_vlm.conversion.transfer.inspection import inspect
 from megatron_vlm.errors import CheckpointError, ConversionError
 from tests.helpers.foreign_models import llava_hf, projector_alone
 from tests.helpers.hub_cache import A, B, HubCache

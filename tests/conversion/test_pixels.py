@@ -18,10 +18,10 @@ from megatron_vlm.checkpoint.manifest import FileRecord, Manifest
 from megatron_vlm.checkpoint.recipe import saved_config
 from megatron_vlm.config.loading import hash_of_tree
 from megatron_vlm.config.schema import VideoConfig
-from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import config_of, open_foreign
 from megatron_vlm.conversion.formats.base import AskedAs
-from megatron_vlm.conversion.importing import import_model
+from megatron_vlm.conversion.transfer.exporting import plan_export
+from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.errors import ConfigError
 from tests.helpers.foreign_models import TINY_SIGLIP, llava_hf
 from tests.helpers.ranks import RankPool

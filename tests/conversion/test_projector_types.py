@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import Places, llava, open_foreign
-from megatron_vlm.conversion.importing import import_model
-from megatron_vlm.conversion.inspection import inspect
+from megatron_vlm.conversion.transfer.exporting import plan_export
+from megatron_vlm.conversion.transfer.importing import import_model
+from megatron_vlm.conversion.transfer.inspection import inspect
 from megatron_vlm.conversion.verify.comparing import compare
 from megatron_vlm.errors import ConversionError
 from tests.helpers.foreign_models import state_of, tree

@@ -13,10 +13,10 @@ from torch import nn
 
 from megatron_vlm.config.schema import LanguageConfig
 from megatron_vlm.conversion.formats import config_of, open_foreign
-from megatron_vlm.conversion.head_start import guess_plan
 from megatron_vlm.conversion.mappings import canonical_name, language_mappings
 from megatron_vlm.conversion.native.plan import lay_out
 from megatron_vlm.conversion.table import model_mappings
+from megatron_vlm.conversion.transfer.head_start import guess_plan
 from megatron_vlm.conversion.weights.loading import check_fit
 from megatron_vlm.conversion.weights.sources import FolderSource
 from megatron_vlm.models.architectures import attention_windows, load_language_config

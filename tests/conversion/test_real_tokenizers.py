@@ -16,7 +16,7 @@ import pytest
 
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.recipe import saved_config
-from megatron_vlm.conversion.exporting import plan_export
+from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.tokenizer import load_tokenizer
 from tests.conversion.test_asking import TOKENS_PER_IMAGE, check_tokens, checkpoint_of

@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config import config_from_tree
 from megatron_vlm.config.schema import Config
-from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import open_foreign
-from megatron_vlm.conversion.importing import import_model
+from megatron_vlm.conversion.transfer.exporting import plan_export
+from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.data.templates import TEMPLATES
 from megatron_vlm.errors import ConversionError
 from tests.helpers.foreign_models import DTYPES, Kind, llava, llava_hf, projector_alone, state_of, tree, with_old_names
@@ -208,7 +208,7 @@ def test_a_tower_in_the_models_own_directory_comes_back(tmp_path, caplog):
     before = tree(source)
     (source / "mm_projector.bin").touch()
     import_model(open_foreign(source), tmp_path / "ours")
-    warned = [record.args for record in caplog.records if record.name == "megatron_vlm.conversion.origin"]
+    warned = [record.args for record in caplog.records if record.name == "megatron_vlm.conversion.transfer.origin"]
     assert warned == [(source / "mm_projector.bin",)]
     plan_export(tmp_path / "ours").write(tmp_path / "back")
     assert tree(tmp_path / "back") == before

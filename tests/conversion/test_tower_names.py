@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
-from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import open_foreign, open_pair
-from megatron_vlm.conversion.importing import import_model
+from megatron_vlm.conversion.transfer.exporting import plan_export
+from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.conversion.weights.sources import FolderSource
 from megatron_vlm.conversion.weights.tower_names import TowerNames
 from megatron_vlm.models.vision.preprocessing import USUAL

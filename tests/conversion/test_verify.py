@@ -125,7 +125,7 @@ def test_a_wrong_table_is_caught_by_name(models: Models, tmp_path: Path, fault: 
 @pytest.mark.parametrize("fault", [None, "heads_not_grouped", "wrong_projector_index"])
 def test_an_export_is_judged_too(models: Models, tmp_path: Path, format: str, fault: str | None) -> None:
     """A wrong export has all the right names. llava-hf is given rows for its image token."""
-    from megatron_vlm.conversion.exporting import plan_export
+    from megatron_vlm.conversion.transfer.exporting import plan_export
 
     ours = models.get("llama", "ours-from-llava" if format == "llava-hf" else "ours")
     if fault is None:

@@ -157,6 +157,6 @@ def save_tokenizer(folder: Path) -> None:
 def save_ours(source: Path, folder: Path) -> Path:
     """A foreign directory imported: `folder` is a directory of checkpoints, the checkpoint is returned."""
     from megatron_vlm.conversion.formats import open_foreign
-    from megatron_vlm.conversion.importing import import_model
+    from megatron_vlm.conversion.transfer.importing import import_model
 
     return import_model(open_foreign(source), folder)

@@ -21,8 +21,8 @@ from megatron_vlm.checkpoint.recipe import inference_config
 from megatron_vlm.checkpoint.resume import find_start
 from megatron_vlm.config import config_from_tree
 from megatron_vlm.config.schema import CheckpointConfig, Config, ParallelConfig
-from megatron_vlm.conversion.exporting import plan_export
-from megatron_vlm.conversion.inspection import inspect
+from megatron_vlm.conversion.transfer.exporting import plan_export
+from megatron_vlm.conversion.transfer.inspection import inspect
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.distributed import Launch, init_world
 from megatron_vlm.training.job import build_job

@@ -9,8 +9,8 @@ from typing import Any
 
 import megatron_vlm
 from megatron_vlm.conversion.formats import open_foreign
-from megatron_vlm.conversion.importing import import_model
-from megatron_vlm.conversion.inspection import inspect
+from megatron_vlm.conversion.transfer.importing import import_model
+from megatron_vlm.conversion.transfer.inspection import inspect
 from tests.fuzz import hostile, pickles
 from tests.fuzz.kind import Kind, Read
 from tests.fuzz.tripwire import PLANTED

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_vlm.checkpoint import directory
 from megatron_vlm.checkpoint.directory import find_checkpoint
-from megatron_vlm.conversion.inspection import inspect
+from megatron_vlm.conversion.transfer.inspection import inspect
 from megatron_vlm.errors import CheckpointError, ConfigError, MegatronVlmError
 from tests.helpers.solo import one_rank
 

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 import megatron_vlm
 from megatron_vlm.checkpoint.manifest import Manifest
-from megatron_vlm.conversion.exporting import plan_export
+from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.errors import CheckpointError
 from tests.helpers.hostile_pickles import ALWAYS_TRUE, INDEX, METADATA, PLANNER, Opcodes, planted, set_attribute, text
 from tests.helpers.jobs import save

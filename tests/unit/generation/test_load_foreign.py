@@ -11,7 +11,7 @@ from PIL import Image
 
 import megatron_vlm
 from megatron_vlm.conversion.formats import Places, open_foreign
-from megatron_vlm.conversion.importing import import_model
+from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.models import hub
 from tests.helpers.verify_models import Shape, draw, save_llava, save_llava_hf, save_llava_projector

@@ -16,8 +16,8 @@ from megatron_vlm.checkpoint.model_sources import read_sources
 from megatron_vlm.checkpoint.stored_metadata import read_metadata
 from megatron_vlm.conversion.formats import llava
 from megatron_vlm.conversion.formats.base import FORMATS, Places, is_foreign, open_foreign, read_json, recognised
-from megatron_vlm.conversion.origin import RECORD as ORIGIN
-from megatron_vlm.conversion.origin import Origin
+from megatron_vlm.conversion.transfer.origin import RECORD as ORIGIN
+from megatron_vlm.conversion.transfer.origin import Origin
 from megatron_vlm.conversion.weights.files import WeightFolder
 from megatron_vlm.conversion.weights.sources import FolderSource, vision_rename
 from megatron_vlm.errors import ConversionError

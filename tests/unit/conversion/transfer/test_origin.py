@@ -10,10 +10,10 @@ import pytest
 
 from megatron_vlm.checkpoint.integrity import records_of
 from megatron_vlm.checkpoint.manifest import Manifest
-from megatron_vlm.conversion.exporting import plan_export
 from megatron_vlm.conversion.formats import open_foreign
-from megatron_vlm.conversion.importing import import_model
-from megatron_vlm.conversion.origin import Origin
+from megatron_vlm.conversion.transfer.exporting import plan_export
+from megatron_vlm.conversion.transfer.importing import import_model
+from megatron_vlm.conversion.transfer.origin import Origin
 from megatron_vlm.errors import CheckpointError
 from tests.helpers.foreign_models import llava_hf
 

@@ -15,14 +15,14 @@ from megatron_vlm.checkpoint.manifest import FileRecord, Manifest
 from megatron_vlm.checkpoint.model_sources import write_sources
 from megatron_vlm.config.loading import config_hash
 from megatron_vlm.config.schema import Config
-from megatron_vlm.conversion.destination import first_checkpoint, refusals_of_the_disk
 from megatron_vlm.conversion.formats.base import ForeignModel
 from megatron_vlm.conversion.formats.recipe import check_selection, config_of, parameter_format
 from megatron_vlm.conversion.mappings import language_mappings
 from megatron_vlm.conversion.native.plan import lay_out
 from megatron_vlm.conversion.native.writing import NativeWriter
-from megatron_vlm.conversion.origin import write_origin
 from megatron_vlm.conversion.table import model_mappings
+from megatron_vlm.conversion.transfer.destination import first_checkpoint, refusals_of_the_disk
+from megatron_vlm.conversion.transfer.origin import write_origin
 from megatron_vlm.conversion.weights.loading import check_fit, check_part
 from megatron_vlm.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_vlm.models.architectures import check_architecture

@@ -25,9 +25,20 @@ from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.model_sources import read_sources, write_sources
 from megatron_vlm.checkpoint.recipe import PARTS, former_preprocessor, saved_config
 from megatron_vlm.config.schema import VisionConfig
-from megatron_vlm.conversion.asking import Asking, is_recorded, let_transformers_4_read, write_record, write_stops
-from megatron_vlm.conversion.destination import refuse_taken
-from megatron_vlm.conversion.export_plan import (
+from megatron_vlm.conversion.formats.base import FORMATS, Format, Target, read_json
+from megatron_vlm.conversion.formats.llava import TOWER_INSIDE, told_order
+from megatron_vlm.conversion.mappings import EMBEDDING, HEAD, TOWER_PREFIX
+from megatron_vlm.conversion.native.reading import NativeSource
+from megatron_vlm.conversion.table import model_mappings
+from megatron_vlm.conversion.transfer.asking import (
+    Asking,
+    is_recorded,
+    let_transformers_4_read,
+    write_record,
+    write_stops,
+)
+from megatron_vlm.conversion.transfer.destination import refuse_taken
+from megatron_vlm.conversion.transfer.export_plan import (
     TOWER_FILE,
     ShardPlan,
     index_of,
@@ -35,13 +46,8 @@ from megatron_vlm.conversion.export_plan import (
     plan_returned,
     write_shards,
 )
-from megatron_vlm.conversion.formats.base import FORMATS, Format, Target, read_json
-from megatron_vlm.conversion.formats.llava import TOWER_INSIDE, told_order
-from megatron_vlm.conversion.mappings import EMBEDDING, HEAD, TOWER_PREFIX
-from megatron_vlm.conversion.model_card import CARD, ORIGINS_CARD, base_models, made_from, model_card
-from megatron_vlm.conversion.native.reading import NativeSource
-from megatron_vlm.conversion.origin import FOLDER, LICENCE_FILES, SENTENCEPIECE_FILE, Origin, reading_of
-from megatron_vlm.conversion.table import model_mappings
+from megatron_vlm.conversion.transfer.model_card import CARD, ORIGINS_CARD, base_models, made_from, model_card
+from megatron_vlm.conversion.transfer.origin import FOLDER, LICENCE_FILES, SENTENCEPIECE_FILE, Origin, reading_of
 from megatron_vlm.conversion.weights.files import INDEXES, SAFETENSORS_INDEX
 from megatron_vlm.conversion.weights.tower_names import TowerNames
 from megatron_vlm.data.tokenizer import load_tokenizer

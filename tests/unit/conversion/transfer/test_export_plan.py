@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_vlm.conversion import export_plan
-from megatron_vlm.conversion.export_plan import (
+from megatron_vlm.conversion.transfer import export_plan
+from megatron_vlm.conversion.transfer.export_plan import (
     TOWER_FILE,
     PlannedTensor,
     ShardPlan,
@@ -18,7 +18,7 @@ from megatron_vlm.conversion.export_plan import (
     plan_returned,
     write_shards,
 )
-from megatron_vlm.conversion.origin import Origin, reference_to
+from megatron_vlm.conversion.transfer.origin import Origin, reference_to
 
 SHAPES = {"a": (3, 5), "b": (), "c": (0, 4), "d": (7,), "e": (64, 3), "f": (2, 2, 2)}
 
