@@ -14,6 +14,7 @@ from tests.architecture.sources import ROOT
 
 FOLDERS = ("megatron_vlm", "kernels", "tools", "examples", "tests", "docs")
 SUFFIXES = (".py", ".md", ".yaml", ".sh", ".sbatch", ".css", ".toml")
+WITHOUT_SUFFIX = ("Makefile", "Dockerfile")
 MADE_WHILE_RUNNING = ("runs/", "out/")
 
 CODES = r"D?\d+(?:,\s+D?\d+)*\b"
@@ -40,7 +41,7 @@ OWN_ISSUE = re.compile(r"(?:(\S+)\s+)?\bissues?\s+\d+", re.IGNORECASE)
 def cited_files() -> list[Path]:
     """Every text file in which a citation counts, relative to the root."""
     found = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES]
-    found += [path for path in ROOT.iterdir() if path.is_file() and path.suffix in SUFFIXES]
+    found += [path for path in ROOT.iterdir() if path.suffix in SUFFIXES or path.name in WITHOUT_SUFFIX]
     return sorted(path.relative_to(ROOT) for path in found)
 
 

@@ -60,5 +60,5 @@ def test_what_is_no_citation_passes(text: str) -> None:
 
 def test_files_of_every_kind_are_read() -> None:
     files = {str(path) for path in cited_files()}
-    assert {"megatron_vlm/training/step.py", "docs/fp8.md", "README.md", "examples/gpu_suite.sh"} <= files
+    assert {"megatron_vlm/training/step.py", "docs/fp8.md", "README.md", "Makefile", "examples/gpu_suite.sh"} <= files
     assert Path("docs/design.md") in cited_files()

@@ -17,6 +17,12 @@ def test_never_run_is_said_plainly_until_it_has() -> None:
     assert never == ("**NCCL on several GPUs: never run.**" in (ROOT / "README.md").read_text())
 
 
+def test_limitations_say_that_nothing_ran_on_a_gpu_until_something_has() -> None:
+    text, results = (ROOT / "docs" / "limitations.md").read_text(), ROOT / "docs" / "benchmarks"
+    assert ("- **GPU**: nothing." in text) == (not verified_where.stages_passed(results))
+    assert ("- **NCCL on several GPUs**: nothing." in text) == (not verified_where.benchmarks_on_gpus(results))
+
+
 def test_the_table_follows_tests_and_results(tmp_path: Path) -> None:
     (tmp_path / "tests" / "distributed").mkdir(parents=True)
     results = tmp_path / "docs" / "benchmarks"
