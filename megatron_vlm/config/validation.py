@@ -245,7 +245,7 @@ def _world(config: Config, world_size: int) -> Iterator[str]:
         yield (
             f"{' * '.join(f'parallel.{name}' for name in sizes)}: found {' * '.join(map(str, sizes.values()))} = "
             f"{parallel.replica}, the world size {world_size} allows {_divisors(world_size)}, or start a multiple of "
-            f"{parallel.replica} ranks (tools/launch.py --ranks)"
+            f"{parallel.replica} ranks (torchrun --nproc-per-node)"
         )
 
 

@@ -132,7 +132,8 @@ def load_language_config(language: "LanguageConfig") -> "PretrainedConfig":
         assert language.path is not None, "validated with the recipe"
         hf_config = config_from_path("model.language.path", language.path)
         folder = find_directory("model.language.path", language.path, hub.CONFIG_FILES)
-        hf_config = with_answer_ends("model.language.path", hf_config, [folder])
+        check_architecture(hf_config)
+        return with_answer_ends("model.language.path", hf_config, [folder])
     check_architecture(hf_config)
     return hf_config
 

@@ -162,7 +162,7 @@ def with_answer_ends(key: str, config: PretrainedConfig, folders: Iterable[Path]
     Raises:
         ConfigError: a generation_config.json that cannot be read, or whose eos_token_id is no token and no list of any.
     """
-    told = config.eos_token_id
+    told = getattr(config, "eos_token_id", None)  # a vision model's has none
     known = told if isinstance(told, list) else [] if told is None else [told]
     ends = list(known)
     for file in (folder / GENERATION_CONFIG for folder in folders):

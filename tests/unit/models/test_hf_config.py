@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import ViTConfig
 
 from megatron_vlm.config.schema import LanguageConfig
 from megatron_vlm.errors import ConfigError
@@ -137,6 +138,15 @@ def test_a_link_to_itself_among_a_directory_s_texts_is_told(tmp_path: Path) -> N
     (tmp_path / "preprocessor_config.json").symlink_to("preprocessor_config.json")
     with pytest.raises(ConfigError, match="^model.vision.path: .*Too many levels of symbolic links"):
         config_from_path("model.vision.path", str(tmp_path))
+
+
+@pytest.mark.parametrize("ends", [None, 3])
+def test_a_vision_model_as_a_language_model_is_refused(tmp_path: Path, ends: int | None) -> None:
+    ViTConfig().save_pretrained(tmp_path)
+    if ends is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(ConfigError, match="model_type"):
+        load_language_config(LanguageConfig(path=str(tmp_path)))
 
 
 def test_a_model_type_that_is_no_text_is_told() -> None:
