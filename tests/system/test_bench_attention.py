@@ -9,7 +9,8 @@ import torch
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from tests.system.test_tools import tool, tool_on_ranks
 from tools.benchmarks import attention_report
-from tools.benchmarks.attention import EXCHANGE, OTHERS, PACKED, TURNS, WHOLE
+from tools.benchmarks.attention import OTHERS
+from tools.benchmarks.attention_names import EXCHANGE, PACKED, TURNS, WHOLE
 from tools.benchmarks.attention_turns import Shape, draw_documents, in_turn, single_device
 
 SMALL = ["--lengths", "64", "128", "--heads", "6", "--kv-heads", "3", "--width", "8", "--rounds", "1"]

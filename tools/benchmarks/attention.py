@@ -18,13 +18,11 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
 from megatron_vlm.runtime.launch import Launch
 
+from .attention_names import EXCHANGE, PACKED, TURNS, WHOLE
+
 if TYPE_CHECKING:
     from .attention_turns import Shape
 
-WHOLE, PACKED = "one document", "packed"
-MEBIBYTE = 2**20
-TURNS = "the ranks of a layout in turn on one device; the network is not included"
-EXCHANGE = "all ranks at once, the exchange included"
 TIMEOUT_SECONDS = 600
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from . import report
-from .attention import MEBIBYTE, PACKED, TURNS, WHOLE
-from .attention_sides import PRODUCT
+from .attention_names import PACKED, PRODUCT, TURNS, WHOLE
+
+MEBIBYTE = 2**20
 
 
 def tell(result: dict[str, Any], arguments: argparse.Namespace) -> None:

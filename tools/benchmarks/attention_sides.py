@@ -27,9 +27,9 @@ from megatron_vlm.parallel.ring_plan import RingPlan
 from megatron_vlm.parallel.ulysses import HeadSplit
 from megatron_vlm.runtime.collectives import all_gather_objects
 
+from .attention_names import PACKED, PRODUCT, WHOLE
 from .attention_turns import Seconds, Shape, attend, draw_documents, fastest
 
-PRODUCT = "megatron_vlm"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # norm of the difference over the norm
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # a rank's q, k, v [1, L/P, heads or kv_heads, d] -> out
 
@@ -56,8 +56,6 @@ def measure_sides(
     shape: Shape, num_ranks: int, lengths: Sequence[int], rounds: int
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """(a cell per length, kind of row and side; why a side has none). Every rank calls it."""
-    from .attention import PACKED, WHOLE
-
     world = dist.group.WORLD
     assert world is not None
     cells, reasons = [], dict[str, str]()
