@@ -7,7 +7,6 @@ from typing import Any
 from megatron_vlm.ops.dispatch import TRITON
 
 from . import kernel_targets, report
-from .kernels import words
 
 MEBIBYTE, TERA = 2**20, 1e12
 PEAK = (
@@ -30,6 +29,11 @@ def tell(result: dict[str, Any], arguments: argparse.Namespace) -> None:
         print(" | ".join(row))
     for line in [*map(kernel_targets.words, result["targets"]), *lines(result)]:
         print(line)
+
+
+def words(sizes: Any) -> str:
+    """{"tokens": 8192, "hidden": 4096} -> "8192 tokens, 4096 hidden"."""
+    return ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in sizes.items())
 
 
 def place(cell: dict[str, Any]) -> str:

@@ -9,7 +9,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .kernel_case import Case
+    from .kernel_timing import Bench
 
 END = "end"
 Message = tuple[str, Any]  # "cells" a cell, "others" (place, reason), "failures" a place, END whether it is spoilt
@@ -89,7 +93,6 @@ def serve(settings: Settings, connection: Connection) -> None:
 
     from .kernel_cases import CASES
     from .kernel_timing import Bench, ceilings
-    from .kernels import measure_case
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     bench = Bench(device, dtype, settings.rounds, settings.tiny)
@@ -105,6 +108,33 @@ def serve(settings: Settings, connection: Connection) -> None:
             for message in measure_case(bench, cases[op], settings):
                 connection.send(message)
         connection.send((END, _is_spoilt(device)))
+
+
+def measure_case(bench: "Bench", case: "Case", settings: Settings) -> Iterator[Message]:
+    """The operation's cells, and the reasons of the sides that have none."""
+    from .kernel_report import words
+    from .kernel_timing import COMPILED, errors, is_ours, reason_of, side_names, sides_of, times
+
+    wanted = [name for name in side_names(case) if settings.sides is None or name in settings.sides]
+    sizes = case.tiny if settings.tiny else case.sizes
+    found: dict[str, dict[str, Any]] = {}
+    for number, of_size in enumerate(sizes):
+        compiles = settings.compiles == "all" or (settings.compiles == "first" and number == 0)
+        sides = sides_of(case, [name for name in wanted if name != COMPILED or compiles])
+        cells, reasons = times(bench, case, of_size, sides)
+        if number == 0:
+            try:
+                found, unmeasured = errors(bench, case, sides)
+            except Exception as error:  # the twin's: the times are worth something without it
+                unmeasured = {"the twin": reason_of(error)}
+            reasons = unmeasured | reasons
+        for side, cell in cells.items():
+            yield "cells", {"op": case.op, "sizes": dict(of_size), "side": side, **cell, **found.get(side, {})}
+        for side, reason in reasons.items():
+            place = f"{case.op}, {side}" if reason.startswith("not run") else f"{case.op} {words(of_size)}, {side}"
+            yield "others", (place, reason)
+            if is_ours(case, side) and reason.startswith("failed"):
+                yield "failures", place
 
 
 def _is_spoilt(device: Any) -> bool:

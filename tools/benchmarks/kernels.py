@@ -14,7 +14,6 @@ nothing.
 import argparse
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +21,10 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
 from megatron_vlm.runtime.launch import Launch
 
-from .kernel_worker import CEILINGS, Message, Settings, Worker
+from .kernel_worker import CEILINGS, Settings, Worker
 
 if TYPE_CHECKING:
     from .kernel_case import Case
-    from .kernel_timing import Bench
 
 OPERATION_SECONDS = 150.0  # longer than the slowest, compiling included
 
@@ -125,34 +123,3 @@ def chosen_cases(arguments: argparse.Namespace, cases: "tuple[Case, ...]") -> "l
     if unknown:
         raise ConfigError(f"--side: found {unknown[0]!r}, needs one of {', '.join(sorted(sides))}")
     return chosen
-
-
-def measure_case(bench: "Bench", case: "Case", settings: Settings) -> Iterator[Message]:
-    """The operation's cells, and the reasons of the sides that have none."""
-    from .kernel_timing import COMPILED, errors, is_ours, reason_of, side_names, sides_of, times
-
-    wanted = [name for name in side_names(case) if settings.sides is None or name in settings.sides]
-    sizes = case.tiny if settings.tiny else case.sizes
-    found: dict[str, dict[str, Any]] = {}
-    for number, of_size in enumerate(sizes):
-        compiles = settings.compiles == "all" or (settings.compiles == "first" and number == 0)
-        sides = sides_of(case, [name for name in wanted if name != COMPILED or compiles])
-        cells, reasons = times(bench, case, of_size, sides)
-        if number == 0:
-            try:
-                found, unmeasured = errors(bench, case, sides)
-            except Exception as error:  # the twin's: the times are worth something without it
-                unmeasured = {"the twin": reason_of(error)}
-            reasons = unmeasured | reasons
-        for side, cell in cells.items():
-            yield "cells", {"op": case.op, "sizes": dict(of_size), "side": side, **cell, **found.get(side, {})}
-        for side, reason in reasons.items():
-            place = f"{case.op}, {side}" if reason.startswith("not run") else f"{case.op} {words(of_size)}, {side}"
-            yield "others", (place, reason)
-            if is_ours(case, side) and reason.startswith("failed"):
-                yield "failures", place
-
-
-def words(sizes: Any) -> str:
-    """{"tokens": 8192, "hidden": 4096} -> "8192 tokens, 4096 hidden"."""
-    return ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in sizes.items())
