@@ -21,8 +21,9 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
 from megatron_vlm.runtime.launch import Launch
 
+from .report import Measured
 from .sides import TRANSFORMERS, SideRequest, merge
-from .throughput import Measured, measure
+from .throughput import measure
 
 PACKED, PADDED = "packed", "padded"
 ANSWERS = 0.5  # of the words

@@ -14,23 +14,37 @@ import shlex
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_vlm.config.schema import Config
 
-from .sides import PRODUCT, TRANSFORMERS
-
-if TYPE_CHECKING:
-    from .throughput import Measured
+from .sides import PRODUCT, TRANSFORMERS, Facts, Memory, Round
 
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
 GIBIBYTE, TERA = 2**30, 1e12
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one side did."""
+
+    facts: Facts
+    warm_up: Round
+    rounds: list[Round]
+    phases: Round  # one round more, with the device waited for at the end of every phase
+    memory: list[Memory]  # by rank
+
+    @property
+    def losses(self) -> list[float]:
+        """Of every step up to the last timed one."""
+        return [loss for part in (self.warm_up, *self.rounds) for loss in part.losses]
+
+
 def summarise(
-    measured: "dict[str, Measured]", config: Config, world_size: int, arguments: argparse.Namespace
+    measured: dict[str, Measured], config: Config, world_size: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Everything, ready for JSON."""
     facts = measured[PRODUCT].facts
@@ -91,7 +105,7 @@ def origin(result: dict[str, Any]) -> str:
     )
 
 
-def side(measured: "Measured", facts: Any) -> dict[str, Any]:
+def side(measured: Measured, facts: Any) -> dict[str, Any]:
     """One side's numbers. `facts`: the product's, who knows the FLOPs that a step needs."""
     seconds = spread([of_one.seconds for of_one in measured.rounds])
     median = seconds["median"]
@@ -109,7 +123,7 @@ def side(measured: "Measured", facts: Any) -> dict[str, Any]:
     }
 
 
-def comparison(ours: "Measured", theirs: "Measured") -> dict[str, Any]:
+def comparison(ours: Measured, theirs: Measured) -> dict[str, Any]:
     """The ratio of the median times, that of each round, and that of the processors' time."""
     pairs = list(zip(ours.rounds, theirs.rounds, strict=True))
     losses = zip(ours.losses, theirs.losses, strict=True)

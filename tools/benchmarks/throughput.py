@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import multiprocessing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from megatron_vlm.errors import MegatronVlmError
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
 from megatron_vlm.runtime.launch import Launch
 
+from .report import Measured
 from .sides import PRODUCT, TRANSFORMERS, Facts, Memory, Round, SideRequest, serve
 
 WARM_UP_STEPS = 2
@@ -31,22 +31,6 @@ START_SECONDS = 600  # for a side's children to be built
 
 class SidesDifferError(MegatronVlmError):
     """Two sides that do not train the same model the same way have no ratio."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one side did."""
-
-    facts: Facts
-    warm_up: Round
-    rounds: list[Round]
-    phases: Round  # one round more, with the device waited for at the end of every phase
-    memory: list[Memory]  # by rank
-
-    @property
-    def losses(self) -> list[float]:
-        """Of every step up to the last timed one."""
-        return [loss for part in (self.warm_up, *self.rounds) for loss in part.losses]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
