@@ -12,6 +12,10 @@ from hypothesis import settings
 from megatron_vlm.runtime.garbage import spare_imports
 from tests.helpers.ranks import RankPool
 
+# Checks that tests share tell what they compared, as a test's own do.
+pytest.register_assert_rewrite(
+    "tests.helpers.chat_checkpoints", "tests.unit.config.recipes", "tests.unit.data.conversations"
+)
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
 

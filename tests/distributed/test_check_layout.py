@@ -13,7 +13,10 @@ import pytest
 
 from megatron_vlm.errors import ParallelError
 from megatron_vlm.training.layout_check.check import LayoutReport
-from tests.distributed.test_master import (
+from tests.helpers import faults
+from tests.helpers.master import record_reference, run_check
+from tests.helpers.ranks import RankFailure, RankPool
+from tests.helpers.recipes import (
     FAULTS,
     HANGING_FAULT,
     OVERLAP,
@@ -25,9 +28,6 @@ from tests.distributed.test_master import (
     merged,
     parallel,
 )
-from tests.helpers import faults
-from tests.helpers.master import record_reference, run_check
-from tests.helpers.ranks import RankFailure, RankPool
 from tests.helpers.tiny import tiny_recipe
 
 HANG_SECONDS = 15

@@ -15,9 +15,9 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.training import schedule
 from megatron_vlm.training.job import build_job
-from tests.distributed.test_master import base_recipe, merged
 from tests.helpers.jobs import save, train_steps
 from tests.helpers.ranks import RankPool
+from tests.helpers.recipes import base_recipe, merged
 from tests.helpers.spoiling import as_format
 
 BEFORE, AFTER = 3, 3

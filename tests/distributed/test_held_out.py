@@ -13,12 +13,10 @@ import pytest
 import torch
 
 from tests.helpers import faults
+from tests.helpers.held_out import NUM_HELD_OUT, STEPS, recipe_in
 from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import merge, tiny_dataset, tiny_recipe
 from tests.unit.generation.conftest import hf_llava
 
-STEPS = 2
-NUM_HELD_OUT = 11  # no multiple of the batch
 LONG, CONTEXT = (2, 6, 10), 62  # three samples whose questions have 63 tokens, all others fewer
 COPIES_COUNT = "copies_count"
 FAST = {
@@ -31,20 +29,6 @@ SLOW = {
     "pp2-virtual2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
     "tp2-dp2-sp": (4, {"tensor": 2, "sequence": True}),
 }
-
-
-def recipe_in(directory: Path, **sections: Any) -> dict[str, Any]:
-    """A recipe that evaluates a task over files in `directory`."""
-    held_out = tiny_dataset(directory, NUM_HELD_OUT, "held_out.json")
-    evaluation = {"path": str(held_out), "task": "letters", "max_new_tokens": 6}
-    training = {"steps": STEPS, "mode": "train_and_eval", "global_batch_size": 8}
-    recipe = {
-        "evaluation": evaluation,
-        "training": training,
-        "optimizer": {"lr": 1e-3, "distributed": True},
-        "schedule": {"warmup_ratio": 0.0},
-    }
-    return tiny_recipe(directory, **merge(recipe, sections)).model_dump(mode="json")
 
 
 def letters(answer: str, truth: str) -> float:

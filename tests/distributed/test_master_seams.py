@@ -21,9 +21,9 @@ from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.training.layout_check.compare import compare
 from megatron_vlm.training.layout_check.record import FEATURES, MERGED, Record
 from megatron_vlm.training.layout_check.shrink import MIN_EPS
-from tests.distributed.test_master import DIVERGENCE, PACKED, Recipe, base_recipe, merged
 from tests.helpers.master import run_rows
 from tests.helpers.ranks import RankPool
+from tests.helpers.recipes import DIVERGENCE, PACKED, Recipe, base_recipe, merged
 from tests.helpers.tiny import WORDS, tiny_dataset
 
 STEPS = 3

@@ -16,10 +16,10 @@ from megatron_vlm.training.job import build_job
 from megatron_vlm.training.loop import train
 from megatron_vlm.training.peak import Peak
 from megatron_vlm.training.step import EncodedMedia
-from tests.distributed.test_master import base_recipe, merged
 from tests.helpers.jobs import train_steps
 from tests.helpers.master import trained
 from tests.helpers.ranks import RankPool
+from tests.helpers.recipes import base_recipe, merged
 
 
 def step_with_a_bad_gradient(recipe: dict[str, Any]) -> tuple[float, bool]:

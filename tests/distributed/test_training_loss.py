@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.test_held_out import recipe_in
+from tests.helpers.held_out import recipe_in
 from tests.helpers.ranks import RankPool
 
 DIGITS = {"format": "{t}", "count": 10, "std": 2.0}  # a byte-level tokenizer has them, one after the other

@@ -5,6 +5,10 @@ from pathlib import Path
 import av
 import numpy as np
 from PIL import Image
+from torch import Tensor
+
+from megatron_vlm.data.media import MediaReader
+from megatron_vlm.models.vision.media_spec import MediaSpec
 
 SIDE = 32  # pixels
 SQUARE = 16  # a digit's side
@@ -47,3 +51,12 @@ def make_folder(path: Path, num_frames: int) -> Path:
     for number in range(num_frames):
         picture(number).save(path / f"{number}.png")
     return path
+
+
+SPEC = MediaSpec(4, 4, SIDE, SIDE, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+READER = MediaReader(SPEC, "resize")
+
+
+def told(pixels: Tensor) -> int:
+    """The number that a picture tells."""
+    return number_of(Image.fromarray((pixels * 255).round().numpy().astype(np.uint8).transpose(1, 2, 0)))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import ROOT, environment
 from tests.helpers.tiny import tiny_dataset, tiny_tokenizer
-from tests.system.test_failures import ROOT, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LIMIT_SECONDS = 300

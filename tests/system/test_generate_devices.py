@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import environment
 from tests.helpers.tiny import tiny_dataset, tiny_tokenizer
 from tests.helpers.videos import make_video
-from tests.system.test_failures import environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LIMIT_SECONDS = 600

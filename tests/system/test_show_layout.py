@@ -11,9 +11,9 @@ import pytest
 
 from megatron_vlm.config import load_config
 from megatron_vlm.errors import ConfigError
+from tests.helpers.processes import ROOT
 from tests.helpers.tiny import tiny_recipe
-from tests.system.test_failures import ROOT
-from tests.system.test_tools import tool
+from tests.helpers.tools import tool
 from tools.layout_page.output import attended, needed, show, write
 from tools.layout_page.page import page
 from tools.layout_page.view import gather

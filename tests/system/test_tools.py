@@ -1,9 +1,6 @@
 """The command lines on real processes: train, generate, evaluate; and bad input, which costs one line on stderr."""
 
 import json
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,39 +9,7 @@ from PIL import Image
 
 from megatron_vlm.config import to_yaml
 from tests.helpers.tiny import tiny_dataset, tiny_recipe
-from tests.system.test_failures import ROOT, environment
-
-LIMIT_SECONDS = 180
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended; `stderr` of our own processes only."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-
-def tool(name: str, *arguments: str | Path) -> Done:
-    """One process."""
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
-    done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
-    )
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
-def tool_on_ranks(num_ranks: int, logs: Path, name: str, *arguments: str | Path) -> Done:
-    """Under torchrun, each rank's output in its own file, so that torchrun's report stays apart."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    command = [*launcher, "--log-dir", str(logs), "--redirects=3", str(ROOT / "tools" / name), *map(str, arguments)]
-    done = subprocess.run(command, env=environment(), capture_output=True, timeout=LIMIT_SECONDS, check=False)
-
-    def read(file: str) -> str:
-        return "".join(path.read_text() for path in sorted(logs.rglob(file)))
-
-    return Done(done.returncode, read("stdout.log"), read("stderr.log"))
+from tests.helpers.tools import tool, tool_on_ranks
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_vlm.checkpoint.manifest import FORMAT, Manifest, OtherFormatError, _parse, _seal
 from megatron_vlm.errors import CheckpointError
+from tests.helpers.checkpoints import a_checkpoint
 from tests.helpers.spoiling import as_format, vouch_for_all
-from tests.unit.checkpoint.test_integrity import a_checkpoint
 
 
 @pytest.fixture

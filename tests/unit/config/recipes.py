@@ -1,9 +1,14 @@
 """A small valid recipe as a tree, and the facts of its model, for the tests of config/."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from megatron_vlm.config import Config, ModelFacts, config_from_tree
+import pytest
+import yaml
+
+from megatron_vlm.config import Config, ModelFacts, config_from_tree, load_config
+from megatron_vlm.errors import ConfigError
 
 FACTS = ModelFacts(
     num_layers=8,
@@ -58,3 +63,17 @@ def recipe(**changes: Any) -> Config:
 def facts(**changes: Any) -> ModelFacts:
     """`FACTS` with some values replaced."""
     return replace(FACTS, **changes)
+
+
+def write(path: Path, content: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def error_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message or "override" in message
+    return message

@@ -13,8 +13,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.freezing import trainable_names
 from megatron_vlm.runtime import limits
 from tests.helpers.odd_files import ODD
-from tests.unit.config.recipes import facts, recipe, tree
-from tests.unit.config.test_loading import error_of, write
+from tests.unit.config.recipes import error_of, facts, recipe, tree, write
 
 SECRET = "hf_only_mine"
 SPELLINGS = [

@@ -4,25 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from megatron_vlm.config import config_hash, load_config, read_recipe, to_yaml
 from megatron_vlm.errors import ConfigError
-from tests.unit.config.recipes import recipe, tree
-
-
-def write(path: Path, content: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
-    return path
-
-
-def error_of(path: Path, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
-    message = str(caught.value)
-    assert "\n" not in message and str(path) in message or "override" in message
-    return message
+from tests.unit.config.recipes import error_of, recipe, tree, write
 
 
 def test_reads_what_was_written(tmp_path: Path) -> None:

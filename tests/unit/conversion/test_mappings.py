@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig
 
 from megatron_vlm.conversion.mappings import (
     QKV,
@@ -14,21 +13,7 @@ from megatron_vlm.conversion.mappings import (
     canonical_name,
     language_mappings,
 )
-
-
-def llama(**changes):
-    settings = {
-        "model_type": "llama",
-        "vocab_size": 37,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 6,
-        "pad_token_id": None,
-    }
-    return AutoConfig.for_model(**{**settings, **changes})
+from tests.unit.conversion.language_configs import llama
 
 
 def phi3():

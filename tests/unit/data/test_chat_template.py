@@ -16,7 +16,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.generation.load import _as_chosen, _as_of_today
 from tests.helpers.tiny import tiny_dataset, tiny_recipe
 from tests.unit.data import tokenizers
-from tests.unit.data.test_conversation import conversation
+from tests.unit.data.conversations import conversation
 
 DATED = "{{ 'Today is ' + strftime_now('%-d %B %Y') + '. ' }}" + tokenizers.PLAIN
 LLAMA_32 = (  # asks for the date only where it is given none

@@ -1,7 +1,6 @@
 """Ids are those of `apply_chat_template`; labels are the assistant's own words, whatever these say."""
 
 import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from megatron_vlm.data.conversation import PLACEHOLDER_ID, ConversationEncoder, EncodedSample
-from megatron_vlm.data.sample import IGNORE, BadSample, Sample, Turn
+from megatron_vlm.data.sample import IGNORE, BadSample, Sample
 from megatron_vlm.errors import ConfigError, DataError
 from tests.unit.data import tokenizers
+from tests.unit.data.conversations import TOKENS_PER_IMAGE, conversation, expand, messages, trained_texts
 
-TOKENS_PER_IMAGE = 3
 # Answers that hold every separator of the templates, special tokens included.
 TRICKY = (
     "zero",
@@ -33,35 +32,8 @@ TRICKY = (
 )
 
 
-def conversation(*texts: str, images: int = 0, system: str | None = None) -> Sample:
-    """Alternating user and assistant texts."""
-    turns = [Turn("system", system)] if system is not None else []
-    turns += [Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts)]
-    return Sample("s", tuple(turns), tuple(f"{i}.png" for i in range(images)), "test.json element 0")
-
-
 def encoder_of(tokenizer: PreTrainedTokenizerBase) -> ConversationEncoder:
     return ConversationEncoder(tokenizer, "auto", "<image>", TOKENS_PER_IMAGE)
-
-
-def trained_texts(tokenizer: PreTrainedTokenizerBase, encoded: EncodedSample) -> list[str]:
-    """The text of each run of trained tokens."""
-    runs: list[list[int]] = []
-    for before, label in pairwise([IGNORE, *encoded.labels]):
-        if label != IGNORE:
-            if before == IGNORE:
-                runs.append([])
-            runs[-1].append(label)
-    return [tokenizer.decode(run) for run in runs]
-
-
-def messages(sample: Sample) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.text} for turn in sample.turns]
-
-
-def expand(ids: list[int], marker: int, filler: int) -> list[int]:
-    """The reference's own expansion of image markers."""
-    return [new for old in ids for new in ([filler] * TOKENS_PER_IMAGE if old == marker else [old])]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from megatron_vlm.data.sample import BadSample
 from megatron_vlm.data.sources.llava_json import LlavaFile
 from megatron_vlm.errors import DataError
 from tests.helpers.odd_files import ODD
-from tests.unit.data.test_index import SPEC, encoder_in
+from tests.unit.data.encoders import SPEC, encoder_in
 
 TALK = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 GOOD = json.dumps({"id": "good", "image": "good.png", "conversations": TALK}).encode()

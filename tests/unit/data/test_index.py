@@ -25,13 +25,7 @@ from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from tests.helpers import bad_media
 from tests.helpers.tiny import tiny_dataset, tiny_tokenizer
-
-
-def encoder_in(folder: Path, tokens_per_image: int = 5, template: str | None = None) -> ConversationEncoder:
-    tokenizer = load_tokenizer(tiny_tokenizer(folder), "<image>")
-    if template is not None:
-        tokenizer.chat_template = template
-    return ConversationEncoder(tokenizer, "auto", "<image>", tokens_per_image)
+from tests.unit.data.encoders import SPEC, encoder_in
 
 
 def open_tiny(folder: Path, rank: int = 0, **encoder: object) -> SampleIndex:
@@ -165,9 +159,6 @@ def test_a_folder_is_no_data_file_and_gets_no_index(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="data cannot be read: is a directory, a regular file is needed"):
         open_index(LlavaFile(tmp_path / "data", "<image>"), encoder_in(tmp_path), tmp_path, tmp_path / "spare")
     assert not (tmp_path / "data.index").exists()
-
-
-SPEC = MediaSpec(5, 5, 28, 28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def skip_bad(path: Path, folder: Path, max_tokens: int = 128) -> SampleIndex:

@@ -21,8 +21,14 @@ from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.training.layout_check.shrink import pick_samples
 from tests.helpers.tiny import tiny_recipe
 from tests.unit.data import tokenizers
-from tests.unit.data.test_conversation import conversation, trained_texts
-from tests.unit.data.test_trained_is_asked import TEMPLATES, encoder_of, random_conversation, runs_of
+from tests.unit.data.conversations import (
+    TEMPLATES,
+    conversation,
+    encoder_of,
+    random_conversation,
+    runs_of,
+    trained_texts,
+)
 
 SPEC = MediaSpec(16, 16, 28, 28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 

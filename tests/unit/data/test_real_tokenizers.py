@@ -9,7 +9,7 @@ import pytest
 
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.tokenizer import load_tokenizer
-from tests.unit.data.test_trained_is_asked import TOKENS_PER_IMAGE, check, check_answer, conversations
+from tests.unit.data.conversations import TOKENS_PER_IMAGE, check, check_answer, conversations
 
 CACHE = Path.home() / ".cache" / "megatron_vlm_tests" / "tokenizers"
 ENDS = {"llama3": "<|eot_id|>", "qwen3": "<|im_end|>", "gemma3": "<end_of_turn>"}

@@ -15,7 +15,7 @@ from megatron_vlm.data.sources.base import MOST_TOLD
 from megatron_vlm.data.sources.llava_json import LlavaFile, parse_record
 from megatron_vlm.data.video.sampling import with_frames
 from megatron_vlm.evaluation.run import read_questions
-from tests.unit.data.test_index import encoder_in
+from tests.unit.data.encoders import encoder_in
 
 TALK = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "Here."}]
 TURNS = (Turn("user", "Where?"), Turn("assistant", "Here."))

@@ -12,7 +12,7 @@ from megatron_vlm.data.sample import IGNORE, BadSample, Sample
 from megatron_vlm.data.templates import TEMPLATES
 from megatron_vlm.errors import ConfigError
 from tests.unit.data import tokenizers
-from tests.unit.data.test_conversation import conversation
+from tests.unit.data.conversations import conversation
 
 LLAMA_3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>")
 SPECIAL = ("<unk>", "<s>", "</s>", "<image>", *LLAMA_3)

@@ -4,20 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from torch import Tensor
 
 from megatron_vlm.config.schema import VideoConfig
-from megatron_vlm.data.media import FAULTS, MediaReader
+from megatron_vlm.data.media import FAULTS
 from megatron_vlm.data.sample import BadSample, Frame, Sample, Turn
 from megatron_vlm.data.video import files
 from megatron_vlm.data.video.files import read_pictures, survey
 from megatron_vlm.data.video.sampling import VideoFacts, frame_numbers, num_sampled, with_frames
-from megatron_vlm.models.vision.media_spec import MediaSpec
-from tests.helpers.videos import SIDE, make_folder, make_video, number_of
+from tests.helpers.videos import READER, SIDE, make_folder, make_video, told
 
-SPEC = MediaSpec(4, 4, SIDE, SIDE, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-READER = MediaReader(SPEC, "resize")
 KINDS = {  # name of the file, codec, options: what decides where decoding can start
     "b-frames": ("a.mp4", "libx264", {"g": "12", "bf": "3", "crf": "10"}),
     "open groups": ("b.mp4", "libx264", {"g": "10", "bf": "2", "crf": "10", "x264-params": "open-gop=1"}),
@@ -28,11 +23,6 @@ KINDS = {  # name of the file, codec, options: what decides where decoding can s
     "stream": ("g.ts", "libx264", {"g": "12", "bf": "2", "crf": "10"}),
 }
 NUM_FRAMES = 100
-
-
-def told(pixels: Tensor) -> int:
-    """The number that a picture tells."""
-    return number_of(Image.fromarray((pixels * 255).round().numpy().astype(np.uint8).transpose(1, 2, 0)))
 
 
 def read(path: Path, numbers: list[int], count: int) -> list[int]:

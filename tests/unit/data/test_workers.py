@@ -19,35 +19,10 @@ import torch
 from megatron_vlm.data import workers
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.errors import DataError
+from tests.helpers.squares import Squares
 
 SLOW_SECONDS = 0.5
 AT_MOST_SECONDS = 30
-
-
-class Panic(BaseException):
-    """As pyo3 has it, which is no Exception."""
-
-
-@dataclass(frozen=True)
-class Squares:
-    bad: int = -1
-    broken: int = -1
-    killed: int = -1
-    panicking: int = -1
-    leaving: int = -1
-
-    def produce(self, number: int) -> tuple[int, torch.Tensor, int]:
-        if number == self.bad:
-            raise DataError(f"item {number} is bad")
-        if number == self.killed:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if number == self.broken:
-            raise KeyError("a bug")
-        if number == self.panicking:
-            raise Panic("called `Option::unwrap()`")
-        if number == self.leaving:
-            sys.exit(0)
-        return number, torch.full((2,), number * number), os.getpid()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -128,7 +103,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 RANK = """
 import os, signal, sys
 from megatron_vlm.data.workers import OrderedItems
-from tests.unit.data.test_workers import Squares
+from tests.helpers.squares import Squares
 
 if __name__ == "__main__":
     stream = iter(OrderedItems(Squares(), range(1000), 2))

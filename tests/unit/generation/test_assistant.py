@@ -20,7 +20,7 @@ def test_one_prompt_gives_a_text_and_several_a_list(pair, prompts, tmp_path):
 
 
 def test_the_answer_is_the_decoded_text(pair, prompts):
-    from tests.unit.generation.test_decoding import batch_of, decode
+    from tests.unit.generation.questions import batch_of, decode
 
     rows = decode(pair, batch_of(pair, prompts), tuple(pair.ours.stop_ids), num_new=6)
     assert pair.ours.generate(prompts, max_new_tokens=6) == [

@@ -1,41 +1,12 @@
 """Decoding with the cache: against a forward without one, alone and in a batch, and against transformers."""
 
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import pytest
 import torch
 
 from megatron_vlm.errors import ConfigError
-from tests.unit.generation.conftest import Pair
-
-NUM_NEW = 8
-
-
-def questions(pair: Pair, prompts: list[Any]) -> list[Any]:
-    """Prompts as ready questions."""
-    from megatron_vlm.generation.prompts import Question, read_prompt
-
-    read = [read_prompt(prompt, pair.ours.image_token, number) for number, prompt in enumerate(prompts)]
-    prepare = pair.ours.reader.prepare
-    return [Question(sample, [partial(prepare, image) for image in images]) for sample, images in read]
-
-
-def batch_of(pair: Pair, prompts: list[Any]) -> Any:
-    from megatron_vlm.generation.prompts import collate
-
-    return collate(questions(pair, prompts), pair.ours.encoder, pair.ours.model.media_spec)
-
-
-def decode(pair: Pair, batch: Any, stop_ids: tuple[int, ...] = (), num_new: int = NUM_NEW) -> list[list[int]]:
-    """Greedily."""
-    from megatron_vlm.generation import decoding
-    from megatron_vlm.generation.sampling import Sampler, Sampling
-    from megatron_vlm.generation.stopping import Stopping
-
-    stopping = Stopping(pair.ours.encoder.tokenizer, stop_ids)
-    return decoding.decode(pair.ours.model, batch, Sampler(Sampling(), ()), stopping, num_new)
+from tests.unit.generation.questions import NUM_NEW, batch_of, decode
 
 
 def test_equals_a_full_forward_without_cache_token_by_token(pair, prompts):

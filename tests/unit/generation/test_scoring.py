@@ -16,7 +16,7 @@ ANSWERS = ["yes", "red circle near blue square", "no", "which"]
 
 def theirs_of(pair: Pair, prompt: list[Any], answer: str) -> tuple[float, int]:
     """transformers' log-probability of what training would train of the one answer, and its number of tokens."""
-    from tests.unit.generation.test_decoding import questions
+    from tests.unit.generation.questions import questions
 
     (question,) = questions(pair, [prompt])
     sample = replace(question.sample, turns=(*question.sample.turns, Turn("assistant", answer)))

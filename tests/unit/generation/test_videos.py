@@ -11,8 +11,7 @@ from megatron_vlm.data.video import files
 from megatron_vlm.errors import DataError
 from megatron_vlm.generation.prompts import read_prompt
 from megatron_vlm.generation.videos import PictureReader, show_frames
-from tests.helpers.videos import make_folder, make_video, picture
-from tests.unit.data.test_video import READER, told
+from tests.helpers.videos import READER, make_folder, make_video, picture, told
 
 
 def test_frames_stand_where_the_video_stood(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.ring_plan import RingPlan
 from tests.helpers.packed import random_documents
 from tests.helpers.plain_attention import SCALE, draw, sides
-from tests.unit.ops.test_attention_rules import RULES, inputs
+from tests.unit.ops.attention_rules import RULES, inputs
 
 HALF = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
 SINGLE = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)

@@ -14,7 +14,7 @@ from megatron_vlm.conversion.weights.files import SafetensorsFile
 from megatron_vlm.conversion.weights.sources import FolderSource, RandomSource, resolve_folder, vision_rename
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models import hub
-from tests.unit.conversion.test_mappings import llama
+from tests.unit.conversion.language_configs import llama
 
 
 def as_they_are(names):
