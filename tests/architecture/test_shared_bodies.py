@@ -5,12 +5,13 @@ A test module can then be renamed, split or left out of a lane without another's
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.architecture.sources import TOP_FOLDERS, imports, python_files, tree_of
+from tests.architecture.sources import ROOT, TOP_FOLDERS, imports, python_files, tree_of
 
 TEST_MODULE = re.compile(r"\btests(\.\w+)*\.test_\w+")
 
@@ -28,6 +29,17 @@ def imported_tests(path: Path, tree: ast.Module) -> Iterator[str]:
 def test_no_test_imports_a_test() -> None:
     found = [line for path in python_files(*TOP_FOLDERS) for line in imported_tests(path, tree_of(path))]
     assert not found, "\n".join(found)
+
+
+def hiding(name: str) -> bool:
+    """Whether a module hides another from a script that is started in its folder, which Python searches first."""
+    return name in sys.stdlib_module_names or name in TOP_FOLDERS
+
+
+def test_no_helper_hides_what_scripts_beside_it_import() -> None:
+    folder = ROOT / "tests" / "helpers"
+    assert [path.name for path in folder.glob("*.py") if hiding(path.stem)] == []
+    assert hiding("tools") and hiding("json") and not hiding("recipes")
 
 
 @pytest.mark.parametrize(

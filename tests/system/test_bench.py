@@ -9,7 +9,7 @@ from megatron_vlm.config import to_yaml
 from megatron_vlm.runtime.launch import Launch
 from megatron_vlm.training.phases import PHASES
 from tests.helpers.tiny import tiny_recipe
-from tests.helpers.tools import tool, tool_on_ranks
+from tests.helpers.tool_runs import tool, tool_on_ranks
 from tools.benchmarks.sides import PRODUCT, TRANSFORMERS, SideRequest
 from tools.benchmarks.throughput import WARM_UP_STEPS, SidesDifferError, measure
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
-from tests.helpers.tools import tool, tool_on_ranks
+from tests.helpers.tool_runs import tool, tool_on_ranks
 from tools.benchmarks import attention_report
 from tools.benchmarks.attention import OTHERS
 from tools.benchmarks.attention_names import EXCHANGE, PACKED, TURNS, WHOLE

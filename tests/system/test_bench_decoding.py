@@ -7,7 +7,7 @@ import pytest
 
 from megatron_vlm.config import to_yaml
 from tests.helpers.tiny import tiny_recipe
-from tests.helpers.tools import tool
+from tests.helpers.tool_runs import tool
 
 pytestmark = pytest.mark.slow
 

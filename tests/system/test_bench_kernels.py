@@ -9,7 +9,7 @@ import torch
 
 from megatron_vlm.errors import ConfigError
 from tests.helpers.live_bytes import LiveBytes
-from tests.helpers.tools import tool
+from tests.helpers.tool_runs import tool
 from tools.benchmarks import kernel_report
 from tools.benchmarks.kernel_case import no_gradients
 from tools.benchmarks.kernel_cases import CASES

@@ -11,7 +11,7 @@ import pytest
 from megatron_vlm.config import to_yaml
 from tests.helpers.processes import ROOT
 from tests.helpers.tiny import tiny_recipe
-from tests.helpers.tools import tool
+from tests.helpers.tool_runs import tool
 from tools import doctor
 from tools.doctor import Finding, operation, operations, show
 

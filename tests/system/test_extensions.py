@@ -18,7 +18,7 @@ import yaml
 from megatron_vlm.config import to_yaml
 from tests.helpers.processes import ROOT, environment
 from tests.helpers.tiny import merge, tiny_dataset, tiny_recipe
-from tests.helpers.tools import Done, tool, tool_on_ranks
+from tests.helpers.tool_runs import Done, tool, tool_on_ranks
 
 NAMES = ("own_tower", "own_language_model", "own_source")
 
@@ -26,7 +26,7 @@ NAMES = ("own_tower", "own_language_model", "own_source")
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("tests.helpers.tools.environment", partial(environment, PYTHONPATH=""))
+    monkeypatch.setattr("tests.helpers.tool_runs.environment", partial(environment, PYTHONPATH=""))
 
 
 def snippet(name: str) -> dict[str, Any]:

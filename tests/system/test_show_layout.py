@@ -13,7 +13,7 @@ from megatron_vlm.config import load_config
 from megatron_vlm.errors import ConfigError
 from tests.helpers.processes import ROOT
 from tests.helpers.tiny import tiny_recipe
-from tests.helpers.tools import tool
+from tests.helpers.tool_runs import tool
 from tools.layout_page.output import attended, needed, show, write
 from tools.layout_page.page import page
 from tools.layout_page.view import gather

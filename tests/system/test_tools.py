@@ -9,7 +9,7 @@ from PIL import Image
 
 from megatron_vlm.config import to_yaml
 from tests.helpers.tiny import tiny_dataset, tiny_recipe
-from tests.helpers.tools import tool, tool_on_ranks
+from tests.helpers.tool_runs import tool, tool_on_ranks
 
 
 @pytest.fixture(scope="module")

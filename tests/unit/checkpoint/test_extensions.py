@@ -17,7 +17,7 @@ from megatron_vlm.config.loading import hash_of_tree
 from megatron_vlm.config.schema import Config, ParallelConfig
 from megatron_vlm.errors import ConfigError
 from tests.helpers.solo import small_recipe
-from tests.helpers.tools import tool
+from tests.helpers.tool_runs import tool
 
 NAMES = ("own_of_a_stranger", "second_of_a_stranger")
 
