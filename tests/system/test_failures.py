@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.runtime.failure import STORE_SECONDS
+from tests.helpers.plain_ranks import plain_ranks
 from tests.helpers.processes import ROOT, environment
 
 JOB = ROOT / "tests" / "helpers" / "failing_job.py"
@@ -52,30 +53,13 @@ def torchrun(tmp_path: Path, *arguments: str, num_ranks: int = 2) -> Outcome:
     return outcome
 
 
-def plain_ranks(*arguments: str, num_ranks: int = 2) -> list[Outcome]:
-    """Runs the job under a launcher that sets variables and nothing else: no agent to end what is left over."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(JOB), *arguments],
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_PORT=port, **shared),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
+def outcomes_of(*arguments: str) -> list[Outcome]:
+    """Runs the job on two ranks of a plain launcher."""
     outcomes = []
-    try:
+    with plain_ranks([JOB, *arguments]) as processes:
         for process in processes:
             out, err = process.communicate(timeout=START_SECONDS + LIMIT_SECONDS)
             outcomes.append(Outcome(process.returncode, out, err, err, time.time()))
-    finally:
-        for process in processes:
-            process.kill()
     return outcomes
 
 
@@ -122,7 +106,7 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("when", [*(pytest.param(w, marks=pytest.mark.slow) for w in ("world", "collective")), "sleep"])
 def test_without_an_agent_the_watchers_end_the_others(when: str) -> None:
-    waiting, failing = plain_ranks("user", when)
+    waiting, failing = outcomes_of("user", when)
     assert (failing.code, failing.own_stderr) == (1, USER_LINE)
     assert (waiting.code, waiting.own_stderr, waiting.stdout) == (1, "", "")
     waiting.check_ended_in_time(failing)
@@ -130,7 +114,7 @@ def test_without_an_agent_the_watchers_end_the_others(when: str) -> None:
 
 @pytest.mark.slow
 def test_without_an_agent_a_killed_rank_is_noticed_in_the_collective() -> None:
-    waiting, killed = plain_ranks("killed", "collective")
+    waiting, killed = outcomes_of("killed", "collective")
     assert killed.code == -9
     assert waiting.code == 1
     waiting.check_ended_in_time(killed)
@@ -154,45 +138,16 @@ def test_one_process_without_a_launcher(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ranks_of_one_machine_are_watched_whatever_it_is_called() -> None:
     """A plain launcher says the machine's own address, or 127.0.1.1 as Debian's /etc/hosts does."""
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        port = str(other.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.1.1", "MASTER_PORT": port}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(JOB), "user", "sleep"], stderr=subprocess.PIPE, text=True,
-            env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)),
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
+    with plain_ranks([JOB, "user", "sleep"], address="127.0.1.1") as started:
         told = [process.communicate(timeout=START_SECONDS)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
     assert [process.returncode for process in started] == [1, 1] and "".join(told) == USER_LINE
 
 
 @pytest.mark.slow
 def test_a_host_of_the_store_that_comes_late_is_waited_for() -> None:
     """By what watches the ranks too: only the main thread knows `runtime.timeout_seconds`."""
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        port = str(other.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = []
-    try:
-        for rank, seconds in ((1, 3 * STORE_SECONDS), (0, 0)):
-            variables = environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank))
-            command = [sys.executable, str(JOB), "none", "collective"]
-            started.append(subprocess.Popen(command, env=variables, stderr=subprocess.PIPE, text=True))
-            time.sleep(seconds)
+    with plain_ranks([JOB, "none", "collective"], late_seconds=3 * STORE_SECONDS) as started:
         told = [process.communicate(timeout=START_SECONDS)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
     assert [process.returncode for process in started] == [0, 0] and told == ["", ""]
 
 

@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from megatron_vlm.config import load_config, to_yaml
 from tests.helpers.hung_train import SAMPLE
 from tests.helpers.listeners import listening, reach_outside
 from tests.helpers.live_jobs import START_SECONDS, TRAIN, LiveJob, read_metrics, train_in_pool, wait_for
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.plain_ranks import plain_ranks
+from tests.helpers.processes import ROOT
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_recipe
 
@@ -238,24 +238,13 @@ def test_a_writer_that_is_killed_ends_the_run_and_leaves_what_was_saved(ranks: R
 @pytest.mark.parametrize("answers", [False, True])
 def test_a_port_in_use_ends_ranks_of_a_plain_launcher(tmp_path: Path, answers: bool) -> None:
     """A launcher that only sets variables, and a foreign process at the port it chose. Each rank says what it sees."""
-    recipe, mark = a_recipe(tmp_path), {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    recipe = a_recipe(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         if answers:
             threading.Thread(target=hang_up_on_all, args=(other,), daemon=True).start()
-        started = [
-            subprocess.Popen(
-                [sys.executable, TRAIN, recipe], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                env=environment(**mark, MASTER_PORT=port, RANK=str(rank), LOCAL_RANK=str(rank)),
-            )
-            for rank in range(NUM_RANKS)
-        ]  # fmt: skip
-        try:
+        with plain_ranks([TRAIN, recipe], NUM_RANKS, port=port) as started:
             told = [process.communicate(timeout=START_SECONDS + 30)[1] for process in started]
-        finally:
-            for process in started:
-                process.kill()
-                process.wait()
     assert [process.returncode for process in started] == [1] * NUM_RANKS
     assert told[0] == f"error: MASTER_PORT: found {port}, where another process listens already, needs a free port\n"
     missed = f"error: MASTER_ADDR and MASTER_PORT: found 127.0.0.1:{port}, where no rank 0 of this job answered in "
