@@ -56,6 +56,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["megatron_vlm", "megatron_vlm.*"]) + find_packages("kernels"),
     package_dir={"megatron_vlm_kernels": "kernels/megatron_vlm_kernels"},
+    entry_points={"console_scripts": ["megatron-vlm = megatron_vlm.cli.main:main"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
 )

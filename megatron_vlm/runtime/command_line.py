@@ -19,6 +19,25 @@ from megatron_vlm.runtime.launch import Launch, read_launch, spare_children_the_
 CHOICES = ("template", "template_arguments", "dtype", "downsample_order", "extensions")  # options that `load` takes
 
 
+@contextmanager
+def one_voice() -> Iterator[Launch]:
+    """The main part of a command runs inside, which is given its place among the ranks; what a user can fix ends the
+    whole job with one line.
+
+    Raises:
+        SystemExit: code 1, where the process failed.
+    """
+    spare_imports()
+    spare_children_the_working_directory()
+    try:
+        launch = read_launch()
+    except ParallelError as error:
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        raise SystemExit(1) from error
+    with fail_together(launch, debug="--debug" in sys.argv):
+        yield launch
+
+
 class CommandLine(argparse.ArgumentParser):
     """A tool's arguments.
 
@@ -85,19 +104,8 @@ class CommandLine(argparse.ArgumentParser):
 
     @contextmanager
     def run(self) -> Iterator[tuple[argparse.Namespace, Launch]]:
-        """The tool's main part runs inside; what a user can fix ends the whole job with one line.
-
-        Raises:
-            SystemExit: code 1, where the process failed.
-        """
-        spare_imports()
-        spare_children_the_working_directory()
-        try:
-            launch = read_launch()
-        except ParallelError as error:
-            sys.stderr.write(f"error: {one_line(error)}\n")
-            raise SystemExit(1) from error
-        with fail_together(launch, debug="--debug" in sys.argv):
+        """The tool's main part runs inside `one_voice`, which raises SystemExit; it is given the arguments too."""
+        with one_voice() as launch:
             yield self._read_arguments(), launch
 
     def _read_arguments(self) -> argparse.Namespace:

@@ -14,7 +14,8 @@ import pytest
 from tests.architecture.sources import ROOT, imports, python_files, tree_of
 
 ROWS = (  # top first
-    ("tools", "examples"),
+    ("tools", "examples", "__main__"),
+    ("cli",),
     ("training",),
     ("evaluation", "retrieval"),
     ("generation",),
@@ -40,7 +41,7 @@ ALLOWED = {  # foreign package -> where it may be imported (a folder, a file or 
         "generation",
         "megatron_vlm/config/megatron.py",
     ),
-    "transformers": ("models", "data", "conversion", "tools", "examples"),
+    "transformers": ("models", "data", "conversion", "cli", "tools", "examples"),
     "megatron_vlm_kernels": ("ops", "kernels"),
     "triton": ("kernels",),
 }
@@ -107,6 +108,7 @@ def test_layers() -> None:
         ("megatron_vlm/models/vlm.py", "from megatron_vlm.training import step"),
         ("megatron_vlm/models/vlm.py", "def f():\n    import megatron_vlm.data.batch"),
         ("megatron_vlm/models/vlm.py", "from ..data import batch"),
+        ("megatron_vlm/training/loop.py", "from megatron_vlm.cli import train"),
         ("megatron_vlm/ops/norm.py", "from megatron_vlm import config"),
         ("megatron_vlm/errors.py", "import megatron_vlm.registry"),
         ("megatron_vlm/ops/norm.py", "import megatron_vlm.ops.rope\nimport megatron_vlm.models.merge"),
@@ -135,6 +137,7 @@ def test_the_rule_can_fail(path: str, source: str) -> None:
         ("megatron_vlm/config/megatron.py", "import torch\nfrom megatron.core import optimizer"),
         ("megatron_vlm/__init__.py", "def load():\n    from megatron_vlm.generation.load import load"),
         ("tools/train.py", "from megatron_vlm.training import loop\nimport megatron_vlm"),
+        ("megatron_vlm/__main__.py", "from megatron_vlm.cli.main import main"),
         ("megatron_vlm/parallel/layout.py", "import torch"),
     ],
 )

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vlm.cli import doctor
+from megatron_vlm.cli.doctor import Finding, operation, operations, show
 from megatron_vlm.config import to_yaml
 from tests.helpers.processes import ROOT
 from tests.helpers.tiny import tiny_recipe
 from tests.helpers.tool_runs import tool
-from tools import doctor
-from tools.doctor import Finding, operation, operations, show
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""From the options of tools/launch.py to a run: here or through SLURM, with which command line, by which rules."""
+"""From the options of `megatron-vlm launch` to a run: here or through SLURM, with which line, by which rules."""
 
 import dataclasses
 import shlex
@@ -25,10 +25,10 @@ LOCAL_RANKS = (sys.executable, "-P", "-m", "megatron_vlm.runtime.launching.local
 
 @dataclass(frozen=True)
 class Request:
-    """The options as given; see tools/launch.py."""
+    """The options of `megatron-vlm launch` as given."""
 
     command: tuple[str, ...]
-    launcher: Path  # tools/launch.py, which each node runs
+    launcher: tuple[str, ...]  # the words that start `megatron-vlm launch`, which each node runs
     job_name: str | None = None
     mode: str = "train"
     output_dir: str | None = None

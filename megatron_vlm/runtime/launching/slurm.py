@@ -11,10 +11,8 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.launching.command import SAVE
@@ -124,21 +122,21 @@ class Resources:
         ]
 
 
-def srun_line(resources: Resources, launcher: Path, command: Sequence[str]) -> list[str]:
+def srun_line(resources: Resources, launcher: Sequence[str], command: Sequence[str]) -> list[str]:
     """An allocation and the command in it, as one blocking srun."""
     return ["srun", *resources.allocation(), *resources.step(), *_on_each_node(launcher), *command]
 
 
-def sbatch_line(resources: Resources, launcher: Path, command: Sequence[str], max_restarts: int) -> list[str]:
+def sbatch_line(resources: Resources, launcher: Sequence[str], command: Sequence[str], max_restarts: int) -> list[str]:
     """A batch job that restarts the command after failures and requeues itself at its time limit."""
     step = ["srun", "--ntasks-per-node", "1", *resources.step(), *_on_each_node(launcher), *command]
-    outer = [sys.executable, str(launcher), "--local", "--requeue", "--max-restarts", str(max_restarts), "--", *step]
+    outer = [*launcher, "--local", "--requeue", "--max-restarts", str(max_restarts), "--", *step]
     log = ["--output", f"{resources.directory}/slurm/%j.out", "--open-mode", "append"]
     return ["sbatch", *resources.allocation(), *log, "--requeue", "--wrap", f"exec {shlex.join(outer)}"]
 
 
-def _on_each_node(launcher: Path) -> list[str]:
-    return [sys.executable, str(launcher), "--local", "--max-restarts", "0", "--"]
+def _on_each_node(launcher: Sequence[str]) -> list[str]:
+    return [*launcher, "--local", "--max-restarts", "0", "--"]
 
 
 def requeue(surroundings: Surroundings) -> None:

@@ -57,8 +57,8 @@ def on_path(tmp_path: Path) -> dict[str, str]:
 
 
 def plan(environment: dict[str, str], **options: Any) -> Plan:
-    request = Request(**{"command": ("torchrun", "train.py", "a b"), "launcher": LAUNCHER, **options})
-    return make_plan(request, slurm.Surroundings(environment))
+    given = {"command": ("torchrun", "train.py", "a b"), "launcher": (sys.executable, str(LAUNCHER)), **options}
+    return make_plan(Request(**given), slurm.Surroundings(environment))
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_vlm.cli import doctor
 from megatron_vlm.config import to_yaml
 from megatron_vlm.runtime.environment import Finding
 from tests.helpers.tiny import tiny_recipe
-from tools import doctor
 
 
 def test_every_optional_package_is_said_to_be_for_something() -> None:

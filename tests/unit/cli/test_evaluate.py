@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from megatron_vlm.cli import evaluate
 from megatron_vlm.evaluation.report import Record, make_report
 from megatron_vlm.evaluation.tasks import TASKS
-from tools import evaluate
 
 
 @pytest.mark.parametrize("columns", [20, 80, 200])

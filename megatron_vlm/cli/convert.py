@@ -1,0 +1,206 @@
+"""Moves weights between formats.
+
+megatron-vlm convert import SOURCE DESTINATION                      a directory of LLaVA -> a checkpoint of ours
+megatron-vlm convert import LANGUAGE DESTINATION --tower TOWER      the two halves, with a new projector
+megatron-vlm convert import SOURCE DESTINATION --tower TOWER --base LANGUAGE   parts that a directory of LLaVA names
+megatron-vlm convert import SOURCE DESTINATION --downsample-order row     what its mlp_downsample does not say
+megatron-vlm convert export CHECKPOINT DESTINATION [--format llava-hf] [--dtype bf16]
+megatron-vlm convert verify A B [--media a.png ...] [--prompt "..."]  do they compute the same?
+megatron-vlm convert inspect DIRECTORY                              what is it?
+
+The formats are described in docs/formats.md. Each command prints its own --help.
+"""
+
+import argparse
+import logging
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_vlm.errors import shown
+from megatron_vlm.runtime.command_line import CommandLine, whole_number
+
+if TYPE_CHECKING:  # what a command needs is imported when it runs
+    from megatron_vlm.conversion.formats import ForeignModel
+    from megatron_vlm.runtime.progress import Progress
+
+PAIR_OPTIONS = ("projector", "select_layer", "select_feature", "seed")
+
+
+def main() -> None:
+    parser = CommandLine(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (summary, add_arguments) in {
+        "import": ("a model directory -> a checkpoint of ours", _add_import),
+        "export": ("a checkpoint of ours -> a model directory", _add_export),
+        "verify": ("compare what two models compute", _add_verify),
+        "inspect": ("say what a directory holds: format, family, parts, dtypes, shards", _add_inspect),
+    }.items():
+        add_arguments(commands.add_parser(name, description=summary, help=summary))
+    with parser.run() as (arguments, _):
+        arguments.execute(arguments)
+
+
+def _add_import(parser: CommandLine) -> None:
+    parser.add_argument("source", help="a directory or hub id (org/name@revision); of a new pair, the language model's")
+    parser.add_argument("destination", type=Path, help="a directory of checkpoints to be")
+    parser.add_argument("--format", help="default: the one that recognises the directory")
+    parser.add_argument(
+        "--tower",
+        help="vision tower's directory or hub id: where the one lies that a directory of LLaVA names, or, where SOURCE "
+        "is a language model, the other half of a new pair",
+    )
+    parser.add_argument("--base", help="language model's directory or hub id, for an mm_projector.bin alone")
+    parser.add_downsample_order()
+    pair = parser.add_argument_group("a new pair")
+    pair.add_argument("--projector", help="registered type (default mlp2x_gelu)")
+    pair.add_argument("--select-layer", type=int, help="hidden state of the tower (default -2)")
+    pair.add_argument("--select-feature", choices=("patch", "cls_patch"), help="default patch")
+    pair.add_argument("--seed", type=whole_number(0), help="of the projector's weights (default 42)")
+    parser.set_defaults(execute=_import)
+
+
+def _add_export(parser: CommandLine) -> None:
+    parser.add_argument("checkpoint", help="a checkpoint directory, or a directory of checkpoints (its latest)")
+    parser.add_argument("destination", type=Path, help="a directory that does not exist, or is empty")
+    parser.add_argument("--format", help="default: the one it was imported from, else llava-hf")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: that of the origin, else as stored")
+    parser.add_extensions()
+    parser.set_defaults(execute=_export)
+
+
+def _add_verify(parser: CommandLine) -> None:
+    parser.add_argument("a", help="a model directory or a checkpoint")
+    parser.add_argument("b", help="another")
+    parser.add_argument("--media", nargs="+", default=[], type=Path, metavar="FILE", help="images, in order")
+    parser.add_argument(
+        "--prompt",
+        default="",
+        help="what both are asked; <image> marks a picture (default: random tokens)",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_downsample_order()
+    parser.add_extensions()
+    parser.set_defaults(execute=_verify)
+
+
+def _add_inspect(parser: CommandLine) -> None:
+    parser.add_argument("directory", help="a model directory of any format, or a checkpoint")
+    parser.set_defaults(execute=_inspect)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from megatron_vlm.conversion.transfer.destination import first_checkpoint
+    from megatron_vlm.conversion.transfer.head_start import guess_plan
+
+    with _Bytes() as written, first_checkpoint(arguments.destination, written.advance) as writer:
+        writer.start(guess_plan(Path(arguments.source)))  # while what follows is imported, which takes seconds
+        _prepare()
+        from megatron_vlm.conversion.transfer.importing import complete_import, size_bytes
+
+        foreign = _open(arguments)
+        written.show(f"importing {arguments.source}", size_bytes(foreign))
+        checkpoint = complete_import(foreign, arguments.destination, writer)
+    print(shown(f"{arguments.source} ({foreign.format}) -> {checkpoint}"))
+
+
+def _open(arguments: argparse.Namespace) -> "ForeignModel":
+    """The model to import. Raises ConfigError for options that it would pass over."""
+    from megatron_vlm.conversion.formats import Places, is_foreign, open_foreign, open_pair
+    from megatron_vlm.conversion.weights.sources import resolve_folder
+    from megatron_vlm.errors import ConfigError
+
+    given = {name: value for name in PAIR_OPTIONS if (value := getattr(arguments, name)) is not None}
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    if arguments.tower is None:
+        if given:
+            raise ConfigError(f"found {options} without --tower, needs the tower of the new pair")
+        places = Places(base=arguments.base, downsample_order=arguments.downsample_order)
+        return open_foreign(arguments.source, arguments.format, places)
+    if arguments.format is not None:
+        raise ConfigError(f"found --format {arguments.format} with --tower, needs one of them: --tower says the format")
+    if not is_foreign(resolve_folder(arguments.source)):
+        if arguments.base is not None:
+            raise ConfigError("found --base for a new pair, whose language model is SOURCE; needs none")
+        if arguments.downsample_order is not None:
+            raise ConfigError("found --downsample-order for a new pair, whose --projector says it; needs none")
+        return open_pair(arguments.source, arguments.tower, **given)
+    if given:
+        raise ConfigError(f"found {options}, which {arguments.source} says itself; needs a language model as SOURCE")
+    return open_foreign(arguments.source, places=Places(arguments.tower, arguments.base, arguments.downsample_order))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    _prepare()
+    from megatron_vlm.config.extensions import import_extensions
+    from megatron_vlm.conversion.transfer.exporting import plan_export
+
+    import_extensions(arguments.extensions)
+    plan = plan_export(arguments.checkpoint, arguments.format, arguments.dtype)
+    with _Bytes() as written:
+        written.show(f"exporting {arguments.checkpoint}", plan.size_bytes)
+        plan.write(arguments.destination, written.advance)
+    print(shown(f"{arguments.checkpoint} -> {arguments.destination} ({plan.format})"))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from megatron_vlm.config.extensions import import_extensions
+    from megatron_vlm.conversion.verify.comparing import compare
+    from megatron_vlm.runtime.device import prepare
+
+    prepare(arguments.device)  # before what an extension imports
+    import_extensions(arguments.extensions)
+    comparison = compare(
+        arguments.a, arguments.b, arguments.media, arguments.prompt, arguments.device, arguments.downsample_order
+    )
+    print(shown(comparison))
+    if not comparison.agrees:
+        raise SystemExit(1)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    _prepare()
+    from megatron_vlm.conversion.transfer.inspection import inspect
+
+    print(shown(inspect(arguments.directory)))
+
+
+def _prepare() -> None:
+    """Weights are moved by the CPU; what is printed is the result."""
+    from megatron_vlm.runtime.device import hide_cuda
+    from megatron_vlm.runtime.logging import get_logger
+
+    hide_cuda()
+    get_logger("megatron_vlm").setLevel(logging.WARNING)
+
+
+class _Bytes:
+    """Counts bytes written, told of by several threads; `show` makes it a progress bar, where stdout is a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._lock, self._done, self._total = threading.Lock(), 0, 0
+
+    def show(self, description: str, size_bytes: int) -> None:
+        from megatron_vlm.runtime.progress import Progress
+
+        self._total = size_bytes // 10**6
+        self._bar = Progress(description, self._total, enabled=sys.stdout.isatty())
+
+    def advance(self, num_bytes: int) -> None:
+        with self._lock:
+            self._done += num_bytes
+            if self._bar is not None:
+                self._bar.update(min(self._done // 10**6, self._total), "MB")  # a wrong guess is written twice
+
+    def __enter__(self) -> "_Bytes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+if __name__ == "__main__":
+    main()

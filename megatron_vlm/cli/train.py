@@ -1,0 +1,48 @@
+"""Trains a recipe.
+
+megatron-vlm launch --local --ranks N -- train RECIPE.yaml [section.key=value ...]
+megatron-vlm train RECIPE.yaml [section.key=value ...]          (one process)
+
+With --check-layout nothing is trained: the recipe, shrunk, is run in its layout and by one process, in seconds, and the
+first tensor that differs is named.
+"""
+
+from megatron_vlm.errors import MegatronVlmError, shown, together
+from megatron_vlm.runtime.command_line import CommandLine
+from megatron_vlm.runtime.signals import StopSignals
+
+
+def main() -> None:
+    parser = CommandLine(__doc__)
+    parser.add_argument("recipe", help="a YAML recipe, see examples/recipes")
+    parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
+    parser.add_argument("--check-layout", action="store_true", help="compare this layout with one process instead")
+    with parser.run() as (arguments, launch), StopSignals(launch) as signals:
+        from megatron_vlm.config import read_recipe
+        from megatron_vlm.runtime.device import prepare
+        from megatron_vlm.runtime.distributed import init_world, teardown
+
+        config, fault = read_recipe(arguments.recipe, arguments.overrides)
+        if fault is not None and arguments.check_layout:
+            raise fault
+        try:
+            device = prepare(config.runtime.device, launch.local_world_size)
+            init_world(launch, device, config.runtime.timeout_seconds)
+        except MegatronVlmError as error:
+            raise error if fault is None else together([fault, error]) from error
+        if arguments.check_layout:
+            from megatron_vlm.training.layout_check.check import check_layout
+
+            report = check_layout(config, launch)
+            if launch.rank == 0 and report.comparisons:
+                print(shown(report.table()), flush=True)
+            report.raise_on_fault()
+        else:
+            from megatron_vlm.training.loop import train
+
+            train(config, launch, signals, [] if fault is None else [fault])
+        teardown()
+
+
+if __name__ == "__main__":
+    main()
