@@ -36,10 +36,10 @@ from megatron_vlm.models.vision.pixels import write_pixel_format
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.ops.reference import LossRules, SoftTargets
 from megatron_vlm.parallel.groups import Grid, GridSizes, build_grid, vision_process_groups
+from megatron_vlm.planner.media_cost import set_measured_cost
 from megatron_vlm.runtime.collectives import broadcast_object
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.seeding import seed_everything
-from megatron_vlm.training.media_cost import set_measured_cost
 from megatron_vlm.training.optimizer import build_optimizer
 from megatron_vlm.training.pixels import settle_pixels, take_pixels, with_pixels
 from megatron_vlm.training.preflight import settle_run

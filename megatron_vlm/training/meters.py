@@ -10,11 +10,11 @@ from typing import Any
 
 from megatron_vlm.config.megatron import DTYPES
 from megatron_vlm.data.batch import StepBatch
+from megatron_vlm.planner.flops import model_shape, step_flops
+from megatron_vlm.planner.peak import peak_of_ranks
 from megatron_vlm.runtime.collectives import all_gather_objects
-from megatron_vlm.training.flops import model_shape, step_flops
 from megatron_vlm.training.job import Job
 from megatron_vlm.training.memory import process_memory
-from megatron_vlm.training.peak import peak_of_ranks
 from megatron_vlm.training.ranks import DATA, RankComparison, RankFigures
 from megatron_vlm.training.step import StepResult
 

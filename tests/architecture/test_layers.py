@@ -19,7 +19,7 @@ ROWS = (  # top first
     ("training",),
     ("evaluation", "retrieval"),
     ("generation",),
-    ("conversion",),
+    ("planner", "conversion"),
     ("checkpoint",),
     ("data",),
     ("models",),
@@ -49,7 +49,7 @@ PURE = (  # plans and layouts: functions of numbers, tested without a process gr
     "megatron_vlm/parallel/layout.py",
     "megatron_vlm/parallel/ring_plan.py",
     "megatron_vlm/parallel/media_plan.py",
-    "megatron_vlm/parallel/timeline.py",
+    "megatron_vlm/planner/timeline.py",
 )
 KERNEL_IMPORTS = {"torch", "triton", "megatron_vlm_kernels"} | sys.stdlib_module_names
 

@@ -13,12 +13,12 @@ from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.parallel.context_attention import AttentionContext
 from megatron_vlm.parallel.sizes import GridSizes
-from megatron_vlm.parallel.timeline import Pass, stage_order
+from megatron_vlm.planner.memory import language_state, layer_activation_bytes, loss_head_bytes, vision_state
+from megatron_vlm.planner.parameter_shards import language_chunks, meta_encoder, vision_parameters
+from megatron_vlm.planner.timeline import Pass, stage_order
 from megatron_vlm.training import step
-from megatron_vlm.training.estimate import language_state, layer_activation_bytes, loss_head_bytes, vision_state
 from megatron_vlm.training.job import build_job
 from megatron_vlm.training.memory import model_memory
-from megatron_vlm.training.parameter_shards import language_chunks, meta_encoder, vision_parameters
 from tests.helpers.lanes import mostly_slow
 from tests.helpers.live_bytes import LiveBytes
 from tests.helpers.ranks import RankPool

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_vlm.config.schema import Config
+from megatron_vlm.planner.flops import model_shape, step_flops
 from megatron_vlm.runtime.launch import Launch
 from megatron_vlm.training import loop
-from megatron_vlm.training.flops import model_shape, step_flops
 from megatron_vlm.training.job import Job, build_job
 from megatron_vlm.training.meters import Meter
 from tests.helpers.ranks import RankPool

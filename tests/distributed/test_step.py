@@ -10,11 +10,11 @@ from torch import Tensor
 
 from megatron_vlm.config.schema import Config, ParallelConfig
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.planner.peak import Peak
 from megatron_vlm.runtime.distributed import Launch
 from megatron_vlm.training.hooks import showing_hooks
 from megatron_vlm.training.job import build_job
 from megatron_vlm.training.loop import train
-from megatron_vlm.training.peak import Peak
 from megatron_vlm.training.step import EncodedMedia
 from tests.helpers.jobs import train_steps
 from tests.helpers.master import trained

@@ -101,7 +101,7 @@ def prepare() -> "tuple[VisionEncoder, MediaCost]":
     from megatron_vlm.config.schema import Config
     from megatron_vlm.models.vision.encoder import VisionEncoder
     from megatron_vlm.models.vision.survey import survey_tower
-    from megatron_vlm.training.media_cost import measure_encoder
+    from megatron_vlm.planner.media_cost import measure_encoder
 
     tree = {
         "model": {
@@ -173,7 +173,7 @@ def encode_seconds(encoder: "VisionEncoder", shares: Sequence[Sequence[int]], ro
     """
     import torch
 
-    from megatron_vlm.training.media_cost import encode_pictures, fastest_seconds
+    from megatron_vlm.planner.media_cost import encode_pictures, fastest_seconds
 
     cpu = torch.device("cpu")
     calls = [(rank, pixels) for rank, share in enumerate(shares) for pixels in calls_of(share)]
@@ -192,7 +192,7 @@ def calls_of(patches: Sequence[int]) -> "Iterator[Any]":
     """Blank pictures [n, 3, H, W], of one size in each call."""
     import torch
 
-    from megatron_vlm.training.media_cost import PICTURES
+    from megatron_vlm.planner.media_cost import PICTURES
 
     for size in sorted(set(patches)):
         side, count = round(size**0.5) * PATCH, patches.count(size)

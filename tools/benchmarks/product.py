@@ -5,9 +5,9 @@ from typing import Any
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import StepBatch
+from megatron_vlm.planner.flops import model_shape, step_flops
 from megatron_vlm.runtime.launch import Launch
 from megatron_vlm.training import schedule
-from megatron_vlm.training.flops import model_shape, step_flops
 from megatron_vlm.training.job import build_job
 
 
@@ -37,5 +37,5 @@ class ProductSide:
         return found
 
     def flops(self, batch: StepBatch, trained_tokens: int) -> int | None:
-        """By `training.flops`."""
+        """By `planner.flops`."""
         return step_flops(self.shape, batch.sample_tokens, trained_tokens, batch.num_media)

@@ -216,8 +216,8 @@ def _facts(side: Side, config: Config, ranks_per_node: int) -> Facts:
     from torch.distributed import group
 
     from megatron_vlm.config.megatron import DTYPES
+    from megatron_vlm.planner.peak import peak_of_ranks
     from megatron_vlm.runtime.device import current_device
-    from megatron_vlm.training.peak import peak_of_ranks
 
     assert group.WORLD is not None
     batches = side.batches

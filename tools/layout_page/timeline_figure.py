@@ -6,7 +6,7 @@ Lengths are matrix FLOPs; the exchange and the update, which are none, get a fix
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_vlm.parallel.timeline import TimedPass
+from megatron_vlm.planner.timeline import TimedPass
 
 from .rows import Row, labels, left_out, place
 from .svg import GAP, LABELS, ROW, WIDTH, figure, rect, si, text

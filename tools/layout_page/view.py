@@ -14,17 +14,17 @@ from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.parallel.layout import Block, Documents, SequenceLayout, ring_blocks
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 from megatron_vlm.parallel.ulysses import HeadSplit
-from megatron_vlm.training import estimate, traffic
-from megatron_vlm.training.estimate import MemoryEstimate, Pictures
-from megatron_vlm.training.parameter_shards import (
+from megatron_vlm.planner import memory, traffic
+from megatron_vlm.planner.memory import MemoryEstimate, Pictures
+from megatron_vlm.planner.parameter_shards import (
     HeldChunk,
     HeldParameter,
     language_chunks,
     meta_encoder,
     vision_parameters,
 )
+from megatron_vlm.planner.traffic import Flow, Traffic
 from megatron_vlm.training.recipe import resolve_recipe
-from megatron_vlm.training.traffic import Flow, Traffic
 
 from .batch import Batch, ReplicaBatch, SampleRow, first_batch
 from .times import StepTime, step_times
@@ -200,7 +200,7 @@ def gather(name: str, config: Config, world_size: int, ranks_per_node: int = RAN
         times=step_times(config, sizes, encoder, spec, batch),
         rows_sent=tuple(_rows_sent(batch, group) for group in range(1 if shares_all(config) else sizes.data)),
         windows=spec.windows,
-        attention=estimate.attention_backend(config, spec),
+        attention=memory.attention_backend(config, spec),
     )
 
 
@@ -237,17 +237,17 @@ class _Recipe:
         at, survey, hidden = sizes.coordinates(rank), self.encoder.tower.survey, self.spec.hf_config.hidden_size
         replica = self.batch.replicas[at.data]
         by_window = [
-            estimate.picture_bytes(
+            memory.picture_bytes(
                 config, survey, hidden, Pictures(len(plan.items_of(place)), sum(plan.route(place).recv_splits))
             )
             for plan, place in ((plan, plan.media_rank(at)) for plan in replica.plans)
         ]
         features, kept, encoding = (max(kind) for kind in zip(*by_window, strict=True))
         return MemoryEstimate(
-            language=estimate.language_state(config, chunks, sizes, rank),
-            vision=estimate.vision_state(config, self.vision, sizes, rank),
-            activations=estimate.activation_bytes(config, spec, sizes, at.pipeline, len(replica.windows[0])),
-            loss_head=estimate.loss_head_bytes(config, spec, sizes) if chunks[-1].last else 0,
+            language=memory.language_state(config, chunks, sizes, rank),
+            vision=memory.vision_state(config, self.vision, sizes, rank),
+            activations=memory.activation_bytes(config, spec, sizes, at.pipeline, len(replica.windows[0])),
+            loss_head=memory.loss_head_bytes(config, spec, sizes) if chunks[-1].last else 0,
             features=features,
             vision_activations=kept,
             encoding=encoding,

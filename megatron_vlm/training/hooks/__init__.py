@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_vlm.config import config_hash, to_yaml
 from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.planner.peak import Peak
 from megatron_vlm.runtime.device import shares_cores
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training.hooks.base import Hook
@@ -20,7 +21,6 @@ from megatron_vlm.training.hooks.memory import MemoryHook
 from megatron_vlm.training.hooks.summary import SummaryHook
 from megatron_vlm.training.hooks.tensorboard import TensorBoardHook
 from megatron_vlm.training.job import Job
-from megatron_vlm.training.peak import Peak
 
 __all__ = ["Hook", "build_hooks"]
 

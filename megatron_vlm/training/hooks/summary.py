@@ -7,13 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from megatron_vlm.planner.peak import Peak
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training.held_out import EvaluationReport
 from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.hooks.files import AppendedFile
 from megatron_vlm.training.hooks.jsonl import to_line
 from megatron_vlm.training.meters import StepReport
-from megatron_vlm.training.peak import Peak
 
 logger = get_logger(__name__)
 

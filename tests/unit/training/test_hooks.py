@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_vlm.config.schema import LoggingConfig
 from megatron_vlm.errors import TrainingError
+from megatron_vlm.planner.peak import Peak
 from megatron_vlm.runtime import device
 from megatron_vlm.runtime.device import shares_cores
 from megatron_vlm.training.hooks import curves, showing_hooks
@@ -33,7 +34,6 @@ from megatron_vlm.training.hooks.files import AppendedFile, replace_file
 from megatron_vlm.training.hooks.jsonl import EVALUATIONS, METRICS, JsonLinesHook, read_lines, to_line
 from megatron_vlm.training.hooks.summary import SummaryHook
 from megatron_vlm.training.hooks.tensorboard import TensorBoardHook
-from megatron_vlm.training.peak import Peak
 from tests.helpers.reports import comparison, evaluation_report, step_report
 from tests.helpers.solo import small_recipe
 

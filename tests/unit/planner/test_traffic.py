@@ -12,8 +12,8 @@ from megatron_vlm.models.language import LanguageSpec, padded_vocabulary
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 from megatron_vlm.parallel.ulysses import HeadSplit
-from megatron_vlm.training.parameter_shards import language_chunks
-from megatron_vlm.training.traffic import Flow, attention_bytes, pipeline_bytes, tensor_bytes
+from megatron_vlm.planner.parameter_shards import language_chunks
+from megatron_vlm.planner.traffic import Flow, attention_bytes, pipeline_bytes, tensor_bytes
 from tests.helpers.packed import random_documents
 from tests.helpers.solo import small_recipe
 from tools.benchmarks.attention_turns import RankCost, Shape, in_turn

@@ -45,8 +45,8 @@ from megatron_vlm.ops.attention import ATTENTION
 from megatron_vlm.ops.cross_entropy import held_bytes
 from megatron_vlm.parallel.layout import row_length
 from megatron_vlm.parallel.sizes import GridSizes
-from megatron_vlm.parallel.timeline import peak_outstanding, stage_order
-from megatron_vlm.training.parameter_shards import HeldChunk, HeldParameter
+from megatron_vlm.planner.parameter_shards import HeldChunk, HeldParameter
+from megatron_vlm.planner.timeline import peak_outstanding, stage_order
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 FP32_BYTES, FP8_BYTES = 4, 1

@@ -4,7 +4,7 @@ Sizes follow from the recipe and the model's Hugging Face config: tensor ranks h
 the padded vocabulary, and the norms whole; pipeline ranks hold whole layers; every rank holds the whole encoder.
 
 Hazard: the order within a chunk is the order in which megatron-core registers the modules, because it decides where its
-gradient buffers are padded and cut (`estimate.py`). A test compares names, order and sizes with a real model's.
+gradient buffers are padded and cut (`memory.py`). A test compares names, order and sizes with a real model's.
 
 Letters: T P V tensor ranks, pipeline stages, chunks per stage.
 """

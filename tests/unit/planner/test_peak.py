@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vlm.training import peak
-from megatron_vlm.training.peak import by_data_sheet, measure
+from megatron_vlm.planner import peak
+from megatron_vlm.planner.peak import by_data_sheet, measure
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from transformers import AutoConfig
 from megatron_vlm.config.schema import Config
 from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.parallel.sizes import GridSizes
+from megatron_vlm.planner.memory import Pictures, activation_bytes, lay_out, picture_bytes, stage_layers
+from megatron_vlm.planner.parameter_shards import HeldParameter, meta_encoder
 from megatron_vlm.runtime.device import prepare
-from megatron_vlm.training.estimate import Pictures, activation_bytes, lay_out, picture_bytes, stage_layers
-from megatron_vlm.training.parameter_shards import HeldParameter, meta_encoder
 from tests.helpers.solo import LLAMA, small_recipe
-from tests.unit.training.shapes import ALL, build
+from tests.unit.planner.shapes import ALL, build
 
 ENCODER_FACTOR = 1.1  # the estimate is at most so far from what the encoder keeps, either way
 PICTURES = 3

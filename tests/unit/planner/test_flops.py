@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vlm.models.architectures import head_width
 from megatron_vlm.models.vision.encoder import VisionEncoder
-from megatron_vlm.training.flops import ModelShape, step_flops
+from megatron_vlm.planner.flops import ModelShape, step_flops
 from tests.helpers.solo import CLIP, small_recipe
-from tests.unit.training.shapes import ALL, build
+from tests.unit.planner.shapes import ALL, build
 
 ROWS, TOKENS, PICTURES = 2, 24, 3
 TOWERS: dict[str, dict[str, Any]] = {

@@ -28,8 +28,8 @@ from megatron_vlm.parallel.media_plan import MediaPlan
 from megatron_vlm.parallel.ring_plan import RingPlan, Share
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 from megatron_vlm.parallel.ulysses import HeadSplit
-from megatron_vlm.training.estimate import ELEMENT_BYTES
-from megatron_vlm.training.parameter_shards import HeldChunk, HeldParameter
+from megatron_vlm.planner.memory import ELEMENT_BYTES
+from megatron_vlm.planner.parameter_shards import HeldChunk, HeldParameter
 
 
 @dataclass(frozen=True)

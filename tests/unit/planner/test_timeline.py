@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches, get_schedule_table
 
-from megatron_vlm.parallel.timeline import Pass, peak_outstanding, simulate, stage_order
+from megatron_vlm.planner.timeline import Pass, peak_outstanding, simulate, stage_order
 
 SHAPES = [  # micro-batches, stages, chunks
     (1, 1, 1), (5, 1, 1), (1, 2, 1), (6, 2, 1), (7, 4, 1), (2, 4, 1), (2, 2, 2), (8, 2, 2), (8, 4, 3), (4, 4, 2),

@@ -8,8 +8,8 @@ from megatron_vlm.models.freezing import trainable_names
 from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.models.vision.survey import survey_tower
+from megatron_vlm.planner.flops import ModelShape, model_shape
 from megatron_vlm.runtime.device import prepare
-from megatron_vlm.training.flops import ModelShape, model_shape
 
 ALL = {"language": True, "vision": True, "projector": True}
 
