@@ -31,9 +31,11 @@ def main() -> None:
     with parser.run() as (arguments, _):
         from megatron_vlm.config import load_config
         from megatron_vlm.runtime.device import prepare
+        from megatron_vlm.training.recipe import resolve_recipe
 
-        config = load_config(arguments.recipe, arguments.overrides)
+        config, world_size = load_config(arguments.recipe, arguments.overrides), arguments.world_size
         prepare("cpu")  # nothing is computed, so no GPU is touched
+        config, _ = resolve_recipe(config, world_size, min(world_size, arguments.ranks_per_node))
         from layout_page.output import show
 
         show(Path(arguments.recipe).stem, config, arguments)

@@ -11,12 +11,12 @@ import pytest
 
 from megatron_vlm.config import load_config
 from megatron_vlm.errors import ConfigError
+from tests.helpers.layouts import layout_of
 from tests.helpers.processes import ROOT
 from tests.helpers.tiny import tiny_recipe
 from tests.helpers.tool_runs import tool
 from tools.layout_page.output import attended, needed, show, write
 from tools.layout_page.page import page
-from tools.layout_page.view import gather
 
 LLAVA = ROOT / "examples" / "recipes" / "llava15_7b_8gpu.yaml"
 QWEN = ROOT / "examples" / "recipes" / "llava_qwen2_7b_phase2.yaml"
@@ -113,22 +113,13 @@ def test_tensor_2_pipeline_2_data_2_on_a_seven_billion_model(tmp_path: Path) -> 
     assert not (tmp_path / ".page.html.partial").exists()
 
 
-def test_the_recipes_own_data_are_shown(tmp_path: Path) -> None:
-    """The first step of a tiny data set on one rank, every picture encoded there; no checkpoint directory is made."""
-    view = gather("tiny", tiny_recipe(tmp_path), 1)
-    assert view.batch.source == f"the recipe's first step, from {tmp_path / 'train.json'}"
-    assert view.ranks[0].num_pictures > 0 and view.times[0].bubble == pytest.approx(0)
-    assert view.ranks[0].tokens == ((0, view.batch.layout.length),) and view.ranks[0].traffic.total == 0
-    assert not (tmp_path / "checkpoints").exists()
-
-
 SHARED = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.sequence=false",
           "parallel.context=4", "parallel.media_group=world", "data.packing=true",
           "data.group_by_modality_length=false", "training.global_batch_size=32"]  # fmt: skip
 
 
 def test_ranks_that_share_packed_rows_and_a_world_that_shares_pictures() -> None:
-    view = gather("shared", load_config(LLAVA, SHARED), 8, ranks_per_node=2)
+    view = layout_of("shared", load_config(LLAVA, SHARED), 8, ranks_per_node=2)
     assert (view.sizes.ulysses, view.sizes.ring, view.sizes.data) == (2, 2, 2)
     length = view.batch.layout.length
     quarter, eighth = length // 4, length // 8
@@ -168,7 +159,7 @@ def test_a_recipe_that_does_not_fit_is_refused(
     recipe: Path, world_size: int, overrides: list[str], expected: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(expected)):
-        gather("bad", load_config(recipe, overrides), world_size)
+        layout_of("bad", load_config(recipe, overrides), world_size)
 
 
 @pytest.mark.parametrize(
@@ -188,28 +179,6 @@ def test_bad_input_costs_one_line(arguments: list, expected: str) -> None:
     assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_evaluation_holds_what_a_layer_needs_and_no_gradients(tmp_path: Path) -> None:
-    sections = {"evaluation": {"path": str(tmp_path / "train.json")}}
-    views = {mode: gather(mode, tiny_recipe(tmp_path, training={"mode": mode}, **sections), 1)
-             for mode in ("train_and_eval", "eval")}  # fmt: skip
-    training, evaluation = (views[mode].ranks[0].memory for mode in ("train_and_eval", "eval"))
-    assert evaluation.language.gradients == evaluation.language.optimizer_state == evaluation.vision_activations == 0
-    assert 0 < evaluation.activations < training.activations / 4  # of one layer, which is frozen
-    assert views["eval"].times[0].phases["encoder_backward"] == 0
-    assert views["eval"].times[0].length < views["train_and_eval"].times[0].length / 2
-
-
-def test_what_is_computed_again_takes_its_time(tmp_path: Path) -> None:
-    """The encoder's second phase: its layers again, or all of it; where the tower is frozen, the projector."""
-
-    def seconds(recompute: str, vision: bool) -> float:
-        sections = {"model": {"train": {"vision": vision}}, "training": {"recompute": {"vision": recompute}}}
-        return gather("again", tiny_recipe(tmp_path, **sections), 1).times[0].phases["encoder_backward"]
-
-    assert seconds("none", True) < seconds("full", True) < seconds("encoder", True)
-    assert seconds("none", False) == seconds("full", False) < seconds("encoder", False) < 2 * seconds("none", False)
-
-
 def test_a_sliding_window_sends_and_computes_less(tmp_path: Path) -> None:
     config = tiny_recipe(tmp_path, parallel={"ring": 2})
     assert config.model.language.config is not None
@@ -218,7 +187,7 @@ def test_a_sliding_window_sends_and_computes_less(tmp_path: Path) -> None:
         settings = config.model.language.config | {"model_type": "mistral", "sliding_window": window}
         language = config.model.language.model_copy(update={"config": settings})
         mistral = config.model_copy(update={"model": config.model.model_copy(update={"language": language})})
-        views[window] = gather("mistral", mistral, 2)
+        views[window] = layout_of("mistral", mistral, 2)
     for kind in (lambda view: view.ranks[0].traffic.attention, lambda view: view.times[0].phases["pipeline"]):
         assert kind(views[5]) < kind(views[4096]) == kind(views[None])
     assert "4 of 4 layers have a window of 5 tokens, which hides more." in page(views[5])
@@ -236,15 +205,10 @@ def test_the_backend_that_attention_is_counted_for_is_said(tmp_path: Path) -> No
             "runtime": config.runtime.model_copy(update={"device": device}),
             "ops": config.ops.model_copy(update={"attention": asked}),
         }
-        views[device, asked] = gather("llava", config.model_copy(update=changes), 8)
+        views[device, asked] = layout_of("llava", config.model_copy(update=changes), 8)
     for place, backend in ((("cpu", "auto"), "cpu"), (("cuda", "auto"), "cudnn"), (("cuda", "reference"), "reference")):
         assert f"attention's backend '{backend}'" in str(needed(views[place]).title)
         assert f"attention as its backend &#x27;{backend}&#x27; keeps it" in page(views[place])
     scores = 3 * 4 * 2048 * 32 * 2048 * 4 // 2  # three times, fp32: tokens, heads, keys, rows, over tensor ranks
     assert views["cuda", "reference"].ranks[0].memory.activations > 16 * scores
     assert views["cuda", "auto"].ranks[0].memory.activations < 16 * scores
-
-
-def test_a_recipe_for_gpus_is_shown_where_there_are_none() -> None:
-    config = load_config(LLAVA, ["runtime.device=cuda", "ops.attention=cudnn", "ops.norm=triton"])
-    assert gather("llava", config, 8).config.ops.attention == "cudnn"

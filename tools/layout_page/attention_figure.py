@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 from megatron_vlm.parallel.layout import Block
+from megatron_vlm.planner.layout import LayoutView
 
 from .rows import NUM_COLOURS
 from .svg import LABELS, WIDTH, figure, legend, line, polygon, text
-from .view import View
 
 SIDE = 560  # of the square of all queries and keys
 TOP = 22
@@ -14,7 +14,7 @@ TABLE = LABELS + SIDE + 60
 LINE = 26
 
 
-def words(view: View) -> str:
+def words(view: LayoutView) -> str:
     """What is to be seen."""
     shown = view.shown
     documents = len(shown.row.packed) or 1
@@ -28,7 +28,7 @@ def words(view: View) -> str:
     )
 
 
-def attention(view: View) -> str:
+def attention(view: LayoutView) -> str:
     """The square, and beside it the pairs by ring rank and step."""
     length = view.batch.layout.length
     scale = SIDE / length
@@ -64,7 +64,7 @@ def _part(block: Block, rank: int, step: int, num_steps: int, scale: float) -> s
     return polygon(points, f"part c{rank % NUM_COLOURS}{shade}", title)
 
 
-def _pairs(view: View) -> Iterator[str]:
+def _pairs(view: LayoutView) -> Iterator[str]:
     pairs, imbalance = view.shown.pairs, view.shown.imbalance
     yield text(TABLE, TOP + 12, "query-key pairs", "head")
     column = min(96.0, (WIDTH - TABLE - 70) / (len(pairs) + 1))

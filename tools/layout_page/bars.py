@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_vlm.planner.layout import LayoutView, RankView
+
 from .rows import labels, place
 from .svg import GAP, LABELS, ROW, WIDTH, binary_ticks, figure, legend, line, rect, size, text
-from .view import RankView, View
 
 TOTALS = 92  # room for the sums, right of the bars
 
@@ -19,12 +20,12 @@ class Part:
     bytes_on: dict[int, int]  # by rank
 
 
-def memory(view: View) -> str:
+def memory(view: LayoutView) -> str:
     """What each rank holds at its fullest."""
     return _bars(view, _memory_parts(view.ranks), "memory each rank needs")
 
 
-def traffic(view: View) -> str:
+def traffic(view: LayoutView) -> str:
     """What each rank sends in a step."""
     return _bars(view, _traffic_parts(view.ranks), "bytes each rank sends in a step")
 
@@ -60,7 +61,7 @@ def _traffic_parts(ranks: Sequence[RankView]) -> list[Part]:
     return [Part(*entry) for entry in table]
 
 
-def _bars(view: View, parts: Sequence[Part], name: str) -> str:
+def _bars(view: LayoutView, parts: Sequence[Part], name: str) -> str:
     rows, bottom = place(view)
     parts = [part for part in parts if any(part.bytes_on[row.rank.rank] for row in rows)]
     most = max(sum(part.bytes_on[row.rank.rank] for part in parts) for row in rows) if parts else 0

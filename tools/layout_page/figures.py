@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 
-from .batch import SampleRow
+from megatron_vlm.planner.batch import SampleRow
+from megatron_vlm.planner.layout import LayoutView, RankView, fullest, shares_all
+
 from .rows import Row, colour, labels, place, replicas_shown
 from .svg import LABELS, ROW, WIDTH, count, figure, line, rect, size, text
-from .view import RankView, View, fullest, shares_all
 
 BOX_HEIGHT, BOX_GAP = 76, 12
 MOST_COLUMNS = 4  # boxes beside one another within a replica, and replicas beside one another
@@ -14,7 +15,7 @@ WIDEST_LETTER = 7.2  # of small text
 SENT = 380  # width of the exchange's columns
 
 
-def grid(view: View) -> str:
+def grid(view: LayoutView) -> str:
     """Each rank as a box: replicas beside one another, stages below one another, tensor ranks in a line."""
     sizes = view.sizes
     across = min(sizes.tensor * sizes.context, MOST_COLUMNS)
@@ -36,7 +37,7 @@ def grid(view: View) -> str:
     return figure(shapes, height, "the grid of ranks")
 
 
-def _box(view: View, rank: RankView, x: float, y: float, width: float) -> Iterator[str]:
+def _box(view: LayoutView, rank: RankView, x: float, y: float, width: float) -> Iterator[str]:
     ends = [name for name, there in (("embedding", any(c.first for c in rank.chunks)),
                                      ("head", any(c.last for c in rank.chunks))) if there]  # fmt: skip
     held = f"layers {rank.layers}"
@@ -52,7 +53,7 @@ def _box(view: View, rank: RankView, x: float, y: float, width: float) -> Iterat
     yield text(x + 18, y + 62, " \u00b7 ".join([f"{count(rank.num_parameters)} parameters", *ends]), "quiet")
 
 
-def _place_name(view: View, rank: RankView) -> str:
+def _place_name(view: LayoutView, rank: RankView) -> str:
     sizes, words = view.sizes, []
     if sizes.pipeline > 1:
         words.append(f"stage {rank.at.pipeline}")
@@ -63,7 +64,7 @@ def _place_name(view: View, rank: RankView) -> str:
     return " \u00b7 ".join(words)
 
 
-def tokens(view: View) -> str:
+def tokens(view: LayoutView) -> str:
     """Above each replica one of its rows; below, what each rank owns of every row."""
     rows, bottom = place(view, top=20, above=STRIP + 12)
     length = view.batch.layout.length
@@ -87,7 +88,7 @@ def tokens(view: View) -> str:
     return figure(shapes, bottom + 2, "who owns which tokens")
 
 
-def _sample(view: View, sample: SampleRow, y: float, scale: float) -> Iterator[str]:
+def _sample(view: LayoutView, sample: SampleRow, y: float, scale: float) -> Iterator[str]:
     length, each = view.batch.layout.length, view.batch.tokens_per_image
     yield text(12, y + 15, "one of its rows", "quiet")
     yield rect(LABELS, y, length * scale, STRIP - 2, "padding", f"padding: {length - sample.num_tokens:,} tokens", 3)
@@ -101,7 +102,7 @@ def _sample(view: View, sample: SampleRow, y: float, scale: float) -> Iterator[s
             yield text(LABELS + (start + each / 2) * scale, y + 14.5, "picture", "inside", "middle")
 
 
-def pictures(view: View) -> str:
+def pictures(view: LayoutView) -> str:
     """Left what each rank encodes in a step, right where the rows go: one column per owner of tokens."""
     rows, bottom = place(view, top=40)
     shapes = list(labels(view, rows))
@@ -124,7 +125,7 @@ def pictures(view: View) -> str:
     return figure(shapes, bottom + 2, "who encodes which picture")
 
 
-def _owner_name(view: View, owner: RankView) -> str:
+def _owner_name(view: LayoutView, owner: RankView) -> str:
     """`d0 c1 t0`, those axes that it may differ in."""
     sizes, at = view.sizes, owner.at
     several = shares_all(view.config) and sizes.data > 1
@@ -137,7 +138,7 @@ def _fits(words: str, width: float) -> bool:
     return width >= WIDEST_LETTER * len(words) + 4
 
 
-def _tiles(view: View, row: Row, step: float) -> Iterator[str]:
+def _tiles(view: LayoutView, row: Row, step: float) -> Iterator[str]:
     x, css = float(LABELS), colour(view.sizes, row.rank)
     yield line(LABELS, row.y + ROW, WIDTH - SENT - 24, row.y + ROW)
     for window, plan in enumerate(view.batch.replicas[row.rank.at.data].plans):
@@ -154,7 +155,7 @@ def _tiles(view: View, row: Row, step: float) -> Iterator[str]:
     yield text(x + 8, row.y + 16.5, str(row.rank.num_pictures), "quiet")
 
 
-def _cells(view: View, row: Row, left: float, cell: float) -> Iterator[str]:
+def _cells(view: LayoutView, row: Row, left: float, cell: float) -> Iterator[str]:
     owners = view.owners(row.rank.at.data)
     most = max(max(line) for sent in view.rows_sent for line in sent) or 1
     for number, owner in enumerate(owners):

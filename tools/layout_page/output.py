@@ -8,23 +8,23 @@ from rich.table import Table
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import ConfigError, one_line, shown
+from megatron_vlm.planner.layout import LayoutView, view_layout
 from megatron_vlm.runtime.logging import stdout_console
 
 from .page import page
 from .svg import count, si, size
-from .view import View, gather
 
 PIPED_WIDTH = 120  # columns where there is no terminal
 
 
 def show(name: str, config: Config, arguments: argparse.Namespace) -> None:
-    """Prints a recipe's layout on `arguments.world_size` ranks and writes what was asked for.
+    """Prints a resolved recipe's layout on `arguments.world_size` ranks and writes what was asked for.
 
     Raises:
-        ConfigError: the recipe does not work on so many ranks; a file cannot be written.
+        ConfigError: a file cannot be written; the model's config cannot be read.
         DataError: its data are there and cannot be used.
     """
-    view = gather(name, config, arguments.world_size, arguments.ranks_per_node)
+    view = view_layout(name, config, arguments.world_size)
     if arguments.html:
         write(arguments.html, page(view))
     if arguments.json:
@@ -47,7 +47,7 @@ def write(path: Path, contents: str) -> None:
         raise ConfigError(f"{path}: cannot be written: {reason}, needs a file in a folder that is there") from error
 
 
-def held(view: View) -> Table:
+def held(view: LayoutView) -> Table:
     """Rank, place, layers, tokens, pictures."""
     shares = view.sizes.context > 1
     table = _table(f"{view.name} on {view.sizes.world} ranks", "replica", "stage", *["ring", "Ulysses"] * shares,
@@ -62,7 +62,7 @@ def held(view: View) -> Table:
     return table
 
 
-def needed(view: View) -> Table:
+def needed(view: LayoutView) -> Table:
     """Memory by component."""
     title = f"memory per rank, activations as attention's backend {view.attention!r} keeps them"
     table = _table(title, "parameters", "gradients", "optimizer", "activations", "loss head", "features",
@@ -76,7 +76,7 @@ def needed(view: View) -> Table:
     return table
 
 
-def sent(view: View) -> Table:
+def sent(view: LayoutView) -> Table:
     """Bytes by kind."""
     table = _table("sent per rank and step", "features", "gradients back", "tensor", "attention", "pipeline",
                    "language DP", "encoder DP", "together")  # fmt: skip
@@ -85,7 +85,7 @@ def sent(view: View) -> Table:
     return table
 
 
-def attended(view: View) -> Table:
+def attended(view: LayoutView) -> Table:
     """Query-key pairs of the shown row, by ring rank and step."""
     pairs = view.shown.pairs
     mean = sum(map(sum, pairs)) / len(pairs)
@@ -98,7 +98,7 @@ def attended(view: View) -> Table:
     return table
 
 
-def step_line(view: View) -> str:
+def step_line(view: LayoutView) -> str:
     """The step in one line, and where its rows are from."""
     phases = ", ".join(f"{name.replace('_', ' ')} {si(flops, 'FLOP')}" for name, flops in view.times[0].phases.items())
     return f"replica 0: {phases}; pipeline bubble {view.times[0].bubble:.1%}. Rows: {view.batch.source}."

@@ -5,14 +5,14 @@ from html import escape
 from importlib.resources import files
 
 from megatron_vlm.parallel.layout import row_length
+from megatron_vlm.planner.layout import LayoutView, shares_all
 
 from . import attention_figure, bars, figures, timeline_figure
 from .rows import left_out
 from .svg import count, legend, si, size
-from .view import View, shares_all
 
 
-def page(view: View) -> str:
+def page(view: LayoutView) -> str:
     """The whole HTML document."""
     style = (files(__package__) / "page.css").read_text(encoding="utf-8")
     sections = "".join(
@@ -28,7 +28,7 @@ def page(view: View) -> str:
     )
 
 
-def _product(view: View) -> str:
+def _product(view: LayoutView) -> str:
     """`8 ranks = tensor 2 x pipeline 2 x data 2`, and what a step is."""
     sizes, training, parallel = view.sizes, view.config.training, view.config.parallel
     axes = [("tensor", sizes.tensor), ("pipeline", sizes.pipeline), ("Ulysses", sizes.ulysses), ("ring", sizes.ring),
@@ -45,7 +45,7 @@ def _product(view: View) -> str:
     return f"{ranks} = {product}{''.join(f', {word}' for word in more)}; {step}"
 
 
-def _tiles(view: View) -> Iterator[tuple[str, str]]:
+def _tiles(view: LayoutView) -> Iterator[tuple[str, str]]:
     fullest = max(view.ranks, key=lambda one: one.memory.peak)
     pictures = sum(one.num_pictures for one in view.ranks)
     busiest = max(one.num_pictures for one in view.ranks)
@@ -56,7 +56,7 @@ def _tiles(view: View) -> Iterator[tuple[str, str]]:
     yield size(max(one.traffic.total for one in view.ranks)), "sent per rank and step, at most"
 
 
-def _sections(view: View) -> Iterator[tuple[str, str, str]]:
+def _sections(view: LayoutView) -> Iterator[tuple[str, str, str]]:
     config, sizes = view.config, view.sizes
     yield "Who holds what", _grid_words(view) + left_out(view), figures.grid(view)
     yield "Who owns which tokens", _token_words(view) + left_out(view), _token_legend() + figures.tokens(view)
@@ -88,7 +88,7 @@ def _sections(view: View) -> Iterator[tuple[str, str, str]]:
         yield "Traffic", traffic_words + left_out(view), bars.traffic(view)
 
 
-def _grid_words(view: View) -> str:
+def _grid_words(view: LayoutView) -> str:
     sizes = view.sizes
     words = [f"{sizes.world} ranks, a box each." if sizes.world > 1 else "One rank holds everything."]
     if sizes.data > 1:
@@ -101,7 +101,7 @@ def _grid_words(view: View) -> str:
     return " ".join(words)
 
 
-def _token_words(view: View) -> str:
+def _token_words(view: LayoutView) -> str:
     if view.batch.layout.tensor * view.sizes.context == 1:
         cut = "Every rank of a replica works on whole rows"
         cut += "; with parallel.sequence: true its tensor ranks would share them." if view.sizes.tensor > 1 else "."
@@ -116,7 +116,7 @@ def _token_words(view: View) -> str:
     return f"{cut}{zigzag}{stages} Rows are from {view.batch.source}."
 
 
-def _time_words(view: View) -> str:
+def _time_words(view: LayoutView) -> str:
     time = view.times[0]
     scheme = "1F1B"
     if view.config.parallel.virtual_pipeline > 1:
@@ -138,7 +138,7 @@ def _token_legend() -> str:
     return legend([("picture", "picture"), ("text", "text"), ("padding", "padding")])
 
 
-def _time_legend(view: View) -> str:
+def _time_legend(view: LayoutView) -> str:
     entries = [("encode", "encode"), ("exchange", "exchange")]
     chunks = min(view.config.parallel.virtual_pipeline, 4)
     for kind in ("forward", "backward"):
@@ -148,7 +148,7 @@ def _time_legend(view: View) -> str:
     return legend([*entries, ("update", "update"), ("idle", "waits")])
 
 
-def _footer(view: View) -> str:
+def _footer(view: LayoutView) -> str:
     return (
         f"Drawn by tools/show_layout.py from the recipe alone, for {view.sizes.world} ranks; nothing ran. Point at "
         "anything for its numbers."

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_vlm.parallel.sizes import GridSizes
+from megatron_vlm.planner.layout import LayoutView, RankView
 
 from .svg import GAP, LABELS, REPLICA_GAP, ROW, WIDTH, line, rect, text
-from .view import RankView, View
 
 MOST_ROWS = 32
 NUM_COLOURS = 8
@@ -29,7 +29,7 @@ def replicas_shown(sizes: GridSizes, most: int = MOST_ROWS) -> int:
     return max(1, min(sizes.data, most // sizes.replica))
 
 
-def left_out(view: View, most: int = MOST_ROWS) -> str:
+def left_out(view: LayoutView, most: int = MOST_ROWS) -> str:
     """A sentence where not all ranks are drawn."""
     shown = replicas_shown(view.sizes, most)
     if shown == view.sizes.data:
@@ -37,7 +37,7 @@ def left_out(view: View, most: int = MOST_ROWS) -> str:
     return f" Drawn: {shown} of {view.sizes.data} replicas; the others are arranged alike."
 
 
-def place(view: View, top: float = 0.0, above: float = 0.0, most: int = MOST_ROWS) -> tuple[list[Row], float]:
+def place(view: LayoutView, top: float = 0.0, above: float = 0.0, most: int = MOST_ROWS) -> tuple[list[Row], float]:
     """The rows drawn, and the height they end at. `above`: room that each replica has before its first row."""
     rows, y = [], top
     for data in range(replicas_shown(view.sizes, most)):
@@ -48,7 +48,7 @@ def place(view: View, top: float = 0.0, above: float = 0.0, most: int = MOST_ROW
     return rows, y - GAP
 
 
-def labels(view: View, rows: list[Row]) -> Iterator[str]:
+def labels(view: LayoutView, rows: list[Row]) -> Iterator[str]:
     """The ranks' names and places, and a line between replicas."""
     for number, row in enumerate(rows):
         yield rect(0, row.y + 3, 4, ROW - 6, colour(view.sizes, row.rank))

@@ -6,12 +6,12 @@ Lengths are matrix FLOPs; the exchange and the update, which are none, get a fix
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_vlm.planner.layout import LayoutView
+from megatron_vlm.planner.step_time import StepTime, WindowTime
 from megatron_vlm.planner.timeline import TimedPass
 
 from .rows import Row, labels, left_out, place
 from .svg import GAP, LABELS, ROW, WIDTH, figure, rect, si, text
-from .times import StepTime, WindowTime
-from .view import View
 
 MOST_ROWS, MOST_PASSES = 16, 3000
 EXCHANGE, UPDATE = 7.0, 22.0  # widths
@@ -31,7 +31,7 @@ class Scale:
         return flops * self.per_flop
 
 
-def num_windows_drawn(view: View) -> int:
+def num_windows_drawn(view: LayoutView) -> int:
     """All where the passes can be told apart, else the first."""
     rows = place(view, most=MOST_ROWS)[0]
     windows = view.times[0].windows
@@ -41,14 +41,14 @@ def num_windows_drawn(view: View) -> int:
     return len(windows) if passes <= MOST_PASSES else 1
 
 
-def note(view: View) -> str:
+def note(view: LayoutView) -> str:
     """What is left out of the picture, as sentences."""
     drawn, all_windows = num_windows_drawn(view), len(view.times[0].windows)
     window = "" if drawn == all_windows else f" Drawn: the first of {all_windows} media windows."
     return window + left_out(view, MOST_ROWS)
 
 
-def timeline(view: View) -> str:
+def timeline(view: LayoutView) -> str:
     """The step of every rank drawn."""
     rows, bottom = place(view, top=HEADER, most=MOST_ROWS)
     drawn = num_windows_drawn(view)
@@ -68,7 +68,7 @@ def _length(time: StepTime, num_windows: int) -> float:
 
 
 def _replica(
-    view: View, rows: Sequence[Row], windows: Sequence[WindowTime], per_flop: float, headed: bool
+    view: LayoutView, rows: Sequence[Row], windows: Sequence[WindowTime], per_flop: float, headed: bool
 ) -> Iterator[str]:
     left, top, bottom = float(LABELS), rows[0].y, rows[-1].y + ROW
     for number, window in enumerate(windows):
@@ -103,7 +103,7 @@ def _header(edges: tuple[float, float, float, float, float], number: int, of: in
             yield text((start + stop) / 2, HEADER - 10, name, "head", "middle")
 
 
-def _row(view: View, row: Row, window: WindowTime, scale: Scale, edges: tuple[float, float]) -> Iterator[str]:
+def _row(view: LayoutView, row: Row, window: WindowTime, scale: Scale, edges: tuple[float, float]) -> Iterator[str]:
     rank, (first, last) = row.rank, edges
     place_in_replica = view.sizes.replica_rank(rank.at)
     encode, back = window.encode[place_in_replica], window.encoder_backward[place_in_replica]
@@ -119,7 +119,7 @@ def _row(view: View, row: Row, window: WindowTime, scale: Scale, edges: tuple[fl
     yield rect(last, row.y, scale.width(back), ROW, "encode-back", title)
 
 
-def _pass(view: View, row: Row, window: WindowTime, one: TimedPass, x: float, scale: Scale) -> Iterator[str]:
+def _pass(view: LayoutView, row: Row, window: WindowTime, one: TimedPass, x: float, scale: Scale) -> Iterator[str]:
     width = scale.width(one.end - one.start)
     number = window.micro_batches.start + one.run.micro_batch
     chunk = row.rank.chunks[one.run.chunk]

@@ -12,10 +12,9 @@ from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.parallel.layout import causal_pairs
 from megatron_vlm.parallel.sizes import GridSizes
+from megatron_vlm.planner.batch import Batch
 from megatron_vlm.planner.flops import Block, ModelShape, model_shape
 from megatron_vlm.planner.timeline import Timeline, simulate
-
-from .batch import Batch
 
 
 @dataclass(frozen=True)

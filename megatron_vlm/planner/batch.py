@@ -11,7 +11,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.collate import Document
@@ -72,7 +71,7 @@ def first_batch(config: Config, spec: MediaSpec, sizes: GridSizes, vocab_size: i
 
 def _real_batch(config: Config, spec: MediaSpec, sizes: GridSizes, vocab_size: int) -> Batch:
     language = config.model.language
-    tokenizer: PreTrainedTokenizerBase = load_tokenizer(language.tokenizer or language.path, config.data.image_token)
+    tokenizer = load_tokenizer(language.tokenizer or language.path, config.data.image_token)
     check_vocabulary(tokenizer, config.data.image_token, vocab_size)
     with tempfile.TemporaryDirectory() as folder:  # for an index that cannot be written beside the data
         checkpoint = config.checkpoint.model_copy(update={"directory": folder})

@@ -1,4 +1,8 @@
-"""Everything the page and the tables show, gathered once: pure numbers, ready for JSON."""
+"""A recipe's layout on a number of ranks in numbers: what each rank holds, owns, encodes, needs and sends.
+
+Nothing runs, no process group is made and no weight is read, so a layout of a thousand ranks is planned on a laptop.
+The recipe comes resolved (`training/recipe.py`): a split of `parallel.context` that is left open has no layout yet.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +19,7 @@ from megatron_vlm.parallel.layout import Block, Documents, SequenceLayout, ring_
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 from megatron_vlm.parallel.ulysses import HeadSplit
 from megatron_vlm.planner import memory, traffic
+from megatron_vlm.planner.batch import Batch, ReplicaBatch, SampleRow, first_batch
 from megatron_vlm.planner.memory import MemoryEstimate, Pictures
 from megatron_vlm.planner.parameter_shards import (
     HeldChunk,
@@ -23,13 +28,8 @@ from megatron_vlm.planner.parameter_shards import (
     meta_encoder,
     vision_parameters,
 )
+from megatron_vlm.planner.step_time import StepTime, step_times
 from megatron_vlm.planner.traffic import Flow, Traffic
-from megatron_vlm.training.recipe import resolve_recipe
-
-from .batch import Batch, ReplicaBatch, SampleRow, first_batch
-from .times import StepTime, step_times
-
-RANKS_PER_NODE = 8  # where `parallel.context` is to be split and nothing else is said
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class ShownRow:
 
 
 @dataclass(frozen=True)
-class View:
+class LayoutView:
     """A recipe on a number of ranks. `rows_sent`, by media group (the replicas, or the world alone): feature rows from
     each of its ranks to each, in the step. `windows`, by layer: keys that a query sees at most.
     `attention`: the backend whose memory is counted."""
@@ -173,15 +173,13 @@ def _rank_as_json(one: RankView) -> dict[str, Any]:
     }
 
 
-def gather(name: str, config: Config, world_size: int, ranks_per_node: int = RANKS_PER_NODE) -> View:
-    """Validates the recipe and works everything out; nothing runs and no weight is read. `ranks_per_node` counts where
-    the recipe leaves the split of `parallel.context` open.
+def view_layout(name: str, config: Config, world_size: int) -> LayoutView:
+    """Works out every rank's numbers of a resolved recipe.
 
     Raises:
-        ConfigError: everything wrong with the recipe on so many ranks; a model whose config cannot be read.
+        ConfigError: the model's config cannot be read.
         DataError: the recipe's data are there and cannot be used.
     """
-    config, _ = resolve_recipe(config, world_size, min(world_size, ranks_per_node))
     if config.training.mode == "eval":
         config = without_training(config)
     sizes = GridSizes.from_config(config.parallel, world_size)
@@ -190,7 +188,7 @@ def gather(name: str, config: Config, world_size: int, ranks_per_node: int = RAN
     batch = first_batch(config, encoder.tower.survey.media_spec, sizes, spec.vocab_size)
     recipe = _Recipe(config, sizes, spec, encoder, vision_parameters(encoder), batch)
     whole = language_chunks(config.model_copy(update={"parallel": ParallelConfig()}), spec, GridSizes(), 0)
-    return View(
+    return LayoutView(
         name=name,
         config=config,
         sizes=sizes,
