@@ -232,7 +232,7 @@ if stage quickstart 120 "${quickstart[@]}"; then
 fi
 
 if [ -z "$dry_run" ]; then
-  { echo; "$python" -m tools.benchmarks.kernel_targets "$out"; } >>"$out/gpu_suite.md" 2>>"$out/gpu_suite.log"
+  { echo; "$python" -m tools.benchmarks.kernels.targets "$out"; } >>"$out/gpu_suite.md" 2>>"$out/gpu_suite.log"
   [ -z "$rehearsal" ] || mark
   printf '\n%s of %s stages failed; results are in %s\n' "$failed" "$count" "$out"
 fi

@@ -21,8 +21,12 @@ from megatron_vlm.runtime.command_line import CommandLine
 
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))  # the package `benchmarks`, however this file is run
-    sys.path.insert(1, str(Path(__file__).parent.parent))  # tests.helpers.draws, what `media` is measured on
-    from benchmarks import attention, conversion, decoding, kernels, media, packing, throughput
+    from benchmarks.attention import command as attention
+    from benchmarks.conversion import command as conversion
+    from benchmarks.decoding import command as decoding
+    from benchmarks.kernels import command as kernels
+    from benchmarks.media import command as media
+    from benchmarks.training import packing, throughput
 
     parser = CommandLine(__doc__)
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")

@@ -11,8 +11,8 @@ Rows of equal length differ in work, which for attention is the pairs of query a
 make up for that, neither of which depends on the number of ranks, so every layout trains the same rows:
 
 - `deal_work` orders a step's rows, so that micro-batches, and the shares of any number of data-parallel ranks, are of
-  nearly equal work. (Rows of tests/helpers/draws.py: of 64 over 8 ranks the slowest has 1.02 times the mean, in random
-  order 1.3; 48 over 3 ranks 1.01, 96 over 24 ranks 1.12.)
+  nearly equal work. (Rows of tools/benchmarks/media/draws.py: of 64 over 8 ranks the slowest has 1.02 times the mean,
+  in random order 1.3; 48 over 3 ranks 1.01, 96 over 24 ranks 1.12.)
 - `pack_rows` puts a row's longest document last, the second longest first and the others between, shortest first:
   under the zigzag of the ring (`parallel.layout`) the slowest of 2, 4, 8 ranks then has 1.11, 1.13, 1.15 times the
   mean (the same draw), in random order 1.19, 1.29, 1.35, and in the best of 30 random orders 1.10, 1.13, 1.13.

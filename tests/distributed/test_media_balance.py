@@ -1,8 +1,8 @@
 """The vision encoder's work over 8 ranks, measured on a real small tower: slowest rank at most 1.15 times the mean.
 
-One thread, each rank's share in turn, processor time (tools/benchmarks/media.py). Another process on the same core
-still slows a call down, and never speeds one up: a batch over the limit is measured again with a and b, of each call
-the fastest of five. Shown with -s, beside the split by count.
+One thread, each rank's share in turn, processor time (tools/benchmarks/media/command.py). Another process on the same
+core still slows a call down, and never speeds one up: a batch over the limit is measured again with a and b, of each
+call the fastest of five. Shown with -s, beside the split by count.
 """
 
 from argparse import Namespace
@@ -12,7 +12,16 @@ import pytest
 
 from megatron_vlm.parallel.media_plan import MediaCost
 from tests.helpers.ranks import RankPool
-from tools.benchmarks.media import BY_COST, BY_COUNT, LIMIT, draw_patches, measure_batch, predict, prepare, share_out
+from tools.benchmarks.media.command import (
+    BY_COST,
+    BY_COUNT,
+    LIMIT,
+    draw_patches,
+    measure_batch,
+    predict,
+    prepare,
+    share_out,
+)
 
 RANKS, SAMPLES = 8, 64
 HARDEST_BY_COST, HARDEST_BY_COUNT = 36, 86  # of the seeds 0 to 99

@@ -23,8 +23,8 @@ from tests.helpers.plain_attention import SCALE, draw, finite, plain
 from tests.helpers.quick_interpreter import quick_interpreter
 from tests.helpers.ring_in_turn import ring_in_turn
 from tests.kernels.accuracy import assert_as_exact
-from tools.benchmarks.kernel_case import Draw
-from tools.benchmarks.kernel_cases_attention import RING_CASE
+from tools.benchmarks.kernels.case import Draw
+from tools.benchmarks.kernels.cases_attention import RING_CASE
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
 

@@ -10,8 +10,8 @@ from megatron_vlm.runtime.launch import Launch
 from megatron_vlm.training.phases import PHASES
 from tests.helpers.tiny import tiny_recipe
 from tests.helpers.tool_runs import tool, tool_on_ranks
-from tools.benchmarks.sides import PRODUCT, TRANSFORMERS, SideRequest
-from tools.benchmarks.throughput import WARM_UP_STEPS, SidesDifferError, measure
+from tools.benchmarks.training.sides import PRODUCT, TRANSFORMERS, SideRequest
+from tools.benchmarks.training.throughput import WARM_UP_STEPS, SidesDifferError, measure
 
 pytestmark = pytest.mark.slow
 SHORT = ["--against", "transformers", "--rounds", "2", "--steps", "2"]

@@ -8,10 +8,10 @@ import torch
 
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from tests.helpers.tool_runs import tool, tool_on_ranks
-from tools.benchmarks import attention_report
-from tools.benchmarks.attention import OTHERS
-from tools.benchmarks.attention_names import EXCHANGE, PACKED, TURNS, WHOLE
-from tools.benchmarks.attention_turns import Shape, draw_documents, in_turn, single_device
+from tools.benchmarks.attention import results
+from tools.benchmarks.attention.command import OTHERS
+from tools.benchmarks.attention.names import EXCHANGE, PACKED, TURNS, WHOLE
+from tools.benchmarks.attention.turns import Shape, draw_documents, in_turn, single_device
 
 SMALL = ["--lengths", "64", "128", "--heads", "6", "--kv-heads", "3", "--width", "8", "--rounds", "1"]
 
@@ -43,9 +43,9 @@ def test_the_ratio_is_of_the_fastest() -> None:
         }
 
     cells = [cell("megatron_vlm", 8, 2.0), cell("megatron_vlm", 8, 1.0), cell("megatron_vlm", 8, 0.1, PACKED)]
-    assert attention_report.summary({"measured": EXCHANGE, "cells": cells}) == {"ratio": None}
+    assert results.summary({"measured": EXCHANGE, "cells": cells}) == {"ratio": None}
     cells += [cell("yunchang", 8, 1.5), cell("yunchang", 8, 3.0), cell("megatron_vlm", 16, 1.0)]
-    assert attention_report.summary({"measured": EXCHANGE, "cells": cells}) == {"ratio": 1.5}
+    assert results.summary({"measured": EXCHANGE, "cells": cells}) == {"ratio": 1.5}
 
 
 def test_heads_that_do_not_divide_cost_one_line() -> None:

@@ -10,13 +10,14 @@ import torch
 from megatron_vlm.errors import ConfigError
 from tests.helpers.live_bytes import LiveBytes
 from tests.helpers.tool_runs import tool
-from tools.benchmarks import kernel_report
-from tools.benchmarks.kernel_case import no_gradients
-from tools.benchmarks.kernel_cases import CASES
-from tools.benchmarks.kernel_cases_fp8 import TOLERANCE
-from tools.benchmarks.kernel_cases_layers import NORM_CASE
-from tools.benchmarks.kernel_targets import TARGETS
-from tools.benchmarks.kernel_timing import (
+from tools.benchmarks.kernels import results
+from tools.benchmarks.kernels.case import no_gradients
+from tools.benchmarks.kernels.cases import CASES
+from tools.benchmarks.kernels.cases_fp8 import TOLERANCE
+from tools.benchmarks.kernels.cases_layers import NORM_CASE
+from tools.benchmarks.kernels.command import chosen_cases
+from tools.benchmarks.kernels.targets import TARGETS
+from tools.benchmarks.kernels.timing import (
     COMPILED,
     Bench,
     Side,
@@ -27,8 +28,7 @@ from tools.benchmarks.kernel_timing import (
     sides_of,
     times,
 )  # fmt: skip
-from tools.benchmarks.kernel_worker import Settings, Worker
-from tools.benchmarks.kernels import chosen_cases
+from tools.benchmarks.kernels.worker import Settings, Worker
 
 TINY = Bench(torch.device("cpu"), torch.float32, rounds=2, tiny=True)
 SIDES = {
@@ -104,8 +104,8 @@ def test_a_wrong_side_is_told(case) -> None:
     excess = 0.01 if case.tolerance is None else 2 * case.tolerance
     forward_only = case.reference_backward is no_gradients
 
-    def larger(results):
-        first, *rest = results
+    def larger(outputs):
+        first, *rest = outputs
         return ((first.float() * 2).to(first.dtype) if first.itemsize == 1 else first * (1 + excess), *rest)
 
     def spoiled(inputs, outputs, grads):
@@ -158,15 +158,15 @@ def test_shares_follow_from_the_ceilings() -> None:
     ceilings = {"bytes_per_second": 10.0, "flops_per_second": 1.0}
     forward = {"bytes": 100, "flops": 9, "seconds": 20.0}
     backward = {"bytes": 100, "flops": 300, "seconds": 400.0}
-    assert kernel_report.ceiling_seconds(forward, ceilings) == (10.0, False)
-    assert kernel_report.ceiling_seconds(backward, ceilings) == (300.0, True)
+    assert results.ceiling_seconds(forward, ceilings) == (10.0, False)
+    assert results.ceiling_seconds(backward, ceilings) == (300.0, True)
     cell = {"op": "own", "sizes": {"tokens": 1}, "forward": forward, "backward": backward}
-    assert kernel_report.share(cell, ceilings) == pytest.approx(310 / 420)
+    assert results.share(cell, ceilings) == pytest.approx(310 / 420)
     slower = {**cell, "side": "torch", "forward": {**forward, "seconds": 230.0}}
     slowest = {**cell, "side": "reference", "forward": {**forward, "seconds": 900.0}}
     cells = [{**cell, "side": "triton"}, slower, slowest]
-    assert kernel_report.ratios(cells) == {"own 1 tokens": pytest.approx(630 / 420)}
-    assert kernel_report.ratios(cells[1:]) == {}
+    assert results.ratios(cells) == {"own 1 tokens": pytest.approx(630 / 420)}
+    assert results.ratios(cells[1:]) == {}
 
 
 def test_memory_that_results_take() -> None:

@@ -81,7 +81,7 @@ def test_a_failing_stage_is_recorded_and_the_next_one_runs(played: str, tmp_path
     assert "ran: -m tests.helpers.file_by_file" in log and "benchmark ran: tools/bench.py throughput" in log
     assert "2 of 7 stages failed" in done.stdout
     assert sorted(os.listdir(out)) == ["gpu_suite.log", "gpu_suite.md"]  # nothing of an older run is passed off
-    assert (out / "gpu_suite.md").read_text().endswith(f"ran: -m tools.benchmarks.kernel_targets {out}\n")
+    assert (out / "gpu_suite.md").read_text().endswith(f"ran: -m tools.benchmarks.kernels.targets {out}\n")
 
 
 def test_some_stages_and_a_time_that_ends(played: str, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What `tools/bench.py` can measure, a module per subcommand and what they share."""
+"""What `tools/bench.py` can measure, a folder for each thing that is measured; `report` is what they share."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_vlm.config.schema import Config
 
-from .sides import PRODUCT, TRANSFORMERS, Facts, Memory, Round
+from .training.sides import PRODUCT, TRANSFORMERS, Facts, Memory, Round
 
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy")
 GIBIBYTE, TERA = 2**30, 1e12

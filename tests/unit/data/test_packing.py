@@ -14,8 +14,8 @@ from megatron_vlm.data.loader import make_plan
 from megatron_vlm.data.packing import attention_work, deal_work, first_fit_decreasing, pack_rows
 from megatron_vlm.data.plan import PackedPlan, RowPlan
 from megatron_vlm.parallel.layout import Documents, SequenceLayout, work
-from tests.helpers.draws import SEQUENCE_LENGTH, SHARES, draw
 from tests.helpers.tiny import tiny_llama, tiny_recipe
+from tools.benchmarks.media.draws import SEQUENCE_LENGTH, SHARES, draw
 
 SEEDS = range(100)
 lengths_and_capacity = st.integers(1, 40).flatmap(

@@ -11,8 +11,8 @@ from megatron_vlm.data.sources.llava_json import LlavaFile
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.vision.media_spec import MediaSpec
-from tools.benchmarks import synthetic
-from tools.benchmarks.throughput import FIRST_LOSS_TOLERANCE, SidesDifferError, refuse_unless_equal
+from tools.benchmarks.training import synthetic
+from tools.benchmarks.training.throughput import FIRST_LOSS_TOLERANCE, SidesDifferError, refuse_unless_equal
 
 SPEC = MediaSpec(tokens_per_image=16, num_patches=16, height=28, width=28, mean=(0.5,) * 3, std=(0.5,) * 3)
 

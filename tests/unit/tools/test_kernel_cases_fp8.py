@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_vlm.ops.fp8 import E4M3, E5M2
-from tools.benchmarks.kernel_cases_fp8 import LINEAR_CASE, PRODUCT_CASE, TINY, TOLERANCE
+from tools.benchmarks.kernels.cases_fp8 import LINEAR_CASE, PRODUCT_CASE, TINY, TOLERANCE
 
 SIZE = TINY[0]
 

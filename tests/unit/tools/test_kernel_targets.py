@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tools.benchmarks import kernel_targets
-from tools.benchmarks.kernel_cases import CASES
-from tools.benchmarks.kernel_targets import (
+from tools.benchmarks.kernels import targets
+from tools.benchmarks.kernels.cases import CASES
+from tools.benchmarks.kernels.targets import (
     FRONT,
     LENGTHS,
     LINEARS,
@@ -23,7 +23,7 @@ from tools.benchmarks.kernel_targets import (
     step_lines,
     words,
 )  # fmt: skip
-from tools.benchmarks.kernel_timing import side_names
+from tools.benchmarks.kernels.timing import side_names
 
 
 def cell(op: str, sizes: dict[str, int], side: str, seconds: float, peak: int | None = 100) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def made_up() -> dict[str, Any]:
 
 
 def outcomes(result: dict[str, Any]) -> dict[str, tuple[float | None, str]]:
-    return {line["target"]: (line["found"], line["outcome"]) for line in kernel_targets.report(result)}
+    return {line["target"]: (line["found"], line["outcome"]) for line in targets.report(result)}
 
 
 def test_the_arithmetic() -> None:
@@ -78,7 +78,7 @@ def test_the_arithmetic() -> None:
     ]  # 300 bytes a second of 400
     assert found[12:16] == [(0.5, "held"), (6.0, "held"), (0.1, "missed"), (pytest.approx(4 / 2.5), "held")]
     assert found[16:] == [(None, "not measured")] * 2
-    last = kernel_targets.report(made_up())[-2]
+    last = targets.report(made_up())[-2]
     assert "not measured by this command" in words(last)
 
 
@@ -91,7 +91,7 @@ def test_what_is_missing_is_said_with_its_reason() -> None:
         "linear_cross_entropy 32768 tokens, 4096 hidden, 131072 vocabulary, plain": "out of memory",
         "prototype_extract": "failed: not done after 150 s",
     }
-    reasons = {line["target"]: line["reason"] for line in kernel_targets.report(result)}
+    reasons = {line["target"]: line["reason"] for line in targets.report(result)}
     told = list(reasons.values())
     assert told[:3] == ["not run: it needs tensors on a CUDA device"] * 3 and told[3:6] == [None] * 3
     assert told[6:8] == ["no time of linear_cross_entropy, plain", "out of memory"]
@@ -104,12 +104,12 @@ def test_no_target_is_the_cpu_s_and_no_memory_is_made_up() -> None:
     result = made_up()
     for one in result["cells"]:
         one["peak_extra_bytes"] = one["peak_work_bytes"] = None
-    lines = kernel_targets.report(result)
+    lines = targets.report(result)
     assert [line["reason"] for line in lines if "peak memory" in line["target"]] == [
         "peak memory is known on CUDA only"
     ] * 3
     result["machine"]["device"] = "CPU"
-    assert {line["outcome"] for line in kernel_targets.report(result)} == {"not measured"}
+    assert {line["outcome"] for line in targets.report(result)} == {"not measured"}
 
 
 def test_what_a_target_names_is_measured() -> None:

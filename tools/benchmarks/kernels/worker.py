@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .kernel_case import Case
-    from .kernel_timing import Bench
+    from .case import Case
+    from .timing import Bench
 
 END = "end"
 Message = tuple[str, Any]  # "cells" a cell, "others" (place, reason), "failures" a place, END whether it is spoilt
@@ -91,8 +91,8 @@ def serve(settings: Settings, connection: Connection) -> None:
     device = prepare("cuda" if settings.device == "cuda" else "cpu")
     import torch
 
-    from .kernel_cases import CASES
-    from .kernel_timing import Bench, ceilings
+    from .cases import CASES
+    from .timing import Bench, ceilings
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     bench = Bench(device, dtype, settings.rounds, settings.tiny)
@@ -112,8 +112,8 @@ def serve(settings: Settings, connection: Connection) -> None:
 
 def measure_case(bench: "Bench", case: "Case", settings: Settings) -> Iterator[Message]:
     """The operation's cells, and the reasons of the sides that have none."""
-    from .kernel_report import words
-    from .kernel_timing import COMPILED, errors, is_ours, reason_of, side_names, sides_of, times
+    from .results import words
+    from .timing import COMPILED, errors, is_ours, reason_of, side_names, sides_of, times
 
     wanted = [name for name in side_names(case) if settings.sides is None or name in settings.sides]
     sizes = case.tiny if settings.tiny else case.sizes

@@ -18,10 +18,10 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
 from megatron_vlm.runtime.launch import Launch
 
-from .attention_names import EXCHANGE, PACKED, TURNS, WHOLE
+from .names import EXCHANGE, PACKED, TURNS, WHOLE
 
 if TYPE_CHECKING:
-    from .attention_turns import Shape
+    from .turns import Shape
 
 TIMEOUT_SECONDS = 600
 
@@ -58,8 +58,9 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
     device = prepare(arguments.device, launch.local_world_size)
     import torch
 
-    from . import attention_report, report
-    from .attention_turns import Shape
+    from .. import report
+    from . import results
+    from .turns import Shape
 
     torch.set_num_threads(1)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
     else:
         result |= exchanged(shape, launch, arguments)
     if launch.rank == 0:
-        attention_report.tell(result, arguments)
+        results.tell(result, arguments)
 
 
 OTHERS = ("torch context_parallel", "yunchang", "ring-flash-attn")
@@ -98,7 +99,7 @@ def in_turn_cells(shape: "Shape", arguments: argparse.Namespace) -> list[dict[st
     """A cell per length, kind of row and layout."""
     from megatron_vlm.parallel.layout import Documents, SequenceLayout
 
-    from .attention_turns import draw_documents, in_turn, single_device
+    from .turns import draw_documents, in_turn, single_device
 
     layouts = [(u, n // u) for n in arguments.ranks for u in range(1, n + 1) if n % u == 0]
     for length in arguments.lengths:  # what cannot be cut is told before anything is measured
@@ -136,7 +137,7 @@ def exchanged(shape: "Shape", launch: Launch, arguments: argparse.Namespace) -> 
     """Cells of real exchanges over all ranks, and why some others have none."""
     from megatron_vlm.runtime.distributed import init_world, teardown
 
-    from .attention_sides import measure_sides
+    from .sides import measure_sides
 
     init_world(launch, shape.device, TIMEOUT_SECONDS)
     cells, others = measure_sides(shape, launch.world_size, arguments.lengths, arguments.rounds)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_vlm.errors import ConfigError
 
-from .kernel_case import OURS, Backward, Case, Draw, Forward, Outputs, Sizes, Tensors, Work
+from .case import OURS, Backward, Case, Draw, Forward, Outputs, Sizes, Tensors, Work
 
 COMPILED = "torch.compile"
 WRITE_BYTES, NUM_WRITES = 2**30, 2  # about half a millisecond of a large GPU's time

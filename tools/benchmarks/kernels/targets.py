@@ -4,7 +4,7 @@ A target is a ratio of two numbers that one run measured on one GPU, and the bou
 missing the target is "not measured", with the reason that the run gave; nothing is filled in from elsewhere. All times
 are forward and backward together, in the inputs' dtype, bf16.
 
-`python -m tools.benchmarks.kernel_targets FOLDER` says what the GPU suite's files in FOLDER hold of the whole step.
+`python -m tools.benchmarks.kernels.targets FOLDER` says what the GPU suite's files in FOLDER hold of the whole step.
 """
 
 import json

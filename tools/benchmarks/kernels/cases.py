@@ -11,12 +11,12 @@ import torch
 from megatron_vlm.ops import reference
 from megatron_vlm.ops.cross_entropy import linear_cross_entropy
 
-from .kernel_case import OURS, Case, Draw, Outputs, Sizes, Tensors, Work
-from .kernel_cases_attention import ATTENTION_CASES
-from .kernel_cases_fp8 import FP8_CASES
-from .kernel_cases_layers import LAYER_CASES
-from .kernel_cases_vision import VISION_CASES
-from .kernel_plain_loss import with_plain
+from .case import OURS, Case, Draw, Outputs, Sizes, Tensors, Work
+from .cases_attention import ATTENTION_CASES
+from .cases_fp8 import FP8_CASES
+from .cases_layers import LAYER_CASES
+from .cases_vision import VISION_CASES
+from .plain_loss import with_plain
 
 # --- output projection and cross entropy ------------------------------------------------------------------------------
 

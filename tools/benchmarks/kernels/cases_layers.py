@@ -13,7 +13,7 @@ from megatron_vlm.ops.activation import GATED, gated
 from megatron_vlm.ops.norm import NORM, add_rms_norm
 from megatron_vlm.ops.rope import ROPE, apply_rope, rope_tables
 
-from .kernel_case import Case, Draw, Outputs, Sizes, Tensors, Work
+from .case import Case, Draw, Outputs, Sizes, Tensors, Work
 
 # --- RMSNorm after a residual addition --------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_vlm.ops.dispatch import TRITON
 
-from . import kernel_targets, report
+from .. import report
+from . import targets
 
 MEBIBYTE, TERA = 2**20, 1e12
 PEAK = (
@@ -20,14 +21,14 @@ WAYS = ("forward", "backward")
 def tell(result: dict[str, Any], arguments: argparse.Namespace) -> None:
     """Prints the table and writes the files asked for."""
     result["ratio"] = ratios(result["cells"])
-    result["targets"] = kernel_targets.report(result)
+    result["targets"] = targets.report(result)
     report.keep(result, markdown(result), arguments)
     if arguments.png is not None and result["cells"]:
         arguments.png.parent.mkdir(parents=True, exist_ok=True)
         draw(result, arguments.png)
     for row in rows(result):
         print(" | ".join(row))
-    for line in [*map(kernel_targets.words, result["targets"]), *lines(result)]:
+    for line in [*map(targets.words, result["targets"]), *lines(result)]:
         print(line)
 
 

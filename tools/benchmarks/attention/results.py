@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from . import report
-from .attention_names import PACKED, PRODUCT, TURNS, WHOLE
+from .. import report
+from .names import PACKED, PRODUCT, TURNS, WHOLE
 
 MEBIBYTE = 2**20
 

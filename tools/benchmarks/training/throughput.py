@@ -20,7 +20,7 @@ from megatron_vlm.errors import MegatronVlmError
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
 from megatron_vlm.runtime.launch import Launch
 
-from .report import Measured
+from ..report import Measured
 from .sides import PRODUCT, TRANSFORMERS, Facts, Memory, Round, SideRequest, serve
 
 WARM_UP_STEPS = 2
@@ -63,7 +63,7 @@ def share(text: str) -> float:
 
 def run(arguments: argparse.Namespace, launch: Launch) -> None:
     """Measures, and tells on rank 0."""
-    from . import report
+    from .. import report
     from .synthetic import SampleSize
 
     config = load_config(arguments.recipe, arguments.overrides)

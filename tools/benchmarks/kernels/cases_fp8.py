@@ -20,7 +20,7 @@ from megatron_vlm.ops import reference_fp8
 from megatron_vlm.ops.fp8 import E4M3, E5M2, MATMUL, QUANTISE, fp8_linear, matmul, quantise
 from megatron_vlm.ops.reference_fp8 import Fp8Matrix
 
-from .kernel_case import Case, Draw, Outputs, Sizes, Tensors, Work, no_gradients
+from .case import Case, Draw, Outputs, Sizes, Tensors, Work, no_gradients
 
 TOLERANCE = 2.0**-4
 BF16 = "torch"  # the linear layer without FP8; bf16 on a GPU

@@ -1,6 +1,6 @@
 """How evenly the vision encoder's work is shared out: measured encoder seconds, slowest rank over the mean.
 
-Batches are drawn as tests/helpers/draws.py says: text, single pictures, several, tiles and video frames, of three
+Batches are drawn as `draws.py` beside this file says: text, single pictures, several, tiles and video frames, of three
 sizes. A small SigLIP tower encodes them on one thread of the CPU, each rank's share in turn, in calls of up to four
 pictures of one size; what counts is processor time, the fastest of some rounds of each call. The share of a rank is
 that of the product: its cost a*patches + b*patches^2, a and b measured once by the function that measures them when a
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
     """Measures and tells. Raises ConfigError on several ranks."""
     import torch
 
-    from . import report
+    from .. import report
 
     if launch.world_size > 1:
         raise ConfigError(f"the ranks' shares are measured in one process, found {launch.world_size} ranks")
@@ -142,7 +142,7 @@ def measure_batch(
 
 def draw_patches(seed: int, num_samples: int) -> list[int]:
     """Of each picture of a drawn batch."""
-    from tests.helpers.draws import draw
+    from .draws import draw
 
     return [item.patches for sample in draw(seed, num_samples) for item in sample.media]
 
@@ -217,7 +217,7 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
 
 def markdown(result: dict[str, Any]) -> str:
     """A section for docs/benchmarks."""
-    from . import report
+    from .. import report
 
     cost = result["cost"]
     heading, *lines = rows(result)

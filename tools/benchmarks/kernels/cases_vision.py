@@ -23,7 +23,7 @@ from megatron_vlm.ops.prototypes import PROTOTYPES, prototype_extract
 from megatron_vlm.ops.reference_frames import FramePlan
 from megatron_vlm.ops.reference_projector import Blocks, PrototypeWeights
 
-from .kernel_case import Case, Draw, Outputs, Sizes, Tensors, Work, no_gradients
+from .case import Case, Draw, Outputs, Sizes, Tensors, Work, no_gradients
 
 EPS = 1e-5
 HALVES = (0.5, 0.5, 0.5)

@@ -27,8 +27,8 @@ from megatron_vlm.parallel.ring_plan import RingPlan
 from megatron_vlm.parallel.ulysses import HeadSplit
 from megatron_vlm.runtime.collectives import all_gather_objects
 
-from .attention_names import PACKED, PRODUCT, WHOLE
-from .attention_turns import Seconds, Shape, attend, draw_documents, fastest
+from .names import PACKED, PRODUCT, WHOLE
+from .turns import Seconds, Shape, attend, draw_documents, fastest
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # norm of the difference over the norm
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # a rank's q, k, v [1, L/P, heads or kv_heads, d] -> out

@@ -26,7 +26,7 @@ from megatron_vlm.runtime.launch import Launch
 
 GIGABYTE, MIBIBYTE = 10**9, 2**20
 SAMPLE_SECONDS = 0.05
-TOOL = Path(__file__).parents[1] / "convert.py"
+TOOL = Path(__file__).parents[2] / "convert.py"
 WIDTH, HEADS, MLP, VOCABULARY = 2048, 16, 5632, 32064
 LAYER_BYTES = 2 * (4 * WIDTH * WIDTH + 3 * WIDTH * MLP)
 TRANSFORMERS = (
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
 
 def measure(folder: Path, size_gigabytes: float, rounds: int) -> dict[str, Any]:
     """All sides, taking turns."""
-    from . import report
+    from .. import report
 
     source, copied, ours, exported, saved = (folder / n for n in ("source", "copied", "ours", "exported", "saved"))
     make_model(source, size_gigabytes)
@@ -145,7 +145,7 @@ def make_model(folder: Path, size_gigabytes: float) -> None:
     from safetensors.torch import save_file
     from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    from .synthetic import make_tokenizer
+    from ..training.synthetic import make_tokenizer
 
     folder.mkdir()
     num_layers = max(1, round(size_gigabytes * GIGABYTE / LAYER_BYTES))

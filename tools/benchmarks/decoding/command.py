@@ -26,8 +26,8 @@ from megatron_vlm.errors import ConfigError, MegatronVlmError
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
 from megatron_vlm.runtime.launch import Launch
 
-from .sides import PRODUCT, TRANSFORMERS
-from .throughput import SidesDifferError, ask, receive
+from ..training.sides import PRODUCT, TRANSFORMERS
+from ..training.throughput import SidesDifferError, ask, receive
 
 Generate = Callable[[Any, int], list[list[int]]]  # prompts [b, s], new tokens -> answers
 
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, launch: Launch) -> None:
     """Measures and tells. Raises ConfigError on several ranks, and for a recipe that does not build."""
-    from . import report
+    from .. import report
 
     if launch.world_size > 1:
         raise ConfigError(f"decoding is measured in one process per side, found {launch.world_size} ranks")
@@ -114,7 +114,7 @@ def per_token(whole: Answered, one: Answered, new_tokens: int) -> Answered:
 
 def compare(times: dict[str, list[Answered]]) -> dict[str, Any]:
     """Ready for JSON."""
-    from .report import spread
+    from ..report import spread
 
     sides = {
         name: {
@@ -188,7 +188,7 @@ def _ours(config: Config) -> Generate:
     from megatron_vlm.runtime.device import prepare
     from megatron_vlm.runtime.distributed import init_world
 
-    from .synthetic import SPECIAL, make_tokenizer
+    from ..training.synthetic import SPECIAL, make_tokenizer
 
     init_world(Launch(), prepare(config.runtime.device), config.runtime.timeout_seconds)
     grid = build_grid(GridSizes())
@@ -213,7 +213,7 @@ def _theirs(config: Config) -> Generate:
     from megatron_vlm.models.vision.survey import survey_tower
     from megatron_vlm.runtime.device import current_device, prepare
 
-    from .llava import build_llava
+    from ..training.llava import build_llava
 
     prepare(config.runtime.device)
     language = load_language_config(config.model.language)
@@ -254,7 +254,7 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
 
 def markdown(result: dict[str, Any]) -> str:
     """A section for docs/benchmarks."""
-    from . import report
+    from .. import report
 
     heading, *lines = rows(result)
     return "\n".join(

@@ -21,10 +21,10 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
 from megatron_vlm.runtime.launch import Launch
 
-from .kernel_worker import CEILINGS, Settings, Worker
+from .worker import CEILINGS, Settings, Worker
 
 if TYPE_CHECKING:
-    from .kernel_case import Case
+    from .case import Case
 
 OPERATION_SECONDS = 150.0  # longer than the slowest, compiling included
 
@@ -61,8 +61,9 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
     device = prepare(arguments.device, launch.local_world_size)
     import torch
 
-    from . import kernel_report, report
-    from .kernel_cases import CASES
+    from .. import report
+    from . import results
+    from .cases import CASES
 
     chosen = chosen_cases(arguments, CASES)
     settings = Settings(
@@ -79,14 +80,15 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
         "failures": [],
     }
     _measure([case.op for case in chosen], Worker(settings), arguments, result)
-    kernel_report.tell(result, arguments)
+    results.tell(result, arguments)
     if result["failures"]:
         sys.exit(1)
 
 
 def _measure(ops: list[str], worker: Worker, arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     """Adds to `result` what the operations give; the JSON file is there after each of them."""
-    from . import kernel_report, report
+    from .. import report
+    from . import results
 
     deadline = time.monotonic() + (arguments.seconds or float("inf"))
     try:
@@ -103,7 +105,7 @@ def _measure(ops: list[str], worker: Worker, arguments: argparse.Namespace, resu
                 else:
                     result[name].append(value)
                 if name == "cells":
-                    print(kernel_report.short(value), flush=True)
+                    print(results.short(value), flush=True)
             report.keep(result, "", arguments)
     finally:
         worker.stop()
@@ -116,7 +118,7 @@ def chosen_cases(arguments: argparse.Namespace, cases: "tuple[Case, ...]") -> "l
     if unknown:
         raise ConfigError(f"--op: found {unknown[0]!r}, needs one of {', '.join(known)}")
     chosen = [known[name] for name in arguments.op or known]
-    from .kernel_timing import side_names
+    from .timing import side_names
 
     sides = {name for case in chosen for name in side_names(case)}
     unknown = [name for name in arguments.side or () if name not in sides]

@@ -1,9 +1,9 @@
 """Training speed of packed rows against rows padded to the longest, and against transformers, on the same samples.
 
-Sizes are those of tests/helpers/draws.py, texts scaled to the recipe's rows, as one tower sees them, which gives every
-picture, tile and frame the same number of tokens. A step trains all samples: packed in as many rows as they fill, or a
-row each, padded to the longest (transformers: of its micro-batch). Sides take turns as in `throughput`, and unless
-their losses agree nothing is reported: what is learnt does not depend on packing.
+Sizes are those of tools/benchmarks/media/draws.py, texts scaled to the recipe's rows, as one tower sees them, which
+gives every picture, tile and frame the same number of tokens. A step trains all samples: packed in as many
+rows as they fill, or a row each, padded to the longest (transformers: of its micro-batch). Sides take turns as in
+`throughput`, and unless their losses agree nothing is reported: what is learnt does not depend on packing.
 
 What padding alone explains is the ratio of the rows' tokens, padding included. Attention's work grows with the square
 of a row, so packed rows of isolated samples can gain more than that.
@@ -21,7 +21,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
 from megatron_vlm.runtime.launch import Launch
 
-from .report import Measured
+from ..report import Measured
 from .sides import TRANSFORMERS, SideRequest, merge
 from .throughput import measure
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, launch: Launch) -> None:
     """Measures and tells. Raises ConfigError on several ranks."""
-    from . import report
+    from .. import report
 
     if launch.world_size > 1:
         raise ConfigError(f"packing is measured on one rank, found {launch.world_size}")
@@ -78,8 +78,8 @@ def requests(config: Config, arguments: argparse.Namespace, launch: Launch) -> l
 
     from megatron_vlm.data.plan import PackedPlan
     from megatron_vlm.models.vision.survey import survey_tower
-    from tests.helpers.draws import FEWEST_TEXT_TOKENS, SEQUENCE_LENGTH, draw
 
+    from ..media.draws import FEWEST_TEXT_TOKENS, SEQUENCE_LENGTH, draw
     from .synthetic import SampleSize
 
     per_picture, length = (

@@ -23,7 +23,7 @@ from megatron_vlm.ops.attention_blocks import (
 )
 from megatron_vlm.ops.dispatch import AUTO
 
-from .kernel_case import Backward, Case, Draw, Outputs, Sizes, Tensors, Work
+from .case import Backward, Case, Draw, Outputs, Sizes, Tensors, Work
 
 RING = 8
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from torch.nn import functional
 
-from .kernel_case import Case, Outputs, Tensors
+from .case import Case, Outputs, Tensors
 
 PLAIN = "plain"
 

@@ -1,0 +1,1 @@
+"""Attention over ranks that share a sequence, against other implementations."""

@@ -1,0 +1,1 @@
+"""Import and export of weights, against a plain copy."""

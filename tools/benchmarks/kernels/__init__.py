@@ -1,0 +1,1 @@
+"""An operation's backends side by side: time, memory, error, and the project's targets."""
