@@ -24,7 +24,7 @@ from megatron_vlm.training.held_out import HeldOut, build_held_out
 from megatron_vlm.training.hooks import Hook, build_hooks
 from megatron_vlm.training.hooks.jsonl import is_evaluated
 from megatron_vlm.training.job import Job, build_job
-from megatron_vlm.training.meters import Meter
+from megatron_vlm.training.reporting.meters import Meter
 
 logger = get_logger(__name__)
 MANY_STEPS = 500  # to be lost for want of a checkpoint

@@ -18,7 +18,7 @@ from megatron_vlm.planner.parameter_shards import language_chunks, meta_encoder,
 from megatron_vlm.planner.timeline import Pass, stage_order
 from megatron_vlm.training import step
 from megatron_vlm.training.job import build_job
-from megatron_vlm.training.memory import model_memory
+from megatron_vlm.training.reporting.memory import model_memory
 from tests.helpers.lanes import mostly_slow
 from tests.helpers.live_bytes import LiveBytes
 from tests.helpers.ranks import RankPool

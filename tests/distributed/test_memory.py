@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.training import memory
 from megatron_vlm.training.job import build_job
-from megatron_vlm.training.memory import KINDS, model_memory, process_memory
+from megatron_vlm.training.reporting import memory
+from megatron_vlm.training.reporting.memory import KINDS, model_memory, process_memory
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_llama, tiny_recipe
 

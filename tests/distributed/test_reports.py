@@ -14,7 +14,7 @@ from megatron_vlm.planner.flops import model_shape, step_flops
 from megatron_vlm.runtime.launch import Launch
 from megatron_vlm.training import loop
 from megatron_vlm.training.job import Job, build_job
-from megatron_vlm.training.meters import Meter
+from megatron_vlm.training.reporting.meters import Meter
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import merge, tiny_recipe
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_vlm.training.held_out import EvaluationReport
-from megatron_vlm.training.meters import StepReport
-from megatron_vlm.training.ranks import RankComparison, RankFigures
+from megatron_vlm.training.reporting.meters import StepReport
+from megatron_vlm.training.reporting.ranks import RankComparison, RankFigures
 
 STEP = StepReport(
     step=1,

@@ -6,7 +6,7 @@ Most hooks only show and run on rank 0. A collective hook runs on every rank; it
 from pathlib import Path
 
 from megatron_vlm.training.held_out import EvaluationReport
-from megatron_vlm.training.meters import StepReport
+from megatron_vlm.training.reporting.meters import StepReport
 
 
 class Hook:

@@ -7,8 +7,8 @@ from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.progress import Progress
 from megatron_vlm.training.held_out import EvaluationReport
 from megatron_vlm.training.hooks.base import Hook
-from megatron_vlm.training.meters import StepReport
-from megatron_vlm.training.ranks import NUM_REPORTS, StragglerWatch
+from megatron_vlm.training.reporting.meters import StepReport
+from megatron_vlm.training.reporting.ranks import NUM_REPORTS, StragglerWatch
 
 logger = get_logger(__name__)
 

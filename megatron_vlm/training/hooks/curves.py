@@ -18,8 +18,8 @@ from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.hooks.files import replace_file
 from megatron_vlm.training.hooks.jsonl import EVALUATIONS, METRICS, read_lines
-from megatron_vlm.training.meters import StepReport
-from megatron_vlm.training.ranks import SLOW_SECONDS, RankComparison
+from megatron_vlm.training.reporting.meters import StepReport
+from megatron_vlm.training.reporting.ranks import SLOW_SECONDS, RankComparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,7 +17,7 @@ from megatron_vlm.runtime.collectives import all_reduce_
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.job import Job
-from megatron_vlm.training.meters import StepReport
+from megatron_vlm.training.reporting.meters import StepReport
 
 NUM_NAMED_SAMPLES = 32
 

@@ -17,7 +17,7 @@ from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training.held_out import EvaluationReport
 from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.hooks.files import AppendedFile, replace_file
-from megatron_vlm.training.meters import StepReport
+from megatron_vlm.training.reporting.meters import StepReport
 
 logger = get_logger(__name__)
 

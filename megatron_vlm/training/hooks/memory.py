@@ -7,8 +7,8 @@ from megatron_vlm.runtime.collectives import all_gather_objects
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.job import Job
-from megatron_vlm.training.memory import GIBIBYTE, model_memory
-from megatron_vlm.training.meters import StepReport
+from megatron_vlm.training.reporting.memory import GIBIBYTE, model_memory
+from megatron_vlm.training.reporting.meters import StepReport
 
 logger = get_logger(__name__)
 

@@ -13,7 +13,7 @@ from megatron_vlm.training.held_out import EvaluationReport
 from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.hooks.files import AppendedFile
 from megatron_vlm.training.hooks.jsonl import to_line
-from megatron_vlm.training.meters import StepReport
+from megatron_vlm.training.reporting.meters import StepReport
 
 logger = get_logger(__name__)
 

@@ -16,7 +16,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from megatron_vlm.training.held_out import EvaluationReport
 from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.hooks.files import AppendedFile, writing
-from megatron_vlm.training.meters import StepReport
+from megatron_vlm.training.reporting.meters import StepReport
 
 FORMAT = "brain.Event:2"
 

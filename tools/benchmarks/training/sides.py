@@ -139,7 +139,7 @@ def _serve(request: SideRequest, connection: Connection) -> None:
 
     scratch = Path(config.checkpoint.directory) / "bench" / request.name
     config = _with_data(request, scratch)
-    from megatron_vlm.training.memory import process_memory
+    from megatron_vlm.training.reporting.memory import process_memory
 
     before = process_memory().current_bytes
     side = _build(request, config)

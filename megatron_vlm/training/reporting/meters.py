@@ -14,8 +14,8 @@ from megatron_vlm.planner.flops import model_shape, step_flops
 from megatron_vlm.planner.peak import peak_of_ranks
 from megatron_vlm.runtime.collectives import all_gather_objects
 from megatron_vlm.training.job import Job
-from megatron_vlm.training.memory import process_memory
-from megatron_vlm.training.ranks import DATA, RankComparison, RankFigures
+from megatron_vlm.training.reporting.memory import process_memory
+from megatron_vlm.training.reporting.ranks import DATA, RankComparison, RankFigures
 from megatron_vlm.training.step import StepResult
 
 

@@ -1,0 +1,1 @@
+"""What a step reports: its numbers, ranks compared, and the memory measured on a rank."""
