@@ -1,4 +1,4 @@
-"""What a user can fix, as one family of exceptions, and how an error is told.
+"""Errors that a user can fix, as one family of exceptions, and the way an error is told.
 
 Every command line prints such an error as one line and exits non-zero (DESIGN 5). Our own broken invariants are
 asserts instead: those are bugs and keep their traceback. The message names the field or file, what was found and
@@ -44,7 +44,7 @@ class RecipeError(ConfigError):
 
 
 class SeveralFaults(ConfigError):
-    """What is wrong with a run in several places (recipe, tokenizer, data), found together and told a line each."""
+    """Faults of a run in several places (recipe, tokenizer, data), found together and told a line each."""
 
     def __init__(self, faults: Sequence[str]) -> None:
         super().__init__("; ".join(faults))
@@ -88,7 +88,7 @@ def together(
 
 
 def faults_of(error: MegatronVlmError) -> tuple[str, ...]:
-    """What it tells, one by one."""
+    """Faults that an exception tells, one by one."""
     return error.faults if isinstance(error, RecipeError | SeveralFaults) else (one_line(error),)
 
 
@@ -110,7 +110,7 @@ def shown(text: object) -> str:
 
 
 def one_line(error: BaseException, first: bool = False) -> str:
-    """What an exception says, in one line and `shown`; its kind, where it says nothing.
+    """The text of an exception in one line and `shown`; its kind, where it says nothing.
 
     Args:
         error: any exception.

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
-    """What an error says of a name nobody knows: the nearest one, or `otherwise` where none is near."""
+    """The end of an error about an unknown name: the nearest one, or `otherwise` where none is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {near[0]!r}?" if near else otherwise
 

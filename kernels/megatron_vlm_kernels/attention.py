@@ -38,7 +38,7 @@ NOT_SPECIALIZED = ["tiles_per_row", "q_len", "k_len", "lower", "upper"]  # or ev
 
 @dataclass(frozen=True)
 class Rules:
-    """How scores are made, and who sees whom.
+    """Scoring and visibility in one call.
 
     Args:
         lower, upper: the band of the one rectangle that is everything, where `rectangles` is None.
@@ -135,7 +135,7 @@ def tile_pointers(base, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def tile_mask(num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which of [ROWS, COLUMNS] exist."""
+    """Elements of [ROWS, COLUMNS] that exist."""
     return (tl.arange(0, ROWS) < num_rows)[:, None] & (tl.arange(0, COLUMNS) < WIDTH)[None, :]
 
 
@@ -169,7 +169,7 @@ def load_tile(
 
 @triton.jit
 def _tanh(x):
-    """By a polynomial near 0, where 1 - e^-2x cancels (Cephes' tanhf, Moshier), else by e^-2|x|: to 2 units in fp32."""
+    """tanh by a polynomial near 0, where 1 - e^-2x cancels (Cephes' tanhf, Moshier), else by e^-2|x|: to 2 ulp."""
     size, square = tl.abs(x), x * x
     series = -5.70498872745e-3 * square + 2.06390887954e-2
     series = (series * square - 5.37397155531e-2) * square + 1.33314422036e-1
@@ -190,7 +190,7 @@ def scaled_scores(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def key_range(start, q_len, k_len, lower, upper, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """What a tile of queries visits: blocks from `first` up to `stop`; those in [full, masked) need no mask."""
+    """Blocks that a tile of queries visits: from `first` up to `stop`; those in [full, masked) need no mask."""
     last_query = tl.minimum(start + QUERIES, q_len) - 1
     first = tl.maximum(start + lower, 0) // KEYS * KEYS
     stop = tl.minimum(last_query + upper + 1, k_len)

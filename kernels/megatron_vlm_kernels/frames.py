@@ -104,7 +104,7 @@ def _second_kernel(
     PATCH_WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Some of one frame's output numbers (axis 0: which, axis 1: frame). lines [n, num_lines, length, 3] uint8; across
+    """Computes some of a frame's outputs (axis 0: which, axis 1: frame). lines [n, num_lines, length, 3] uint8; across
     the lines there will be `resized` pixels."""
     frame = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -174,7 +174,7 @@ def resize_second(
     how: tuple[tuple[int, int, int], bool],
     dtype: torch.dtype,
 ) -> Tensor:
-    """What `resize_first` gave -> [n, window height * window width * 3] of that dtype, patch by patch.
+    """Resizes the result of `resize_first` -> [n, window height * window width * 3] of that dtype, patch by patch.
 
     Args:
         resampling: first line and weights, int32, of a canvas that begins `before` lines before the frame.

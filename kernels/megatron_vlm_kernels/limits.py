@@ -1,4 +1,4 @@
-"""What the kernels can take, to be asked without importing triton."""
+"""Limits of the kernels, to be asked without importing triton."""
 
 MAX_HEAD_WIDTH = 256  # wider heads do not fit a program's registers
 MAX_NORM_COLUMNS = 16384  # of RMSNorm's rows, each in one tile: wider ones spill from a program's registers

@@ -114,7 +114,7 @@ def _plan(num_columns: int) -> dict[str, int]:
 
 
 def _num_programs(num_tiles: int, device: torch.device) -> int:
-    """Of the backward kernel; two under the interpreter, so that partial sums are added up there too."""
+    """Number of programs of the backward kernel; two under the interpreter, so that sums are added there too."""
     if device.type != "cuda":
         return min(num_tiles, 2)
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count

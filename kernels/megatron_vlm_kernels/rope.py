@@ -104,7 +104,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False, in_pl
 
 
 def _tile(num_heads: int, half: int) -> dict[str, int]:
-    """Some heads of one token, or all heads of several."""
+    """The tile: several heads of one token, or all heads of several tokens."""
     block_half, elements = triton.next_power_of_2(half), tile_elements(TILE_ELEMENTS)
     block_heads = min(triton.next_power_of_2(num_heads), max(1, elements // block_half))
     block_tokens = max(1, elements // (block_heads * block_half))

@@ -55,7 +55,7 @@ def _tile(
     BLOCK_PATCHES: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """Where a square's numbers are: offsets in x and in the square's row, and whether they are of the square (not past
+    """Positions of a square's numbers: offsets in x and in the square's row, and which are of the square (not past
     its end) and of the grid (not padding), all [BLOCK_PATCHES, BLOCK_CHANNELS]."""
     out_h, out_w = tl.cdiv(side_h, FACTOR), tl.cdiv(side_w, FACTOR)
     image, first_row, first_column = _square(token, out_h, out_w, FACTOR, ROW_MAJOR)
@@ -214,7 +214,7 @@ def _plan(num_channels: int, factor: int, row_major: bool) -> dict[str, Any]:
 
 
 def _num_shares(num_tokens: int, num_column_programs: int, device: torch.device) -> int:
-    """Of the squares, in the second pass; two under the interpreter, so that partial sums are added up there too."""
+    """Number of shares of the squares in the second pass; two under the interpreter, so that sums are added too."""
     most = triton.cdiv(num_tokens, SUM_TOKENS)
     if device.type != "cuda":
         return min(most, 2)

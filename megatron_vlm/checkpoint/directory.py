@@ -35,7 +35,7 @@ _NAME = re.compile(rf"{_STEP}[0-9]{{1,20}}", re.ASCII)
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
-    """Where the checkpoint after `step` updates stands."""
+    """Path of the checkpoint after `step` updates."""
     return root / f"{_STEP}{step:07d}"
 
 
@@ -51,12 +51,12 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def partial_path(final: Path) -> Path:
-    """Where a checkpoint is written."""
+    """Path at which a checkpoint is written."""
     return final.with_name(f".partial_{final.name}")
 
 
 def replaced_path(final: Path) -> Path:
-    """Where a checkpoint of the same step stands until its successor is in place."""
+    """Path of a checkpoint of the same step until its successor is in place."""
     return final.with_name(f".replaced_{final.name}")
 
 
@@ -171,7 +171,7 @@ def tidy(root: Path) -> None:
 
 
 def on_rank_zero(action: Callable[[], T], world: "ProcessGroup", problem: str) -> T:
-    """What `action` returns on rank 0 (picklable), on every rank; a collective call.
+    """Runs `action` on rank 0 and returns its result (picklable) on every rank; a collective call.
 
     Raises:
         CheckpointError: on every rank, what `action` raised, an OSError as `problem` and its message.

@@ -41,7 +41,7 @@ class OtherFormatError(CheckpointError):
 
 
 class FileRecord(NamedTuple):
-    """What a file must be."""
+    """Size and checksum that a file must have."""
 
     size_bytes: int
     sha256: str  # hexadecimal
@@ -54,7 +54,7 @@ def installed_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is."""
+    """The description of a checkpoint: its recipe, versions and files."""
 
     step: int  # updates made
     config: dict[str, Any]  # the resolved recipe
@@ -96,7 +96,7 @@ class Manifest:
 
     @property
     def lacks(self) -> str | None:
-        """What a checkpoint of an earlier format does not have, in a line; None where it is of this one."""
+        """Lack of a checkpoint of an earlier format, in a line; None where it is of this one."""
         return None if self.format == FORMAT else f"it is of format {self.format}: damage to its manifest is not found"
 
     def _check(self, directory: Path) -> None:

@@ -27,7 +27,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset and size along each dime
 def sharded_optimizer_state(
     optimizer: ChainedOptimizer, weights: dict[str, Any], is_loading: bool = False
 ) -> dict[int, Any]:
-    """What a checkpoint holds of the optimizer, by place in the chain.
+    """The optimizer's part of a checkpoint, by place in the chain.
 
     Args:
         optimizer: of all components.

@@ -26,7 +26,7 @@ class CodeFoundError(pickle.UnpicklingError):
 
 
 class Name(NamedTuple):
-    """What a pickle would import: the dotted name of a class, a function or a dtype."""
+    """An import that a pickle asks for: the dotted name of a class, a function or a dtype."""
 
     name: str
 
@@ -38,7 +38,7 @@ class Pairs(list[tuple[Any, Any]]):
 
 
 class Instance:
-    """What a pickle would make by calling `kind`.
+    """A call of `kind` that a pickle asks for.
 
     Args:
         kind: the dotted name of a class or a function.
@@ -53,7 +53,7 @@ class Instance:
 
 
 def read_pickle(data: bytes, names: Collection[str], enums: Mapping[str, Collection[str]]) -> Any:
-    """What a pickle holds: None, bool, int, str, tuple, list, `Pairs`, `Name` and `Instance`.
+    """Reads a pickle: None, bool, int, str, tuple, list, `Pairs`, `Name` and `Instance`.
 
     Args:
         data: the whole of it.

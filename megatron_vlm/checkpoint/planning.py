@@ -1,4 +1,4 @@
-"""Who writes which part of which tensor: megatron-core's sharded state as torch's checkpoint format has it.
+"""The parts of tensors that each rank writes: megatron-core's sharded state as torch's checkpoint format has it.
 
 Hazard: these are parts of dist_checkpointing.save, taken one by one, because as a whole it writes files on some ranks
 while the others wait for them in a collective: what goes wrong there would be told by one rank and never end on the
@@ -32,7 +32,7 @@ class Planner:
     def items(
         self, sharded: dict[str, Any], world: ProcessGroup
     ) -> tuple[list[tuple[WriteItem, Tensor | io.BytesIO]], dict[str, Any]]:
-        """What this rank writes, and what is no part of a tensor and the same on every rank. Collective at first."""
+        """Lists this rank's parts, and what is no part of a tensor and the same on every rank. Collective at first."""
         parts, common = save_preprocess(sharded, validate_access_integrity=self._plan is None)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(parts, keep_only_main_replica=True)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)

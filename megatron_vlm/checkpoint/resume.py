@@ -1,4 +1,4 @@
-"""What a run starts from: the newest good checkpoint of its own directory, else what the recipe names, else nothing.
+"""The start of a run: the newest good checkpoint of its own directory, else what the recipe names, else nothing.
 
 Good means that the manifest is what was written, and every file what it says; the ranks share the reading. One that is
 not is passed over for the one before it and renamed, so that it is neither met again nor counted among those to keep.
@@ -51,7 +51,7 @@ class Start:
 
 
 def find_start(config: CheckpointConfig, world: ProcessGroup, owns: bool = True) -> Start | None:
-    """What `checkpoint.resume`, `load` and `load_states` come to; a collective call.
+    """Finds the start by `checkpoint.resume`, `load` and `load_states`; a collective call.
 
     Args:
         owns: the directory is this run's to tidy; else nothing in it is touched, another run may be going on there.

@@ -24,7 +24,7 @@ _NAMED_BY_TORCH = re.compile(r"\bGLOBAL ([\w.]+)")
 
 
 def load_data(file: IO[bytes]) -> Any:
-    """What `torch.save` wrote, on the CPU. Raises CodeFoundError, ValueError, and what else torch does of damage."""
+    """Loads what `torch.save` wrote, on the CPU. Raises CodeFoundError, ValueError, and torch's errors of damage."""
     try:
         with torch.serialization.safe_globals([io.BytesIO]):  # what layers without extra state keep
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -33,14 +33,14 @@ def load_data(file: IO[bytes]) -> Any:
 
 
 def refusal(error: pickle.UnpicklingError) -> CodeFoundError | ValueError:
-    """Of torch's restricted unpickler, whose own text advises to read the file without restraint."""
+    """The refusal of torch's restricted unpickler, whose own text advises to read the file without restraint."""
     named = _NAMED_BY_TORCH.search(str(error))
     return ValueError("its pickle is not plain data") if named is None else CodeFoundError(named[1])
 
 
 @contextmanager
 def told_of(path: Path) -> Iterator[None]:
-    """Whatever goes wrong inside with reading a file is one CheckpointError that names it."""
+    """Turns whatever goes wrong with reading a file into one CheckpointError that names it."""
     try:
         yield
     except CodeFoundError as error:

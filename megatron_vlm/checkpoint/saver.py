@@ -124,7 +124,7 @@ class CheckpointSaver:
         return published
 
     def finish(self) -> list[Path]:
-        """As `poll`, but waits for what is in flight."""
+        """Same as `poll`, but waits for what is in flight."""
         return self.poll(is_writing=False)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run, and how it comes back into one of any layout.
+"""The states of a run that a checkpoint holds, and their way back into a run of any layout.
 
 Tensors are stored with megatron-core's dist_checkpointing as parts of global tensors, so tensor, pipeline and data
 parallel sizes may differ between saving and loading. Random states belong to ranks: they come back where the layout is
@@ -62,7 +62,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint keeps.
+    """The states that a checkpoint keeps.
 
     Args:
         config: the recipe, stored in the manifest.
@@ -185,7 +185,7 @@ def load_model_state(model: VisionLanguageModel, state: dict[str, Any]) -> None:
 
 
 def components(optimizer: ChainedOptimizer) -> list[str]:
-    """Which of language and vision (tower and projector) have optimizer states, in the chain's order."""
+    """Names of language and vision (tower and projector) that have optimizer states, in the chain's order."""
     groups = [part.param_groups[0]["component"] for part in optimizer.chained_optimizers]
     return ["language" if component == "language" else "vision" for component in groups]
 
@@ -201,7 +201,7 @@ def _random_place(grid: Grid, states: dict[str, Any] | None) -> ShardedObject:
 
 @contextmanager
 def _told_as_misfit(directory: Path) -> Iterator[None]:
-    """What was read is data of any kind: objects that are not what a run keeps are one CheckpointError."""
+    """Turns objects that are not what a run keeps into one CheckpointError: what was read is data of any kind."""
     try:
         yield
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:

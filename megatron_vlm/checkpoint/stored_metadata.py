@@ -52,7 +52,7 @@ _USED, _UNUSED = ("state_dict_metadata", "storage_data"), ("planner_data", "stor
 
 
 def read_metadata(directory: Path, files: Mapping[str, FileRecord]) -> Metadata:
-    """What the checkpoint holds, and where.
+    """Reads a checkpoint's table of contents.
 
     Args:
         directory: the checkpoint.
@@ -69,7 +69,7 @@ def read_metadata(directory: Path, files: Mapping[str, FileRecord]) -> Metadata:
 
 
 class _Reader:
-    """From a pickle's values to torch's objects. Raises UnpicklingError."""
+    """Makes torch's objects of a pickle's values. Raises UnpicklingError."""
 
     def __init__(self, files: Mapping[str, FileRecord]) -> None:
         self._files = files

@@ -40,7 +40,7 @@ NICENESS = 15  # of a writer: where cores are short, training goes first
 
 @dataclass(frozen=True)
 class Outcome:
-    """How writing a part went; `error` says what went wrong, None where nothing did."""
+    """The end of writing a part; `error` says what went wrong, None where nothing did."""
 
     results: list[WriteResult] = field(default_factory=list)
     files: dict[str, FileRecord] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank writes into `directory`; rank 0 also vouches for the files that stand there already."""
+    """The files of one rank in `directory`; rank 0 also vouches for the files that are there already."""
 
     directory: Path
     rank: int
@@ -74,7 +74,7 @@ class Part:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor stands in the snapshot's memory."""
+    """Place of a tensor in the snapshot's memory."""
 
     offset_bytes: int
     shape: torch.Size
@@ -202,7 +202,7 @@ class BackgroundWriter:
 
 
 def reason_of(error: BaseException) -> str:
-    """What went wrong, in one line: the system's word (disk full) where there is one behind what a library says."""
+    """Reason of a failure, in one line: the system's word (disk full) where there is one behind what a library says."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

@@ -1,4 +1,4 @@
-"""Which tokens end an answer: for generation here, and for those who ask an exported model.
+"""Tokens that end an answer: for generation here, and for those who ask an exported model.
 
 Hazard: a model configuration made from a dictionary carries transformers' default end of sequence (2 for Llama), which
 in the tokenizer in use may be an ordinary letter; only ids that the tokenizer knows as special count.

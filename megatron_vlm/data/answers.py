@@ -1,4 +1,4 @@
-"""Where in a rendered conversation the answers are, and what the model says itself of each.
+"""Places of the answers in a rendered conversation, and the part of each that the model says itself.
 
 A template is a program, so what it puts around answers is found by rendering stand-ins in their places. Most
 conversations have around theirs what a small one has (`Surroundings`), and are not rendered again to find it.
@@ -33,7 +33,7 @@ class AnswerSpan:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a template puts around an answer: what the model says before it, and what ends its turn."""
+    """The text of a template around an answer: what the model says before it, and what ends its turn."""
 
     before: str
     after: str
@@ -49,7 +49,7 @@ class Surroundings:
 
 
 def find_surroundings(render: Render) -> list[Surroundings]:
-    """What a template puts around the answers of small conversations, the last one's first. Raises as `render`."""
+    """Finds a template's text around the answers of small conversations, the last one's first. Raises as `render`."""
     found = []
     for rounds in (1, 2):
         turns = [turn for n in range(rounds) for turn in (Turn("user", "?"), Turn("assistant", STAND_IN.format(n)))]
@@ -140,7 +140,7 @@ def marked_tokens(tokens: Tokens, trained: range, span: AnswerSpan, marks: Seque
 
 
 def _forms(answer: str) -> Iterator[str]:
-    """As it is, or as templates strip it."""
+    """The forms of a text: as it is, and as templates strip it."""
     for blanks in (None, "\n"):
         yield answer
         yield answer.strip(blanks)

@@ -1,4 +1,4 @@
-"""What a step is fed: token rows of this rank's micro-batches, and the pictures it encodes itself.
+"""The data of a step: token rows of this rank's micro-batches, and the images it encodes itself.
 
 All of it is made by a data worker; the plan of the media exchange comes along, so the training process computes nothing
 but the step.
@@ -47,12 +47,12 @@ class MicroBatch:
         return replace(self, labels=labels)
 
     def at(self, positions: Tensor) -> "MicroBatch":
-        """What a rank holds of the rows: the tokens at global positions [n]. `documents` stay those of whole rows."""
+        """A rank's part of the rows: the tokens at global positions [n]. `documents` stay those of whole rows."""
         cut = {name: getattr(self, name)[:, positions] for name in ("ids", "labels", "position_ids")}
         return replace(self, **cut)
 
     def document(self, row: int, position: int) -> Interval:
-        """Where the document stands that a token is in: its start and its row are the document's name."""
+        """Interval of the document that a token is in: its start and its row are the document's name."""
         documents = self.documents[row]
         return documents.interval(documents.number(position))
 
@@ -130,10 +130,10 @@ class StepBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Of the global batch, padding left out, pictures included."""
+        """Number of tokens of the global batch, padding left out, images included."""
         return sum(self.row_tokens)
 
     @property
     def num_padding_tokens(self) -> int:
-        """Of the global batch."""
+        """Number of padding tokens of the global batch."""
         return len(self.row_tokens) * self.length - self.num_tokens

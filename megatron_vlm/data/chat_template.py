@@ -146,7 +146,7 @@ def _refuse_unread(arguments: Mapping[str, Any], names: set[str], owner: str) ->
 
 
 def _refuse_chance(tree: nodes.Template, names: set[str], owner: str) -> None:
-    """By the filter, by name or through `map`, which may also be given a name that is made while it runs, or by
+    """Refuses jinja's chance: the filter, by name or through `map`, which may take a name made while it runs, and
     `lipsum`."""
     draws = "lipsum" in names
     for found in tree.find_all(nodes.Filter):

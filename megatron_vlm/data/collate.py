@@ -1,4 +1,4 @@
-"""From encoded samples to the rows of a micro-batch and the pictures of a window.
+"""Encoded samples made the rows of a micro-batch and the images of a window.
 
 Labels are shifted here, over whole documents, before any rank cuts them: shifted afterwards, the token at each cut
 would lose its label. The last token of a document predicts nothing. Padding stands at the end of a row, where a causal

@@ -1,4 +1,4 @@
-"""From turns to token ids and labels.
+"""Turns made token ids and labels.
 
 A template renders turns to one string, and a tokenizer makes ids of it. Trained is, of every assistant turn, what comes
 behind the prompt that generation would use there, token by token, up to and including the end of turn:
@@ -209,7 +209,7 @@ class ConversationEncoder:
             return ends
 
     def answers_that_differ(self) -> tuple[str, str] | None:
-        """What is trained of an earlier answer and of the last one, both "!", where the template makes a difference."""
+        """Trained texts of an earlier answer and of the last one, both "!", where the template makes a difference."""
         if self.apart or self.template != "auto":  # of those we name it is said what they do (templates.py)
             return None
         try:
@@ -318,7 +318,7 @@ class ConversationEncoder:
             return []
 
     def _earlier_borders(self, text: str, sample: Sample, turns: Sequence[Turn]) -> list[int]:
-        """Where in a text the model began to speak before, as far as the template tells it as it asked for it."""
+        """Places in a text where the model began to speak before, as far as the template says where it asked for it."""
         if self.apart:
             return []
         borders = []
@@ -360,7 +360,7 @@ class ConversationEncoder:
         return spans
 
     def _border(self, text: str, sample: Sample, turns: Sequence[Turn]) -> int:
-        """Where in a rendered text the model begins to speak after some of its turns."""
+        """Place in a rendered text where the model begins to speak after some of its turns."""
         prompt = self._render(sample, turns, generation_prompt=True)
         if not text.startswith(prompt):
             same = len(commonprefix([text, prompt]))

@@ -102,16 +102,16 @@ class SampleIndex:
         return len(self._records)
 
     def extent(self, sample: int) -> Extent:
-        """Where the sample stands in its file."""
+        """Place of the sample in its file."""
         record = self._records[sample]
         return Extent(int(record["offset"]), int(record["size"]), int(record["number"]))
 
     def part(self, sample: int) -> int:
-        """Which of its record's parts the sample is."""
+        """Number of the sample among the parts of its record."""
         return int(self._records["part"][sample])
 
     def frame_counts(self, sample: int) -> tuple[int, ...]:
-        """How many frames of each of the sample's videos are taken."""
+        """Number of frames taken of each of the sample's videos."""
         start = int(self._records["video_end"][sample - 1]) if sample else 0
         return tuple(self._frames[start : int(self._records["video_end"][sample])].tolist())
 
@@ -131,7 +131,7 @@ class SkipRule:
 
 
 class Measured(NamedTuple):
-    """What the index keeps of a sample."""
+    """The entry of a sample in the index."""
 
     tokens: int
     images: int

@@ -146,7 +146,7 @@ def literal(value: Any) -> str:
 
 
 def content_form(program: str, variables: Mapping[str, Any]) -> ContentForm | None:
-    """What a chat template takes as content: texts, or only lists of typed parts; None where it shows neither.
+    """The form of content that a chat template takes: texts, or only lists of typed parts; None where it shows neither.
 
     Args:
         variables: that it is given besides the messages: special tokens, arguments.

@@ -1,4 +1,4 @@
-"""From a recipe to a stream of steps: index, plan, fetch.
+"""The stream of a recipe's steps: index, plan, fetch.
 
 One item of the stream is one step's whole input on this rank, made by a worker process. It is a pure function of the
 step's number, so a resumed run, on any layout, goes on with exactly the batches it would have had; every rank of a
@@ -118,7 +118,7 @@ def build_held_out_loader(
 
 
 def pinning() -> Callable[[StepBatch], StepBatch] | None:
-    """What a thread does to a step before it is asked for: on CUDA, pins it; on the CPU, nothing."""
+    """A function by which a thread readies a step before it is asked for: on CUDA, pins it; on the CPU, nothing."""
     if not is_on_gpu():
         return None
     device = current_device()
@@ -150,7 +150,7 @@ def _open_source(
 
 
 def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int) -> ConversationEncoder:
-    """What makes a recipe's conversations tokens. Raises ConfigError."""
+    """Makes the encoder of a recipe's conversations. Raises ConfigError."""
     limit = config.training.sequence_length if config.data.on_long_sample == "truncate" else None
     return ConversationEncoder.of(config.data, tokenizer, tokens_per_image, limit)
 
@@ -169,7 +169,7 @@ def check_lengths(index: SampleIndex, file: RecordFile, sequence_length: int, to
 
 @dataclass(frozen=True)
 class StepShape:
-    """How a global batch is cut into this rank's micro-batches and windows.
+    """The cut of a global batch into this rank's micro-batches and windows.
 
     Global row (m * D + d) * b + i is row i of micro-batch m of data-parallel rank d, of D.
     """
@@ -359,7 +359,7 @@ class StepFetcher:
         return MediaWindow(first, len(rows), tuple(spans), own, plan, route, *self.source.pictures(own))
 
     def _places(self, micro_batches: range, numbers: Sequence[tuple[int, ...]]) -> list[SamplePlace]:
-        """Where the samples of some micro-batches of all replicas stand."""
+        """Places of the samples of some micro-batches of all replicas."""
         index, shape = self.source.index, self.shape
         return [
             SamplePlace(sample, int(index.images[sample]), data, m, number, start)

@@ -1,4 +1,4 @@
-"""From a picture file to the pixels a tower takes.
+"""Image files made the pixels that a tower takes.
 
 PIL only, as LLaVA prepares its pictures: `pad` sets the picture on a square of the tower's mean colour before the
 resize, `resize` lets the aspect ratio go, `processor` does what the tower's own preprocessor config says, and the

@@ -44,7 +44,7 @@ class SamplePlace:
 
 @dataclass(frozen=True)
 class WorldSharing:
-    """What a rank knows of all windows.
+    """A rank's knowledge of all windows.
 
     Args:
         sizes, at: the layout and this rank's place in it.

@@ -1,4 +1,4 @@
-"""Which samples make which step: pure functions of (the samples, seed, step).
+"""The samples of each step: pure functions of (the samples, seed, step).
 
 Samples follow one another in epochs, each its own permutation; step t takes the next `global_batch_size` of that
 endless sequence, across the end of an epoch where it falls there. So nothing is dropped, every sample comes once per
@@ -29,7 +29,7 @@ POOL_BATCHES = 50  # samples are sorted by length among so many batches' worth; 
 
 
 class RowPlan(Protocol):
-    """What the loader must know of a plan."""
+    """The part of a plan that the loader must know."""
 
     @property
     def packed_length(self) -> int | None:
@@ -40,7 +40,7 @@ class RowPlan(Protocol):
 
 
 class Lengths(Protocol):
-    """What grouping must know of the samples: two [n] integer arrays, as `SampleIndex` has them."""
+    """Lengths by which samples are grouped: two [n] integer arrays, as `SampleIndex` has them."""
 
     tokens: np.ndarray
     images: np.ndarray
@@ -149,7 +149,7 @@ class PackedPlan:
 
     @property
     def num_rows(self) -> int:
-        """Of an epoch."""
+        """Number of rows of an epoch."""
         return len(self._ends)
 
     @property

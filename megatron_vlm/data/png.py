@@ -32,7 +32,7 @@ def without_notes(file: BinaryIO) -> BinaryIO:
 
 
 def _list_pieces(file: BinaryIO) -> list[tuple[int, int]]:
-    """What lies between the notes, [start, stop) in bytes."""
+    """Lists the pieces between the notes, [start, stop) in bytes."""
     pieces: list[tuple[int, int]] = []
     size = file.seek(0, io.SEEK_END)
     start, position, kind = 0, len(MAGIC), b""
@@ -67,12 +67,12 @@ class _Pieces(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As files do."""
+        """Seeks like a file."""
         self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
         return self.position
 
     def readinto(self, buffer: Any, /) -> int:
-        """As files do; no more than up to the piece's end."""
+        """Reads like a file; no more than up to the piece's end."""
         if self.position >= self.size:
             return 0
         number = bisect_right(self.offsets, self.position) - 1

@@ -17,7 +17,7 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says; a user's text holds one marker per picture or video, where it belongs, of a sample that has
+    """One side's turn; a user's text holds one marker per image or video, where it belongs, of a sample that has
     any. `trained`: of an answer, whether the model learns to say it; else it is only told."""
 
     role: Role
@@ -111,7 +111,7 @@ class BadSample(DataError):
 
 @contextlib.contextmanager
 def told_of(owner: str) -> Iterator[None]:
-    """What one sample makes Python refuse (its memory, its stack, an arithmetic that has no result) is that sample's
+    """Turns what one sample makes Python refuse (its memory, its stack, an arithmetic without a result) into its own
     fault, and not the rank's: a BadSample that names `owner`."""
     try:
         yield

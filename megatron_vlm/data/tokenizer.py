@@ -89,7 +89,7 @@ def _check_texts(folder: Path) -> None:
 
 @contextlib.contextmanager
 def faults_told(tokenizer: Tokenizer) -> Iterator[None]:
-    """Whatever cuts texts into tokens, or puts them together again, runs inside.
+    """Guards whatever cuts texts into tokens, or puts them together again.
 
     Raises:
         ConfigError: in the place of what the library raises, a panic among it: the tokenizer is broken, not the text.
@@ -122,7 +122,7 @@ def _try(tokenizer: Tokenizer, image_token: str, folder: str) -> None:
 
 @contextlib.contextmanager
 def _panics_unsaid() -> Iterator[None]:
-    """What a panic writes, some lines of it, is dropped where the panic is raised, too, and will be told; all else that
+    """Drops what a panic writes, some lines of it, where the panic is raised, too, and will be told; all else that
     is written meanwhile follows at the end on stderr, `shown`: the library quotes keys of a file, and on stdout."""
     if sys.stderr is None or sys.stdout is None:  # closed: its number may be another file's
         yield

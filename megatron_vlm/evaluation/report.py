@@ -1,4 +1,4 @@
-"""What an evaluation found: one record per question, one line of numbers per question form, and the files of both.
+"""Result of an evaluation: one record per question, one line of numbers per question form, and the files of both.
 
 Two numbers stand beside each form's score, because a score means little without them: the score with blanked images
 (what the model owes to the text alone) and that of always giving the form's most frequent answer.

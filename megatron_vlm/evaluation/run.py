@@ -44,7 +44,7 @@ class EvaluationStopped(Exception):
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """How to ask.
+    """The way to ask.
 
     Args:
         task: a registered name.
@@ -104,7 +104,7 @@ def read_questions(
 def find_unanswerable(
     assistant: Assistant, num_samples: int, sample: Callable[[int], Sample], progress: bool = False
 ) -> dict[int, BadSample]:
-    """Which samples `evaluate` would fail at for their texts, or for want of a truth, by number and in order; a
+    """Finds the samples `evaluate` would fail at for their texts, or for want of a truth, by number and in order; a
     collective call, of which every rank checks its share and knows the whole.
 
     Args:

@@ -121,7 +121,7 @@ class Assistant:
     def score(
         self, prompts: Prompt | Sequence[Prompt], answers: str | Sequence[str], batch_size: int = 32
     ) -> Score | list[Score]:
-        """How likely the model finds given answers, whole and with their end of turn.
+        """Scores given answers: how likely the model finds them, whole and with their end of turn.
 
         Args:
             prompts: as `generate` takes them.

@@ -14,7 +14,7 @@ from megatron_vlm.generation.prompts import Dialogue, Message, Prompt
 
 
 class Answers(Protocol):
-    """What `load` gives."""
+    """The methods of what `load` gives."""
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> str | list[str]: ...
 
@@ -43,7 +43,7 @@ class Chat:
 
 
 def turn_seed(seed: int, turn: int) -> int:
-    """Of a turn, counted from 0: the conversation's own seed for the first, and no neighbour's for the others."""
+    """Seed of a turn, counted from 0: the conversation's own for the first, and no neighbour's for the others."""
     if turn == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"turn:{seed}:{turn}".encode()).digest()[:8], "little")

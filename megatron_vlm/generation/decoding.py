@@ -77,7 +77,7 @@ def spread(prompts: PromptBatch, grid: Grid) -> tuple[PromptBatch, SequenceLayou
 
 
 def make_cache(valid: Tensor, max_new_tokens: int, grid: Grid) -> KVCache:
-    """For this rank's part of the prompts and of the answers; valid [b, s/cp]: False where padding."""
+    """Makes the cache of this rank's part of prompts and answers; valid [b, s/cp]: False where padding."""
     prompt_valid = None if valid.all() else valid.to(current_device())
     if grid.sizes.context == 1:
         return KVCache(valid.shape[1] + max_new_tokens, prompt_valid)

@@ -1,4 +1,4 @@
-"""From a directory or hub id to something that answers: in one process, over a job's ranks, or over child processes.
+"""Loading of a directory or hub id as something that answers: in one process, over a job's ranks, or over children.
 
 A checkpoint of ours carries all it needs (weights, resolved recipe, tokenizer, model configurations), so that it can be
 moved and asked anywhere. Any layout may have saved it, and any may load it. Directories of other systems are read as
@@ -40,7 +40,7 @@ class RankCounts(TypedDict, total=False):
 
 
 class LoadOptions(RankCounts, total=False):
-    """What is seldom said: the layout, and variables of the tokenizer's chat template, each of which takes the place of
+    """Options that are seldom set: the layout, and variables of the chat template, each of which takes the place of
     the one that the model was trained with."""
 
     template_arguments: Mapping[str, Any] | None

@@ -1,4 +1,4 @@
-"""From what a caller hands over (texts and images, mixed) to one left-padded batch; and what is told of an answer.
+"""Prompts as a caller hands them over (texts and images, mixed), made one left-padded batch; facts about an answer.
 
 Prompts are rendered by the same conversation encoder as the training samples, so that a model is asked in the words it
 was trained on. Rows are padded on the left, so that all of them continue at the same index; padding is hidden from
@@ -54,7 +54,7 @@ Prompt = Message | Dialogue
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: a conversation up to the assistant's turn, and its images in order."""
+    """A question: a conversation up to the assistant's turn, and its images in order."""
 
     sample: Sample
     images: Sequence[LazyPixels]
@@ -86,7 +86,7 @@ class PromptBatch:
 
     @property
     def documents(self) -> tuple[Documents, ...]:
-        """Of each row, for attention that is told of them instead of `valid`: padding is a document of its own."""
+        """Documents of each row, for attention that takes them and not `valid`: padding is a document of its own."""
         length = self.ids.shape[1]
         padding = (length - self.valid.sum(1)).tolist()
         return tuple(
@@ -110,7 +110,7 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a model finds an answer, its end of turn included where the template has one."""
+    """Likelihood of an answer, its end of turn included where the template has one."""
 
     log_probability: float  # natural, summed over the tokens
     num_tokens: int

@@ -143,7 +143,7 @@ class RankedAssistant:
         self.close()
 
     def generate(self, prompts: Prompt | Sequence[Prompt], *arguments: Any, **options: Any) -> str | list[str]:
-        """As `Assistant.generate`.
+        """Same as `Assistant.generate`.
 
         Raises:
             As it does; ParallelError: closed, or a rank ended without a word.
@@ -155,7 +155,7 @@ class RankedAssistant:
     def score(
         self, prompts: Prompt | Sequence[Prompt], answers: str | Sequence[str], batch_size: int = 32
     ) -> Score | list[Score]:
-        """As `Assistant.score`. Raises as it and `generate` here do."""
+        """Same as `Assistant.score`. Raises as it and `generate` here do."""
         several, are_several = list_prompts(prompts)
         scores: list[Score] = self._ask_about(several, "score", (answers if are_several else [answers], batch_size), {})
         return scores if are_several else scores[0]
@@ -163,7 +163,7 @@ class RankedAssistant:
     def _ask_about(
         self, prompts: Sequence[Prompt], method: str, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
-        """What a method of every rank's `Assistant` says of the prompts."""
+        """Calls a method of every rank's `Assistant` with the prompts, and returns what it says."""
         ready = [_portable(prompt, f"prompt {number}") for number, prompt in enumerate(prompts, start=1)]
         return self._ask((method, ready, arguments, options))
 
@@ -200,7 +200,7 @@ class RankedAssistant:
 
 
 def _gather(connections: Sequence[Connection]) -> dict[int, Any]:
-    """What each rank replies, EOFError for one that is gone; once one has failed, only of those who reply soon."""
+    """Gathers each rank's reply, EOFError for one that is gone; once one has failed, only of those who reply soon."""
     pending = {connection: rank for rank, connection in enumerate(connections)}
     replies: dict[int, Any] = {}
     deadline: float | None = None
@@ -244,7 +244,7 @@ def _start(children: _Children, rank: int, placement: Placement, port: int) -> N
 
 
 def _gpu_names(gpus: Sequence[int], visible: str | None) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls these, which are numbered among those visible here. Raises ConfigError."""
+    """CUDA_VISIBLE_DEVICES' names of these GPUs, numbered among those visible here. Raises ConfigError."""
     if visible is None:
         return [str(number) for number in gpus]
     names = [name for name in visible.split(",") if name]

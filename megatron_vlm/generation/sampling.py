@@ -1,4 +1,4 @@
-"""Which token comes next: the likeliest, or one drawn from the distribution that temperature, top-k and top-p leave.
+"""Choice of the next token: the likeliest, or one drawn from what temperature, top-k and top-p leave.
 
 The restrictions are those of `transformers` (temperature first, then top-k, then top-p), so that the settings people
 bring along mean the same. A draw turns one uniform number into a token by the inverse of the cumulated probabilities.
@@ -26,7 +26,7 @@ LEAST_TEMPERATURE = 1e-30  # the likeliest token's share is 1 long before
 
 
 class SamplingOptions(TypedDict, total=False):
-    """What a caller may say, as in `Sampling`."""
+    """Sampling options of a caller, as in `Sampling`."""
 
     temperature: float
     top_k: int | None
@@ -36,7 +36,7 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """The rule by which tokens are chosen.
 
     Args:
         temperature: divides the logits; 0, the default, takes the likeliest token, and so does what is below

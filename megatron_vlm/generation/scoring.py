@@ -1,4 +1,4 @@
-"""How likely a model finds given answers: one forward over prompt and answer, as in training (teacher forcing).
+"""Likelihood of given answers: one forward over prompt and answer, as in training (teacher forcing).
 
 The rows take the road of training's evaluation, on a replica of any layout: context ranks share each, and the head
 computes the loss of every token, so logits are never whole. Padding on the left is a document of its own.

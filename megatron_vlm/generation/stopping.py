@@ -1,4 +1,4 @@
-"""What ends an answer: a token, or a string that its text holds.
+"""Ends of an answer: a token, or a string that its text holds.
 
 A stop string may begin and end within tokens, so it is looked for in the text. While tokens come, only the end of the
 text is decoded anew: as many tokens as can carry the longest stop string. What is finally told is cut in the whole
@@ -17,7 +17,7 @@ SLACK_TOKENS = 8  # the string's first and last token are shared with other text
 
 
 class Stopping:
-    """When the answers of a batch end.
+    """The ends of a batch's answers.
 
     Args:
         tokenizer: that decodes them.

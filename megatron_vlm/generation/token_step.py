@@ -72,7 +72,7 @@ class TokenStep:
         return plain and all(_is_plain(layer) for layer in chunk.decoder.layers)
 
     def __call__(self, ids: Tensor, position_ids: Tensor, hidden: Tensor | None) -> Tensor:
-        """As the chunk's own forward with its cache.
+        """Same as the chunk's own forward with its cache.
 
         Args:
             ids, position_ids: [b, 1].
@@ -125,7 +125,7 @@ class TokenStep:
         return self._summed(functional.linear(out.transpose(1, 2).reshape(len(x), -1), layer.out))
 
     def _summed(self, x: Tensor) -> Tensor:
-        """Over the tensor ranks."""
+        """Sums over the tensor ranks."""
         if self.group_size > 1:
             dist.all_reduce(x, group=self.group)
         return x

@@ -77,7 +77,7 @@ class Rectangle:
 
     @property
     def rules(self) -> AttentionRules:
-        """Who sees whom; the scale is not known here."""
+        """Visibility of keys; the scale is not known here."""
         return {"causal": self.causal, "offset": self.offset, "window": self.window, "softmax_scale": 1.0}
 
 
@@ -106,7 +106,7 @@ class Rectangles:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How scores are made, and by which backend of `ops.attention`: auto or a name."""
+    """The way scores are made, and the backend of `ops.attention` that makes them: auto or a name."""
 
     softmax_scale: float
     softcap: float | None = None
@@ -183,7 +183,7 @@ def attention_into_backward(
 
 
 def _asked(q: Tensor, v: Tensor) -> Asked:
-    """What all rectangles ask alike; the kernel takes any band."""
+    """The call that all rectangles have in common; the kernel takes any band."""
     return Asked(q.shape[1], v.shape[1], (q.shape[3], v.shape[3]), Band(None, None), False)
 
 

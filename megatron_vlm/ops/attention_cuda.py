@@ -50,7 +50,7 @@ def _half_on_cuda_obstacle(q: Tensor, asked: Asked | None, max_width: int) -> st
 
 
 def cudnn_obstacle(q: Tensor, softcap: float | None, asked: Asked | None = None) -> str | None:
-    """Why cuDNN cannot. `asked` None: nothing is known of the call, as when a recipe is estimated."""
+    """Reason why cuDNN cannot. `asked` None: nothing is known of the call, as when a recipe is estimated."""
     reason = _half_on_cuda_obstacle(q, asked, _CUDNN_MAX_WIDTH)
     if reason is not None:
         return reason
@@ -71,7 +71,7 @@ def cudnn_obstacle(q: Tensor, softcap: float | None, asked: Asked | None = None)
 
 
 def cudnn_objection(q: Tensor, softcap: float | None, asked: Asked | None = None) -> str | None:
-    """Why `auto` passes cuDNN over where it can: answers, token by token, have another number of keys each time."""
+    """Reason why `auto` passes over cuDNN: in answers, token by token, the number of keys changes each time."""
     if asked is None or asked.q_length >= _CUDNN_MIN_QUERIES:
         return None
     return (
@@ -82,7 +82,7 @@ def cudnn_objection(q: Tensor, softcap: float | None, asked: Asked | None = None
 
 @cache
 def _flash_package_obstacle() -> str | None:
-    """Why the package flash_attn does not do, which no process changes: every layer of every step asks."""
+    """Reason why the package flash_attn does not do, which no process changes: every layer of every step asks."""
     try:
         found = importlib.util.find_spec(_FLASH)  # imports flash_attn itself
     except ModuleNotFoundError as error:
@@ -105,7 +105,7 @@ def _flash_package_obstacle() -> str | None:
 
 
 def flash_obstacle(q: Tensor, softcap: float | None, asked: Asked | None = None) -> str | None:
-    """Why flash-attn cannot. `asked` as in `cudnn_obstacle`."""
+    """Reason why flash-attn cannot. `asked` as in `cudnn_obstacle`."""
     reason = _half_on_cuda_obstacle(q, asked, _FLASH_MAX_WIDTH) or _flash_package_obstacle()
     if reason is not None or asked is None:
         return reason
@@ -118,7 +118,7 @@ def flash_obstacle(q: Tensor, softcap: float | None, asked: Asked | None = None)
 
 
 def triton_attention_obstacle(q: Tensor, softcap: float | None, asked: Asked | None = None) -> str | None:
-    """Why our kernels cannot. `asked` as in `cudnn_obstacle`."""
+    """Reason why our kernels cannot. `asked` as in `cudnn_obstacle`."""
     reason = triton_obstacle(q)
     if reason is not None:
         return reason

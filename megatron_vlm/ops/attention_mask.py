@@ -1,4 +1,4 @@
-"""Who sees whom in attention, as one band, and what a call asks of a backend. Pure.
+"""Visibility of keys in attention, as one band, and the facts of a call that a backend decides by. Pure.
 
 Causality, an offset and a window are two diagonals: query i sees key j iff i + lower <= j <= i + upper. A diagonal that
 hides nothing is left out, so a backend need not know of a mask without effect.
@@ -19,7 +19,7 @@ class Band(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What backends look at before they take a call, beside the queries and the soft-cap.
+    """Facts that backends look at before they take a call, beside the queries and the soft-cap.
 
     Args:
         q_length, k_length: queries and keys of a row.
@@ -44,6 +44,6 @@ def band_of(q: Tensor, k: Tensor, rules: AttentionRules) -> Band:
 
 
 def asked_of(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> Asked:
-    """What this call asks."""
+    """Facts of this call."""
     hides_keys = rules.get("key_valid") is not None
     return Asked(q.shape[1], k.shape[1], (q.shape[3], v.shape[3]), band_of(q, k, rules), hides_keys)

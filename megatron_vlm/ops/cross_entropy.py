@@ -84,7 +84,7 @@ def _backward_rows(num_tokens: int, wide_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class _Shard:
-    """Which vocabulary rows this rank holds: `first` .. `first + num_rows`, without padding."""
+    """Vocabulary rows of this rank: `first` .. `first + num_rows`, without padding."""
 
     first: int
     num_rows: int
@@ -104,7 +104,7 @@ class _Shard:
         return self.group is None or self.group.size() == 1
 
     def combine(self, lse: Tensor, target_logs: Tensor, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Over all shards.
+        """Combines the results of all shards.
 
         Args:
             lse: [t], log-sum-exp over this shard.
@@ -245,8 +245,8 @@ def linear_cross_entropy(
 
 
 def _valid_loss(hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard, rules: _Rules) -> Tensor:
-    """Of trained tokens; NaN, as the gradients are, where the label is no id of the vocabulary: an update by the rest
-    would hide it."""
+    """Loss of trained tokens; NaN, as the gradients are, where the label is no id of the vocabulary: an update by the
+    rest would hide it."""
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, shard, rules)
     return loss * torch.ones_like(loss).masked_fill((labels < 0) | (labels >= shard.vocab_size), torch.nan)
 
@@ -334,7 +334,7 @@ def _backward_by_pieces(ctx: Any, scale: Tensor, grad_hidden: Tensor | None, gra
 
 
 def _backward_by_blocks(ctx: Any, scale: Tensor, grad_hidden: Tensor | None, grad_weight: Tensor | None) -> None:
-    """As `_backward_by_pieces`, many tokens at a time and few rows of the weight."""
+    """Same as `_backward_by_pieces`, many tokens at a time and few rows of the weight."""
     hidden, weight, lse, _ = ctx.saved_tensors
     softcap = ctx.rules.softcap
     for start in range(0, len(lse), BACKWARD_TOKENS):
@@ -379,7 +379,7 @@ def _logits(hidden: Tensor, own_rows: Tensor, wide: torch.dtype, softcap: float 
 
 
 def _log_softmax_(logits: Tensor) -> Tensor:
-    """In place, [p, own rows]: torch's kernels write an element after everything of its row is read (tested)."""
+    """Log-softmax in place, [p, own rows]: torch's kernels write an element after its row is read (tested)."""
     return torch.log_softmax(logits, -1, out=logits)
 
 
@@ -389,7 +389,7 @@ def _slope(logs: Tensor, lse: Tensor, softcap: float) -> Tensor:
 
 
 def _of_all_rows(logs: Tensor, slope: Tensor | None, lse: Tensor, rules: _Rules, uniform: float) -> Tensor:
-    """What of dz every row of the shard has: log p [p, own rows], which is used up -> [p, own rows]."""
+    """The part of dz that every row of the shard has: log p [p, own rows], which is used up -> [p, own rows]."""
     found = logs.exp_()
     if rules.z_loss:
         found *= 1.0 + 2.0 * rules.z_loss * lse
@@ -399,7 +399,7 @@ def _of_all_rows(logs: Tensor, slope: Tensor | None, lse: Tensor, rules: _Rules,
 
 
 def _of_targets(targets: _Targets, piece: slice, slope: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What is to be taken from dz at the labels' rows [p, 1] and at the soft targets' [p, band], None without such."""
+    """The parts to subtract from dz at the labels' rows [p, 1] and at the soft targets' [p, band]; None without any."""
     of_labels = targets.weights[piece, None]
     of_band = None if targets.soft is None else targets.band_weights(piece)
     if slope is not None:

@@ -1,4 +1,4 @@
-"""Which backend computes an operation, and why not another one (DESIGN D8).
+"""Choice of the backend that computes an operation, with the reason against each other one (DESIGN D8).
 
 A backend states what hinders it on given inputs; nobody probes by trying. `auto` takes the first one without an
 obstacle, in the order of registration, and logs once what it took; a backend asked for by name either runs or raises
@@ -39,7 +39,7 @@ def _triton_device() -> str | None:
 
 
 def triton_obstacle(*tensors: Any) -> str | None:
-    """Why our Triton kernels cannot run on these tensors; anything with a `device` counts as one."""
+    """Reason why our Triton kernels cannot run on these tensors; anything with a `device` counts as one."""
     needed = _triton_device()
     if needed is None:
         return "the package triton is not installed"
@@ -54,7 +54,7 @@ TRITON_DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16")
 
 
 def triton_layer_obstacle(*tensors: Any) -> str | None:
-    """As `triton_obstacle`, for kernels that compute in fp32 on tensors of one dtype, which is no wider."""
+    """Same as `triton_obstacle`, for kernels that compute in fp32 on tensors of one dtype, which is no wider."""
     reason = triton_obstacle(*tensors)
     if reason is not None:
         return reason
@@ -68,7 +68,7 @@ def triton_layer_obstacle(*tensors: Any) -> str | None:
 
 
 def interpreter_objection(*tensors: Any) -> str | None:
-    """Why `auto` passes over kernels that Triton's interpreter runs: it is a thousand times too slow."""
+    """Reason why `auto` passes over kernels in Triton's interpreter: it is a thousand times too slow."""
     return "Triton's interpreter is for tests" if _triton_device() == "cpu" else None
 
 
@@ -85,7 +85,7 @@ class Backend(Generic[F]):
     objection: Obstacle = no_obstacle
 
     def unfit(self, *inputs: Any) -> str | None:
-        """Why `auto` does not take it, or None."""
+        """Reason why `auto` does not take it, or None."""
         return self.obstacle(*inputs) or self.objection(*inputs)
 
 

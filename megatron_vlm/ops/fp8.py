@@ -70,7 +70,7 @@ def quantise(
 
 
 def _nothing(x: Tensor, dtype: torch.dtype, scale: Tensor | None, rows: bool, columns: bool) -> Fp8Matrix:
-    """What `quantise` gives of an x without a number."""
+    """The result of `quantise` for an x without a number."""
     padded = [-(-side // ALIGNMENT) * ALIGNMENT for side in x.shape]
     zeros = torch.zeros(padded, dtype=torch.uint8, device=x.device).view(dtype)
     if scale is None:
@@ -176,7 +176,7 @@ class _Fp8Linear(torch.autograd.Function):
 
 
 def fp8_obstacle(device: torch.device) -> str | None:
-    """Why FP8 GEMMs cannot run on a device, or None."""
+    """Reason why FP8 GEMMs cannot run on a device, or None."""
     if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
         needed = ".".join(map(str, MIN_CAPABILITY))
         return (
@@ -198,7 +198,7 @@ def _scaled_mm_objection(left: Tensor, right: Tensor) -> str | None:
 
 @cache
 def cpu_slowness() -> float:
-    """How many times as long as its twin in fp32 torch's FP8 product takes on this processor; measured once.
+    """Time of torch's FP8 product on this processor over that of its twin in fp32; measured once.
 
     Some processors have no instructions for it and get a loop of single numbers: 0.06 GFLOP/s on an Intel Xeon with AMX
     against tens for fp32. Elsewhere the two are about as fast (0.9 to 1.2, AMD EPYC), and differ in no bit there.

@@ -86,7 +86,7 @@ def offset_of(q: Tensor, k: Tensor, rules: AttentionRules) -> int:
 
 
 def visible_keys(q: Tensor, k: Tensor, **rules: Unpack[AttentionRules]) -> Tensor:
-    """Which keys each query may see, [b or 1, 1, sq, sk] bool."""
+    """Visibility of each key for each query, [b or 1, 1, sq, sk] bool."""
     visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device)
     window, key_valid = rules.get("window"), rules.get("key_valid")
     if rules["causal"]:

@@ -61,7 +61,7 @@ def fp8_quantise(
     rows: bool = True,
     columns: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """As the kernel: see `ops.fp8.quantise`."""
+    """Plain twin of the kernel: see `ops.fp8.quantise`."""
     scale = fp8_scale(fp8_amax(x, counted) if amax is None else amax.reshape(()), dtype)
     inverse = scale.clamp_max(2.0**126).reciprocal()
     largest = LARGEST[dtype]

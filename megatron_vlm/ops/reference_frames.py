@@ -65,12 +65,12 @@ class FramePlan:
 
     @property
     def num_tiles(self) -> int:
-        """Of a frame, row by row."""
+        """Number of tiles of a frame, row by row."""
         return (self.window[0] // self.tile[0]) * (self.window[1] // self.tile[1])
 
     @property
     def num_patches(self) -> int:
-        """Of a tile, row by row."""
+        """Number of patches of a tile, row by row."""
         return (self.tile[0] // self.patch[0]) * (self.tile[1] // self.patch[1])
 
 

@@ -17,7 +17,7 @@ QUICK_GELU_SLOPE = 1.702
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a picture's grid of patches is cut into squares, each of which becomes one token.
+    """The cut of an image's grid of patches into squares, each of which becomes one token.
 
     Args:
         side_h, side_w: of the grid, in patches; tokens come row by row.
@@ -87,7 +87,7 @@ def linear_rows_into(buffer: Tensor, rows: Tensor, x: Tensor, weight: Tensor, bi
 
 @dataclass(frozen=True)
 class PrototypeWeights:
-    """What the prototype extractor learns, c the tower's width.
+    """Parameters of the prototype extractor, c the tower's width.
 
     Args:
         centers, values, features: (weight [c, c], bias [c]) of three linear layers.
@@ -102,7 +102,7 @@ class PrototypeWeights:
 
 
 def prototype_extract(x: Tensor, weights: PrototypeWeights, num_prototypes: int, num_iterations: int) -> Tensor:
-    """As published, one [n, p, t, c] product for each of the two sums; see `ops.prototypes.prototype_extract`."""
+    """The published form, one [n, p, t, c] product for each of the two sums; see `ops.prototypes.prototype_extract`."""
     values = functional.linear(x, *weights.values).transpose(1, 2)  # [n, t, c] -> [n, c, t]
     features = functional.linear(x, *weights.features)
     centers, center_features = (

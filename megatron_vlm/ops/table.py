@@ -68,7 +68,7 @@ class Entry:
 
 
 def _queries(like: Example) -> tuple[Any, ...]:
-    """Of a causal row, with nothing hidden but what a window does."""
+    """Queries of a causal row, with nothing hidden but what a window hides."""
     length, widths = 4096, (like.head_width, like.head_width)
     band = Band(1 - length // 2 if like.slides else None, 0)
     return like(1, length, 32, like.head_width), like.softcap, Asked(length, length, widths, band, False)
@@ -100,7 +100,7 @@ TABLE = (
 
 @dataclass(frozen=True)
 class Choice:
-    """What an operation has on a device.
+    """The backends of an operation on a device.
 
     Args:
         taken: what `auto` takes, or None where nothing can run.
@@ -116,13 +116,13 @@ class Choice:
 
 
 def choices(device: torch.device, dtype: torch.dtype) -> Iterator[Choice]:
-    """Of every operation in the table, for tensors of that kind."""
+    """Lists the choice of every operation in the table, for tensors of that kind."""
     for entry in TABLE:
         yield _choice(entry, Example(device, dtype))
 
 
 def obstacles(requested: Mapping[str, Any], like: Example) -> list[str]:
-    """Why backends asked for by name cannot run, before anything is built or loaded.
+    """Reasons why backends asked for by name cannot run, before anything is built or loaded.
 
     Args:
         requested: key under `ops` -> backend; other keys are not looked at. Of operations that share a key, those are

@@ -1,1 +1,1 @@
-"""Who owns which token, who encodes what, and the groups and exchanges that follow from it."""
+"""Ownership of tokens and images among ranks, and the groups and exchanges that follow from it."""

@@ -97,7 +97,7 @@ class KVCache:
         return keys[:, first:], values[:, first:], None if key_valid is None else key_valid[:, first:]
 
     def _first_within(self, layer_number: int, length: int, num_queries: int, window: int) -> int:
-        """Which of the first `length` keys is the first that a window shows; `length` where it shows none."""
+        """Index of the first of `length` keys that a window shows; `length` where it shows none."""
         return max(0, length - num_queries - window + 1)
 
     def over_all_keys(self, out: Tensor, lse: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class SharedKVCache(KVCache):
         self._positions = [*positions, *range(first_own, first_own + num_own * group.size(), group.size())]
 
     def extend(self, layer_number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """As `KVCache.extend`; of an answer's token nothing is appended where it is another rank's turn."""
+        """Extends like `KVCache.extend`; of an answer's token nothing is appended where it is another rank's turn."""
         number = self._num_answer_tokens.get(layer_number, -1)  # -1: the prompt
         self._num_answer_tokens[layer_number] = number + 1
         if number < 0 or number % self.group.size() == self.group.rank():
@@ -137,12 +137,12 @@ class SharedKVCache(KVCache):
         return super().extend(layer_number, keys[:, :0], values[:, :0])
 
     def _first_within(self, layer_number: int, length: int, num_queries: int, window: int) -> int:
-        """As in `KVCache`, for an answer's token, which `extend` has counted; of this rank's keys it may see none."""
+        """Same as in `KVCache`, for an answer's token that `extend` has counted; this rank may have no key it sees."""
         query = self._prompt_length + self._num_answer_tokens[layer_number] - 1
         return bisect_right(self._positions, query - window, hi=length)
 
     def over_all_keys(self, out: Tensor, lse: Tensor) -> Tensor:
-        """As `KVCache.over_all_keys`, for an answer's token: the ranks' parts merged in lse's dtype. A collective of
+        """Same as `KVCache.over_all_keys`, for an answer's token: merges the ranks' parts in lse's dtype. Collective in
         the group; of each row some rank has a key that is no padding."""
         part = torch.cat([out.to(lse.dtype), lse.transpose(1, 2)[..., None]], dim=-1)  # [b, s, heads, d + 1]
         gathered = part.new_empty(self.group.size() * part.numel())
@@ -184,7 +184,7 @@ class SharedSequence:
 
 @dataclass
 class AttentionContext(PackedSeqParams):
-    """What attention must know of the tokens of one forward; one object serves all layers of a stage.
+    """The facts about the tokens of one forward that attention needs; one object serves all layers of a stage.
 
     Args:
         position_ids: [b, s] of this forward's tokens.
@@ -214,7 +214,7 @@ class AttentionContext(PackedSeqParams):
         return rope_tables(self.position_ids, self.inverse_frequencies, self.rope_scaling)
 
     def window_of(self, layer_number: int) -> int | None:
-        """Of a layer by its number in the whole model, from 1, as megatron-core counts."""
+        """Returns the window of a layer, given by its number in the whole model, from 1, as megatron-core counts."""
         return self.windows[layer_number - 1] if self.windows else None
 
 

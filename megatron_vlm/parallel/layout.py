@@ -1,4 +1,4 @@
-"""Who owns which token of a sequence: the only answer in the package (DESIGN D5). Pure: no groups, no megatron.
+"""Ownership of a sequence's tokens: the only answer in the package (DESIGN D5). Pure: no groups, no megatron.
 
 A sequence of `length` tokens is cut into 2*ring equal chunks. Ring rank r has chunks r and 2*ring-1-r, concatenated, so
 that causal attention costs every ring rank the same (zigzag). That slice is cut into `ulysses` contiguous pieces
@@ -78,7 +78,7 @@ class SequenceLayout:
 
     @property
     def multiple(self) -> int:
-        """What the length is a multiple of."""
+        """The number that the sequence length must be a multiple of."""
         return length_multiple(self.ring, self.ulysses, self.tensor)
 
     @property
@@ -100,7 +100,7 @@ class SequenceLayout:
         return [Interval(i * chunk, (i + 1) * chunk) for i in (ring_rank, 2 * self.ring - 1 - ring_rank)]
 
     def local_interval(self, ring_rank: int, interval: "Interval") -> "Interval":
-        """Where a ring rank has an interval that lies in one of its chunks: indices into its L/R positions."""
+        """Indices into a ring rank's L/R positions of an interval that lies in one of its chunks."""
         start = interval.start
         if self.ring > 1:
             chunk = self.length // (2 * self.ring)
@@ -114,7 +114,7 @@ class SequenceLayout:
         return ring, piece // self.tensor, piece % self.tensor
 
     def local_index(self, positions: Tensor) -> Tensor:
-        """Where in its owner's slice each global position is: [n] -> [n] int64."""
+        """Index of each global position in its owner's slice: [n] -> [n] int64."""
         _, within = self._ring_slice(positions)
         return within % self.local_length
 
@@ -176,15 +176,15 @@ class Documents:
         return cls((*starts, stop), length, padded=True) if stop < length else cls(tuple(starts), length)
 
     def numbers(self, positions: Tensor) -> Tensor:
-        """Which document each global position belongs to: [n] -> [n] int64."""
+        """Number of the document of each global position: [n] -> [n] int64."""
         return torch.searchsorted(torch.tensor(self.starts), positions, right=True) - 1
 
     def number(self, position: int) -> int:
-        """Which document one global position belongs to."""
+        """Number of the document of one global position."""
         return bisect_right(self.starts, position) - 1
 
     def interval(self, number: int) -> Interval:
-        """Where a document stands."""
+        """Global positions of a document."""
         stop = self.starts[number + 1] if number + 1 < len(self.starts) else self.length
         return Interval(self.starts[number], stop)
 
@@ -208,7 +208,7 @@ class Block:
 
     @property
     def offset(self) -> int:
-        """Which of the block's keys stands where its first query stands; outside of them where positions differ."""
+        """Index of the key at the position of the block's first query; outside of the block where positions differ."""
         return self.queries.start - self.keys.start
 
     @property
@@ -275,7 +275,7 @@ def _ends(interval: Interval) -> tuple[int, int]:
 def ring_blocks(
     layout: SequenceLayout, ring_rank: int, step: int, documents: Documents, causal: bool, window: int | None
 ) -> list[Block]:
-    """What a ring rank computes at a step, when it has the keys of ring rank (ring_rank - step) mod R."""
+    """Work of a ring rank at a step, when it has the keys of ring rank (ring_rank - step) mod R."""
     owner = (ring_rank - step) % layout.ring
     return [
         block

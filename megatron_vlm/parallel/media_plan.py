@@ -1,4 +1,4 @@
-"""Who encodes which picture, and how feature rows travel to the ranks that own their tokens (DESIGN D3).
+"""Assignment of images to the ranks that encode them, and routes of feature rows to their tokens (DESIGN D3).
 
 A pure function of the window's items and the layout: every rank computes the same plan and its own route, so nothing is
 negotiated. Items go longest first onto the least loaded rank. Each feature row then travels once, by one uneven
@@ -76,13 +76,13 @@ class Route:
 
 @dataclass(frozen=True)
 class MediaCost:
-    """Of encoding a picture: linear*patches (matrix products) + quadratic*patches^2 (attention), in any unit."""
+    """Cost of an image: linear*patches (matrix products) + quadratic*patches^2 (attention), in any unit."""
 
     linear: float = 1.0
     quadratic: float = 0.0
 
     def of(self, num_patches: int) -> float:
-        """Of one picture."""
+        """Cost of one image."""
         return self.linear * num_patches + self.quadratic * num_patches**2
 
 
@@ -127,7 +127,7 @@ def plan_media(
 
 @dataclass(frozen=True)
 class MediaPlan:
-    """Who encodes what, and every rank's route. Small enough to send between processes."""
+    """Assignment of images to ranks, and every rank's route. Small enough to send between processes."""
 
     items: tuple[MediaItem, ...]
     encoder_of: tuple[int, ...]  # media rank per item
@@ -137,7 +137,7 @@ class MediaPlan:
 
     @property
     def num_ranks(self) -> int:
-        """Of the media group."""
+        """Number of ranks of the media group."""
         return self.sizes.world if self.over_world else self.sizes.replica
 
     def media_rank(self, at: Coordinates) -> int:
@@ -153,7 +153,7 @@ class MediaPlan:
         return sum(self.items[item].num_tokens for item in self.items_of(media_rank))
 
     def route(self, media_rank: int) -> Route:
-        """What a rank sends and receives."""
+        """Rows that a rank sends and receives."""
         self._assert_known(media_rank)
         rows = _list_rows(self)
         num_copies = _num_copies(self)
@@ -178,7 +178,7 @@ class MediaPlan:
         )
 
     def _splits(self, ranks: Tensor) -> list[int]:
-        """How often each media rank occurs."""
+        """Counts how often each media rank occurs."""
         return torch.bincount(ranks, minlength=self.num_ranks).tolist()
 
     def _assert_known(self, media_rank: int) -> None:
@@ -237,7 +237,7 @@ def _list_rows(plan: MediaPlan) -> _Rows:
 
 
 def _index_within(keys: Tensor) -> Tensor:
-    """How many equal keys come before each: [n] -> [n]."""
+    """Counts the equal keys before each: [n] -> [n]."""
     order = torch.argsort(keys, stable=True)
     counts = torch.unique_consecutive(keys[order], return_counts=True)[1]
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)

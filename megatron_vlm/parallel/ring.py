@@ -44,7 +44,7 @@ RingMode = Literal["p2p", "all_gather"]
 
 @dataclass(frozen=True)
 class Ring:
-    """Who computes what, and over which group.
+    """The ring's work plan and the group it runs over.
 
     Args:
         plan: layout, documents and visibility; equal on all ranks of the group.
@@ -72,7 +72,7 @@ class Ring:
         return 0 if self.group is None else self.group.rank()
 
     def rectangles(self, step: int) -> Rectangles:
-        """What this rank computes at a step, with the keys as `_steps` gives them."""
+        """Rectangles that this rank computes at a step, with the keys as `_steps` gives them."""
         if step not in self._known:
             if self.gathers:
                 self._known[step] = _rectangles(self.plan.gathered_shares(self.rank), in_message=False)
@@ -146,7 +146,7 @@ class _Held:
     v: Tensor
 
     def heads(self, kv_heads: slice) -> tuple[Tensor, Tensor]:
-        """Some of the heads."""
+        """Selects some of the heads."""
         return self.k[:, :, kv_heads], self.v[:, :, kv_heads]
 
 
@@ -228,7 +228,7 @@ class _TravellingGradients:
         self.under_way: tuple[tuple[Share, ...], _Transfer] | None = None
 
     def sums(self, step: int) -> _Held:
-        """Where the gradients of a step's keys are summed."""
+        """Sums of the gradients of a step's keys."""
         if step == 0:
             return self.own
         dk, dv = self.own.k, self.own.v
@@ -281,7 +281,7 @@ class _Transfer:
         self.works = dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> Tensor:
-        """What came in: [num_incoming]."""
+        """Waits, and returns what came in: [num_incoming]."""
         for work in self.works:
             work.wait()
         self.outgoing = None
@@ -290,7 +290,7 @@ class _Transfer:
 
 
 def _num_elements(shares: Iterable[Share], k: Tensor, v: Tensor) -> int:
-    """Of a message with the keys and values of these shares."""
+    """Size of a message with the keys and values of these shares."""
     of_key = math.prod(k.shape[2:]) + math.prod(v.shape[2:])
     return sum((share.stop_row - share.first_row) * share.num_keys * of_key for share in shares)
 
@@ -352,7 +352,7 @@ class _GatheredGradients:
         self.whole = [torch.zeros(len(x), length, *x.shape[2:], dtype=_wide(x), device=x.device) for x in (k, v)]
 
     def sums(self, step: int) -> _Held:
-        """Where the gradients of the only step's keys are summed."""
+        """Sums of the gradients of the only step's keys."""
         return _Held(*self.whole)
 
     def send(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""What a ring rank computes at each step, and which keys it needs for that: pure (DESIGN D5, D6).
+"""Work of a ring rank at each step, and the keys it needs for that: pure (DESIGN D5, D6).
 
 At step s ring rank r, the reader, computes with keys of ring rank r-s, the owner. The layout's blocks say what; here
 they become attention calls on the tensors that ranks hold. Positions become indices, and since a ring rank holds its
@@ -43,7 +43,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Share:
-    """What a reader does with an owner's keys, in neighbouring rows that have the same documents.
+    """Work of a reader with an owner's keys, in neighbouring rows that have the same documents.
 
     Args:
         first_row, stop_row: rows first_row <= row < stop_row of the batch.
@@ -69,7 +69,7 @@ class Share:
 
 @dataclass(frozen=True)
 class RingPlan:
-    """Who computes what. Every layer asks the same, forward and backward, so what was worked out is kept here, and goes
+    """The ring's work. Every layer asks the same, forward and backward, so results are kept here, and go
     with the plan's micro-batch.
 
     Args:
@@ -91,7 +91,7 @@ class RingPlan:
         assert lengths <= {self.layout.length}, f"rows of {sorted(lengths)} tokens in a layout of {self.layout.length}"
 
     def shares(self, reader: int, step: int) -> "tuple[Share, ...]":
-        """What ring rank `reader` does at a step, when it has keys of ring rank (reader - step) mod R.
+        """Work of ring rank `reader` at a step, when it has keys of ring rank (reader - step) mod R.
 
         At step 0 the keys are all of its own; later exactly those needed, and rows that need none have no share.
         """
@@ -100,7 +100,7 @@ class RingPlan:
         return self._known[reader, step]
 
     def gathered_shares(self, reader: int) -> "tuple[Share, ...]":
-        """What ring rank `reader` does in one step with all keys, in global order."""
+        """Work of ring rank `reader` in one step with all keys, in global order."""
         if (reader, None) not in self._known:
             self._known[reader, None] = _gathered_shares(self, reader)
         return self._known[reader, None]

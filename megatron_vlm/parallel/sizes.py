@@ -71,7 +71,7 @@ class GridSizes:
         return self.replica * self.data
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where a global rank stands."""
+        """Coordinates of a global rank."""
         assert 0 <= rank < self.world, f"rank {rank} of {self}"
         places = []
         for size in (self.tensor, self.ulysses, self.ring, self.data, self.pipeline):

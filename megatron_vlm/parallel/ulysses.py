@@ -27,7 +27,7 @@ from megatron_vlm.runtime.collectives import all_to_all_rows
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """Which heads each Ulysses rank attends with. Pure.
+    """The heads that each Ulysses rank attends with. Pure.
 
     Args:
         heads: query heads in all; query head i reads kv head i // (heads / kv_heads).
@@ -54,7 +54,7 @@ class HeadSplit:
         return range(queries[0] // group, queries[-1] // group + 1) if queries else range(0)
 
     def kv_index(self, rank: int) -> tuple[int, ...]:
-        """For each query head of the rank, which of the rank's kv heads it reads."""
+        """Index of the rank's kv head that each of its query heads reads."""
         group, first = self.heads // self.kv_heads, self.key_heads(rank).start
         return tuple(head // group - first for head in self.query_heads(rank))
 

@@ -1,4 +1,4 @@
-"""How every tool starts: its place in the job, its arguments, and the one line that bad ones cost.
+"""The start of every tool: its place in the job, its arguments, and the one line that bad ones cost.
 
 argparse alone would print usage and error on every rank, before anything makes the ranks speak with one voice, so the
 arguments are read inside `fail_together`. torch is not imported: help comes at once.
@@ -56,7 +56,7 @@ class CommandLine(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="tracebacks instead of one-line errors")
 
     def add_layout(self) -> None:
-        """How a model is loaded: device, the ranks that share it, dtype, the words it is asked in, and its squares."""
+        """Adds the options by which a model is loaded: device, ranks that share it, dtype, template, its squares."""
         self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         axes = {"tensor": "tensor-parallel ranks", "pipeline": "pipeline stages"}
         axes |= {"ulysses": "ranks that share a prompt by heads", "ring": "ranks that share a prompt by keys"}

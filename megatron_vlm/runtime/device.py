@@ -1,4 +1,4 @@
-"""Which device this process computes on, and the CPU standing in for CUDA.
+"""The device this process computes on, and the CPU standing in for CUDA.
 
 megatron-core writes `torch.cuda` and `device="cuda"` throughout. On the CPU those names are redirected, here and
 nowhere else: functions of `torch.cuda`, `Tensor.cuda`, `Tensor.type`, and the torch factories that megatron-core calls

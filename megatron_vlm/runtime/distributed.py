@@ -59,8 +59,8 @@ def init_world(launch: Launch, device: "torch.device", timeout_seconds: float, n
 
 
 def world_timeout() -> timedelta:
-    """Of the default process group's collectives. Groups beside it are to be made with it: they would have torch's own
-    default otherwise, 10 minutes for NCCL and 30 for gloo."""
+    """Timeout of the default process group's collectives. Groups beside it must be made with it: they would have the
+    library's default otherwise, 10 minutes for NCCL and 30 for gloo."""
     import torch.distributed as dist
 
     from megatron_vlm.runtime.device import current_device

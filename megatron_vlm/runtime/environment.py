@@ -1,4 +1,4 @@
-"""What this machine offers to a training job: cores, memory, GPUs, room for workers, whether processes can meet.
+"""Resources of this machine for a training job: cores, memory, GPUs, room for workers, whether processes can meet.
 
 Each probe gives findings and never raises: tools/doctor.py is for machines on which something is wrong. Whatever could
 end the asking process with it (importing torch against the wrong driver, two ranks that never meet) happens in children
@@ -98,7 +98,7 @@ def is_busy() -> bool:
 
 
 def late(name: str, value: str, advice: str) -> Finding:
-    """What a probe says that was not done within its time: on a busy machine that is no fault of what was probed."""
+    """The finding of a probe that was not done in time: on a busy machine that is no fault of what was probed."""
     if not is_busy():
         return Finding(name, "broken", value, advice)
     load = f"the machine is busy: {os.getloadavg()[0]:.1f} processes at work on {os.cpu_count()} cores"
@@ -106,20 +106,20 @@ def late(name: str, value: str, advice: str) -> Finding:
 
 
 def memory_bytes() -> int:
-    """What this process may use: the machine's, or its control group's limit where that is lower."""
+    """Memory that this process may use: the machine's, or its control group's limit where that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = MEMORY_LIMIT_FILE.read_text().strip() if MEMORY_LIMIT_FILE.is_file() else "max"
     return min(total, int(limit)) if limit.isdecimal() else total
 
 
 def model_cache() -> Path:
-    """Where Hugging Face keeps what it downloads."""
+    """The folder where Hugging Face keeps its downloads."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "huggingface"
     return Path(os.environ.get("HF_HOME", default))
 
 
 def own_cache() -> Path:
-    """Where this package keeps what it has measured of the machine."""
+    """The folder where this package keeps what it has measured of the machine."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_vlm"
 
 

@@ -100,7 +100,7 @@ def kind_of(error: BaseException) -> Kind:
 
 
 def describe(error: BaseException, launch: Launch, debug: bool) -> str:
-    """What the speaker writes: one line, or one for each of several faults; a traceback for our own errors and for
+    """Text that the speaker writes: one line, or one for each of several faults; a traceback for our own errors and for
     debugging."""
     kind = kind_of(error)
     line = one_line(error)
@@ -203,7 +203,7 @@ def end_others(launch: Launch, code: int) -> None:
 
 
 def speak_for(store: "Store", rank: int, what: str) -> None:
-    """For a launcher that hosts the job's store: says what became of a rank, and where; then all other ranks end.
+    """Says, for a launcher that hosts the job's store, what became of a rank, and where; then all other ranks end.
 
     Args:
         store: without a prefix.

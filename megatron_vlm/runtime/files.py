@@ -47,7 +47,7 @@ def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
 
 
 def check_regular(path: str | os.PathLike[str], or_directory: bool = False) -> os.stat_result:
-    """What `os.stat` says of a regular file, links followed.
+    """Returns `os.stat` of a regular file, links followed.
 
     Args:
         path: the file.
@@ -86,12 +86,12 @@ def read_text(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> 
 
 
 def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_TEXT_BYTES) -> Any:
-    """What a JSON file holds. Raises OSError, ValueError: it is not JSON."""
+    """Reads a JSON file. Raises OSError, ValueError: it is not JSON."""
     return parse_json(read_text(path, max_bytes))
 
 
 def parse_json(text: str | bytes, unique_keys: bool = False) -> Any:
-    """What a JSON text holds; bytes are UTF-8 and nothing else.
+    """Parses a JSON text; bytes are UTF-8 and nothing else.
 
     Args:
         unique_keys: refuse an object that has a key twice; else the last of them counts.

@@ -1,4 +1,4 @@
-"""Where this process stands among the ranks of its job, and the store through which they first meet.
+"""The place of this process among the ranks of its job, and the store through which they first meet.
 
 Launcher variables are read here and nowhere else (DESIGN D12). Under torchrun the agent hosts the store; with a plainer
 launcher that only sets the variables, rank 0 does. One process without a launcher needs neither store nor port.
@@ -222,7 +222,7 @@ def spare_children_the_working_directory() -> None:
 
 
 def explain_no_store(error: Exception, timeout_seconds: float) -> ParallelError:
-    """What a user can do where `connect_store` found nobody, or no place to host at."""
+    """The error, with its remedy, where `connect_store` found nobody, or no place to host at."""
     address, port = (os.environ[name] for name in _MEETING_POINT)
     if "EADDRINUSE" in str(error):
         return ParallelError(f"MASTER_PORT: found {port}, where another process listens already, needs a free port")

@@ -1,4 +1,4 @@
-"""What anybody's text makes a library do, stopped after so much processor time or memory.
+"""Limits on the processor time and memory that anybody's text can make a library use.
 
 A recipe's aliases, its regexes and a chat template can each keep a library busy for ever, or have it fill the memory:
 
@@ -48,7 +48,7 @@ _timer = _Timer()
 
 
 def bounded(function: Callable[[], T], seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> T:
-    """What the function returns. Costs about 10 us.
+    """Calls a function within limits, and returns its result. Costs about 10 us.
 
     Args:
         seconds: of processor time.
@@ -91,7 +91,7 @@ def _in_memory(function: Callable[[], T], memory_bytes: int) -> T:
 
 
 def _insist(function: Callable[[], Any]) -> None:
-    """Until it is done: time may be up in the middle of it."""
+    """Tries until it is done: time may be up in the middle of it."""
     while True:
         try:
             function()

@@ -72,7 +72,7 @@ def stdout_console(width: int = 200) -> "Console":
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """For what a script calls that has stdout and stderr to itself: libraries' warnings are off, and the package says
+    """Silences libraries in a script that has stdout and stderr to itself: their warnings are off, and the package says
     nothing but its own."""
     logger = get_logger(_ROOT)
     level = logger.level

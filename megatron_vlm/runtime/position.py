@@ -1,4 +1,4 @@
-"""Where this process stands: step, phase and sample, for those who must tell when it cannot.
+"""The position of this process: step, phase and sample, for others to tell when it cannot.
 
     HERE.step(12)                the main thread, as it goes on
     HERE.phase("encode")
@@ -33,7 +33,7 @@ RECORD_BYTES = _LAYOUT.size
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stood, and since when (`time.time()`)."""
+    """Position of a process, and since when (`time.time()`)."""
 
     step: int | None = None
     phase: str = "start"
@@ -70,7 +70,7 @@ class Record:
         _LAYOUT.pack_into(self._memory, self._start, step, since, *texts)
 
     def read(self) -> Place:
-        """What it holds. A writer may come in between; then a text is half of the one and half of the other."""
+        """Reads a record. A writer may come in between; then a text is half of the one and half of the other."""
         step, since, *texts = _LAYOUT.unpack_from(self._memory, self._start)
         phase, sample = (text.rstrip(b"\0").decode(errors="replace") for text in texts)
         return Place(step or None, phase, sample or None, since)
@@ -104,12 +104,12 @@ class Position:
 
     @property
     def place(self) -> Place:
-        """Where it stands now."""
+        """The position now."""
         return Place(self._step or None, self._phase, self._sample or None, self._since)
 
     @property
     def record(self) -> Record:
-        """Where others can read it."""
+        """The record that others can read."""
         if self._record is None:
             self.write_to(Record())
         assert self._record is not None

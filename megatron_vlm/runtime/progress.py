@@ -1,4 +1,4 @@
-"""How far a long job is: a rich progress bar on rank 0, plain lines now and then where there is no terminal.
+"""Progress of a long job: a rich progress bar on rank 0, plain lines now and then where there is no terminal.
 
 Other ranks show nothing. The bar prints above itself whatever the package logs meanwhile, because both use stdout.
 """

@@ -1,4 +1,4 @@
-"""Which rank is stopped, hung or gone, and where it stood: found out when ranks only say that they lost another.
+"""Roll call of the ranks: finds the one that is stopped, hung or gone when the others only lost somebody.
 
     sign/RANK      where a rank stands, by its watcher: at the start, and again where it has moved on, now and then
     roll_call      set by the first rank to fail
@@ -49,13 +49,13 @@ class Sign:
 
     @classmethod
     def of_this_process(cls, with_frame: bool = False) -> "Sign":
-        """Of now."""
+        """The sign of this process, now."""
         frame, waits = main_thread_frame() if with_frame else ("", False)
         return cls(_machine(), os.getpid(), HERE.record.handle, HERE.place, frame, waits)
 
     @classmethod
     def read(cls, text: bytes) -> "Sign":
-        """What `str` made."""
+        """Parses a sign that `str` made."""
         values = json.loads(text)
         return cls(**{**values, "place": Place(**values["place"])})
 
@@ -64,7 +64,7 @@ class Sign:
 
     @property
     def record(self) -> Place | None:
-        """What its record holds, where that can be read."""
+        """The position in its record, where that can be read."""
         return read_record(self.pid, self.handle) if self.machine == _machine() else None
 
     @property
@@ -96,14 +96,14 @@ class Publisher:
         self._told, self._next = Place(), 0.0
 
     def poll(self) -> None:
-        """To be called now and then."""
+        """Looks for a call; called now and then."""
         if HERE.place != self._told and time.monotonic() >= self._next:
             sign = Sign.of_this_process()
             self._store.set(f"sign/{self._rank}", str(sign))
             self._told, self._next = sign.place, time.monotonic() + PUBLISH_SECONDS
 
     def answer(self) -> None:
-        """To the roll call."""
+        """Answers the roll call."""
         self._store.set(f"answer/{self._rank}", str(Sign.of_this_process(with_frame=True)))
 
 
@@ -129,7 +129,7 @@ def all_are_stopped_or_gone(store: "Store", missing: Collection[int]) -> bool:
 
 
 def tell_of(store: "Store", missing: Collection[int], message: str, in_vain: bool) -> str:
-    """What the speaker says of ranks that have not reported.
+    """Text by which the speaker names ranks that have not reported.
 
     Args:
         missing: these ranks; none: they all say that they wait for another.
@@ -158,7 +158,7 @@ def end_silent(store: "Store", missing: Collection[int]) -> None:
 
 
 def where_was(store: "Store", rank: int, what: str) -> str:
-    """That a rank, which is gone, `what`, and where it was."""
+    """Says that a rank, which is gone, `what`, and its last position."""
     sign = _read(store, f"sign/{rank}")
     return f"rank {rank} {what}" + ("" if sign is None else f" {sign.place}")
 

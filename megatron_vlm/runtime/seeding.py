@@ -47,7 +47,7 @@ def seed_everything(seed: int, grid: PlacedRank, step: int = 0) -> None:
 
 
 def random_states() -> dict[str, Any]:
-    """Where every stream of this rank stands."""
+    """States of every random stream of this rank."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     algorithm, keys, *rest = np.random.get_state()

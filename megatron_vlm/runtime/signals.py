@@ -55,7 +55,7 @@ class StopSignals:
         self._interrupted = 0.0
 
     def arm(self) -> None:
-        """From now on a signal is noted; before, it ended the process."""
+        """Starts to note signals; before, a signal ended the process."""
         self._armed = True
 
     def agreed(self, group: "ProcessGroup") -> str | None:
@@ -115,7 +115,7 @@ class StopSignals:
 
 
 def _for_how_long(number: int) -> str:
-    """What may come in between."""
+    """Events that may come in between, as text."""
     seconds = ends_ranks_after()
     if seconds is None or number == signal.SIGUSR1:
         return "; Ctrl-C ends at once" if number == signal.SIGINT else ""

@@ -1,4 +1,4 @@
-"""What every source of conversations offers, and the table of them.
+"""The interface of every source of conversations, and the table of sources.
 
 A source is a file of records. It is scanned once for the place of every record; after that one record's bytes are read
 and parsed at a time, by any worker process, so the file may be larger than memory. A source of your own derives from
@@ -24,7 +24,7 @@ MOST_TOLD = 10  # remarks of a file, the most frequent ones
 
 
 class Extent(NamedTuple):
-    """Where one record stands: bytes from `offset`, and its number (a line from 1, an element from 0)."""
+    """Place of one record: bytes from `offset`, and its number (a line from 1, an element from 0)."""
 
     offset: int
     size: int
@@ -86,7 +86,7 @@ class RecordFile(ABC):
         return [self.read(extent) for extent in self.scan()]
 
     def origin(self, extent: Extent) -> str:
-        """How error messages name the record."""
+        """Name of the record in error messages."""
         return f"{self.path} {self.unit} {extent.number}"
 
 

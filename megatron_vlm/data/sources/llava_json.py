@@ -62,7 +62,7 @@ class LlavaFile(RecordFile):
         return extents
 
     def first(self, count: int) -> list[Extent]:
-        """As of all sources; of a large file only the beginning is read, in which a fault is left to `scan`."""
+        """The first records, as of all sources; of a large file only the beginning is read: `scan` tells its faults."""
         text = self._read(FIRST_BYTES)
         if len(text) < FIRST_BYTES:
             return self.scan()[:count]
@@ -97,7 +97,7 @@ class LlavaFile(RecordFile):
         return parse_record(raw, origin, default_id, self.image_token)
 
     def origin(self, extent: Extent) -> str:
-        """How error messages name the object."""
+        """Name of the object in error messages."""
         if self._is_list is None:
             with open_regular(self.path) as file:
                 self._is_list = file.read(64).decode("latin-1").removeprefix(BYTE_ORDER_MARK).lstrip().startswith("[")

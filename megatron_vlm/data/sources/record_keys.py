@@ -1,4 +1,4 @@
-"""What every key of a record and of a turn is: used, bookkeeping, refused, or told.
+"""The meaning of every key of a record and of a turn: used, bookkeeping, refused, or told.
 
     {"id": 7, "system": "Be brief.", "source": "web", "score": 3, "conversations":
      [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Yes.", "weight": 0}]}
@@ -66,13 +66,13 @@ def given(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_record(record: Mapping[str, Any], origin: str) -> Iterator[str]:
-    """What is to be told of a record's keys (`given`). Raises BadSample for one that is refused."""
+    """Yields what is to be told of a record's keys (`given`). Raises BadSample for one that is refused."""
     refused = REFUSED if "image" in record or "video" in record else {**dict.fromkeys(OTHER_NAMES, _MEDIA), **REFUSED}
     return _check(record, USED, refused, origin, "key")
 
 
 def check_turn(turn: Mapping[str, Any], origin: str) -> Iterator[str]:
-    """As `check_record`, of a turn's."""
+    """Same as `check_record`, for a turn's keys."""
     return _check(turn, USED_OF_TURN, REFUSED_OF_TURN, origin, "a turn's key")
 
 

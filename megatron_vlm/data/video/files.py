@@ -42,20 +42,20 @@ MISSING_SECONDS = 1.0  # at a video's end, where headers overstate its length: t
 
 
 class Start(NamedTuple):
-    """Where decoding starts: the keyframe's decoding time, and a time that a search finds it by."""
+    """Start of decoding: the keyframe's decoding time, and a time that a search finds it by."""
 
     keyframe: int | None
     target: int
 
 
 def count_frames(sample: Sample, root: Path, sampling: VideoConfig) -> tuple[int, ...]:
-    """How many frames of each of a sample's videos are taken. Reads headers only. Raises BadSample as `survey`."""
+    """Counts the frames taken of each of a sample's videos. Reads headers only. Raises BadSample as `survey`."""
     owner = f"{sample.origin}: sample {sample.id!r}"
     return tuple(num_sampled(survey(root / video, owner), sampling) for video in sample.videos)
 
 
 def survey(path: Path, owner: str) -> VideoFacts:
-    """What a video's header says, or how many picture files a folder has.
+    """Reads a video's header, or counts the image files of a folder.
 
     Raises:
         BadSample: there is no such file, it is no video or its header is damaged; names it and `owner`.
@@ -208,7 +208,7 @@ def _opened(path: Path, owner: str) -> Iterator[tuple[InputContainer, VideoStrea
 
 @contextlib.contextmanager
 def _told(path: Path, owner: str, reason: str) -> Iterator[None]:
-    """Whatever is raised inside is a BadSample: damaged bytes make decoders raise almost anything."""
+    """Turns whatever is raised into a BadSample: damaged bytes make decoders raise almost anything."""
     try:
         yield
     except BadSample:

@@ -1,4 +1,4 @@
-"""Which frames of a video are trained, known from its header alone; each is a picture of the sample, and of the plan.
+"""The frames of a video that are trained, known from its header alone; each is an image of the sample, and of the plan.
 
 As VILA samples: `data.video.num_frames` frames spread evenly from the first to the last, all of them where there are no
 more, and fewer where a short video would otherwise give more than `data.video.fps` a second. Which frames these are
@@ -17,14 +17,14 @@ from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, Frame, Picture, Sam
 
 
 class VideoFacts(NamedTuple):
-    """What a video's header says; `seconds` is None for a folder of frames."""
+    """Facts of a video's header; `seconds` is None for a folder of frames."""
 
     num_frames: int
     seconds: float | None
 
 
 def num_sampled(facts: VideoFacts, sampling: VideoConfig) -> int:
-    """How many frames are taken, at least one."""
+    """Number of frames that are taken, at least one."""
     most = min(sampling.num_frames, facts.num_frames)
     if not sampling.fps or facts.seconds is None:
         return most

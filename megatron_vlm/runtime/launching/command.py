@@ -58,7 +58,7 @@ class Command:
         return code if code >= 0 else 128 - code
 
     def note_ranks(self) -> None:
-        """To be called now and then: who is a rank is not seen any more once torchrun is gone."""
+        """Notes which processes are ranks; called now and then: it is not seen any more once torchrun is gone."""
         self._ranks.update(filter(_is_rank, self._tree()))
 
     def tell(self, signum: int, ranks_only: bool = False) -> int:
@@ -86,7 +86,7 @@ class Command:
         self._process.wait()
 
     def clear_away(self) -> None:
-        """After the end: kills ranks that outlived it (a killed torchrun leaves them), for they would go on writing."""
+        """Kills ranks that outlived the command (a killed torchrun leaves them), for they would go on writing."""
         for process in self._ranks:
             _send(process, signal.SIGKILL)
 
@@ -98,7 +98,7 @@ class Command:
 
 
 def listeners(tree: Sequence[psutil.Process], signum: int) -> list[psutil.Process]:
-    """Who of a process tree is to be told.
+    """Processes of a tree that get the signal.
 
     Where there are ranks, those that catch the signal. Elsewhere every process that catches it or waits for it with the
     signal blocked (srun does), but none below another such process, which is expected to pass it on itself.
@@ -145,7 +145,7 @@ def _send(process: psutil.Process, signum: int) -> None:
 
 
 def _ignore_save() -> None:
-    """In the child, before the command replaces it."""
+    """Ignores the signal to save in the child, before the command replaces it."""
     signal.signal(SAVE, signal.SIG_IGN)
 
 
@@ -169,6 +169,6 @@ class Inbox:
         self._arrived.append(signum)
 
     def take(self) -> list[int]:
-        """What has arrived since the last call."""
+        """Returns the signals that have arrived since the last call."""
         taken, self._arrived = self._arrived, []
         return taken

@@ -1,4 +1,4 @@
-"""From the options of `megatron-vlm launch` to a run: here or through SLURM, with which line, by which rules."""
+"""The launcher's options made a run: here or through SLURM, with which command line, by which rules."""
 
 import dataclasses
 import shlex
@@ -49,7 +49,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will run: variables for its environment, the line, how it is watched; `why_local` None: through SLURM."""
+    """The run to start: variables for its environment, the line, how it is watched; `why_local` None: through SLURM."""
 
     variables: dict[str, str]
     line: list[str]
@@ -116,7 +116,7 @@ def run_variables(request: Request) -> dict[str, str]:
 
 
 def make_resources(request: Request, surroundings: Surroundings, variables: dict[str, str], seconds: int) -> Resources:
-    """What SLURM is asked for. Raises ConfigError where it lacks a name, an account or a partition."""
+    """Makes the request to SLURM. Raises ConfigError where it lacks a name, an account or a partition."""
     if request.job_name is None:
         raise ConfigError("--job-name: found none, needed one for SLURM; --local runs without SLURM")
     account, partition = surroundings.account_and_partition(request.account, request.partition)

@@ -55,7 +55,7 @@ class LocalRanks:
         ]
 
     def send(self, signum: int) -> None:
-        """To every rank that runs."""
+        """Sends a signal to every rank that runs."""
         for process in self.processes:
             process.send_signal(signum)  # nothing happens where it has ended
 
@@ -116,7 +116,7 @@ def count(text: str) -> int:
 
 
 def _ignore_save() -> None:
-    """In the child: a rank that does not listen yet does not die of it."""
+    """Ignores the signal to save in the child: a rank that does not listen yet does not die of it."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 

@@ -34,7 +34,7 @@ AtTimeLimit = Literal["count", "free", "leave"]
 
 @dataclass(frozen=True)
 class Rules:
-    """How often and how long.
+    """Limits on restarts: how often and how long.
 
     Args:
         max_restarts: after failures.
@@ -54,7 +54,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Attempt:
-    """How one run of the command ended; `asked`: it was told to stop for good."""
+    """One run of the command and how it ended; `asked`: it was told to stop for good."""
 
     code: int
     seconds: float

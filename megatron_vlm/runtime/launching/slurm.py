@@ -1,4 +1,4 @@
-"""What SLURM is asked for: srun and sbatch lines, times as SLURM writes them, the surroundings of this process.
+"""SLURM's side of a launch: srun and sbatch lines, times as SLURM writes them, the surroundings of this process.
 
 The command is not the SLURM task itself: each node's task is this launcher again (`--local`), because SLURM signals the
 tasks and not what they start, and torchrun dies of SIGUSR1. It asks its node's ranks to save, and ends with TIME_IS_UP,
@@ -61,7 +61,7 @@ class Surroundings:
         return self.environment.get("SLURM_JOB_ID")
 
     def why_local(self, submitter: str) -> str | None:
-        """Why SLURM is not asked, or None where it is. `submitter`: srun or sbatch."""
+        """Reason why SLURM is not asked, or None where it is. `submitter`: srun or sbatch."""
         if self.environment.get("NO_SLURM"):
             return "NO_SLURM is set"
         if self.job_id:
@@ -86,7 +86,7 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks SLURM for. `name` is the whole job name; `directory` holds its logs in slurm/."""
+    """Resources that a job asks SLURM for. `name` is the whole job name; `directory` holds its logs in slurm/."""
 
     account: str
     partition: str
