@@ -5,8 +5,8 @@ the names below do not.
 """
 
 from megatron_vlm.config.loading import config_from_tree, config_hash, load_config, read_recipe, to_yaml
+from megatron_vlm.config.rules import ModelFacts, names_its_model, trains, validate
 from megatron_vlm.config.schema import Config
-from megatron_vlm.config.validation import ModelFacts, names_its_model, trains, validate
 
 __all__ = [
     "Config",

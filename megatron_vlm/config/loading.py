@@ -18,16 +18,17 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from megatron_vlm.config.schema import Config
+from megatron_vlm.config.schema.tree import fields
 from megatron_vlm.errors import ConfigError, RecipeError, one_line, shown
 from megatron_vlm.registry import did_you_mean
 from megatron_vlm.runtime.files import read_text
@@ -259,29 +260,15 @@ def _describe(violation: Any) -> str:
 
 def _near_keys(location: tuple[int | str, ...]) -> str:
     """What the writer of an unknown key may have meant: a sibling, or the same name in another section."""
-    name = str(location[-1])
-    siblings = list(_section_at(location[:-1]).model_fields)
-    elsewhere = [path for path in _all_keys(Config) if path.rsplit(".", 1)[-1] == name]
+    *outer, name = map(str, location)
+    known = [path for path, _ in fields()]
+    section = ".".join([*outer, ""])
+    siblings = [path.removeprefix(section) for path in known if path.rpartition(".")[0] == section.rstrip(".")]
+    elsewhere = [path for path in known if path.rpartition(".")[2] == name]
     allowed = f"allowed: {', '.join(siblings)}"
     if elsewhere and not difflib.get_close_matches(name, siblings, cutoff=0.75):
         return f"did you mean {' or '.join(map(repr, elsewhere))}?"
     return did_you_mean(name, siblings, allowed)
-
-
-def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
-    section: type[BaseModel] = Config
-    for name in location:
-        annotation = section.model_fields[str(name)].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel), location
-        section = annotation
-    return section
-
-
-def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _all_keys(field.annotation, f"{prefix}{name}.")
 
 
 def _yaml_reason(error: Exception, text: str) -> str:

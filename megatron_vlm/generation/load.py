@@ -126,7 +126,7 @@ def open_checkpoint(
     from megatron_vlm.checkpoint.directory import find_checkpoint
     from megatron_vlm.checkpoint.recipe import inference_config
     from megatron_vlm.checkpoint.store import load_checkpoint
-    from megatron_vlm.config.validation import validate_layout
+    from megatron_vlm.config.rules import validate_layout
     from megatron_vlm.conversion.formats import fill_model
     from megatron_vlm.data.conversation import TEMPLATES
     from megatron_vlm.generation.assistant import Assistant

@@ -12,8 +12,8 @@ from transformers import PretrainedConfig
 
 from megatron_vlm.config.megatron import QKV_BIAS_ALWAYS
 from megatron_vlm.config.packages import installed_packages
+from megatron_vlm.config.rules import ModelFacts, names_its_model
 from megatron_vlm.config.schema import Config, ModelConfig, VisionConfig
-from megatron_vlm.config.validation import ModelFacts, names_its_model
 from megatron_vlm.errors import ConfigError, RecipeError, together
 from megatron_vlm.models.architectures import LANGUAGE_MODELS, context_tokens, example_tensors, load_language_config
 from megatron_vlm.models.families import FAMILIES

@@ -9,8 +9,8 @@ Must run before the model is wrapped in DDP, which looks at `requires_grad` once
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from megatron_vlm.config.rules import REGEX_SECONDS, trains
 from megatron_vlm.config.schema import ModelConfig
-from megatron_vlm.config.validation import REGEX_SECONDS, trains
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.runtime.limits import LimitError, bounded
@@ -58,7 +58,7 @@ def trainable_names(names: Iterable[str], model: ModelConfig, unreached: Collect
 def apply_freezing(model: VisionLanguageModel, config: ModelConfig) -> dict[str, TrainableCount]:
     """Sets `requires_grad` of every parameter on this rank, logs and returns the counts per component.
 
-    A regex that matches nothing is an error of the whole model, not of one rank's part: `config.validation` finds it.
+    A regex that matches nothing is an error of the whole model, not of one rank's part: `config.rules` find it.
     """
     parameters = list(model.named_parameters())
     unreached = {f"vision.{name}" for name in model.vision.tower.survey.unreached}

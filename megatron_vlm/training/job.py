@@ -20,8 +20,8 @@ from megatron_vlm.checkpoint.recipe import without_training
 from megatron_vlm.checkpoint.resume import Start, find_start, start_from
 from megatron_vlm.checkpoint.store import TrainingState, load_checkpoint
 from megatron_vlm.config.megatron import ddp_config, vision_ddp_config
+from megatron_vlm.config.rules import frozen_at_random
 from megatron_vlm.config.schema import Config, LossConfig
-from megatron_vlm.config.unused_keys import frozen_at_random
 from megatron_vlm.conversion.transfer.origin import copy_origin
 from megatron_vlm.conversion.weights.loading import load_weights
 from megatron_vlm.data.batch import StepBatch

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_vlm.checkpoint.directory import checkpoints, step_of
+from megatron_vlm.config.rules import ModelFacts, validate
 from megatron_vlm.config.schema import Config
-from megatron_vlm.config.validation import ModelFacts, validate
 from megatron_vlm.data.conversation import TEMPLATES, ConversationEncoder
 from megatron_vlm.data.first_look import look_at
 from megatron_vlm.data.loader import make_encoder

@@ -6,9 +6,8 @@ Here the layers' knowledge meets (DESIGN D12): validation is pure and knows no m
 import torch
 
 from megatron_vlm.config.context import split_context
+from megatron_vlm.config.rules import ModelFacts, names_its_model, unused_keys, validate
 from megatron_vlm.config.schema import Config
-from megatron_vlm.config.unused_keys import unused_keys
-from megatron_vlm.config.validation import ModelFacts, names_its_model, validate
 from megatron_vlm.data.conversation import TEMPLATES
 from megatron_vlm.errors import ConfigError, RecipeError, together
 from megatron_vlm.evaluation.tasks import TASKS

@@ -55,8 +55,9 @@ python tools/none.py RECIPE.yaml tests/architecture/test_*.py
     }
     assert references(text) == [("training/none.py", "run"), ("tests/architecture/documents.py", "exists")]
     assert defines("tests/architecture/documents.py", "exists")
-    assert defines("config/schema.py", "Config") and defines("megatron_vlm/registry.py", "Registry.get")
+    assert defines("config/schema/recipe.py", "Config") and defines("megatron_vlm/registry.py", "Registry.get")
     assert defines("registry.py", "T") and defines("tests/architecture/test_documents.py", "DOCUMENTS")
     assert exists("docs/decisions/0001") and not exists("docs/decisions/9999")
     assert exists("../README.md", ROOT / "docs") and not exists("../none.md", ROOT / "docs")
-    assert not defines("tests/architecture/documents.py", "exist") and not defines("config/schema.py", "Config.get")
+    assert not defines("tests/architecture/documents.py", "exist")
+    assert not defines("config/schema/recipe.py", "Config.get")

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from megatron_vlm.config import load_config
-from megatron_vlm.config.recipe_changes import keys_and_sections
+from megatron_vlm.config.schema.tree import keys_and_sections
 from megatron_vlm.errors import ConfigError
 from tests.helpers.processes import ROOT, environment
 

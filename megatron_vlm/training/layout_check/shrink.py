@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vlm.config.loading import config_from_tree
+from megatron_vlm.config.rules import matches
 from megatron_vlm.config.schema import Config, TrainingConfig
-from megatron_vlm.config.validation import matches
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.sample import Sample
 from megatron_vlm.data.sources import SOURCES, Extent

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_vlm.config import load_config
 from megatron_vlm.config import loading as loading_module
-from megatron_vlm.config.validation import validate
+from megatron_vlm.config.rules import validate
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.freezing import trainable_names
 from megatron_vlm.runtime import limits
@@ -155,7 +155,7 @@ ENDLESS = ["^(([a-z_.0-9])+)+!$", r"^([a-z.0-9_]|[a-z.0-9_]{2})+!"]
 def test_a_regex_that_backtracks_for_ever_is_named(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     names = ("language.decoder.layers.0.self_attention.linear_qkv.weight",)
     model = facts(parameter_names={"language": names, "vision": (), "projector": ()})
-    for module in ("config.validation", "models.freezing"):
+    for module in ("config.rules.model", "models.freezing"):
         monkeypatch.setattr(f"megatron_vlm.{module}.REGEX_SECONDS", 0.3)
     config = recipe(model__freeze=["bias", pattern])
     with pytest.raises(ConfigError, match=r"model\.freeze\[1\]: found .* does not end: .*0\.3 s of processor time"):

@@ -2,17 +2,11 @@
 
 import pytest
 
-from megatron_vlm.config.recipe_changes import (
-    MAY_DIFFER,
-    UNTRAINED,
-    keys_and_sections,
-    leaves,
-    may_differ,
-    refuse_data_changes,
-    refuse_recipe_changes,
-    unknown_changes,
-)
+from megatron_vlm.config.recipe_changes import UNTRAINED, refuse_data_changes, refuse_recipe_changes
+from megatron_vlm.config.rules.checkpoint import unknown_changes
+from megatron_vlm.config.rules.gathered import MAY_CHANGE, may_change
 from megatron_vlm.config.schema import Config
+from megatron_vlm.config.schema.tree import keys_and_sections, leaves
 from megatron_vlm.errors import ConfigError
 from tests.helpers.tiny import merge
 from tests.unit.config.recipes import recipe
@@ -27,17 +21,17 @@ def test_the_table_decides_on_every_key_and_names_no_other() -> None:
     keys = [key for key, _ in leaves(recipe().model_dump(mode="json"))]
     assert len(keys) > 60
     for key in keys:
-        assert isinstance(may_differ(key), bool)
-    assert set(MAY_DIFFER) <= set(keys_and_sections())
+        assert isinstance(may_change(key), bool)
+    assert set(MAY_CHANGE) <= set(keys_and_sections())
 
 
 def test_a_key_that_the_table_forgot_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(MAY_DIFFER, "schedule")
+    monkeypatch.delitem(MAY_CHANGE, "schedule")
     with pytest.raises(AssertionError):
-        may_differ("schedule.warmup_ratio")
+        may_change("schedule.warmup_ratio")
 
 
-def test_what_cannot_change_the_result_may_differ() -> None:
+def test_what_cannot_change_the_result_may_change() -> None:
     now = changed(
         parallel={"tensor": 2, "sequence": True},
         runtime={"device": "cpu", "timeout_seconds": 5},

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_vlm.config.unused_keys import frozen_at_random, unused_fp8_keys, unused_keys
+from megatron_vlm.config.rules import frozen_at_random, unused_keys
+from megatron_vlm.config.rules.precision import unused_fp8_keys
 from megatron_vlm.training.recipe import resolve_recipe
 from tests.unit.config.recipes import FACTS, facts, recipe
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_vlm.config import Config, names_its_model, packages, trains, validate
-from megatron_vlm.config.validation import validate_layout
+from megatron_vlm.config.rules import validate_layout
 from megatron_vlm.errors import ConfigError
 from tests.unit.config.recipes import FACTS, facts, recipe
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megatron_vlm.config.rules import validate
 from megatron_vlm.config.schema import Config, LanguageConfig
-from megatron_vlm.config.validation import validate
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.architectures import context_tokens, load_language_config
 from megatron_vlm.models.facts import gather_facts

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import CLIPConfig, Qwen2Config
 
+from megatron_vlm.config.rules import validate
 from megatron_vlm.config.schema import Config, PrecisionConfig
-from megatron_vlm.config.validation import validate
 from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.data.sources.llava_json import LlavaFile

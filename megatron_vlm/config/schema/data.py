@@ -1,0 +1,71 @@
+"""`data`: what is trained on, and how it becomes tokens and pixels."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_vlm.config.schema.base import NonNegativeFloat, NonNegativeInt, Plain, PositiveInt, Section
+
+
+class VideoConfig(Section):
+    """The frames of a video that are trained, each as an image is."""
+
+    num_frames: PositiveInt = Field(
+        default=8, description="Frames spread evenly over a video; fewer where it has fewer, or where `fps` says so."
+    )
+    fps: NonNegativeFloat = Field(
+        default=0.0, description="Most frames a second; 0: no such limit. A folder of frames has no seconds."
+    )
+
+
+class DataConfig(Section):
+    """What is trained on, and how it becomes tokens and pixels."""
+
+    path: str = Field(description="The data file with the training samples.")
+    source: str = Field(default="llava_json", description="Registered reader of `data.path` and of `evaluation.path`.")
+    media_root: str | None = Field(
+        default=None,
+        description="Folder that paths of images and videos in the data are relative to. null: that of `data.path`.",
+    )
+    template: str = Field(
+        default="auto",
+        description="Registered name of how a conversation becomes text. auto: the tokenizer's own chat template.",
+    )
+    template_arguments: dict[str, Plain] = Field(
+        default={}, description="Variables of the tokenizer's chat template, and the date it sees."
+    )
+    render_turns: Literal["whole", "apart"] = Field(
+        default="whole",
+        description="whole: a conversation is one sample; apart: each answer is one, with all that comes before it.",
+    )
+    image_mode: Literal["pad", "resize", "processor"] = Field(
+        default="pad",
+        description="How an image becomes the tower's square. pad: with a border; resize: stretched; processor: as "
+        "the tower's own preprocessor config says.",
+    )
+    image_token: str = Field(default="<image>", description="Text that marks an image in a conversation.")
+    video: VideoConfig = VideoConfig()
+    group_by_modality_length: bool = Field(
+        default=False,
+        description="Make batches of samples of similar length, all with images or all without, as LLaVA does.",
+    )
+    packing: bool = Field(
+        default=False,
+        description="Put several samples into each row of `training.sequence_length` tokens; each attends to itself.",
+    )
+    pad_to_multiple_of: PositiveInt | None = Field(
+        default=None,
+        description="Tokens to a multiple of which rows that are not packed are padded, up to "
+        "`training.sequence_length`. null: 64 on GPUs, 1 on the CPU.",
+    )
+    on_long_sample: Literal["error", "truncate"] = Field(
+        default="error",
+        description="What is done with a sample longer than `training.sequence_length`; images are never cut in two.",
+    )
+    on_bad_sample: Literal["error", "skip"] = Field(
+        default="error", description="What is done with a sample that cannot be used; skip leaves it out and tells."
+    )
+    num_workers: NonNegativeInt = Field(
+        default=2, description="Processes of each rank that prepare batches; 0: the rank does it itself."
+    )
+    shuffle: bool = Field(default=True, description="Order samples at random, anew in each epoch.")
