@@ -37,7 +37,7 @@ NOT_SPECIALIZED = ["tiles_per_row", "q_len", "k_len", "lower", "upper"]  # or ev
 
 
 @dataclass(frozen=True)
-class Rules:
+class AttentionOptions:
     """Scoring and visibility in one call.
 
     Args:
@@ -181,7 +181,7 @@ def _tanh(x):
 
 @triton.jit
 def scaled_scores(products, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Scores, times a unit, of q k^T; `scale` and `softcap` from `Rules.score_factors`."""
+    """Scores, times a unit, of q k^T; `scale` and `softcap` from `AttentionOptions.score_factors`."""
     scores = products * scale
     if HAS_SOFTCAP:
         scores = softcap * _tanh(scores)
@@ -352,7 +352,7 @@ def _forward_kernel(
     tl.store(tile_pointers(out, out_strides[1], QUERIES, BLOCK_DV), result, mask=where)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """Attention of whole tensors.
 
     Args:
@@ -365,19 +365,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, rules: Rules) -> tuple[Tensor, Te
     rows, num_queries, heads, _ = q.shape
     out = torch.empty(rows, num_queries, heads, v.shape[3], dtype=q.dtype, device=q.device)
     lse = torch.empty(rows, heads, num_queries, dtype=torch.float32, device=q.device)
-    _launch(q, k, v, out, lse, rules, into=False)
+    _launch(q, k, v, out, lse, options, into=False)
     return out, lse
 
 
-def attention_into(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules) -> None:
+def attention_into(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: AttentionOptions) -> None:
     """Folds attention with these keys into out [b, sq, heads, dv] and lse [b, heads, sq], fp32, in place.
 
     Args:
-        q, k, v: as in `attention`; with `rules.rectangles` k and v may have other rows than q.
+        q, k, v: as in `attention`; with `options.rectangles` k and v may have other rows than q.
         out, lse: over the keys so far; zeros and -inf where there were none.
     """
     assert out.dtype == lse.dtype == torch.float32, (out.dtype, lse.dtype)
-    _launch(q, k, v, out, lse, rules, into=True)
+    _launch(q, k, v, out, lse, options, into=True)
 
 
 def within_heads(tensor: Tensor) -> Tensor:
@@ -391,25 +391,25 @@ def padded_width(width: int) -> int:
 
 
 def launches(
-    rules: Rules, block: int, of_keys: bool, length: int, rows: int, device: torch.device
+    options: AttentionOptions, block: int, of_keys: bool, length: int, rows: int, device: torch.device
 ) -> list[tuple[Tensor | None, int, int]]:
     """(table of tiles or None, tiles, tiles of a row) of each launch; `length` of what is cut into blocks."""
-    if rules.rectangles is None:
+    if options.rectangles is None:
         per_row = triton.cdiv(length, block)
         return [(None, rows * per_row, per_row)]
-    assert rules.key_valid is None, "rectangles know no key_valid"
-    return [(table, len(table), 1) for table in rules.rectangles.launches(block, of_keys, device)]
+    assert options.key_valid is None, "rectangles know no key_valid"
+    return [(table, len(table), 1) for table in options.rectangles.launches(block, of_keys, device)]
 
 
-def _launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules, into: bool) -> None:
+def _launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, options: AttentionOptions, into: bool) -> None:
     q, k, v = map(within_heads, (q, k, v))
     assert out.stride(3) == 1 and lse.stride(2) == 1, (out.stride(), lse.stride())
     rows, num_queries, heads, width = q.shape
     num_keys, kv_heads, v_width = v.shape[1:]
     padded, v_padded = padded_width(width), padded_width(v_width)
     blocks = forward_blocks(max(padded, v_padded), q.dtype, is_hopper(q.device), num_queries)
-    valid = None if rules.key_valid is None else within_heads(rules.key_valid).view(torch.uint8)
-    for table, num_tiles, per_row in launches(rules, blocks.queries, False, num_queries, rows, q.device):
+    valid = None if options.key_valid is None else within_heads(options.key_valid).view(torch.uint8)
+    for table, num_tiles, per_row in launches(options, blocks.queries, False, num_queries, rows, q.device):
         _forward_kernel[(num_tiles, heads)](
             q,
             k,
@@ -421,9 +421,9 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Ru
             per_row,
             num_queries,
             num_keys,
-            rules.lower,
-            rules.upper,
-            *rules.score_factors(),
+            options.lower,
+            options.upper,
+            *options.score_factors(),
             heads // kv_heads,
             *(x.stride()[:3] for x in (q, k, v, out)),
             lse.stride()[:2],
@@ -436,7 +436,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Ru
             BLOCK_DV=v_padded,
             HAS_TABLE=table is not None,
             HAS_VALID=valid is not None,
-            HAS_SOFTCAP=rules.softcap is not None,
+            HAS_SOFTCAP=options.softcap is not None,
             INTO=into,
             WIDE=is_interpreted(),
             num_warps=blocks.num_warps,

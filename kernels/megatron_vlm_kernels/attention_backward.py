@@ -23,8 +23,8 @@ from megatron_vlm_kernels import is_interpreted
 from megatron_vlm_kernels.attention import (
     LOG2E,
     NOT_SPECIALIZED,
+    AttentionOptions,
     Blocks,
-    Rules,
     is_hopper,
     key_range,
     launches,
@@ -419,48 +419,48 @@ def output_delta(dout: Tensor, out: Tensor) -> Tensor:
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, rules: Rules
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of attention of whole tensors.
 
     Args:
         dout: [b, sq, heads, dv], of the final output.
         lse, delta: [b, heads, sq] fp32, final; lse -inf for a query that sees no key.
-        q, k, v, rules: as in `attention.attention`.
+        q, k, v, options: as in `attention.attention`.
 
     Returns:
         dq [b, sq, heads, d], dk [b, sk, kv_heads, d], dv [b, sk, kv_heads, dv], fp32.
     """
     gradients = tuple(torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
-    _launch((dout, q, k, v, lse, delta), gradients, rules, into=False)
+    _launch((dout, q, k, v, lse, delta), gradients, options, into=False)
     return gradients
 
 
 def attention_backward_into(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     gradients: tuple[Tensor, Tensor, Tensor],
-    rules: Rules,
+    options: AttentionOptions,
 ) -> None:
     """Adds to `gradients` (dq, dk, dv), fp32, in place; `inputs`: the tensors that `attention_backward` takes."""
     assert all(x.dtype == torch.float32 for x in gradients), [x.dtype for x in gradients]
-    _launch(inputs, gradients, rules, into=True)
+    _launch(inputs, gradients, options, into=True)
 
 
-def _launch(inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...], rules: Rules, into: bool) -> None:
+def _launch(inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...], options: AttentionOptions, into: bool) -> None:
     dout, q, k, v = map(within_heads, inputs[:4])
     lse, delta = inputs[4:]
     assert all(x.stride(-1) == 1 for x in (lse, delta, *gradients)), "numbers of a head apart"
     rows, num_queries, heads, width = q.shape
     num_keys, kv_heads, v_width = v.shape[1:]
     padded, v_padded = padded_width(width), padded_width(v_width)
-    valid = None if rules.key_valid is None else within_heads(rules.key_valid).view(torch.uint8)
+    valid = None if options.key_valid is None else within_heads(options.key_valid).view(torch.uint8)
     unit = 1.0 if q.dtype == torch.float32 else LOG2E.value
     kernels = ((_key_gradients_kernel, True, kv_heads), (_query_gradient_kernel, False, heads))
     for kernel, of_keys, num_heads in kernels:
         blocks = backward_blocks(max(padded, v_padded), q.dtype, is_hopper(q.device), of_keys)
         block, length = (blocks.keys, num_keys) if of_keys else (blocks.queries, num_queries)
         written = gradients[1:] if of_keys else gradients[:1]
-        for table, num_tiles, per_row in launches(rules, block, of_keys, length, rows, q.device):
+        for table, num_tiles, per_row in launches(options, block, of_keys, length, rows, q.device):
             kernel[(num_tiles, num_heads)](
                 dout,
                 q,
@@ -474,10 +474,10 @@ def _launch(inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...], rules: Ru
                 per_row,
                 num_queries,
                 num_keys,
-                rules.lower,
-                rules.upper,
-                *rules.score_factors(unit),
-                rules.softmax_scale,
+                options.lower,
+                options.upper,
+                *options.score_factors(unit),
+                options.softmax_scale,
                 heads // kv_heads,
                 *(x.stride()[:3] for x in (dout, q, k, v)),
                 *(x.stride()[:2] for x in (lse, delta)),
@@ -491,7 +491,7 @@ def _launch(inputs: tuple[Tensor, ...], gradients: tuple[Tensor, ...], rules: Ru
                 BLOCK_DV=v_padded,
                 HAS_TABLE=table is not None,
                 HAS_VALID=valid is not None,
-                HAS_SOFTCAP=rules.softcap is not None,
+                HAS_SOFTCAP=options.softcap is not None,
                 INTO=into,
                 WIDE=is_interpreted(),
                 UNIT=unit,

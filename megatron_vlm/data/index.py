@@ -122,7 +122,7 @@ class SampleIndex:
 
 
 @dataclass(frozen=True)
-class SkipRule:
+class BadSamplePolicy:
     """`data.on_bad_sample: skip`: bad samples are left out, and a sample is bad also where a picture's header says so
     (`media`) or where it is longer than `max_tokens`."""
 
@@ -164,7 +164,7 @@ class Measurer:
     encoder: ConversationEncoder
     media_root: Path
     extents: list[Extent]
-    skip: SkipRule | None
+    skip: BadSamplePolicy | None
     sampling: VideoConfig
 
     def produce(self, number: int) -> list[list[Measured] | Dropped]:
@@ -246,7 +246,7 @@ def open_index(
     media_root: Path,
     spare_root: Path,
     rank: int = 0,
-    skip: SkipRule | None = None,
+    skip: BadSamplePolicy | None = None,
     sampling: VideoConfig | None = None,
 ) -> SampleIndex:
     """The index of `file`, built where there is none yet.
@@ -334,7 +334,11 @@ def _list_counts(dropped: dict[str, int]) -> str:
 
 
 def _fingerprint(
-    file: RecordFile, encoder: ConversationEncoder, media_root: Path, skip: SkipRule | None, sampling: VideoConfig
+    file: RecordFile,
+    encoder: ConversationEncoder,
+    media_root: Path,
+    skip: BadSamplePolicy | None,
+    sampling: VideoConfig,
 ) -> str:
     try:
         facts = check_regular(file.path)

@@ -22,7 +22,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import MediaSpan, MediaWindow, StepBatch
 from megatron_vlm.data.collate import Document, collate_rows, list_spans
 from megatron_vlm.data.conversation import ConversationEncoder
-from megatron_vlm.data.index import SampleIndex, SkipRule, describe_length, open_index
+from megatron_vlm.data.index import BadSamplePolicy, SampleIndex, describe_length, open_index
 from megatron_vlm.data.media import FAULTS, MediaReader
 from megatron_vlm.data.media_windows import SamplePlace, WorldSharing
 from megatron_vlm.data.plan import GroupedPlan, PackedPlan, Plan, RowPlan
@@ -143,10 +143,10 @@ def _open_source(
     file = SOURCES.get(data.source)(path, data.image_token)
     root = Path(media_root) if media_root is not None else file.path.parent
     media = MediaReader(media_spec, data.image_mode)
-    skip = SkipRule(media, sequence_length) if data.on_bad_sample == "skip" else None
+    skip = BadSamplePolicy(media, sequence_length) if data.on_bad_sample == "skip" else None
     index = open_index(file, encoder, root, Path(config.checkpoint.directory), rank, skip, data.video)
     check_lengths(index, file, sequence_length, media_spec.tokens_per_image)
-    return SampleSource(file, index, encoder, media, root, tolerant=skip is not None)
+    return SampleSource(file, index, encoder, media, root, skips_bad=skip is not None)
 
 
 def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int) -> ConversationEncoder:
@@ -225,7 +225,7 @@ class SampleSource:
     encoder: ConversationEncoder
     media: MediaReader
     media_root: Path
-    tolerant: bool  # a picture that cannot be read is blanked
+    skips_bad: bool  # a picture that cannot be read is blanked
 
     def sample(self, number: int) -> Sample:
         """One sample, with its videos' frames. Raises DataError where the file is gone, or this is no longer in it."""
@@ -271,7 +271,7 @@ class SampleSource:
                     pixels[number] = picture
                     number += 1
             except BadSample as error:
-                if not self.tolerant:
+                if not self.skips_bad:
                     raise
                 get_logger(__name__).warning("%s; it is blanked and the sample not trained", one_line(error))
                 pixels[number:stop] = self.media.blank_pixels()
@@ -331,7 +331,7 @@ class StepFetcher:
             row_tokens=tuple(row_tokens[:num_real]),
             num_media=int(index.images[real].sum()),
             num_trained_tokens_local=sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches),
-            faults_tolerated=self.source.tolerant,
+            faults_tolerated=self.source.skips_bad,
         )
 
     def _window(

@@ -3,7 +3,7 @@
 Every sample is a document of its own: attention does not leave it, position ids restart in it, and its last token
 predicts nothing. So what is learnt from a sample does not depend on its neighbours, and packing is free to choose them.
 
-Rows are filled first-fit-decreasing within a window of the plan's order. A window is counted in rows' worth of tokens,
+Rows are filled first-fit-decreasing within a pool of the plan's order. A pool is counted in rows' worth of tokens,
 so that what its last row leaves empty is little, whatever the lengths: 1,024 rows lose under a thousandth to it. (A
 batch of 64 mixed samples packed by itself fills 13 or 14 rows of 4,096 tokens, and loses a twentieth.)
 
@@ -29,28 +29,28 @@ import numpy as np
 
 from megatron_vlm.parallel.layout import causal_pairs
 
-WINDOW_ROWS = 1024  # rows' worth of tokens that are packed together
+POOL_ROWS = 1024  # rows' worth of tokens that are packed together
 
 
 def pack_rows(tokens: np.ndarray, order: np.ndarray, capacity: int) -> list[tuple[int, ...]]:
-    """Fills rows of `capacity` tokens, window after window of an order.
+    """Fills rows of `capacity` tokens, pool after pool of an order.
 
     Args:
         tokens: [n] lengths of all samples, each of 1 to `capacity` tokens.
-        order: [n] sample numbers; a window is a piece of it.
+        order: [n] sample numbers; a pool is a piece of it.
         capacity: tokens of a row.
 
     Returns:
-        Rows of sample numbers; every sample is in one. Rows follow the order's windows, and in a window their samples
+        Rows of sample numbers; every sample is in one. Rows follow the order's pools, and in a pool their samples
         that are earliest in the order.
     """
     before = np.cumsum(tokens[order], dtype=np.int64) - tokens[order]
-    windows = np.split(order, np.flatnonzero(np.diff(before // (WINDOW_ROWS * capacity))) + 1)
+    pools = np.split(order, np.flatnonzero(np.diff(before // (POOL_ROWS * capacity))) + 1)
     rows: list[tuple[int, ...]] = []
-    for window in windows:
-        lengths = tokens[window].tolist()
+    for pool in pools:
+        lengths = tokens[pool].tolist()
         filled = sorted(first_fit_decreasing(lengths, capacity), key=min)
-        rows += [tuple(window[_arrange(row)].tolist()) for row in filled]
+        rows += [tuple(pool[_arrange(row)].tolist()) for row in filled]
     return rows
 
 

@@ -121,7 +121,7 @@ class PackedPlan:
     Args:
         tokens: [n] length of every sample.
         seed, global_batch_size, shuffle: as `Plan`; without `shuffle` samples keep the file's order as far as packing
-            allows (`packing.WINDOW_ROWS`).
+            allows (`packing.POOL_ROWS`).
         row_length: tokens of every row, `packed_length`; no sample is longer.
         micro_batch_size: rows of a micro-batch; what a step trains does not depend on it.
         windows: of the language model's layers (`packing.attention_work`); nor on them.

@@ -51,7 +51,7 @@ class EvaluationRequest:
         blank_images: ask everything once more with every image blanked to the tower's mean colour.
         batch_size: questions decoded together.
         max_new_tokens: longest answer in tokens.
-        tolerant: leave out questions about images that cannot be read, instead of failing.
+        skip_bad: leave out questions about images that cannot be read, instead of failing.
         progress: show how far it is.
     """
 
@@ -59,7 +59,7 @@ class EvaluationRequest:
     blank_images: bool = False
     batch_size: int = 64
     max_new_tokens: int = 32
-    tolerant: bool = False
+    skip_bad: bool = False
     progress: bool = True
 
 
@@ -172,7 +172,7 @@ def ask_all(
     share = range(grid.coordinates.data, len(asked), grid.sizes.data)
     mine = sorted(share, key=lambda number: len(asked[number].sample.images))
     records: list[Record] = []
-    faults: Faults | None = {} if request.tolerant else None
+    faults: Faults | None = {} if request.skip_bad else None
     title = f"{request.task}, images blanked" if reader.blank else request.task
     with Progress(title, total=len(mine), enabled=request.progress) as progress:
         largest_share = len(range(0, len(asked), grid.sizes.data))

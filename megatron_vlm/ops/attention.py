@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from megatron_vlm.ops import attention_cuda as on_cuda
 from megatron_vlm.ops import reference
-from megatron_vlm.ops.attention_mask import Asked, asked_of, band_of
+from megatron_vlm.ops.attention_mask import AttentionCall, attention_call, band_of
 from megatron_vlm.ops.dispatch import AUTO, TRITON, Operation, interpreter_objection
 from megatron_vlm.ops.reference import AttentionRules
 
@@ -54,7 +54,7 @@ def attention(
         ConfigError: the backend asked for cannot run here, with the reason.
     """
     _check(q, k, v)
-    return ATTENTION.select(backend, q, rules.get("softcap"), asked_of(q, k, v, rules))(q, k, v, **rules)
+    return ATTENTION.select(backend, q, rules.get("softcap"), attention_call(q, k, v, rules))(q, k, v, **rules)
 
 
 def attention_backward(
@@ -86,7 +86,7 @@ def attention_backward(
         ConfigError: as `attention`.
     """
     _check(q, k, v)
-    function = ATTENTION_BACKWARD.select(backend, q, rules.get("softcap"), asked_of(q, k, v, rules))
+    function = ATTENTION_BACKWARD.select(backend, q, rules.get("softcap"), attention_call(q, k, v, rules))
     return function(dout, q, k, v, out, lse, **rules)
 
 
@@ -145,7 +145,7 @@ ATTENTION_BACKWARD.backend(TRITON, on_cuda.triton_attention_obstacle, interprete
 )
 
 
-def _cpu_obstacle(q: Tensor, softcap: float | None, asked: Asked | None = None) -> str | None:
+def _cpu_obstacle(q: Tensor, softcap: float | None, call: AttentionCall | None = None) -> str | None:
     if q.device.type != "cpu":
         return f"it needs tensors on the CPU, found {q.device}"
     if q.dtype not in _CPU_DTYPES:

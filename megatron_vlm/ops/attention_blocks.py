@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_vlm.ops.attention import attention, attention_backward
 from megatron_vlm.ops.attention_cuda import triton_attention_obstacle
-from megatron_vlm.ops.attention_mask import Asked, Band
+from megatron_vlm.ops.attention_mask import AttentionCall, Band
 from megatron_vlm.ops.dispatch import AUTO, TRITON, Operation, interpreter_objection
 from megatron_vlm.ops.reference import AttentionRules
 
@@ -119,7 +119,7 @@ class Scoring:
 
 
 @dataclass(frozen=True)
-class Answered:
+class SavedForward:
     """Queries whose attention over all keys is known, and the gradient of it.
 
     Args:
@@ -155,12 +155,12 @@ def attention_into(
         ConfigError: the backend asked for cannot run here, with the reason.
     """
     if rectangles.items:
-        function = ATTENTION_INTO.select(scoring.of_blocks, q, scoring.softcap, _asked(q, v))
+        function = ATTENTION_INTO.select(scoring.of_blocks, q, scoring.softcap, _call_of_blocks(q, v))
         function(q, k, v, totals, rectangles, scoring)
 
 
 def attention_into_backward(
-    queries: Answered,
+    queries: SavedForward,
     k: Tensor,
     v: Tensor,
     gradients: tuple[Tensor, Tensor, Tensor],
@@ -178,13 +178,13 @@ def attention_into_backward(
     """
     if rectangles.items:
         q = queries.q
-        function = ATTENTION_INTO_BACKWARD.select(scoring.of_blocks, q, scoring.softcap, _asked(q, v))
+        function = ATTENTION_INTO_BACKWARD.select(scoring.of_blocks, q, scoring.softcap, _call_of_blocks(q, v))
         function(queries, k, v, gradients, rectangles, scoring)
 
 
-def _asked(q: Tensor, v: Tensor) -> Asked:
+def _call_of_blocks(q: Tensor, v: Tensor) -> AttentionCall:
     """The call that all rectangles have in common; the kernel takes any band."""
-    return Asked(q.shape[1], v.shape[1], (q.shape[3], v.shape[3]), Band(None, None), False)
+    return AttentionCall(q.shape[1], v.shape[1], (q.shape[3], v.shape[3]), Band(None, None), False)
 
 
 def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
@@ -194,10 +194,10 @@ def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> Non
     lse.copy_(torch.logaddexp(lse, block_lse))
 
 
-def _kernel_rules(rectangles: Rectangles, scoring: Scoring) -> Any:
-    from megatron_vlm_kernels.attention import Rules
+def _kernel_options(rectangles: Rectangles, scoring: Scoring) -> Any:
+    from megatron_vlm_kernels.attention import AttentionOptions
 
-    return Rules(scoring.softmax_scale, scoring.softcap, rectangles=rectangles.by_row)
+    return AttentionOptions(scoring.softmax_scale, scoring.softcap, rectangles=rectangles.by_row)
 
 
 @ATTENTION_INTO.backend(TRITON, triton_attention_obstacle, interpreter_objection)
@@ -206,12 +206,12 @@ def _into_triton(
 ) -> None:
     from megatron_vlm_kernels import attention as kernels
 
-    kernels.attention_into(q, k, v, *totals, _kernel_rules(rectangles, scoring))
+    kernels.attention_into(q, k, v, *totals, _kernel_options(rectangles, scoring))
 
 
 @ATTENTION_INTO_BACKWARD.backend(TRITON, triton_attention_obstacle, interpreter_objection)
 def _into_backward_triton(
-    queries: Answered,
+    queries: SavedForward,
     k: Tensor,
     v: Tensor,
     gradients: tuple[Tensor, Tensor, Tensor],
@@ -221,7 +221,7 @@ def _into_backward_triton(
     from megatron_vlm_kernels import attention_backward as kernels
 
     inputs = queries.dout, queries.q, k, v, queries.lse, queries.delta
-    kernels.attention_backward_into(inputs, gradients, _kernel_rules(rectangles, scoring))
+    kernels.attention_backward_into(inputs, gradients, _kernel_options(rectangles, scoring))
 
 
 def _calls(rectangles: Rectangles, scoring: Scoring) -> "Sequence[tuple[Rectangle, Any]]":
@@ -242,7 +242,7 @@ def _into_calls(
 
 @ATTENTION_INTO_BACKWARD.backend(_CALLS)
 def _into_backward_calls(
-    queries: Answered,
+    queries: SavedForward,
     k: Tensor,
     v: Tensor,
     gradients: tuple[Tensor, Tensor, Tensor],

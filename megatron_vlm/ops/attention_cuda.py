@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.errors import one_line
-from megatron_vlm.ops.attention_mask import Asked, band_of
+from megatron_vlm.ops.attention_mask import AttentionCall, band_of
 from megatron_vlm.ops.dispatch import triton_obstacle
 from megatron_vlm.ops.reference import AttentionRules
 
@@ -35,48 +35,48 @@ _FLASH = "flash_attn.flash_attn_interface"
 _FLASH_NEEDED = (2, 7)  # since which `_flash_attn_forward` has the arguments used here
 
 
-def _half_on_cuda_obstacle(q: Tensor, asked: Asked | None, max_width: int) -> str | None:
+def _half_on_cuda_obstacle(q: Tensor, call: AttentionCall | None, max_width: int) -> str | None:
     if q.device.type != "cuda":
         return f"it needs tensors on a CUDA device, found {q.device}"
     if q.dtype not in _HALF:
         return f"it needs torch.bfloat16 or torch.float16, found {q.dtype}"
-    if asked is None:
+    if call is None:
         return None
-    if asked.hides_keys:
+    if call.hides_keys:
         return "it has no mask of single keys, found key_valid"
-    if any(width % 8 or width > max_width for width in asked.widths):
-        return f"it needs head widths that are multiples of 8 up to {max_width}, found {asked.widths}"
+    if any(width % 8 or width > max_width for width in call.widths):
+        return f"it needs head widths that are multiples of 8 up to {max_width}, found {call.widths}"
     return None
 
 
-def cudnn_obstacle(q: Tensor, softcap: float | None, asked: Asked | None = None) -> str | None:
-    """Reason why cuDNN cannot. `asked` None: nothing is known of the call, as when a recipe is estimated."""
-    reason = _half_on_cuda_obstacle(q, asked, _CUDNN_MAX_WIDTH)
+def cudnn_obstacle(q: Tensor, softcap: float | None, call: AttentionCall | None = None) -> str | None:
+    """Reason why cuDNN cannot. `call` None: nothing is known of the call, as when a recipe is estimated."""
+    reason = _half_on_cuda_obstacle(q, call, _CUDNN_MAX_WIDTH)
     if reason is not None:
         return reason
     if torch.cuda.is_available() and torch.cuda.get_device_capability(q.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or newer"
     if softcap is not None:
         return f"it has no soft-cap of the scores, found {softcap}"
-    if asked is None:
+    if call is None:
         return None
-    if 1 in (asked.q_length, asked.k_length):
+    if 1 in (call.q_length, call.k_length):
         return "it is not used for a single query or key"
-    if asked.band.lower is not None:
+    if call.band.lower is not None:
         return "it has no window"
-    square = asked.band.upper == 0 and asked.q_length == asked.k_length
-    if asked.band.upper is not None and not square:
-        return f"its causal mask is of a square, found {asked.q_length} queries, {asked.k_length} keys {asked.band}"
+    square = call.band.upper == 0 and call.q_length == call.k_length
+    if call.band.upper is not None and not square:
+        return f"its causal mask is of a square, found {call.q_length} queries, {call.k_length} keys {call.band}"
     return None
 
 
-def cudnn_objection(q: Tensor, softcap: float | None, asked: Asked | None = None) -> str | None:
+def cudnn_objection(q: Tensor, softcap: float | None, call: AttentionCall | None = None) -> str | None:
     """Reason why `auto` passes over cuDNN: in answers, token by token, the number of keys changes each time."""
-    if asked is None or asked.q_length >= _CUDNN_MIN_QUERIES:
+    if call is None or call.q_length >= _CUDNN_MIN_QUERIES:
         return None
     return (
         f"its graph is built anew for each length, which fewer than {_CUDNN_MIN_QUERIES} queries are not worth, "
-        f"found {asked.q_length}"
+        f"found {call.q_length}"
     )
 
 
@@ -104,21 +104,21 @@ def _flash_package_obstacle() -> str | None:
     return None
 
 
-def flash_obstacle(q: Tensor, softcap: float | None, asked: Asked | None = None) -> str | None:
-    """Reason why flash-attn cannot. `asked` as in `cudnn_obstacle`."""
-    reason = _half_on_cuda_obstacle(q, asked, _FLASH_MAX_WIDTH) or _flash_package_obstacle()
-    if reason is not None or asked is None:
+def flash_obstacle(q: Tensor, softcap: float | None, call: AttentionCall | None = None) -> str | None:
+    """Reason why flash-attn cannot. `call` as in `cudnn_obstacle`."""
+    reason = _half_on_cuda_obstacle(q, call, _FLASH_MAX_WIDTH) or _flash_package_obstacle()
+    if reason is not None or call is None:
         return reason
-    if asked.widths[0] != asked.widths[1]:
-        return f"it needs one head width for keys and values, found {asked.widths}"
-    left, right = _flash_window(asked)
+    if call.widths[0] != call.widths[1]:
+        return f"it needs one head width for keys and values, found {call.widths}"
+    left, right = _flash_window(call)
     if min(left, right) < -1:
-        return f"its window contains the diagonal that ends at the last key, found {asked.band}"
+        return f"its window contains the diagonal that ends at the last key, found {call.band}"
     return None
 
 
-def triton_attention_obstacle(q: Tensor, softcap: float | None, asked: Asked | None = None) -> str | None:
-    """Reason why our kernels cannot. `asked` as in `cudnn_obstacle`."""
+def triton_attention_obstacle(q: Tensor, softcap: float | None, call: AttentionCall | None = None) -> str | None:
+    """Reason why our kernels cannot. `call` as in `cudnn_obstacle`."""
     reason = triton_obstacle(q)
     if reason is not None:
         return reason
@@ -126,8 +126,8 @@ def triton_attention_obstacle(q: Tensor, softcap: float | None, asked: Asked | N
         return f"it needs one of {', '.join(map(str, _TRITON_DTYPES))}, found {q.dtype}"
     from megatron_vlm_kernels.limits import MAX_HEAD_WIDTH
 
-    if asked is not None and max(asked.widths) > MAX_HEAD_WIDTH:
-        return f"it needs head widths up to {MAX_HEAD_WIDTH}, found {asked.widths}"
+    if call is not None and max(call.widths) > MAX_HEAD_WIDTH:
+        return f"it needs head widths up to {MAX_HEAD_WIDTH}, found {call.widths}"
     return None
 
 
@@ -169,18 +169,18 @@ def attention_backward_cudnn(
     return dq, dk, dv
 
 
-def _flash_window(asked: Asked) -> tuple[int, int]:
+def _flash_window(call: AttentionCall) -> tuple[int, int]:
     """(left, right) of flash-attn, which counts from the diagonal that ends at the last key; -1: unbounded. Below -1
     where the band leaves that diagonal out, which it cannot express."""
-    diagonal, (lower, upper) = asked.k_length - asked.q_length, asked.band
+    diagonal, (lower, upper) = call.k_length - call.q_length, call.band
     left = -1 if lower is None else diagonal - lower
     right = -1 if upper is None else upper - diagonal
     return (left if lower is None or left >= 0 else -2), (right if upper is None or right >= 0 else -2)
 
 
 def _flash_options(q: Tensor, k: Tensor, rules: AttentionRules) -> dict[str, Any]:
-    asked = Asked(q.shape[1], k.shape[1], (q.shape[3], q.shape[3]), band_of(q, k, rules), False)
-    left, right = _flash_window(asked)
+    call = AttentionCall(q.shape[1], k.shape[1], (q.shape[3], q.shape[3]), band_of(q, k, rules), False)
+    left, right = _flash_window(call)
     return {
         "dropout_p": 0.0,
         "softmax_scale": rules["softmax_scale"],
@@ -212,11 +212,11 @@ def attention_backward_flash(
 
 
 def _triton_rules(q: Tensor, k: Tensor, rules: AttentionRules) -> Any:
-    from megatron_vlm_kernels.attention import Rules
+    from megatron_vlm_kernels.attention import AttentionOptions
     from megatron_vlm_kernels.attention_tiles import UNBOUNDED
 
     lower, upper = band_of(q, k, rules)
-    return Rules(
+    return AttentionOptions(
         rules["softmax_scale"],
         rules.get("softcap"),
         -UNBOUNDED if lower is None else lower,

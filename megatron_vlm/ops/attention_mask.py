@@ -18,7 +18,7 @@ class Band(NamedTuple):
     upper: int | None
 
 
-class Asked(NamedTuple):
+class AttentionCall(NamedTuple):
     """Facts that backends look at before they take a call, beside the queries and the soft-cap.
 
     Args:
@@ -43,7 +43,7 @@ def band_of(q: Tensor, k: Tensor, rules: AttentionRules) -> Band:
     return Band(lower, offset if hides_future else None)
 
 
-def asked_of(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> Asked:
+def attention_call(q: Tensor, k: Tensor, v: Tensor, rules: AttentionRules) -> AttentionCall:
     """Facts of this call."""
     hides_keys = rules.get("key_valid") is not None
-    return Asked(q.shape[1], k.shape[1], (q.shape[3], v.shape[3]), band_of(q, k, rules), hides_keys)
+    return AttentionCall(q.shape[1], k.shape[1], (q.shape[3], v.shape[3]), band_of(q, k, rules), hides_keys)

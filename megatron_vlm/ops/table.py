@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.ops.attention_mask import Asked, Band
+from megatron_vlm.ops.attention_mask import AttentionCall, Band
 from megatron_vlm.ops.dispatch import AUTO, Operation
 
 
@@ -71,7 +71,7 @@ def _queries(like: Example) -> tuple[Any, ...]:
     """Queries of a causal row, with nothing hidden but what a window hides."""
     length, widths = 4096, (like.head_width, like.head_width)
     band = Band(1 - length // 2 if like.slides else None, 0)
-    return like(1, length, 32, like.head_width), like.softcap, Asked(length, length, widths, band, False)
+    return like(1, length, 32, like.head_width), like.softcap, AttentionCall(length, length, widths, band, False)
 
 
 TABLE = (

@@ -1,5 +1,12 @@
 """Ring attention: each ring rank's queries with the keys of all (DESIGN D6), by blocks merged in fp32.
 
+Rank 0 of a ring of 3, where K1 are the keys and values of rank 1; the backward pass takes the same steps:
+
+    step   computes with   sends meanwhile   receives meanwhile   sends after it, in the backward pass
+    0      K0              K0 to rank 1      K2 from rank 2
+    1      K2              K0 to rank 2      K1 from rank 1       gradients of K2 to rank 2
+    2      K1                                                     gradients of K1 to rank 1
+
 Mode `p2p`: at step s rank r computes with keys of rank r-s, while the keys of the next step are on their way; in the
 backward pass their gradients go home meanwhile. Keys go from owner to reader directly, and not from neighbour to
 neighbour: so a reader gets the keys it reads and no others, gradients have one way home instead of the rest of the
@@ -29,14 +36,14 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_vlm.ops.attention_blocks import (
-    Answered,
     Rectangle,
     Rectangles,
+    SavedForward,
     Scoring,
     attention_into,
     attention_into_backward,
 )
-from megatron_vlm.parallel.ring_plan import RingPlan, Share
+from megatron_vlm.parallel.ring_plan import KeyRequest, RingPlan
 from megatron_vlm.parallel.ulysses import uniform_groups
 
 RingMode = Literal["p2p", "all_gather"]
@@ -75,30 +82,30 @@ class Ring:
         """Rectangles that this rank computes at a step, with the keys as `_steps` gives them."""
         if step not in self._known:
             if self.gathers:
-                self._known[step] = _rectangles(self.plan.gathered_shares(self.rank), in_message=False)
+                self._known[step] = _rectangles(self.plan.gathered_requests(self.rank), in_message=False)
             else:
-                self._known[step] = _rectangles(self.plan.shares(self.rank, step), in_message=step > 0)
+                self._known[step] = _rectangles(self.plan.requests(self.rank, step), in_message=step > 0)
         return self._known[step]
 
 
-def _rectangles(shares: Sequence[Share], in_message: bool) -> Rectangles:
-    """The shares' calls; in a message the keys of every row of every share stand one behind the other."""
+def _rectangles(requests: Sequence[KeyRequest], in_message: bool) -> Rectangles:
+    """The requests' calls; in a message the keys of every row of every request stand one behind the other."""
     found, start = [], 0
-    for share in shares:
-        for call in share.calls:
+    for request in requests:
+        for call in request.calls:
             found.append(
                 Rectangle(
-                    rows=(share.first_row, share.stop_row),
+                    rows=(request.first_row, request.stop_row),
                     queries=(call.queries.start, call.queries.stop),
                     keys=(start + call.keys.start, start + call.keys.stop),
                     causal=call.causal,
                     offset=call.offset,
                     window=call.window,
-                    pitch=share.num_keys if in_message else None,
+                    pitch=request.num_keys if in_message else None,
                 )
             )
         if in_message:
-            start += (share.stop_row - share.first_row) * share.num_keys
+            start += (request.stop_row - request.first_row) * request.num_keys
     return Rectangles(tuple(found))
 
 
@@ -139,7 +146,7 @@ Runs = Sequence[tuple[slice, slice]]  # (query heads, kv heads) where every kv h
 
 
 @dataclass(frozen=True)
-class _Held:
+class KeyValues:
     """Keys and values at hand, or their gradients: [b, keys, kv_heads, d or dv], or [1, keys, ...] in a message."""
 
     k: Tensor
@@ -158,10 +165,10 @@ class _RingAttention(torch.autograd.Function):
         rows, length, heads, _ = q.shape
         out = torch.zeros(rows, length, heads, v.shape[3], dtype=_wide(q), device=q.device)
         lse = torch.full((rows, heads, length), -torch.inf, dtype=_wide(q), device=q.device)
-        for step, held in enumerate(_steps(k, v, ring)):
+        for step, keys in enumerate(_steps(k, v, ring)):
             for of_run, kv_heads in runs:
                 totals = out[:, :, of_run], lse[:, of_run]
-                attention_into(q[:, :, of_run], *held.heads(kv_heads), totals, ring.rectangles(step), scoring)
+                attention_into(q[:, :, of_run], *keys.heads(kv_heads), totals, ring.rectangles(step), scoring)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.ring, ctx.runs, ctx.scoring = ring, runs, scoring
@@ -172,17 +179,17 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         (dout,), (q, k, v, out, lse), ring = gradients, ctx.saved_tensors, ctx.ring
         dq = torch.zeros_like(q, dtype=_wide(q))
-        answered = [
-            Answered(dout[:, :, heads], q[:, :, heads], out[:, :, heads], lse[:, heads]) for heads, _ in ctx.runs
+        saved = [
+            SavedForward(dout[:, :, heads], q[:, :, heads], out[:, :, heads], lse[:, heads]) for heads, _ in ctx.runs
         ]
-        home = (_GatheredGradients if ring.gathers else _TravellingGradients)(k, v, ring)
-        for step, held in enumerate(_steps(k, v, ring)):
-            sums = home.sums(step)
-            for of_run, (heads, kv_heads) in zip(answered, ctx.runs, strict=True):
+        accumulator = (_GatheredAccumulator if ring.gathers else _TravellingAccumulator)(k, v, ring)
+        for step, keys in enumerate(_steps(k, v, ring)):
+            sums = accumulator.sums(step)
+            for of_run, (heads, kv_heads) in zip(saved, ctx.runs, strict=True):
                 totals = dq[:, :, heads], *sums.heads(kv_heads)
-                attention_into_backward(of_run, *held.heads(kv_heads), totals, ring.rectangles(step), ctx.scoring)
-            home.send(step)
-        dk, dv = home.total()
+                attention_into_backward(of_run, *keys.heads(kv_heads), totals, ring.rectangles(step), ctx.scoring)
+            accumulator.send(step)
+        dk, dv = accumulator.total()
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
@@ -191,50 +198,50 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _steps(k: Tensor, v: Tensor, ring: Ring) -> Iterator[_Held]:
+def _steps(k: Tensor, v: Tensor, ring: Ring) -> Iterator[KeyValues]:
     """The keys and values of each step, to be used before the next is asked for."""
     return _gathered_keys(k, v, ring) if ring.gathers else _travelling_keys(k, v, ring)
 
 
-def _travelling_keys(k: Tensor, v: Tensor, ring: Ring) -> Iterator[_Held]:
+def _travelling_keys(k: Tensor, v: Tensor, ring: Ring) -> Iterator[KeyValues]:
     """Mode p2p: the next step's are under way while a step's are used."""
     size = ring.plan.layout.ring
-    under_way: _Transfer | None = None
+    in_flight: _Transfer | None = None
     for step in range(size):
-        used = under_way
-        under_way = _fetch(k, v, ring, step + 1) if step + 1 < size else None
-        shares = ring.plan.shares(ring.rank, step)
-        yield _Held(k, v) if used is None else _message(used.wait(), shares, k, v)
+        used = in_flight
+        in_flight = _fetch(k, v, ring, step + 1) if step + 1 < size else None
+        requests = ring.plan.requests(ring.rank, step)
+        yield KeyValues(k, v) if used is None else _message(used.wait(), requests, k, v)
 
 
 def _fetch(k: Tensor, v: Tensor, ring: Ring, step: int) -> "_Transfer":
     """Starts to send this rank's keys to their reader of the step, and to receive those it reads itself."""
     size = ring.plan.layout.ring
     reader, owner = (ring.rank + step) % size, (ring.rank - step) % size
-    sent, received = ring.plan.shares(reader, step), ring.plan.shares(ring.rank, step)
+    sent, received = ring.plan.requests(reader, step), ring.plan.requests(ring.rank, step)
     outgoing = k.new_empty(_num_elements(sent, k, v))
-    for local, message in _pairs(_Held(k, v), _message(outgoing, sent, k, v), sent):
+    for local, message in _pairs(KeyValues(k, v), _message(outgoing, sent, k, v), sent):
         message.copy_(local)
     return _Transfer(outgoing, reader, _num_elements(received, k, v), owner, ring.group)
 
 
-class _TravellingGradients:
+class _TravellingAccumulator:
     """Mode p2p: gradients of a step's keys go to their owner while the next step is computed."""
 
     def __init__(self, k: Tensor, v: Tensor, ring: Ring) -> None:
         self.ring = ring
-        self.own = _Held(torch.zeros_like(k, dtype=_wide(k)), torch.zeros_like(v, dtype=_wide(v)))
+        self.own = KeyValues(torch.zeros_like(k, dtype=_wide(k)), torch.zeros_like(v, dtype=_wide(v)))
         self.outgoing = self.own.k.new_empty(0)
-        self.under_way: tuple[tuple[Share, ...], _Transfer] | None = None
+        self.in_flight: tuple[tuple[KeyRequest, ...], _Transfer] | None = None
 
-    def sums(self, step: int) -> _Held:
+    def sums(self, step: int) -> KeyValues:
         """Sums of the gradients of a step's keys."""
         if step == 0:
             return self.own
         dk, dv = self.own.k, self.own.v
-        shares = self.ring.plan.shares(self.ring.rank, step)
-        self.outgoing = dk.new_zeros(_num_elements(shares, dk, dv))
-        return _message(self.outgoing, shares, dk, dv)
+        requests = self.ring.plan.requests(self.ring.rank, step)
+        self.outgoing = dk.new_zeros(_num_elements(requests, dk, dv))
+        return _message(self.outgoing, requests, dk, dv)
 
     def send(self, step: int) -> None:
         """Sends a step's sums to the owner, and takes in what the step before brought."""
@@ -242,23 +249,23 @@ class _TravellingGradients:
             return
         size = self.ring.plan.layout.ring
         reader, owner = (self.ring.rank + step) % size, (self.ring.rank - step) % size
-        shares = self.ring.plan.shares(reader, step)
-        before = self.under_way
-        num_incoming = _num_elements(shares, self.own.k, self.own.v)
-        self.under_way = shares, _Transfer(self.outgoing, owner, num_incoming, reader, self.ring.group)
-        self._take_in(before)
+        requests = self.ring.plan.requests(reader, step)
+        before = self.in_flight
+        num_incoming = _num_elements(requests, self.own.k, self.own.v)
+        self.in_flight = requests, _Transfer(self.outgoing, owner, num_incoming, reader, self.ring.group)
+        self._add(before)
 
     def total(self) -> tuple[Tensor, Tensor]:
         """(dk [b, S, kv_heads, d], dv [b, S, kv_heads, dv]) from all readers, wide."""
-        self._take_in(self.under_way)
+        self._add(self.in_flight)
         return self.own.k, self.own.v
 
-    def _take_in(self, under_way: "tuple[tuple[Share, ...], _Transfer] | None") -> None:
-        if under_way is None:
+    def _add(self, in_flight: "tuple[tuple[KeyRequest, ...], _Transfer] | None") -> None:
+        if in_flight is None:
             return
-        shares, transfer = under_way
-        arrived = _message(transfer.wait(), shares, self.own.k, self.own.v)
-        for local, message in _pairs(self.own, arrived, shares):
+        requests, transfer = in_flight
+        arrived = _message(transfer.wait(), requests, self.own.k, self.own.v)
+        for local, message in _pairs(self.own, arrived, requests):
             local += message
 
 
@@ -289,43 +296,43 @@ class _Transfer:
         return self.incoming
 
 
-def _num_elements(shares: Iterable[Share], k: Tensor, v: Tensor) -> int:
-    """Size of a message with the keys and values of these shares."""
+def _num_elements(requests: Iterable[KeyRequest], k: Tensor, v: Tensor) -> int:
+    """Size of a message with the keys and values of these requests."""
     of_key = math.prod(k.shape[2:]) + math.prod(v.shape[2:])
-    return sum((share.stop_row - share.first_row) * share.num_keys * of_key for share in shares)
+    return sum((request.stop_row - request.first_row) * request.num_keys * of_key for request in requests)
 
 
-def _message(flat: Tensor, shares: Iterable[Share], k: Tensor, v: Tensor) -> _Held:
+def _message(flat: Tensor, requests: Iterable[KeyRequest], k: Tensor, v: Tensor) -> KeyValues:
     """A message [_num_elements] as keys [1, keys, kv_heads, d] and values [1, keys, kv_heads, dv]; k and v give the
     heads and widths. Of no heads, it is empty, and its keys are counted all the same."""
-    num_keys = sum((share.stop_row - share.first_row) * share.num_keys for share in shares)
+    num_keys = sum((request.stop_row - request.first_row) * request.num_keys for request in requests)
     keys, values = flat.split([num_keys * math.prod(x.shape[2:]) for x in (k, v)])
-    return _Held(keys.view(1, num_keys, *k.shape[2:]), values.view(1, num_keys, *v.shape[2:]))
+    return KeyValues(keys.view(1, num_keys, *k.shape[2:]), values.view(1, num_keys, *v.shape[2:]))
 
 
-def _pairs(local: _Held, message: _Held, shares: Iterable[Share]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(where the owner has some of the shares' keys or values, where a message has them): [rows, n, kv_heads, d]."""
+def _pairs(local: KeyValues, message: KeyValues, requests: Iterable[KeyRequest]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(where the owner has some of the requests' keys or values, where a message has them): [rows, n, kv_heads, d]."""
     start = 0
-    for share in shares:
-        num_rows, at = share.stop_row - share.first_row, start
-        start += num_rows * share.num_keys
-        for at_home, away in _places(share):
+    for request in requests:
+        num_rows, at = request.stop_row - request.first_row, start
+        start += num_rows * request.num_keys
+        for at_home, away in _places(request):
             for own, moved in ((local.k, message.k), (local.v, message.v)):
-                rows = moved[0, at:start].unflatten(0, (num_rows, share.num_keys))
-                yield own[share.rows, at_home], rows[:, away]
+                rows = moved[0, at:start].unflatten(0, (num_rows, request.num_keys))
+                yield own[request.rows, at_home], rows[:, away]
 
 
-def _places(share: Share) -> Iterator[tuple[slice, slice]]:
-    """(where the owner has an interval of the share's keys, where the share has it)."""
+def _places(request: KeyRequest) -> Iterator[tuple[slice, slice]]:
+    """(where the owner has an interval of the request's keys, where the request has it)."""
     start = 0
-    for interval in share.keys:
+    for interval in request.keys:
         yield slice(interval.start, interval.stop), slice(start, start + len(interval))
         start += len(interval)
 
 
-def _gathered_keys(k: Tensor, v: Tensor, ring: Ring) -> Iterator[_Held]:
+def _gathered_keys(k: Tensor, v: Tensor, ring: Ring) -> Iterator[KeyValues]:
     """Mode all_gather: all keys in one step."""
-    yield _Held(*_gather(k, v, ring))
+    yield KeyValues(*_gather(k, v, ring))
 
 
 def _gather(k: Tensor, v: Tensor, ring: Ring) -> list[Tensor]:
@@ -343,7 +350,7 @@ def _gather(k: Tensor, v: Tensor, ring: Ring) -> list[Tensor]:
     return whole
 
 
-class _GatheredGradients:
+class _GatheredAccumulator:
     """Mode all_gather: gradients of all keys, exchanged and summed at the end."""
 
     def __init__(self, k: Tensor, v: Tensor, ring: Ring) -> None:
@@ -351,9 +358,9 @@ class _GatheredGradients:
         length = ring.plan.layout.length
         self.whole = [torch.zeros(len(x), length, *x.shape[2:], dtype=_wide(x), device=x.device) for x in (k, v)]
 
-    def sums(self, step: int) -> _Held:
+    def sums(self, step: int) -> KeyValues:
         """Sums of the gradients of the only step's keys."""
-        return _Held(*self.whole)
+        return KeyValues(*self.whole)
 
     def send(self, step: int) -> None:
         """Nothing: they go at the end."""

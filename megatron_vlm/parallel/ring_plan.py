@@ -42,7 +42,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Share:
+class KeyRequest:
     """Work of a reader with an owner's keys, in neighbouring rows that have the same documents.
 
     Args:
@@ -82,7 +82,7 @@ class RingPlan:
     documents: tuple[Documents, ...]
     causal: bool = True
     window: int | None = None
-    _known: "dict[tuple[int, int | None], tuple[Share, ...]]" = field(
+    _known: "dict[tuple[int, int | None], tuple[KeyRequest, ...]]" = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -90,19 +90,19 @@ class RingPlan:
         lengths = {documents.length for documents in self.documents}
         assert lengths <= {self.layout.length}, f"rows of {sorted(lengths)} tokens in a layout of {self.layout.length}"
 
-    def shares(self, reader: int, step: int) -> "tuple[Share, ...]":
+    def requests(self, reader: int, step: int) -> "tuple[KeyRequest, ...]":
         """Work of ring rank `reader` at a step, when it has keys of ring rank (reader - step) mod R.
 
-        At step 0 the keys are all of its own; later exactly those needed, and rows that need none have no share.
+        At step 0 the keys are all of its own; later exactly those needed, and rows that need none have no request.
         """
         if (reader, step) not in self._known:
-            self._known[reader, step] = _shares(self, reader, step)
+            self._known[reader, step] = _requests(self, reader, step)
         return self._known[reader, step]
 
-    def gathered_shares(self, reader: int) -> "tuple[Share, ...]":
+    def gathered_requests(self, reader: int) -> "tuple[KeyRequest, ...]":
         """Work of ring rank `reader` in one step with all keys, in global order."""
         if (reader, None) not in self._known:
-            self._known[reader, None] = _gathered_shares(self, reader)
+            self._known[reader, None] = _gathered_requests(self, reader)
         return self._known[reader, None]
 
     def equal_rows(self) -> list[tuple[int, int, Documents]]:
@@ -114,7 +114,7 @@ class RingPlan:
         return runs
 
 
-def _shares(plan: RingPlan, reader: int, step: int) -> tuple[Share, ...]:
+def _requests(plan: RingPlan, reader: int, step: int) -> tuple[KeyRequest, ...]:
     layout, owner = plan.layout, (reader - step) % plan.layout.ring
     found = []
     for first_row, stop_row, documents in plan.equal_rows():
@@ -124,17 +124,17 @@ def _shares(plan: RingPlan, reader: int, step: int) -> tuple[Share, ...]:
             for block in computed
         )
         if step == 0:
-            found.append(Share(first_row, stop_row, (Interval(0, layout.length // layout.ring),), tuple(calls)))
+            found.append(KeyRequest(first_row, stop_row, (Interval(0, layout.length // layout.ring),), tuple(calls)))
         elif calls:
             keys = union(call.keys for call in calls)
-            found.append(Share(first_row, stop_row, tuple(keys), tuple(_renumbered(calls, keys))))
+            found.append(KeyRequest(first_row, stop_row, tuple(keys), tuple(_renumbered(calls, keys))))
     return tuple(found)
 
 
-def _gathered_shares(plan: RingPlan, reader: int) -> tuple[Share, ...]:
+def _gathered_requests(plan: RingPlan, reader: int) -> tuple[KeyRequest, ...]:
     layout, everything = plan.layout, Interval(0, plan.layout.length)
     return tuple(
-        Share(
+        KeyRequest(
             first_row,
             stop_row,
             (everything,),

@@ -23,7 +23,7 @@ from megatron_vlm.planner.batch import Batch, ReplicaBatch, SampleRow, first_bat
 from megatron_vlm.planner.memory import MemoryEstimate, Pictures
 from megatron_vlm.planner.parameter_shards import (
     HeldChunk,
-    HeldParameter,
+    LocalParameter,
     language_chunks,
     meta_encoder,
     vision_parameters,
@@ -210,7 +210,7 @@ class _Recipe:
     sizes: GridSizes
     spec: LanguageSpec
     encoder: VisionEncoder
-    vision: tuple[HeldParameter, ...]
+    vision: tuple[LocalParameter, ...]
     batch: Batch
 
     def rank(self, rank: int) -> RankView:
@@ -297,5 +297,5 @@ def _runs(positions: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _count(parameters: Sequence[HeldParameter]) -> int:
+def _count(parameters: Sequence[LocalParameter]) -> int:
     return sum(parameter.numel for parameter in parameters)

@@ -45,7 +45,7 @@ from megatron_vlm.ops.attention import ATTENTION
 from megatron_vlm.ops.cross_entropy import held_bytes
 from megatron_vlm.parallel.layout import row_length
 from megatron_vlm.parallel.sizes import GridSizes
-from megatron_vlm.planner.parameter_shards import HeldChunk, HeldParameter
+from megatron_vlm.planner.parameter_shards import HeldChunk, LocalParameter
 from megatron_vlm.planner.timeline import peak_outstanding, stage_order
 
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
@@ -131,7 +131,9 @@ class _Filling:
             self.bucket_start = self.position
 
 
-def lay_out(parameters: Sequence[HeldParameter], num_ranks: int, distributed: bool, bucket_numel: int | None) -> Buffer:
+def lay_out(
+    parameters: Sequence[LocalParameter], num_ranks: int, distributed: bool, bucket_numel: int | None
+) -> Buffer:
     """The buffer of a chunk's trained parameters over `num_ranks` data-parallel ranks.
 
     Args:
@@ -166,13 +168,13 @@ def language_state(config: Config, chunks: Sequence[HeldChunk], sizes: GridSizes
     return ModelState(*(sum(kinds) for kinds in zip(*(vars(state).values() for state in states), strict=True)))
 
 
-def vision_state(config: Config, parameters: Sequence[HeldParameter], sizes: GridSizes, rank: int) -> ModelState:
+def vision_state(config: Config, parameters: Sequence[LocalParameter], sizes: GridSizes, rank: int) -> ModelState:
     """Of tower and projector on one global rank: whole everywhere, states cut over the world."""
     return _state(config, parameters, (rank, sizes.world), None)
 
 
 def _state(
-    config: Config, parameters: Sequence[HeldParameter], place: tuple[int, int], bucket: int | None
+    config: Config, parameters: Sequence[LocalParameter], place: tuple[int, int], bucket: int | None
 ) -> ModelState:
     """`place`: rank and number of ranks of the data-parallel group."""
     distributed, element = config.optimizer.distributed, ELEMENT_BYTES[config.precision.params]

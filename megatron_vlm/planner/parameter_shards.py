@@ -24,7 +24,7 @@ from megatron_vlm.parallel.sizes import GridSizes
 
 
 @dataclass(frozen=True)
-class HeldParameter:
+class LocalParameter:
     """A parameter as one rank holds it.
 
     Args:
@@ -48,7 +48,7 @@ class HeldChunk:
     layers: range
     first: bool  # it has the embedding
     last: bool  # it has the last norm and the head
-    parameters: tuple[HeldParameter, ...]  # as registered
+    parameters: tuple[LocalParameter, ...]  # as registered
 
 
 def language_chunks(config: Config, spec: LanguageSpec, sizes: GridSizes, stage: int) -> tuple[HeldChunk, ...]:
@@ -71,7 +71,7 @@ def language_chunks(config: Config, spec: LanguageSpec, sizes: GridSizes, stage:
                 first,
                 last,
                 tuple(
-                    HeldParameter(name, numel, name in trained, tied and name == _TABLE)
+                    LocalParameter(name, numel, name in trained, tied and name == _TABLE)
                     for name, numel in numels.items()
                 ),
             )
@@ -93,11 +93,11 @@ def meta_encoder(config: Config, language_size: int) -> VisionEncoder:
     return encoder
 
 
-def vision_parameters(encoder: VisionEncoder) -> tuple[HeldParameter, ...]:
+def vision_parameters(encoder: VisionEncoder) -> tuple[LocalParameter, ...]:
     """The encoder's, the same on every rank."""
     names = encoder.global_names()
     return tuple(
-        HeldParameter(names[name], parameter.numel(), parameter.requires_grad)
+        LocalParameter(names[name], parameter.numel(), parameter.requires_grad)
         for name, parameter in encoder.named_parameters()
     )
 

@@ -25,11 +25,11 @@ from dataclasses import dataclass
 from megatron_vlm.config.schema import Config
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.media_plan import MediaPlan
-from megatron_vlm.parallel.ring_plan import RingPlan, Share
+from megatron_vlm.parallel.ring_plan import KeyRequest, RingPlan
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 from megatron_vlm.parallel.ulysses import HeadSplit
 from megatron_vlm.planner.memory import ELEMENT_BYTES
-from megatron_vlm.planner.parameter_shards import HeldChunk, HeldParameter
+from megatron_vlm.planner.parameter_shards import HeldChunk, LocalParameter
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,12 @@ def _travelling_keys(plan: RingPlan, rank: int, mode: str) -> tuple[int, int]:
         everything = (ring - 1) * len(plan.documents) * plan.layout.length // ring
         return everything, everything
 
-    def count(shares: Sequence[Share]) -> int:
-        return sum((share.stop_row - share.first_row) * share.num_keys for share in shares)
+    def count(requests: Sequence[KeyRequest]) -> int:
+        return sum((request.stop_row - request.first_row) * request.num_keys for request in requests)
 
     steps = range(1, ring)
-    sent = sum(count(plan.shares((rank + step) % ring, step)) for step in steps)
-    return sent, sum(count(plan.shares(rank, step)) for step in steps)
+    sent = sum(count(plan.requests((rank + step) % ring, step)) for step in steps)
+    return sent, sum(count(plan.requests(rank, step)) for step in steps)
 
 
 def pipeline_bytes(config: Config, chunks: Sequence[HeldChunk], sizes: GridSizes, flow: Flow) -> int:
@@ -159,7 +159,7 @@ def pipeline_bytes(config: Config, chunks: Sequence[HeldChunk], sizes: GridSizes
     return borders * message * flow.num_micro_batches + summed
 
 
-def reduction_bytes(config: Config, parameters: Sequence[HeldParameter], num_ranks: int) -> int:
+def reduction_bytes(config: Config, parameters: Sequence[LocalParameter], num_ranks: int) -> int:
     """Gradients over `num_ranks` data-parallel ranks, and the parameters back where the optimizer is distributed."""
     numel = sum(parameter.numel for parameter in parameters if parameter.trains)
     gradients = numel * ELEMENT_BYTES[config.precision.grad_reduce]

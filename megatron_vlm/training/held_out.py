@@ -133,7 +133,7 @@ class Questions:
         bad_by_number = find_unanswerable(assistant, len(samples.index), samples.sample)
         numbers = [number for number in range(len(samples.index)) if number not in bad_by_number]
         bad = list(bad_by_number.values())
-        if bad and not request.tolerant:
+        if bad and not request.skip_bad:
             raise bad[0]
         not_asked = Counter(error.reason for error in bad)
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(not_asked.items()))
@@ -159,7 +159,7 @@ def make_request(config: Config, task: str) -> EvaluationRequest:
         task=task,
         batch_size=QUESTIONS_AT_A_TIME,
         max_new_tokens=config.evaluation.max_new_tokens,
-        tolerant=config.data.on_bad_sample == "skip",
+        skip_bad=config.data.on_bad_sample == "skip",
         progress=False,  # the run has a bar of its own
     )
 

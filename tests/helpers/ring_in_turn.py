@@ -9,8 +9,8 @@ Letters: b rows, L length, heads, kv_heads, d and dv widths.
 import torch
 from torch import Tensor
 
-from megatron_vlm.ops.attention_blocks import Answered, Scoring, attention_into, attention_into_backward
-from megatron_vlm.parallel.ring import _Held, _message, _num_elements, _pairs, _rectangles
+from megatron_vlm.ops.attention_blocks import SavedForward, Scoring, attention_into, attention_into_backward
+from megatron_vlm.parallel.ring import KeyValues, _message, _num_elements, _pairs, _rectangles
 from megatron_vlm.parallel.ring_plan import RingPlan
 
 
@@ -25,7 +25,9 @@ def ring_in_turn(tensors: dict[str, Tensor], plan: RingPlan, scoring: Scoring) -
     at = [layout.positions(rank).to(tensors["q"].device) for rank in ranks]
     own = [{name: tensor[:, at[rank]] for name, tensor in tensors.items()} for rank in ranks]
     wide = torch.promote_types(tensors["q"].dtype, torch.float32)
-    gradients = [_Held(torch.zeros_like(one["k"], dtype=wide), torch.zeros_like(one["v"], dtype=wide)) for one in own]
+    gradients = [
+        KeyValues(torch.zeros_like(one["k"], dtype=wide), torch.zeros_like(one["v"], dtype=wide)) for one in own
+    ]
     found: list[dict[str, Tensor]] = []
     for rank in ranks:
         q, dout = own[rank]["q"], own[rank]["dout"]
@@ -33,17 +35,19 @@ def ring_in_turn(tensors: dict[str, Tensor], plan: RingPlan, scoring: Scoring) -
         out = torch.zeros(dout.shape, dtype=wide, device=q.device)
         lse = torch.full((len(q), q.shape[2], q.shape[1]), -torch.inf, dtype=wide, device=q.device)
         for step, keys in enumerate(held):
-            blocks = _rectangles(plan.shares(rank, step), in_message=step > 0)
+            blocks = _rectangles(plan.requests(rank, step), in_message=step > 0)
             attention_into(q, keys.k, keys.v, (out, lse), blocks, scoring)
-        answered = Answered(dout, q, out.to(q.dtype), lse)
+        saved = SavedForward(dout, q, out.to(q.dtype), lse)
         dq = torch.zeros_like(q, dtype=wide)
         for step, keys in enumerate(held):
-            shares, home = plan.shares(rank, step), gradients[(rank - step) % layout.ring]
-            sums = _Held(torch.zeros_like(keys.k, dtype=wide), torch.zeros_like(keys.v, dtype=wide)) if step else home
-            blocks = _rectangles(shares, in_message=step > 0)
-            attention_into_backward(answered, keys.k, keys.v, (dq, sums.k, sums.v), blocks, scoring)
+            requests, home = plan.requests(rank, step), gradients[(rank - step) % layout.ring]
+            sums = (
+                KeyValues(torch.zeros_like(keys.k, dtype=wide), torch.zeros_like(keys.v, dtype=wide)) if step else home
+            )
+            blocks = _rectangles(requests, in_message=step > 0)
+            attention_into_backward(saved, keys.k, keys.v, (dq, sums.k, sums.v), blocks, scoring)
             if step:
-                for local, message in _pairs(home, sums, shares):
+                for local, message in _pairs(home, sums, requests):
                     local += message
         found.append({"out": out, "lse": lse.transpose(1, 2), "dq": dq})
     for rank in ranks:
@@ -52,13 +56,13 @@ def ring_in_turn(tensors: dict[str, Tensor], plan: RingPlan, scoring: Scoring) -
     return {name: torch.cat([one[name] for one in found], 1)[:, order] for name in found[0]}
 
 
-def _keys(plan: RingPlan, rank: int, step: int, owner: dict[str, Tensor]) -> _Held:
+def _keys(plan: RingPlan, rank: int, step: int, owner: dict[str, Tensor]) -> KeyValues:
     """The keys and values of a step, as the owner sends them."""
     k, v = owner["k"], owner["v"]
     if step == 0:
-        return _Held(k, v)
-    shares = plan.shares(rank, step)
-    message = _message(k.new_empty(_num_elements(shares, k, v)), shares, k, v)
-    for local, moved in _pairs(_Held(k, v), message, shares):
+        return KeyValues(k, v)
+    requests = plan.requests(rank, step)
+    message = _message(k.new_empty(_num_elements(requests, k, v)), requests, k, v)
+    for local, moved in _pairs(KeyValues(k, v), message, requests):
         moved.copy_(local)
     return message

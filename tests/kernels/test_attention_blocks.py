@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_vlm.ops.attention_blocks import (
-    Answered,
     Rectangle,
     Rectangles,
+    SavedForward,
     Scoring,
     attention_into,
     attention_into_backward,
@@ -52,9 +52,9 @@ def summed(tensors: dict[str, Tensor], steps: list[Step], backend: str, softcap:
     dq, dk, dv = (torch.zeros(x.shape, device=q.device) for x in (q, k, v))
     for rectangles, at in steps:
         attention_into(q, k[:, at], v[:, at], (out, lse), rectangles, scoring)
-    answered = Answered(dout, q, out.to(q.dtype), lse)
+    saved = SavedForward(dout, q, out.to(q.dtype), lse)
     for rectangles, at in steps:
-        attention_into_backward(answered, k[:, at], v[:, at], (dq, dk[:, at], dv[:, at]), rectangles, scoring)
+        attention_into_backward(saved, k[:, at], v[:, at], (dq, dk[:, at], dv[:, at]), rectangles, scoring)
     return finite({"out": out.to(q.dtype), "lse": lse, "dq": dq, "dk": dk, "dv": dv})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_vlm.config.schema import VideoConfig, VisionConfig
 from megatron_vlm.data.conversation import ConversationEncoder
-from megatron_vlm.data.index import SkipRule, open_index
+from megatron_vlm.data.index import BadSamplePolicy, open_index
 from megatron_vlm.data.media import MediaReader
 from megatron_vlm.data.sources.llava_json import LlavaFile
 from megatron_vlm.data.tokenizer import load_tokenizer
@@ -75,11 +75,11 @@ def make(random: Random, base: Base, folder: Path) -> Read:
         number = random.randrange(len(lines))
         lines[number] = hostile.json_bytes(random, records[number]).replace(b"\n", b" ")
         path.write_bytes(random.choice((b"\n", b"\n", b"\r\n", b"\n\n", b" \n")).join(lines))
-    skip = SkipRule(base.reader, MOST_TOKENS) if random.random() < 0.6 else None
+    skip = BadSamplePolicy(base.reader, MOST_TOKENS) if random.random() < 0.6 else None
     return lambda: _read(base, path, skip, folder)
 
 
-def _read(base: Base, path: Path, skip: SkipRule | None, folder: Path) -> None:
+def _read(base: Base, path: Path, skip: BadSamplePolicy | None, folder: Path) -> None:
     """As training does: the index, and then every sample and its pixels."""
     file, sampling = LlavaFile(path, "<image>"), VideoConfig(num_frames=4)
     index = open_index(file, base.encoder, folder, folder / "spare", skip=skip, sampling=sampling)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from megatron_vlm.data.conversation import ConversationEncoder
-from megatron_vlm.data.index import SampleIndex, SkipRule, open_index
+from megatron_vlm.data.index import BadSamplePolicy, SampleIndex, open_index
 from megatron_vlm.data.media import MediaReader
 from megatron_vlm.data.sample import BadSample
 from megatron_vlm.data.sources.llava_json import LlavaFile
@@ -35,7 +35,7 @@ def index_of(folder: Path, *records: bytes, skips: bool = True) -> SampleIndex:
     path = folder / "data.jsonl"
     Image.new("RGB", (28, 28)).save(folder / "good.png")
     path.write_bytes(b"\n".join(records))
-    rule = SkipRule(MediaReader(SPEC, "pad"), 128) if skips else None
+    rule = BadSamplePolicy(MediaReader(SPEC, "pad"), 128) if skips else None
     return open_index(LlavaFile(path, "<image>"), encoder_in(folder), folder, folder / "spare", skip=rule)
 
 
@@ -112,5 +112,5 @@ def test_an_index_that_would_block_is_damaged(tmp_path: Path, name: str) -> None
     with pytest.raises(DataError, match="is damaged .*is a named pipe"):
         open_index(
             LlavaFile(tmp_path / "data.jsonl", "<image>"), encoder_in(tmp_path), tmp_path, tmp_path / "spare",
-            skip=SkipRule(MediaReader(SPEC, "pad"), 128),
+            skip=BadSamplePolicy(MediaReader(SPEC, "pad"), 128),
         )  # fmt: skip

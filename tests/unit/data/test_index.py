@@ -15,7 +15,7 @@ import pytest
 from megatron_vlm.config.recipe_changes import UNTRAINED
 from megatron_vlm.data import index as index_module
 from megatron_vlm.data.conversation import ConversationEncoder
-from megatron_vlm.data.index import SampleIndex, SkipRule, open_index
+from megatron_vlm.data.index import BadSamplePolicy, SampleIndex, open_index
 from megatron_vlm.data.media import MediaReader
 from megatron_vlm.data.sample import IGNORE, BadSample
 from megatron_vlm.data.sources import llava_json
@@ -163,7 +163,7 @@ def test_a_folder_is_no_data_file_and_gets_no_index(tmp_path: Path) -> None:
 
 def skip_bad(path: Path, folder: Path, max_tokens: int = 128) -> SampleIndex:
     """The index of a data file of `folder` without its bad samples."""
-    rule = SkipRule(MediaReader(SPEC, "pad"), max_tokens)
+    rule = BadSamplePolicy(MediaReader(SPEC, "pad"), max_tokens)
     return open_index(LlavaFile(path, "<image>"), encoder_in(folder), folder, folder / "spare", skip=rule)
 
 
@@ -343,7 +343,7 @@ def test_truncated_samples_are_counted(tmp_path: Path, caplog: pytest.LogCapture
     with pytest.raises(BadSample, match=f"hold no answer .training.sequence_length {limit}"):
         open_index(file, encoder, tmp_path, tmp_path / "spare")
     media = MediaReader(MediaSpec(16, 16, 28, 28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), "pad")
-    cut = open_index(file, encoder, tmp_path, tmp_path / "spare", 0, SkipRule(media, limit))
+    cut = open_index(file, encoder, tmp_path, tmp_path / "spare", 0, BadSamplePolicy(media, limit))
     is_long = {whole.sample_id(number) for number in range(24) if whole.tokens[number] > limit}
     assert cut.num_truncated + cut.dropped["truncated"] == len(is_long) and whole.num_truncated == 0
     assert cut.dropped["truncated"] == sum(first >= limit for first in first_answers) and cut.num_truncated > 1

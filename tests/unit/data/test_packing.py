@@ -58,13 +58,13 @@ def test_a_sample_that_fits_no_row_is_refused() -> None:
 
 
 @given(lengths_and_capacity, st.integers(1, 5), st.randoms())
-def test_every_sample_is_in_one_row_of_its_window(drawn: tuple[list[int], int], window_rows: int, random) -> None:
+def test_every_sample_is_in_one_row_of_its_window(drawn: tuple[list[int], int], pool_rows: int, random) -> None:
     """With windows of a few rows, so that there are many."""
     lengths, capacity = drawn
     order = list(range(len(lengths)))
     random.shuffle(order)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "WINDOW_ROWS", window_rows)
+        patch.setattr(packing, "POOL_ROWS", pool_rows)
         rows = pack_rows(np.array(lengths), np.array(order), capacity)
     assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
     assert all(sum(lengths[sample] for sample in row) <= capacity for row in rows)
@@ -72,7 +72,7 @@ def test_every_sample_is_in_one_row_of_its_window(drawn: tuple[list[int], int], 
         first, *between, last = [0, *(lengths[sample] for sample in row)][-max(2, len(row)) :]
         assert first <= last and between == sorted(between) and max([0, *between]) <= first
     place = {sample: at for at, sample in enumerate(order)}
-    before = [sum(lengths[sample] for sample in order[:at]) // (window_rows * capacity) for at in range(len(order))]
+    before = [sum(lengths[sample] for sample in order[:at]) // (pool_rows * capacity) for at in range(len(order))]
     windows = [{before[place[sample]] for sample in row} for row in rows]
     assert all(len(window) == 1 for window in windows)
     keys = [(min(window), min(place[s] for s in row)) for window, row in zip(windows, rows, strict=True)]

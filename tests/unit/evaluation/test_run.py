@@ -106,12 +106,12 @@ def test_questions_about_bad_images_are_left_out_where_that_is_tolerated(data, c
     (data.parent / "bright.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="sample 's0': image .*bright.png cannot be read"):
         report_on([data])
-    report = report_on([data], tolerant=True)
+    report = report_on([data], skip_bad=True)
     assert [record.id for record in report.records] == ["s2", "s4", "s5"] and report.score == 1.0
     assert "3 of 6 questions are left out for their images (3 not an image)" in caplog.text
     (data.parent / "dark.png").unlink()
     with pytest.raises(DataError, match="no question can be asked: .* all 6 cannot be read .3 missing, 3 not an image"):
-        report_on([data], tolerant=True)
+        report_on([data], skip_bad=True)
 
 
 @pytest.mark.parametrize("key", ["weight", "loss"])
@@ -126,7 +126,7 @@ def test_an_answer_that_the_record_does_not_want_is_no_truth(data, key, monkeypa
     assistant = ColourAssistant()
     told = r"^.*data.json element 4: sample 's4': its last answer is told and not trained .* no truth"
     with pytest.raises(BadSample, match=told) as caught:
-        report_on([data], assistant=assistant, tolerant=True)
+        report_on([data], assistant=assistant, skip_bad=True)
     assert assistant.batches == [] and caught.value.reason == "no truth"
     monkeypatch.setattr(run, "all_gather_objects", lambda one, _: [one])
     assistant.check_question = lambda _: None

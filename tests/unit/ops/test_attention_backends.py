@@ -24,14 +24,14 @@ from megatron_vlm.ops.attention import ATTENTION, attention, attention_backward
 from megatron_vlm.ops.attention_blocks import (
     ATTENTION_INTO,
     ATTENTION_INTO_BACKWARD,
-    Answered,
     Rectangle,
     Rectangles,
+    SavedForward,
     Scoring,
     attention_into,
     attention_into_backward,
 )
-from megatron_vlm.ops.attention_mask import Asked, Band, asked_of, band_of
+from megatron_vlm.ops.attention_mask import AttentionCall, Band, attention_call, band_of
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.ring_plan import RingPlan
 from tests.helpers.packed import random_documents
@@ -60,24 +60,29 @@ def test_a_band_says_who_sees_whom(sq: int, sk: int, kv_heads: int, rules: dict[
 
 
 @pytest.mark.parametrize(
-    ("q", "softcap", "asked", "reason"),
+    ("q", "softcap", "call", "reason"),
     [
         (HALF, None, None, None),
-        (HALF, None, Asked(64, 64, (128, 128), Band(None, 0), False), None),
-        (HALF, None, Asked(64, 32, (128, 64), FREE, False), None),
+        (HALF, None, AttentionCall(64, 64, (128, 128), Band(None, 0), False), None),
+        (HALF, None, AttentionCall(64, 32, (128, 64), FREE, False), None),
         (SINGLE, None, None, "it needs torch.bfloat16 or torch.float16, found torch.float32"),
         (HALF, 2.0, None, "it has no soft-cap of the scores, found 2.0"),
-        (HALF, None, Asked(64, 64, (128, 128), FREE, True), "it has no mask of single keys, found key_valid"),
-        (HALF, None, Asked(64, 64, (128, 128), Band(-3, 0), False), "it has no window"),
-        (HALF, None, Asked(64, 32, (128, 128), Band(None, 0), False), "its causal mask is of a square, found 64"),
-        (HALF, None, Asked(64, 64, (128, 128), Band(None, 5), False), "its causal mask is of a square"),
-        (HALF, None, Asked(1, 64, (128, 128), FREE, False), "it is not used for a single query or key"),
-        (HALF, None, Asked(64, 64, (72, 70), FREE, False), "multiples of 8 up to 128, found (72, 70)"),
-        (HALF, None, Asked(64, 64, (256, 256), FREE, False), "multiples of 8 up to 128"),
+        (HALF, None, AttentionCall(64, 64, (128, 128), FREE, True), "it has no mask of single keys, found key_valid"),
+        (HALF, None, AttentionCall(64, 64, (128, 128), Band(-3, 0), False), "it has no window"),
+        (
+            HALF,
+            None,
+            AttentionCall(64, 32, (128, 128), Band(None, 0), False),
+            "its causal mask is of a square, found 64",
+        ),
+        (HALF, None, AttentionCall(64, 64, (128, 128), Band(None, 5), False), "its causal mask is of a square"),
+        (HALF, None, AttentionCall(1, 64, (128, 128), FREE, False), "it is not used for a single query or key"),
+        (HALF, None, AttentionCall(64, 64, (72, 70), FREE, False), "multiples of 8 up to 128, found (72, 70)"),
+        (HALF, None, AttentionCall(64, 64, (256, 256), FREE, False), "multiples of 8 up to 128"),
     ],
 )
-def test_what_cudnn_cannot(q: Any, softcap: float | None, asked: Asked | None, reason: str | None) -> None:
-    found = attention_cuda.cudnn_obstacle(q, softcap, asked)
+def test_what_cudnn_cannot(q: Any, softcap: float | None, call: AttentionCall | None, reason: str | None) -> None:
+    found = attention_cuda.cudnn_obstacle(q, softcap, call)
     assert found == reason if reason is None else found is not None and reason in found
 
 
@@ -85,11 +90,11 @@ def test_what_cudnn_cannot(q: Any, softcap: float | None, asked: Asked | None, r
 def test_auto_passes_over_cudnn_for_few_queries(num_queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The queries of a group that one token has; by name it runs as before."""
     monkeypatch.setattr(dispatch, "_triton_device", lambda: "cuda")
-    asked = Asked(num_queries, 777, (128, 128), FREE, False)
+    call = AttentionCall(num_queries, 777, (128, 128), FREE, False)
     few = num_queries < 64
-    assert (ATTENTION.find("auto", HALF, None, asked).name == "cudnn") == (not few)
-    assert ATTENTION.find("cudnn", HALF, None, asked).name == "cudnn"
-    reason = attention_cuda.cudnn_objection(HALF, None, asked)
+    assert (ATTENTION.find("auto", HALF, None, call).name == "cudnn") == (not few)
+    assert ATTENTION.find("cudnn", HALF, None, call).name == "cudnn"
+    reason = attention_cuda.cudnn_objection(HALF, None, call)
     told = f"built anew for each length, which fewer than 64 queries are not worth, found {num_queries}"
     assert (told in str(reason)) == few
 
@@ -108,13 +113,13 @@ def test_in_a_ring_flash_attn_can_what_cudnn_cannot(packed: bool, gathers: bool,
     documents = (random_documents(1024, 9, 1), random_documents(1024, 60, 2)) if packed else (Documents.whole(1024),)
     plan, found = RingPlan(SequenceLayout(1024, 4), documents), []
     for rank in range(4):
-        shares = [plan.gathered_shares(rank)] if gathers else [plan.shares(rank, step) for step in range(4)]
+        shares = [plan.gathered_requests(rank)] if gathers else [plan.requests(rank, step) for step in range(4)]
         for call in (call for share in itertools.chain(*shares) for call in share.calls):
             q, k = (torch.empty(1, len(at), 1, 128, device="meta") for at in (call.queries, call.keys))
             rules: Any = {"causal": call.causal, "offset": call.offset, "window": call.window, "softmax_scale": 1.0}
-            asked = asked_of(q, k, k, rules)
-            assert min(attention_cuda._flash_window(asked)) >= -1, asked
-            found.append(attention_cuda.cudnn_obstacle(HALF, None, asked))
+            call = attention_call(q, k, k, rules)
+            assert min(attention_cuda._flash_window(call)) >= -1, call
+            found.append(attention_cuda.cudnn_obstacle(HALF, None, call))
     assert None in found and any(reason for reason in found) == (refusal is not None)
     assert refusal is None or any(refusal in reason for reason in found if reason is not None)
 
@@ -130,7 +135,7 @@ def test_blocks_tell_what_auto_took(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         attention_into(q, q, v, totals, blocks, Scoring(1.0))
     gradients = torch.zeros_like(q), torch.zeros_like(q), torch.zeros_like(v)
-    attention_into_backward(Answered(v, q, *totals), q, v, gradients, blocks, Scoring(1.0))
+    attention_into_backward(SavedForward(v, q, *totals), q, v, gradients, blocks, Scoring(1.0))
     said = [one for one in told if "of blocks" in one]
     assert said == ["ops.attention of blocks: auto took 'calls'"] * 2  # forward, backward
 
@@ -213,7 +218,7 @@ def test_flash_attn_is_asked_for_the_same_mask(
     (q, k, v), dout = inputs(sq, sk, kv_heads)
     q, k, v = (x.detach() for x in (q, k, v))
     options = {**rules, "softmax_scale": 0.4}
-    obstacle = attention_cuda.flash_obstacle(HALF, rules.get("softcap"), asked_of(q, k, v, options))
+    obstacle = attention_cuda.flash_obstacle(HALF, rules.get("softcap"), attention_call(q, k, v, options))
     if obstacle is not None:
         diagonal, (lower, upper) = sk - sq, band_of(q, k, options)
         assert "the diagonal that ends at the last key" in obstacle
@@ -227,11 +232,11 @@ def test_flash_attn_is_asked_for_the_same_mask(
 
 
 def test_what_flash_attn_cannot(flash_attn: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = Asked(64, 64, (128, 128), Band(-3, 0), False)
-    assert attention_cuda.flash_obstacle(HALF, 2.0, asked) is None
+    call = AttentionCall(64, 64, (128, 128), Band(-3, 0), False)
+    assert attention_cuda.flash_obstacle(HALF, 2.0, call) is None
     assert "found torch.float32" in str(attention_cuda.flash_obstacle(SINGLE, None))
-    assert "key_valid" in str(attention_cuda.flash_obstacle(HALF, None, asked._replace(hides_keys=True)))
-    assert "one head width" in str(attention_cuda.flash_obstacle(HALF, None, asked._replace(widths=(128, 64))))
+    assert "key_valid" in str(attention_cuda.flash_obstacle(HALF, None, call._replace(hides_keys=True)))
+    assert "one head width" in str(attention_cuda.flash_obstacle(HALF, None, call._replace(widths=(128, 64))))
 
 
 @pytest.mark.parametrize(("version", "able"), [("2.6.3", False), ("2.10.0", True), ("2.7rc1", True), ("of git", False)])

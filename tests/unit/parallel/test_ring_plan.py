@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_vlm.parallel import ring_plan
 from megatron_vlm.parallel.layout import Documents, Interval, SequenceLayout, ring_blocks, union
-from megatron_vlm.parallel.ring_plan import Call, RingPlan, Share
+from megatron_vlm.parallel.ring_plan import Call, KeyRequest, RingPlan
 from tests.helpers.packed import random_documents, visible
 
 
@@ -40,16 +40,16 @@ def pairs_of(call: Call) -> Tensor:
     return seen
 
 
-def count(plan: RingPlan, reader: int, shares: tuple[Share, ...], keys: Tensor, found: Tensor) -> None:
+def count(plan: RingPlan, reader: int, requests: tuple[KeyRequest, ...], keys: Tensor, found: Tensor) -> None:
     """Adds the pairs of a step to found [b, L, L]; keys: global positions of the owner's."""
     queries = plan.layout.positions(reader)
-    for share in shares:
-        held = torch.cat([keys[interval.start : interval.stop] for interval in share.keys])
-        assert len(held) == share.num_keys
-        for call in share.calls:
+    for request in requests:
+        held = torch.cat([keys[interval.start : interval.stop] for interval in request.keys])
+        assert len(held) == request.num_keys
+        for call in request.calls:
             at = queries[call.queries.start : call.queries.stop, None], held[call.keys.start : call.keys.stop]
             assert len(at[0]) == len(call.queries) and len(at[1]) == len(call.keys)
-            for row in range(share.first_row, share.stop_row):
+            for row in range(request.first_row, request.stop_row):
                 found[row][at] += pairs_of(call)
 
 
@@ -60,8 +60,8 @@ def check(plan: RingPlan) -> None:
     for reader in range(plan.layout.ring):
         for step in range(plan.layout.ring):
             keys = plan.layout.positions((reader - step) % plan.layout.ring)
-            count(plan, reader, plan.shares(reader, step), keys, travelling)
-        count(plan, reader, plan.gathered_shares(reader), torch.arange(plan.layout.length), gathered)
+            count(plan, reader, plan.requests(reader, step), keys, travelling)
+        count(plan, reader, plan.gathered_requests(reader), torch.arange(plan.layout.length), gathered)
     assert torch.equal(travelling, wanted), "travelling keys"
     assert torch.equal(gathered, wanted), "gathered keys"
 
@@ -76,9 +76,9 @@ def test_a_reader_gets_the_keys_it_reads(plan: RingPlan) -> None:
     for reader in range(plan.layout.ring):
         for step in range(1, plan.layout.ring):
             owner = plan.layout.positions((reader - step) % plan.layout.ring)
-            for share in plan.shares(reader, step):
-                got = torch.cat([owner[interval.start : interval.stop] for interval in share.keys])
-                documents = plan.documents[share.first_row]
+            for request in plan.requests(reader, step):
+                got = torch.cat([owner[interval.start : interval.stop] for interval in request.keys])
+                documents = plan.documents[request.first_row]
                 computed = ring_blocks(plan.layout, reader, step, documents, plan.causal, plan.window)
                 read = union(block.keys for block in computed)
                 assert sorted(got.tolist()) == [p for keys in read for p in range(keys.start, keys.stop)]
@@ -89,29 +89,29 @@ def test_one_document_takes_one_call_per_step() -> None:
     plan = RingPlan(layout, (Documents.whole(64),) * 3)
     full = Interval(0, 16)
     for reader in range(4):
-        (share,) = plan.shares(reader, 0)
-        assert share.rows == slice(0, 3) and share.calls == (Call(full, full, 0, True, None),)
+        (request,) = plan.requests(reader, 0)
+        assert request.rows == slice(0, 3) and request.calls == (Call(full, full, 0, True, None),)
         for step in range(1, 4):
-            ((call,),) = (share.calls for share in plan.shares(reader, step))
+            ((call,),) = (request.calls for request in plan.requests(reader, step))
             earlier = reader >= step  # the owner's first chunk for all queries, or all its keys for the second chunk
             assert (call.queries, call.keys) == ((full, Interval(0, 8)) if earlier else (Interval(8, 16), full))
             assert call.is_full
     both_ways = dataclasses.replace(plan, causal=False)
     for reader in range(4):
         for step in range(4):
-            ((call,),) = (share.calls for share in both_ways.shares(reader, step))
+            ((call,),) = (request.calls for request in both_ways.requests(reader, step))
             assert (call.queries, call.keys) == (full, full) and call.is_full
 
 
 def test_documents_within_a_chunk_need_no_keys_of_others() -> None:
     plan = RingPlan(SequenceLayout(64, ring=4), (Documents(tuple(range(0, 64, 4)), 64),))
-    assert all(plan.shares(reader, step) == () for reader in range(4) for step in range(1, 4))
+    assert all(plan.requests(reader, step) == () for reader in range(4) for step in range(1, 4))
 
 
 def test_a_window_reaches_into_the_neighbouring_chunk_only() -> None:
     plan = RingPlan(SequenceLayout(64, ring=4), (Documents.whole(64),), window=3)
-    needed = {(r, s): plan.shares(r, s) for r in range(4) for s in range(1, 4)}
-    with_keys = {place: sum(share.num_keys for share in shares) for place, shares in needed.items() if shares}
+    needed = {(r, s): plan.requests(r, s) for r in range(4) for s in range(1, 4)}
+    with_keys = {place: sum(request.num_keys for request in requests) for place, requests in needed.items() if requests}
     # chunk c reads two keys of chunk c - 1: ranks 1 2 3 those of the rank before, and ranks 0 1 2 of the one after
     assert with_keys == {(1, 1): 2, (2, 1): 2, (3, 1): 2, (0, 3): 2, (1, 3): 2, (2, 3): 2}
 
@@ -119,11 +119,11 @@ def test_a_window_reaches_into_the_neighbouring_chunk_only() -> None:
 def test_a_plan_keeps_what_it_worked_out_and_nothing_else_does() -> None:
     """Every layer asks for the same; with the micro-batch it is gone."""
     plan = RingPlan(SequenceLayout(64, ring=4), (Documents.whole(64),))
-    shares = [*plan.shares(1, 0), *plan.shares(1, 1), *plan.gathered_shares(1)]
-    again = [*plan.shares(1, 0), *plan.shares(1, 1), *plan.gathered_shares(1)]
-    assert len(shares) == 3 and all(one is other for one, other in zip(shares, again, strict=True))
-    watched = [weakref.ref(share) for share in shares]
-    del plan, shares, again
+    requests = [*plan.requests(1, 0), *plan.requests(1, 1), *plan.gathered_requests(1)]
+    again = [*plan.requests(1, 0), *plan.requests(1, 1), *plan.gathered_requests(1)]
+    assert len(requests) == 3 and all(one is other for one, other in zip(requests, again, strict=True))
+    watched = [weakref.ref(request) for request in requests]
+    del plan, requests, again
     assert not any(ref() for ref in watched)
 
 

@@ -10,7 +10,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.planner.memory import Pictures, activation_bytes, lay_out, picture_bytes, stage_layers
-from megatron_vlm.planner.parameter_shards import HeldParameter, meta_encoder
+from megatron_vlm.planner.parameter_shards import LocalParameter, meta_encoder
 from megatron_vlm.runtime.device import prepare
 from tests.helpers.solo import LLAMA, small_recipe
 from tests.unit.planner.shapes import ALL, build
@@ -19,8 +19,8 @@ ENCODER_FACTOR = 1.1  # the estimate is at most so far from what the encoder kee
 PICTURES = 3
 
 
-def held(*numels: int, shared: int | None = None, frozen: int | None = None) -> list[HeldParameter]:
-    return [HeldParameter(str(i), numel, i != frozen, i == shared) for i, numel in enumerate(numels)]
+def held(*numels: int, shared: int | None = None, frozen: int | None = None) -> list[LocalParameter]:
+    return [LocalParameter(str(i), numel, i != frozen, i == shared) for i, numel in enumerate(numels)]
 
 
 def test_without_a_distributed_optimizer_nothing_is_aligned() -> None:

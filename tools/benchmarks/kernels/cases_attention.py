@@ -16,9 +16,9 @@ from megatron_vlm.ops.attention import ATTENTION, attention, attention_backward
 from megatron_vlm.ops.attention_blocks import (
     ATTENTION_INTO,
     ATTENTION_INTO_BACKWARD,
-    Answered,
     Rectangle,
     Rectangles,
+    SavedForward,
     Scoring,
 )
 from megatron_vlm.ops.dispatch import AUTO
@@ -117,9 +117,9 @@ def _ring_backward(backend: str, calls: str = AUTO) -> Backward:
         function = ATTENTION_INTO_BACKWARD.find(backend, q, None).function
         wide = torch.promote_types(q.dtype, torch.float32)
         dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
-        answered, scoring = Answered(grads[0], q, *outputs), Scoring(q.shape[3] ** -0.5, backend=calls)
+        saved, scoring = SavedForward(grads[0], q, *outputs), Scoring(q.shape[3] ** -0.5, backend=calls)
         for at, rectangles in _steps(inputs):
-            function(answered, k[:, at], v[:, at], (dq, dk[:, at], dv[:, at]), rectangles, scoring)
+            function(saved, k[:, at], v[:, at], (dq, dk[:, at], dv[:, at]), rectangles, scoring)
         return dq, dk, dv
 
     return run
