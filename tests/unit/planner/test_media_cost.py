@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from megatron_vlm.config.schema import VisionCostConfig
 from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.parallel.media_plan import MediaCost
+from megatron_vlm.planner import media_cost
 from megatron_vlm.planner.media_cost import fastest_seconds, fit_cost, measure_encoder
-from megatron_vlm.training import media_cost
 from tests.helpers.tiny import tiny_recipe
 
 
