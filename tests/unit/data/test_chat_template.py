@@ -8,6 +8,7 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from megatron_vlm.config.schema import DataConfig
+from megatron_vlm.data import chat_template
 from megatron_vlm.data.chat_template import ChatTemplate
 from megatron_vlm.data.conversation import ConversationEncoder, EncodedSample
 from megatron_vlm.data.index import open_index
@@ -86,6 +87,20 @@ def test_forms_of_a_date(tmp_path: Path) -> None:
         encoder_of(tmp_path, DATED, strftime_now="May")
 
 
+def test_a_date_is_told_in_english_where_strftime_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of another language, which need not be installed here."""
+
+    class French(datetime):
+        def strftime(self, format: str) -> str:
+            words = {"%A": "mardi", "%a": "mar.", "%B": "février", "%b": "févr.", "%h": "févr.", "%p": ""}
+            return words.get(format) or super().strftime(format)
+
+    monkeypatch.setattr(chat_template, "datetime", French)
+    tokenizer = tokenizers.byte_level(tmp_path, "{{ strftime_now('%A %a %e %B %b %h %I %p') }}")
+    template = ChatTemplate(tokenizer, {"strftime_now": "2026-02-03T13:00"})
+    assert template.render(SAMPLE.turns, False) == "Tuesday Tue  3 February Feb Feb 01 PM"
+
+
 @pytest.mark.parametrize(
     "drawn",
     [
@@ -128,6 +143,14 @@ def test_an_index_is_of_its_arguments(tmp_path: Path) -> None:
         encoder = ConversationEncoder(tokenizer, "auto", "<image>", 5, arguments=arguments, apart=True)
         folders.add(open_index(file, encoder, tmp_path, tmp_path / "spare").folder)
     assert len(folders) == 3
+
+
+def test_an_index_is_of_the_day_that_its_template_sees(tmp_path: Path) -> None:
+    file, folders = LlavaFile(tiny_dataset(tmp_path), "<image>"), []
+    for day in ("2026-03-05", "2026-09-30", "2026-03-05"):
+        encoder = encoder_of(tmp_path / "tokenizer", DATED, strftime_now=day)
+        folders.append(open_index(file, encoder, tmp_path, tmp_path / "spare").folder)
+    assert folders[0] == folders[2] != folders[1]
 
 
 def test_an_index_of_answers_apart(tmp_path: Path) -> None:

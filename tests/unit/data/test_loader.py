@@ -26,6 +26,7 @@ from megatron_vlm.parallel.layout import Documents
 from megatron_vlm.parallel.sizes import GridSizes
 from tests.helpers import bad_media
 from tests.helpers.tiny import tiny_dataset, tiny_recipe
+from tests.unit.data.tokenizers import QWEN3
 
 SPEC = MediaSpec(16, 16, 28, 28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 ONE_RANK = GridSizes()
@@ -189,6 +190,21 @@ def test_a_length_that_the_ranks_cannot_cut_is_told(folder: Path, capsys: pytest
         config = tiny_recipe(folder, data={"packing": True}, parallel=parallel, training=training)
         (batch,) = steps_of(config, GridSizes(ring=ring), count=1)
         assert batch.length == 79 + is_told and (told in " ".join(capsys.readouterr().out.split())) == is_told
+
+
+def test_a_last_answer_that_is_written_otherwise_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By rank 0 of a run that trains earlier answers too; `render_turns: apart` trains each as the last."""
+    tokenizer = load_tokenizer(tiny_recipe(tmp_path).model.language.tokenizer, "<image>")
+    tokenizer.chat_template = QWEN3
+    told = "!<|im_end|>\\n' is trained where it is the last, and '!<|im_end|>\\n' where it is not"
+    for render_turns, rank, times in (("whole", 0, 1), ("whole", 1, 0), ("apart", 0, 0)):
+        sections = {"data": {"render_turns": render_turns}, "training": {"sequence_length": 2048}}
+        config = tiny_recipe(tmp_path, **sections)
+        (step,) = build_loader(config, tokenizer, SPEC, GridSizes(data=2), rank, 0, 1)
+        assert step.sample_ids
+        assert " ".join(capsys.readouterr().out.split()).count(told) == times
 
 
 def test_too_long_a_sample_is_named_before_the_first_step(folder: Path) -> None:

@@ -77,6 +77,34 @@ def test_and_those_of_a_turn(key: str) -> None:
     assert message.startswith(f"a.json element 3 turn 3 has field {key!r}, which is not read; ")
 
 
+WRITTEN_ELSEWHERE: dict[str, Any] = {  # keys as the files of other systems have them beside a conversation
+    "tools": '[{"name": "look"}]', "functions": [{"name": "look"}], "documents": [{"text": "Paris is"}],
+    "messages": [{"role": "user", "content": "Hi?"}], "history": [["Hi?", "Yes."]], "captions": ["A cat."],
+    "chosen": TALK[1], "rejected": TALK[1], "images": ["a.png"], "videos": ["a.mp4"], "audios": ["a.wav"],
+    "frames": ["0.png", "1.png"], "video_path": "a.mp4", "image_path": "a.png", "img": "a.png", "image_url": "a.png",
+    "picture": "a.png", "video_url": "a.mp4", "weight": 0, "loss": False, "train": False, "loss_mask": [0, 1],
+    "sample_weight": 2.0, "chat_template": "chatml", "enable_thinking": True,
+}  # fmt: skip
+WRITTEN_IN_TURNS: dict[str, Any] = {
+    "image": "a.png", "images": ["a.png"], "video": "a.mp4", "tool_calls": [{"name": "look"}], "tools": ["look"],
+    "function_call": {"name": "look"}, "reasoning_content": "Hm.", "thinking": "Hm.", "role": "user", "content": "Yes.",
+    "system": "Be brief.", "mask": True, "loss_mask": 0, "loss_weight": 0.5, "train_detail": [{"train": False}],
+}  # fmt: skip
+
+
+def test_what_other_systems_write_is_used_or_refused_by_name() -> None:
+    """Of names that are written here, and not taken from the tables, which may lose one."""
+    for key, value in WRITTEN_ELSEWHERE.items():
+        assert f"has field {key!r}, which is not read; " in refused(**{key: value})
+    for key, value in WRITTEN_IN_TURNS.items():
+        assert f"turn 1 has field {key!r}, which is not read; " in refused(TALK[0], {**TALK[1], key: value})
+    for key in ("system", "system_prompt"):
+        assert parse(**{key: "Be brief."}).turns[0] == Turn("system", "Be brief.")
+    for key in ("weight", "loss", "train", "training"):
+        assert not parse(*TALK, TALK[0], {**TALK[1], key: 0}).turns[3].trained
+    assert parse(tools="[]", functions="[]", weight=1, loss=True, train=1.0).turns == TURNS
+
+
 @pytest.mark.parametrize("key", sorted(record_keys.OTHER_NAMES))
 def test_pictures_under_another_name_are_refused_where_there_are_no_others(key: str) -> None:
     assert f"has field {key!r}, which is not read; pictures are named in 'image'" in refused(**{key: "a.png"})

@@ -7,6 +7,8 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +16,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_vlm.config.schema import LoggingConfig
-from megatron_vlm.errors import TrainingError
+from megatron_vlm.errors import NotFiniteError, TrainingError
 from megatron_vlm.planner.peak import Peak
 from megatron_vlm.runtime import device
 from megatron_vlm.runtime.device import shares_cores
+from megatron_vlm.training import hooks
 from megatron_vlm.training.hooks import curves, showing_hooks
 from megatron_vlm.training.hooks.base import Hook
 from megatron_vlm.training.hooks.console import ConsoleHook
@@ -25,13 +28,16 @@ from megatron_vlm.training.hooks.curves import (
     CurvesHook,
     colour_of,
     draw_curves,
+    draw_ranks,
     moving_mean,
     num_mean_steps,
     spans_a_decade,
     values_of,
 )
 from megatron_vlm.training.hooks.files import AppendedFile, replace_file
+from megatron_vlm.training.hooks.guard import FiniteGuard
 from megatron_vlm.training.hooks.jsonl import EVALUATIONS, METRICS, JsonLinesHook, read_lines, to_line
+from megatron_vlm.training.hooks.memory import MemoryHook
 from megatron_vlm.training.hooks.summary import SummaryHook
 from megatron_vlm.training.hooks.tensorboard import TensorBoardHook
 from tests.helpers.reports import comparison, evaluation_report, step_report
@@ -206,6 +212,36 @@ def test_times_that_differ_by_noise_have_no_colour() -> None:
     assert colour_of(0.2, 0.1) == 2.0 and colour_of(0.05, 0.1) == 0.5
 
 
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is drawn, instead of files."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(curves, "_save", lambda figure, image: drawn.append(figure))
+    return drawn
+
+
+@pytest.mark.parametrize(("last", "scale"), [(0.3, "log"), (0.5, "linear")])
+def test_the_drawn_loss_has_its_axis_and_its_mean(tmp_path: Path, figures: list[Any], last: float, scale: str) -> None:
+    lines, losses = JsonLinesHook(tmp_path, 0), [4.0 - n for n in range(3)] + [last] * 12
+    for step, loss in enumerate(losses, start=1):
+        lines.after_step(step_report(step, loss=loss))
+    lines.close()
+    draw_curves(tmp_path)
+    axes = figures[0].axes[0]
+    assert axes.get_yscale() == scale and axes.get_ylabel() == "loss, nats per trained token"
+    shown = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+    assert shown["step"] == losses
+    means = [sum(losses[max(0, n - 9) : n + 1]) / min(10, n + 1) for n in range(15)]
+    assert shown["mean of the last 10 steps"] == pytest.approx(means)
+
+
+def test_the_drawn_ranks_have_a_colour_where_they_differ(figures: list[Any], tmp_path: Path) -> None:
+    phases = {"data": [0.0001, 0.0009, 0.0001], "encode": [0.1, 0.3, 0.1]}
+    draw_ranks(comparison(phases), 7, tmp_path / "ranks.png")
+    ((data, encode),) = (image.get_array().tolist() for image in figures[0].axes[0].images)
+    assert data == [1.0] * 3 and encode == pytest.approx([1.0, 3.0, 1.0])
+
+
 def test_the_curves_appear_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(curves.time, "monotonic", lambda: now[0])
@@ -306,6 +342,43 @@ def test_no_rank_is_told_where_ranks_share_cores(
         for step in range(1, 6):
             hook.after_step(step_report(step, ranks=comparison(STRAGGLER)))
     assert not caplog.records
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_run_judges_its_ranks_where_each_has_cores_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, shares: bool
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(hooks, "shares_cores", lambda num_ranks: bool(asked.append(num_ranks)) or shares)
+    sections = {
+        "checkpoint": {"directory": str(tmp_path)},
+        "logging": {"tensorboard": False, "curves": False, "progress": False},
+    }
+    job = SimpleNamespace(
+        config=small_recipe(sections=sections), data=None, ranks_per_node=5, start_step=0, grid=SimpleNamespace(rank=0)
+    )
+    shown = [hook for hook in hooks.build_hooks(job, PEAK) if not isinstance(hook, MemoryHook)]
+    assert asked == [5]
+    with told(caplog):
+        for step in range(1, 4):
+            for hook in shown:
+                hook.after_step(step_report(step, ranks=comparison(STRAGGLER)))
+    assert any("holds the others up" in record.getMessage() for record in caplog.records) is not shares
+    for hook in shown:
+        hook.close()
+
+
+def test_the_guard_counts_no_step_that_trained_nothing() -> None:
+    """Neither as an update left out nor as the end of a series of these."""
+    training = {"training": {"steps": 9, "sequence_length": 64, "max_nonfinite_steps": 2}}
+    guard = FiniteGuard(SimpleNamespace(config=small_recipe(sections=training)))
+    nothing = {"loss": None, "grad_norm": None, "updated": False, "trained_tokens": 0}
+    for step in range(1, 5):
+        guard.after_step(step_report(step, **nothing))
+    guard.after_step(step_report(5, updated=False))
+    guard.after_step(step_report(6, **nothing))
+    with pytest.raises(NotFiniteError, match="after step 7: .* 2 updates in a row were left out"):
+        guard.after_step(step_report(7, updated=False))
 
 
 @contextlib.contextmanager
