@@ -2,7 +2,7 @@
 
     RULES = SectionRules("parallel", may_change={"parallel": True})
 
-    @RULES.of_recipe("parallel.sequence", says="true needs `parallel.tensor` above 1")
+    @RULES.of_recipe("parallel.sequence", says="`true` needs `parallel.tensor` above 1")
     def _sequence(config: Config) -> Iterator[str]:
         if config.parallel.sequence and config.parallel.tensor == 1:
             yield "parallel.sequence: found true with parallel.tensor 1, needs parallel.tensor > 1 or false"
@@ -50,7 +50,7 @@ UnusedCheck = Callable[[Config, ModelFacts, int], Iterator[tuple[str, str]]]  # 
 
 @dataclass(frozen=True)
 class Rule(Generic[Check]):
-    """A check, and the sentence that documents it.
+    """A check, and what docs/configuration.md says of it.
 
     Args:
         keys: dotted keys of the recipe at which it is told.

@@ -29,7 +29,7 @@ RULES = SectionRules(
 )
 
 
-@RULES.of_recipe("data.group_by_modality_length", says="true needs `data.shuffle` true and `data.packing` false")
+@RULES.of_recipe("data.group_by_modality_length", says="`true` needs `data.shuffle` true and `data.packing` false")
 def _grouping(config: Config) -> Iterator[str]:
     if config.data.group_by_modality_length and not config.data.shuffle:
         yield "data.group_by_modality_length: found true with data.shuffle false, which keeps file order, needs it true"

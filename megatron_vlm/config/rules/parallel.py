@@ -10,7 +10,7 @@ RULES = SectionRules("parallel", may_change={"parallel": True})  # the master te
 _AXES = ("tensor", "pipeline", "ulysses", "ring", "context")
 
 
-@RULES.of_recipe("parallel.sequence", says="true needs `parallel.tensor` above 1")
+@RULES.of_recipe("parallel.sequence", says="`true` needs `parallel.tensor` above 1")
 def _sequence(config: Config) -> Iterator[str]:
     if config.parallel.sequence and config.parallel.tensor == 1:
         yield "parallel.sequence: found true with parallel.tensor 1, needs parallel.tensor > 1 or false"
@@ -30,7 +30,7 @@ def _context(config: Config) -> Iterator[str]:
 
 @RULES.of_recipe(
     "parallel.overlap_param_gather",
-    says="true needs `optimizer.distributed` and `parallel.overlap_grad_reduce` true",
+    says="`true` needs `optimizer.distributed` and `parallel.overlap_grad_reduce` true",
 )
 def _overlap(config: Config) -> Iterator[str]:
     if not config.parallel.overlap_param_gather:

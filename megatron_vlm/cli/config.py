@@ -1,0 +1,33 @@
+"""Prints the keys of a recipe: what each is, its type, its default, its rules, and whether it may change on a resume.
+
+megatron-vlm config                  the whole tree with its defaults, as YAML
+megatron-vlm config parallel         a section, with all that is known of its keys
+megatron-vlm config data.packing     one key
+megatron-vlm config --markdown       all of it as docs/configuration.md
+"""
+
+import contextlib
+import sys
+
+from megatron_vlm.runtime.command_line import CommandLine
+
+
+def main() -> None:
+    parser = CommandLine(__doc__)
+    parser.add_argument("key", nargs="?", metavar="KEY", help="a section or a key of the recipe (default: all of them)")
+    parser.add_argument("--markdown", action="store_true", help="all keys as a page of the documents")
+    with parser.run() as (arguments, _):
+        from megatron_vlm.config import reference
+
+        if arguments.markdown and arguments.key:
+            parser.error(f"--markdown: found it with {arguments.key!r}, needs one of them")
+        text = reference.markdown() if arguments.markdown else reference.tree()
+        if arguments.key:
+            text = reference.explain(arguments.key)
+        with contextlib.suppress(BrokenPipeError):  # of a pager that is closed
+            sys.stdout.write(text.rstrip("\n") + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
