@@ -15,7 +15,7 @@ from torch import distributed as dist
 
 from megatron_vlm.ops import attention_blocks
 from megatron_vlm.parallel import ring as ring_module
-from megatron_vlm.parallel.ring import _GatheredGradients, _TravellingGradients
+from megatron_vlm.parallel.ring import _GatheredAccumulator, _TravellingAccumulator
 from tests.helpers.attention_cases import (
     LENGTH,
     ROWS,
@@ -134,7 +134,7 @@ def key_gradients_in_half() -> Iterator[None]:
         return init
 
     with contextlib.ExitStack() as stack:
-        for kind in (_TravellingGradients, _GatheredGradients):
+        for kind in (_TravellingAccumulator, _GatheredAccumulator):
             stack.enter_context(mock.patch.object(kind, "__init__", narrow(kind.__init__)))
         yield
 
@@ -154,15 +154,15 @@ def run_faulty(fault: str, ulysses: int, ring: int, cases: list[Case]) -> list[d
         merge(out, lse, block_out, block_lse)
         out.copy_(out.bfloat16())
 
-    def wait_only(gradients: _TravellingGradients, under_way: Any) -> None:
-        if under_way is not None:
-            under_way[1].wait()
+    def wait_only(gradients: _TravellingAccumulator, in_flight: Any) -> None:
+        if in_flight is not None:
+            in_flight[1].wait()
 
     merge = attention_blocks.merge
     faults = {
         "blocks overwrite": mock.patch.object(attention_blocks, "merge", overwrite),
         "last block's lse": mock.patch.object(attention_blocks, "merge", keep_out),
-        "dk dropped": mock.patch.object(_TravellingGradients, "_take_in", wait_only),
+        "dk dropped": mock.patch.object(_TravellingAccumulator, "_add", wait_only),
         "output in half": mock.patch.object(attention_blocks, "merge", round_out),
         "key gradients in half": key_gradients_in_half(),
     }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_vlm.ops.attention import ATTENTION, attention, attention_backward
 from megatron_vlm.ops.attention_blocks import Scoring
-from megatron_vlm.ops.attention_mask import asked_of
+from megatron_vlm.ops.attention_mask import attention_call
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.ring_plan import RingPlan
 from tests.helpers.packed import random_documents, visible
@@ -66,7 +66,7 @@ def test_a_backend_is_as_exact_as_plain_torch(
 @pytest.mark.parametrize(("lengths", "rules", "able"), CASES, ids=str)
 def test_auto_takes_who_can(lengths: tuple[int, int], rules: dict[str, Any], able: tuple[str, ...]) -> None:
     tensors = draw(lengths, (8, 2), (128, 128), "cuda", torch.bfloat16)
-    asked = asked_of(tensors["q"], tensors["k"], tensors["v"], {**rules, "softmax_scale": SCALE})
+    asked = attention_call(tensors["q"], tensors["k"], tensors["v"], {**rules, "softmax_scale": SCALE})
     taken = ATTENTION.find("auto", tensors["q"], rules.get("softcap"), asked).name
     assert taken in (*able, "triton") and (taken == "cudnn") == ("cudnn" in able)
 

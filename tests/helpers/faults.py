@@ -150,13 +150,13 @@ def labels_shifted_after_the_cut() -> list[Any]:
 
 def ring_block_gradient_dropped() -> list[Any]:
     """Gradients of keys that another rank of the ring read arrive, and are not added."""
-    from megatron_vlm.parallel.ring import _TravellingGradients
+    from megatron_vlm.parallel.ring import _TravellingAccumulator
 
-    def wait(gradients: Any, under_way: Any) -> None:
-        if under_way is not None:
-            under_way[1].wait()
+    def wait(gradients: Any, in_flight: Any) -> None:
+        if in_flight is not None:
+            in_flight[1].wait()
 
-    return [mock.patch.object(_TravellingGradients, "_take_in", wait)]
+    return [mock.patch.object(_TravellingAccumulator, "_add", wait)]
 
 
 def documents_not_isolated() -> list[Any]:
