@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import settings
 
 from megatron_vlm.runtime.garbage import spare_imports
 from tests.helpers.ranks import RankPool
+from tests.helpers.toys import TOY_FAMILY, register_toy_family
 
 # Checks that tests share tell what they compared, as a test's own do.
 pytest.register_assert_rewrite(
@@ -56,6 +58,17 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     pool = RankPool(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.stop()
+
+
+@pytest.fixture
+def toy_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A language family of a user's extension, registered in this process for the length of a test."""
+    from megatron_vlm.models.architectures import LANGUAGE_MODELS
+
+    monkeypatch.setattr(LANGUAGE_MODELS, "_entries", dict(LANGUAGE_MODELS.items()))
+    register_toy_family()
+    yield
+    del sys.modules[TOY_FAMILY]
 
 
 @pytest.fixture(autouse=True)

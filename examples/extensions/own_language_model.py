@@ -1,8 +1,8 @@
 """An own language model: Qwen3, which is Llama with every query and key normalised before attention.
 
 An entry says where a Hugging Face model type departs from Llama: its layer in megatron-core's parts, fields of
-megatron-core's TransformerConfig, and the parameters a layer has more, with the names they have on disk. Then it trains
-in every layout, and reads its weights from `model.language.path` as any other. From nothing:
+megatron-core's TransformerConfig, and rows of the parameters a layer has more, with the names they have on disk. Then
+it trains in every layout, is planned and counted, and its weights are read and converted, as any other's. From nothing:
 
     extensions: [examples.extensions.own_language_model]
     model:
@@ -11,10 +11,10 @@ in every layout, and reads its weights from `model.language.path` as any other. 
                  num_attention_heads: 4, num_key_value_heads: 2, head_dim: 16, tie_word_embeddings: false}
 """
 
-from transformers import PretrainedConfig
-
 from megatron_vlm.config.schema import OpsConfig
-from megatron_vlm.models.architectures import LANGUAGE_MODELS, LanguageArchitecture, LayerParameter
+from megatron_vlm.models.architectures import LANGUAGE_MODELS, LanguageArchitecture
+from megatron_vlm.models.cuts import Replicated
+from megatron_vlm.models.parameters import ParameterRow
 from megatron_vlm.models.specs import ModuleSpec, layer_spec, norm_spec
 
 
@@ -26,18 +26,16 @@ def qwen3_layer(ops: OpsConfig) -> ModuleSpec:
     return spec
 
 
-def qwen3_parameters(config: PretrainedConfig) -> dict[str, LayerParameter]:
-    """Ours -> theirs: one weight per channel of a head."""
-    return {
-        f"self_attention.{side}_layernorm.weight": LayerParameter(f"self_attn.{side}_norm.weight", config.head_dim)
-        for side in "qk"
-    }
-
+QKV = "*.self_attention.linear_qkv.weight"  # which both follow in the forward pass
+QWEN3 = (  # ours, theirs, shape: one weight per channel of a head
+    ParameterRow("*.self_attention.q_layernorm.weight", "*.self_attn.q_norm.weight", "[d]", Replicated, after=QKV),
+    ParameterRow("*.self_attention.k_layernorm.weight", "*.self_attn.k_norm.weight", "[d]", Replicated, after=QKV),
+)
 
 LANGUAGE_MODELS.register("qwen3")(
     LanguageArchitecture(
         layer=qwen3_layer,
         settings=lambda config: {"qk_layernorm": True},  # megatron-core then sums these gradients over tensor ranks
-        parameters=qwen3_parameters,
+        parameters=QWEN3,
     )
 )

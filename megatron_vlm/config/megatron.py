@@ -28,7 +28,6 @@ from megatron_vlm.runtime.device import current_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ACTIVATIONS = {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
-QKV_BIAS_ALWAYS = ("qwen2",)  # model types whose code has the bias without a key for it
 
 
 def transformer_config(
@@ -39,12 +38,13 @@ def transformer_config(
     Args:
         config: the recipe, already valid.
         hf_language_config: a `transformers` configuration of a Llama-architecture model.
-        architecture: settings in which its architecture departs from Llama's.
+        architecture: settings in which its architecture departs from Llama's (`add_qkv_bias` and the like).
 
     Raises:
         ConfigError: an architecture switch that has no counterpart here.
     """
     hf = hf_language_config
+    _refuse_biases(hf)
     dtype = DTYPES[config.precision.params]
     settings: dict[str, Any] = dict(
         num_layers=hf.num_hidden_layers,
@@ -56,7 +56,7 @@ def transformer_config(
         layernorm_epsilon=hf.rms_norm_eps,
         init_method_std=hf.initializer_range,
         activation_func=_activation(hf),
-        add_qkv_bias=_has_qkv_bias(hf),
+        add_qkv_bias=False,
         add_bias_linear=False,
         gated_linear_unit=True,
         normalization="RMSNorm",
@@ -184,9 +184,9 @@ def _activation(hf: Any) -> Any:
     return ACTIVATIONS[hf.hidden_act]
 
 
-def _has_qkv_bias(hf: Any) -> bool:
-    """Biases on queries, keys and values only; `attention_bias` would also put one on the output projection."""
+def _refuse_biases(hf: Any) -> None:
+    """Raises ConfigError for biases but those on queries, keys and values, which a model type's entry brings;
+    `attention_bias` would also put one on the output projection."""
     for switch in ("attention_bias", "mlp_bias"):
         if getattr(hf, switch, False):
             raise ConfigError(f"language model's {switch}: found true, allowed: false")
-    return hf.model_type in QKV_BIAS_ALWAYS

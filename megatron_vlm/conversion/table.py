@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_vlm.conversion.mappings import Mapping, Replicated, language_mappings, projector_name, tower_name
+from megatron_vlm.conversion.mappings import language_mappings, projector_name, tower_name
+from megatron_vlm.models.cuts import Mapping, Replicated
 from megatron_vlm.models.projectors import build_projector
 from megatron_vlm.models.vision.survey import build_hf_tower
 

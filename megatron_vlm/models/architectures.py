@@ -2,18 +2,20 @@
 
 All have Llama's wiring (norm, attention, norm, gated MLP, each added to its input) in megatron-core's parts. What a
 model type may have of its own is listed in `LanguageArchitecture`; a new one is an entry here, or in a module of the
-user's that the recipe names under `extensions:` (examples/extensions/own_language_model.py). Sliding windows and a
-soft-cap of the attention scores need no entry: they are read from any config whose class has their keys.
+user's that the recipe names under `extensions:` (examples/extensions/own_language_model.py). What its layer's
+parameters are called, measure and how they are cut is said in rows of `parameters`. Sliding windows and a soft-cap of
+the attention scores need no entry: they are read from any config whose class has their keys.
 
 Hazard: a parameter that a layer has and its entry does not name is found when weights are loaded, not before.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.parameters import LLAMA, QKV_BIAS, UNTIED, ParameterRow, ParameterTable, with_rows
 from megatron_vlm.registry import Registry
 
 if TYPE_CHECKING:  # reading the table needs none of them, and transformers takes seconds to be imported
@@ -23,19 +25,6 @@ if TYPE_CHECKING:  # reading the table needs none of them, and transformers take
 
     from megatron_vlm.config.schema import Config, LanguageConfig, OpsConfig
     from megatron_vlm.ops.table import Example
-
-
-@dataclass(frozen=True)
-class LayerParameter:
-    """A parameter of every layer that Llama has not: 1-dimensional, and the same whole on every tensor-parallel rank.
-
-    Args:
-        source: the name Hugging Face gives it within a layer ("self_attn.q_norm.weight").
-        size: its length.
-    """
-
-    source: str
-    size: int
 
 
 def _llama_layer(ops: "OpsConfig") -> "ModuleSpec":
@@ -59,30 +48,36 @@ class LanguageArchitecture:
     Args:
         layer: the recipe's backends -> one decoder layer.
         settings: fields of megatron-core's TransformerConfig that differ.
-        parameters: what a layer has more: name within our layer ("self_attention.q_layernorm.weight") -> where it comes
-            from. Which of them tensor or sequence parallelism must sum is megatron-core's to know.
+        parameters: rows that a layer has more, or otherwise, than Llama's. Which of their gradients tensor or sequence
+            parallelism must sum is megatron-core's to know.
+        qkv_bias: whether queries, keys and values have biases, without a key in the config that says so.
+        fused: parameters whose parts (q, k, v; gate, up) are one tensor on the disk, too, one above the other: our name
+            ("*.mlp.linear_fc1.weight") -> theirs ("*.mlp.gate_up_proj.weight").
         logit_softcap: the final logits become this much * tanh(logits / this much); None: they stay.
-        fused: parameters whose parts (q, k, v; gate, up) are one tensor on the disk, too, one above the other: name
-            within our layer ("mlp.linear_fc1.weight") -> name within theirs ("mlp.gate_up_proj.weight").
+        llava_name: what the original LLaVA's code calls it in the name of an architecture ("Qwen" of
+            LlavaQwenForCausalLM); None: it has none of it.
     """
 
     layer: Callable[["OpsConfig"], "ModuleSpec"] = _llama_layer
     settings: Callable[["PretrainedConfig"], Mapping[str, Any]] = _nothing
-    parameters: Callable[["PretrainedConfig"], Mapping[str, LayerParameter]] = _nothing
-    logit_softcap: Callable[["PretrainedConfig"], float | None] = _no_softcap
+    parameters: Sequence[ParameterRow] = ()
+    qkv_bias: bool = False
     fused: Mapping[str, str] = field(default_factory=dict)
+    logit_softcap: Callable[["PretrainedConfig"], float | None] = _no_softcap
+    llava_name: str | None = None
 
 
 LANGUAGE_MODELS: Registry[LanguageArchitecture] = Registry("language model")
-LANGUAGE_MODELS.register("llama")(LanguageArchitecture())
-LANGUAGE_MODELS.register("mistral")(LanguageArchitecture())
-LANGUAGE_MODELS.register("qwen2")(LanguageArchitecture())
+LANGUAGE_MODELS.register("llama")(LanguageArchitecture(llava_name="Llama"))
+LANGUAGE_MODELS.register("mistral")(LanguageArchitecture(llava_name="Mistral"))
+LANGUAGE_MODELS.register("qwen2")(LanguageArchitecture(qkv_bias=True, llava_name="Qwen"))
 LANGUAGE_MODELS.register("phi3")(
     LanguageArchitecture(
         fused={
-            "self_attention.linear_qkv.weight": "self_attn.qkv_proj.weight",
-            "mlp.linear_fc1.weight": "mlp.gate_up_proj.weight",
-        }
+            "*.self_attention.linear_qkv.weight": "*.self_attn.qkv_proj.weight",
+            "*.mlp.linear_fc1.weight": "*.mlp.gate_up_proj.weight",
+        },
+        llava_name="Phi",  # LLaVA++'s; another system has Phi-2 under the name
     )
 )
 
@@ -100,6 +95,29 @@ DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 def head_width(hf_config: "PretrainedConfig") -> int:
     """Width of one attention head; it need not be hidden / heads."""
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def parameter_table(hf_config: "PretrainedConfig") -> ParameterTable:
+    """The parameters of a language model: names, shapes, cuts, and the Hugging Face tensors they are made of.
+
+    Raises:
+        ConfigError: an unknown model type, or rows of its entry that do not fit the table.
+    """
+    own = LANGUAGE_MODELS.get(hf_config.model_type)
+    conditions = {QKV_BIAS: own.qkv_bias, UNTIED: not hf_config.tie_word_embeddings}
+    return ParameterTable(
+        rows=[row for row in with_rows(LLAMA, own.parameters) if not row.only or conditions[row.only]],
+        letters={
+            "h": hf_config.hidden_size,
+            "f": hf_config.intermediate_size,
+            "H": hf_config.num_attention_heads,
+            "G": hf_config.num_key_value_heads,
+            "d": head_width(hf_config),
+            "V": hf_config.vocab_size,
+        },
+        num_layers=hf_config.num_hidden_layers,
+        fused=own.fused,
+    )
 
 
 def example_tensors(hf_config: "PretrainedConfig", config: "Config", device: "torch.device") -> "Example":

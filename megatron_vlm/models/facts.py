@@ -1,7 +1,8 @@
 """What validation must know of a recipe's model, found without weights, ranks or process groups (DESIGN D12).
 
-Tower and projector are built on the meta device. The language model's parameter names are written down instead: a
-GPTModel cannot be built before the process groups exist. A test compares them with a real model's.
+Tower and projector are built on the meta device. The language model's parameter names are those of its table
+(`parameters`) instead: a GPTModel cannot be built before the process groups exist. A test compares them with a real
+model's.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,12 +11,11 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from megatron_vlm.config.megatron import QKV_BIAS_ALWAYS
 from megatron_vlm.config.packages import installed_packages
 from megatron_vlm.config.rules import ModelFacts, names_its_model
 from megatron_vlm.config.schema import Config, ModelConfig, VisionConfig
 from megatron_vlm.errors import ConfigError, RecipeError, together
-from megatron_vlm.models.architectures import LANGUAGE_MODELS, context_tokens, example_tensors, load_language_config
+from megatron_vlm.models.architectures import context_tokens, example_tensors, load_language_config, parameter_table
 from megatron_vlm.models.families import FAMILIES
 from megatron_vlm.models.projectors import PROJECTORS, build_projector
 from megatron_vlm.models.projectors.base import backend_obstacle
@@ -81,23 +81,8 @@ def _read_both(model: ModelConfig) -> tuple[PretrainedConfig, TowerSurvey]:
 
 
 def language_parameter_names(language: PretrainedConfig) -> tuple[str, ...]:
-    """Global parameter names of a whole Llama-architecture language model, in forward order."""
-    in_layer = ["input_layernorm.weight", "self_attention.linear_qkv.weight"]
-    if language.model_type in QKV_BIAS_ALWAYS:
-        in_layer.append("self_attention.linear_qkv.bias")
-    in_layer += [
-        *LANGUAGE_MODELS.get(language.model_type).parameters(language),
-        "self_attention.linear_proj.weight",
-        "pre_mlp_layernorm.weight",
-        "mlp.linear_fc1.weight",
-        "mlp.linear_fc2.weight",
-    ]
-    names = ["embedding.word_embeddings.weight"]
-    names += [f"decoder.layers.{i}.{name}" for i in range(language.num_hidden_layers) for name in in_layer]
-    names.append("decoder.final_layernorm.weight")
-    if not language.tie_word_embeddings:
-        names.append("output_layer.weight")
-    return tuple(f"language.{name}" for name in names)
+    """Global parameter names of a whole language model, in forward order."""
+    return parameter_table(language).names()
 
 
 def _projector(name: str, survey: TowerSurvey, language_size: int) -> nn.Module:

@@ -226,7 +226,8 @@ def build_language_chunks(config: Config, hf_config: PretrainedConfig, grid: Gri
         ConfigError: an architecture this package does not build, or a backend under `ops` that cannot run here.
     """
     spec = LanguageSpec.from_config(hf_config)
-    settings = LANGUAGE_MODELS.get(hf_config.model_type).settings(hf_config)
+    architecture = LANGUAGE_MODELS.get(hf_config.model_type)
+    settings = {"add_qkv_bias": architecture.qkv_bias, **architecture.settings(hf_config)}
     mcore_config = transformer_config(config, hf_config, settings)
     table.check(config.used_ops(), example_tensors(hf_config, config, current_device()))
     num_chunks = config.parallel.virtual_pipeline

@@ -32,8 +32,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from megatron_vlm.config.schema import ModelConfig
-from megatron_vlm.models.architectures import head_width
-from megatron_vlm.models.facts import language_parameter_names
+from megatron_vlm.models.architectures import head_width, parameter_table
 from megatron_vlm.models.freezing import trainable_names
 from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.models.vision.encoder import VisionEncoder
@@ -147,27 +146,21 @@ def _tower_blocks(vision: VisionEncoder) -> tuple[Block, tuple[Block, ...]]:
 
 def _language_blocks(spec: LanguageSpec, model: ModelConfig) -> Iterator[Block]:
     """Table of tokens, layers, last norm, output matrix."""
-    hf, names = spec.hf_config, language_parameter_names(spec.hf_config)
-    trained = trainable_names(names, model)
-    hidden, width = hf.hidden_size, head_width(hf)
-    attention_width = hf.num_attention_heads * width
-    matrices = {
-        "self_attention.linear_qkv.weight": hidden * (attention_width + 2 * hf.num_key_value_heads * width),
-        "self_attention.linear_proj.weight": attention_width * hidden,
-        "mlp.linear_fc1.weight": hidden * 2 * hf.intermediate_size,
-        "mlp.linear_fc2.weight": hf.intermediate_size * hidden,
-    }
-    table, norm = "language.embedding.word_embeddings.weight", "language.decoder.final_layernorm.weight"
-    yield Block(0, 0, table in trained)
+    hf, table = spec.hf_config, parameter_table(spec.hf_config)
+    trained = trainable_names(table.names(), model)
+    attention_width = hf.num_attention_heads * head_width(hf)
+    (embedding,), (norm, *untied) = table.before_layers(), table.after_layers()
+    yield Block(0, 0, embedding.name in trained)
     for number in range(hf.num_hidden_layers):
-        prefix = f"language.decoder.layers.{number}."
-        own = sum(weights for name, weights in matrices.items() if prefix + name in trained)
-        trains = any(name.startswith(prefix) for name in trained)
-        yield Block(sum(matrices.values()), own, trains, attention_width, spec.windows[number])
-    yield Block(0, 0, norm in trained)
-    output = hidden * spec.vocab_size
-    trains = (table if spec.tied else "language.output_layer.weight") in trained
-    yield Block(output, output if trains else 0, trains)
+        layer = table.layer(number)
+        matrices = [entry for entry in layer if entry.is_matrix]
+        own = sum(entry.numel for entry in matrices if entry.name in trained)
+        trains = any(entry.name in trained for entry in layer)
+        yield Block(sum(entry.numel for entry in matrices), own, trains, attention_width, spec.windows[number])
+    yield Block(0, 0, norm.name in trained)
+    (output,) = untied or (embedding,)
+    trains = output.name in trained
+    yield Block(output.numel, output.numel if trains else 0, trains)
 
 
 def _block(modules: Iterable[nn.Module], attention_width: int = 0) -> Block:

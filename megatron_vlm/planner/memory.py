@@ -9,7 +9,8 @@ schedule has under way on that stage. With n = s*b tokens of a micro-batch, e by
 n' = n/T under sequence parallelism (else n), a layer that trains keeps
 
     2 n' h e                  both column-parallel inputs
-    2 n' h e                  both norms' inputs; on the CPU, whose norm is no single kernel, 4 n' h times 4 bytes
+    2 n' h e                  both norms' inputs (as many as a layer has over h); on the CPU, whose norm is no single
+                              kernel, 4 n' h times 4 bytes
     n (3 H + 3 G) d e / T     a flash kernel's: q, k, v as projected; q and k rotated; attention's output
     n H (d e + 12 d + 12 s) / T   the reference's: output; q, k, v of every head and three times the scores, in fp32
     5 n f e / T               gate and up projection, the gate's SiLU, the up projection once more, their product
@@ -37,7 +38,7 @@ from types import SimpleNamespace
 import torch
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.models.architectures import head_width
+from megatron_vlm.models.architectures import head_width, parameter_table
 from megatron_vlm.models.language import LanguageSpec, padded_vocabulary
 from megatron_vlm.models.vision.survey import TowerSurvey
 from megatron_vlm.ops.activation import GATED
@@ -218,7 +219,8 @@ def layer_activation_bytes(
     kept_element = FP8_BYTES if in_fp8 else element
     columns = num_tokens * hf.hidden_size if in_fp8 and not config.precision.needs_transformer_engine else whole
     inputs = 2 * kept_element * columns if trains else 0
-    norms = (2 + 2 * trains) * FP32_BYTES if config.runtime.device == "cpu" else 2 * element
+    num_norms = parameter_table(hf).num_norms
+    norms = num_norms * ((1 + trains) * FP32_BYTES if config.runtime.device == "cpu" else element)
     product = num_tokens * (gate_bytes(config) + trains * kept_element) * hf.intermediate_size // tensor
     return inputs + norms * whole + product + attention_activation_bytes(config, spec, num_tokens, recompute, in_fp8)
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_vlm.config.megatron import QKV_BIAS_ALWAYS
 from megatron_vlm.config.schema import Config
-from megatron_vlm.models.architectures import LANGUAGE_MODELS, head_width
+from megatron_vlm.models.architectures import parameter_table
 from megatron_vlm.models.freezing import trainable_names
-from megatron_vlm.models.language import LanguageSpec, padded_vocabulary
+from megatron_vlm.models.language import EMBEDDING, LanguageSpec
 from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.parallel.sizes import GridSizes
@@ -71,7 +70,7 @@ def language_chunks(config: Config, spec: LanguageSpec, sizes: GridSizes, stage:
                 first,
                 last,
                 tuple(
-                    LocalParameter(name, numel, name in trained, tied and name == _TABLE)
+                    LocalParameter(name, numel, name in trained, tied and name == f"language.{EMBEDDING}")
                     for name, numel in numels.items()
                 ),
             )
@@ -102,40 +101,13 @@ def vision_parameters(encoder: VisionEncoder) -> tuple[LocalParameter, ...]:
     )
 
 
-_TABLE, _NORM, _OUTPUT = (
-    "language.embedding.word_embeddings.weight",
-    "language.decoder.final_layernorm.weight",
-    "language.output_layer.weight",
-)
-
-
 def _chunk_numels(spec: LanguageSpec, layers: range, ends: tuple[bool, bool], sizes: GridSizes) -> dict[str, int]:
     """Global name -> elements on a rank; `ends`: whether the chunk is the first, and the last."""
-    hidden, (first, last) = spec.hf_config.hidden_size, ends
-    table = padded_vocabulary(spec.vocab_size, sizes.tensor) // sizes.tensor * hidden
-    numels = {_TABLE: table} if first else {}
-    in_layer = _layer_numels(spec, sizes.tensor)
+    table, (first, last) = parameter_table(spec.hf_config), ends
+    held = table.before_layers() if first else []
     for number in layers:
-        numels |= {f"language.decoder.layers.{number}.{name}": numel for name, numel in in_layer.items()}
+        held += table.layer_as_registered(number)
     if last:
-        numels[_NORM] = hidden
-        numels[_TABLE if spec.tied else _OUTPUT] = table  # tied within one chunk: it is there already
-    return numels
-
-
-def _layer_numels(spec: LanguageSpec, tensor: int) -> dict[str, int]:
-    """One layer's parameters, as registered: attention's output projection stands before the one of its inputs."""
-    hf = spec.hf_config
-    hidden, width, ffn = hf.hidden_size, head_width(hf), hf.intermediate_size // tensor
-    heads, groups = hf.num_attention_heads // tensor, hf.num_key_value_heads // tensor
-    rows = (heads + 2 * groups) * width
-    numels = {"input_layernorm.weight": hidden, "self_attention.linear_proj.weight": heads * width * hidden}
-    numels["self_attention.linear_qkv.weight"] = rows * hidden
-    if hf.model_type in QKV_BIAS_ALWAYS:
-        numels["self_attention.linear_qkv.bias"] = rows
-    for name, parameter in LANGUAGE_MODELS.get(hf.model_type).parameters(hf).items():
-        numels[name] = parameter.size
-    numels["pre_mlp_layernorm.weight"] = hidden
-    numels["mlp.linear_fc1.weight"] = 2 * ffn * hidden
-    numels["mlp.linear_fc2.weight"] = ffn * hidden
-    return numels
+        held += table.after_layers()
+        held += table.before_layers() if spec.tied else []  # within one chunk it is there already
+    return {entry.name: entry.shard_numel(sizes.tensor) for entry in held}

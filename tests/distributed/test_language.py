@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.helpers.llama import State, batch, hf_model, token_losses
 from tests.helpers.solo import LLAMA, small_recipe
+from tests.helpers.toys import TOY, register_toy_family
 
 NUM_MICRO_BATCHES, ROWS, LENGTH = 2, 2, 16
 FEATURES = [(0, 0, 3), (0, 0, 4), (0, 1, 9), (1, 1, 7), (1, 1, 8)]  # micro-batch, row, position
@@ -89,6 +90,11 @@ def test_tied_heads_equal_transformers(ranks, layout):
 @pytest.mark.parametrize("layout", PHI3_LAYOUTS)
 def test_phi3_equals_transformers(ranks, layout):
     assert max(differences(ranks, LAYOUTS[layout], PHI3).values()) < 1e-5
+
+
+def test_a_new_family_equals_transformers(ranks, toy_family):
+    ranks.run(4, register_toy_family)
+    assert max(differences(ranks, LAYOUTS["tp2 pp2 sp"], TOY).values()) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -38,13 +38,12 @@ from megatron_vlm.conversion.weights.sources import (
 from megatron_vlm.conversion.weights.tower_names import TowerNames
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models import hub
+from megatron_vlm.models.architectures import LANGUAGE_MODELS
 from megatron_vlm.models.hf_config import config_from_dict, config_from_path, known_keys, with_answer_ends
 from megatron_vlm.models.vision.pixels import write_pixel_format
 
 NAME = "llava"
 PROJECTOR_FILE = "mm_projector.bin"
-# In the architecture's name -> model type. Two systems have a LlavaPhiForCausalLM: LLaVA++'s, over Phi-3, is read.
-LANGUAGES = {"llama": "llama", "mistral": "mistral", "qwen": "qwen2", "phi": "phi3"}
 IMAGE_MODES = {"pad": "pad", "square": "processor", None: "processor"}  # image_aspect_ratio -> data.image_mode
 FEATURES = {"patch": "patch", "cls_patch": "cls_patch"}
 TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -267,13 +266,15 @@ def _base_of(folder: Path, settings: dict[str, Any], place: str | None) -> tuple
 def _language(base: Path, settings: dict[str, Any], alone: bool) -> PretrainedConfig:
     if alone:
         return with_answer_ends(str(base), config_from_path(str(base), str(base)), [base])
-    named = settings.get("architectures") or settings.get("model_type")
-    kind = next((kind for part, kind in LANGUAGES.items() if part in str(named).lower()), None)
-    if kind is None:
+    named = str(settings.get("architectures") or settings.get("model_type")).lower()
+    languages = {one.llava_name.lower(): kind for kind, one in LANGUAGE_MODELS.items() if one.llava_name is not None}
+    found = [part for part in languages if part in named]
+    if not found:
         raise ConversionError(
             f"{base}/config.json: architectures is {settings.get('architectures')!r}, needs one of LLaVA over "
-            f"{' or '.join(LANGUAGES)}"
+            f"{' or '.join(languages)}"
         )
+    kind = languages[max(found, key=len)]  # one name may begin another
     known = known_keys(kind) - {"architectures", "model_type"}
     own = {key: value for key, value in settings.items() if key in known}
     return config_from_dict(f"{base}/config.json", {**own, "model_type": kind})
@@ -296,13 +297,15 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
     """config.json, and the tower's configs under `vision_tower`, which it names; the tower is in the weight files.
 
     Raises:
-        ConversionError: an image mode that the original code does not have.
+        ConversionError: an image mode, or a language model, that the original code does not have.
     """
     model, data = target.config.model, target.config.data
     modes = {ours: theirs for theirs, ours in IMAGE_MODES.items() if theirs is not None}
     if data.image_mode not in modes:
         raise ConversionError(f"{NAME} prepares pictures by {' or '.join(modes)}; this model has {data.image_mode}")
-    name = {kind: part.capitalize() for part, kind in LANGUAGES.items()}[target.language.model_type]
+    name = LANGUAGE_MODELS.get(target.language.model_type).llava_name
+    if name is None:
+        raise ConversionError(f"{NAME} has no name for a language model of type {target.language.model_type}")
     config = {
         **with_rope_of_4(target.language.to_dict()),
         **settings,

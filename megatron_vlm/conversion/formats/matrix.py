@@ -3,11 +3,15 @@
 from collections.abc import Iterator
 
 from megatron_vlm.conversion.formats.base import FORMATS
+from megatron_vlm.models.architectures import LANGUAGE_MODELS
 from megatron_vlm.models.families import FAMILIES
 
-# Hugging Face model types that a directory of these formats can name
-LANGUAGE_TYPES = ("llama", "mistral", "qwen2", "phi3")
 Cell = tuple[str, str, str, str]  # format, family, language model, direction
+
+
+def language_types() -> list[str]:
+    """Hugging Face model types that a directory of any of these formats can name."""
+    return [name for name, architecture in LANGUAGE_MODELS.items() if architecture.llava_name is not None]
 
 
 def cells() -> Iterator[Cell]:
@@ -17,7 +21,7 @@ def cells() -> Iterator[Cell]:
         for family in FAMILIES.names():
             if family not in format.families:
                 continue
-            for language in LANGUAGE_TYPES:
+            for language in language_types():
                 yield name, family, language, "import"
                 if format.disk_name is not None:
                     yield name, family, language, "export"
@@ -26,7 +30,7 @@ def cells() -> Iterator[Cell]:
 def table() -> str:
     """The matrix in Markdown."""
     claimed = set(cells())
-    columns = [(family, language) for family in FAMILIES.names() for language in LANGUAGE_TYPES]
+    columns = [(family, language) for family in FAMILIES.names() for language in language_types()]
     lines = [
         f"| format | {' | '.join(f'{family}, {language}' for family, language in columns)} |",
         "|---|" + "---|" * len(columns),

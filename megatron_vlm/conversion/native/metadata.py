@@ -3,7 +3,7 @@
 Apart from `writing` since torch takes seconds to be imported, in which writing has begun.
 
 Hazard: megatron-core loads a parameter's checkpoint only where the extra state of its linear layers is there too, empty
-as it is; `EXTRA_STATES` lists those layers.
+as it is.
 """
 
 import io
@@ -28,7 +28,6 @@ from megatron_vlm.checkpoint.manifest import BACKENDS_FILE, COMMON_FILE
 from megatron_vlm.conversion.native.byte_files import HashingFile
 from megatron_vlm.conversion.native.plan import Parameter, Piece
 
-EXTRA_STATES = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 BACKEND = {  # megatron-core's words for the format (`save_config`)
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -38,15 +37,15 @@ BACKEND = {  # megatron-core's words for the format (`save_config`)
 
 
 def write_extra_states(file: HashingFile, parameters: Sequence[Parameter]) -> list[Piece]:
-    """Writes those that the layers of these parameters have. Raises OSError."""
+    """Writes those of the linear layers whose weights are among the parameters. Raises OSError."""
     empty = io.BytesIO()
     torch.save([None], empty)
     pieces = []
     for parameter in parameters:
-        layer, _, kind = parameter.name.rpartition(".")
-        if kind == "weight" and layer.endswith(EXTRA_STATES):
+        if parameter.is_matrix:
             start = file.size_bytes
             file.write(empty.getbuffer())
+            layer = parameter.name.removesuffix(".weight")
             pieces.append(Piece(f"{layer}._extra_state/shard_0_1", file.name, start, file.size_bytes))
     return pieces
 

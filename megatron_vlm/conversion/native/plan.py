@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from megatron_vlm.conversion.mappings import Mapping
 from megatron_vlm.conversion.weights.dtypes import DTYPES
 from megatron_vlm.conversion.weights.files import Span, StoredTensor
+from megatron_vlm.models.cuts import Mapping
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,14 @@ class Parameter:
         name: its entry's in the checkpoint.
         dtype: torch's name for it.
         runs: its bytes, from front to back.
+        is_matrix: as its `Mapping` says.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     runs: tuple[Run, ...]
+    is_matrix: bool
 
     @property
     def size_bytes(self) -> int:
@@ -87,7 +89,7 @@ def lay_out(table: Sequence[Mapping], stored: Callable[[str], StoredTensor]) -> 
         shape = sources[0].shape
         if len(sources) > 1:
             shape = (sum(source.shape[0] for source in sources), *shape[1:])
-        parameters.append(Parameter(entry.name, dtype, shape, tuple(runs)))
+        parameters.append(Parameter(entry.name, dtype, shape, tuple(runs), entry.is_matrix))
     return parameters
 
 

@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.stored_metadata import read_metadata
-from megatron_vlm.conversion.mappings import Mapping
 from megatron_vlm.conversion.weights.dtypes import DTYPES
 from megatron_vlm.errors import CheckpointError, one_line
+from megatron_vlm.models.cuts import Mapping
 from megatron_vlm.runtime.files import open_regular
 
 MODEL_PARTS = ("language.", "vision.", "projector.")  # a checkpoint holds optimizer states beside them

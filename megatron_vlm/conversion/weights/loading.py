@@ -20,7 +20,6 @@ from megatron_vlm.conversion.mappings import (
     projector_name,
     tower_name,
 )
-from megatron_vlm.conversion.mappings import Mapping as Entry
 from megatron_vlm.conversion.weights.sources import (
     FolderSource,
     RandomSource,
@@ -30,6 +29,7 @@ from megatron_vlm.conversion.weights.sources import (
 )
 from megatron_vlm.conversion.weights.tower_names import TowerNames
 from megatron_vlm.errors import ConversionError
+from megatron_vlm.models.cuts import Mapping as Entry
 from megatron_vlm.models.projectors import build_projector
 from megatron_vlm.models.vision.survey import TowerSurvey, build_hf_tower
 

@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_vlm.conversion.mappings import Mapping as Entry
 from megatron_vlm.conversion.weights.files import StoredTensor, WeightFolder, stored_in_memory
 from megatron_vlm.errors import ConversionError, one_line
 from megatron_vlm.models import hub
+from megatron_vlm.models.cuts import Mapping as Entry
 from megatron_vlm.runtime.logging import get_logger
 
 HUB_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "mm_projector.bin")  # beside a repository's weights

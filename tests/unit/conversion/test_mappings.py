@@ -5,14 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vlm.conversion.mappings import (
-    QKV,
-    Fused,
-    GatedMLP,
-    Vocab,
-    canonical_name,
-    language_mappings,
-)
+from megatron_vlm.conversion.mappings import canonical_name, language_mappings
+from megatron_vlm.models.cuts import QKV, Fused, GatedMLP, Vocab
 from tests.unit.conversion.language_configs import llama
 
 

@@ -11,6 +11,7 @@ from megatron_vlm.config.schema import LanguageConfig
 from megatron_vlm.errors import ConfigError
 from tests.helpers.llama import batch, hf_model, token_losses
 from tests.helpers.solo import LLAMA, one_rank, small_recipe
+from tests.helpers.toys import TOY
 
 VARIANTS = {
     "plain": {},
@@ -93,6 +94,11 @@ def assert_equal(model, theirs, length):
         for source, gradient in zip(entry.sources, entry.unshard([parameter.grad]), strict=True):
             difference = (gradient - gradients[source]).norm() / gradients[source].norm()
             assert difference < 1e-5, f"{source}: {difference}"
+
+
+def test_a_new_family_equals_transformers(grid, toy_family):
+    theirs = hf_model({**LLAMA, **TOY})
+    assert_equal(ours(grid, theirs, TOY), theirs, 16)
 
 
 @pytest.mark.parametrize("variant", WINDOWED)

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_vlm.conversion.mappings import QKV, Column, GatedMLP, Replicated, Row, Vocab
 from megatron_vlm.conversion.native import byte_files
 from megatron_vlm.conversion.native.byte_files import HashingFile, SourceFiles
 from megatron_vlm.conversion.native.plan import lay_out
@@ -22,6 +21,7 @@ from megatron_vlm.conversion.native.writing import NativeWriter
 from megatron_vlm.conversion.weights.files import SafetensorsFile, Span, file_version
 from megatron_vlm.conversion.weights.sources import StateSource
 from megatron_vlm.errors import ConversionError
+from megatron_vlm.models.cuts import QKV, Column, GatedMLP, Replicated, Row, Vocab
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "refused"])
