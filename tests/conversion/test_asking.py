@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -89,6 +90,65 @@ def test_transformers_and_load_ask_as_training_did(tmp_path, kind, caplog):
         sample = Sample("", tuple(turns), ("",) * num_images, "")
         if kind != "says its beginning" and (template != "plain" or num_images):
             assert again.encode_prompt(sample).ids == encoder.encode_prompt(sample).ids
+
+
+ENDS = {  # of `KINDS`: the tokenizer's own end, and what their templates end answers with
+    "typed parts only": {"<|endoftext|>", "<|im_end|>"},
+    "llama_3": {"<|eot_id|>", "<|end_of_text|>"},
+    "vicuna_v1 in place of the tokenizer's own": {"</s>"},
+}
+
+
+@pytest.mark.parametrize("kind", ENDS)
+def test_all_ends_of_an_answer_are_told_and_read(tmp_path, kind):
+    """Id 2, which config.json names, is a letter; one more that is told beside an export ends answers too."""
+    template, make = KINDS[kind]
+    checkpoint, out = checkpoint_of(tmp_path, make, template=template), tmp_path / "out"
+    plan_export(checkpoint, "llava-hf").write(out)
+    tokenizer, file = load_tokenizer(out, "<image>"), out / "generation_config.json"
+    told = json.loads(file.read_text())
+    assert set(tokenizer.convert_ids_to_tokens(told["eos_token_id"])) == ENDS[kind]
+    more = tokenizer.convert_tokens_to_ids("<|start_header_id|>")
+    file.write_text(json.dumps({**told, "eos_token_id": [*told["eos_token_id"], more]}))
+    foreign = open_foreign(out)
+    encoder = ConversationEncoder.of(config_of(foreign).data, tokenizer, TOKENS_PER_IMAGE)
+    assert find_stop_ids(encoder, foreign.language.eos_token_id) == {*told["eos_token_id"], more}
+
+
+def test_a_trained_import_that_is_given_back_is_asked_as_it_was_trained(tmp_path):
+    """In the files that it came with, which take no typed parts and name no end."""
+    from transformers import AutoProcessor
+
+    source, out = llava_hf(tmp_path / "source"), tmp_path / "out"
+    (source / "generation_config.json").write_text(json.dumps({"max_length": 77}))
+    checkpoint = import_model(open_foreign(source), tmp_path / "ours")
+    manifest = replace(Manifest.read(checkpoint), step=1)
+    checkpoint = checkpoint.rename(checkpoint.with_name("step_0000001"))
+    manifest.write(checkpoint)
+    plan_export(checkpoint).write(out)
+    weights = "model.safetensors"
+    assert (out / weights).read_bytes() == (source / weights).read_bytes()
+    encoder = ConversationEncoder(
+        load_tokenizer(checkpoint / "tokenizer", "<image>"), manifest.config["data"]["template"], "<image>", 16
+    )
+    assert check_tokens(AutoProcessor.from_pretrained(out), encoder, "auto", 12) >= 12
+    ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert encoder.tokenizer.convert_ids_to_tokens(ends) == ["</s>"]
+    assert "Trained with megatron_vlm" in (out / "README.md").read_text()
+    assert (out / "README_of_origin.md").read_bytes() == (source / "README.md").read_bytes()
+
+
+def test_arguments_and_image_mode_come_back_as_a_recipe_s_words(tmp_path):
+    """From an import of the export too; the day that the template saw is the program's own by then."""
+    arguments = {"style": ["long", "!"], "strftime_now": "2026-09-30"}
+    checkpoint = checkpoint_of(
+        tmp_path, lambda f: of_bytes(f, CLOCKED), template_arguments=arguments, image_mode="resize"
+    )
+    plan_export(checkpoint, "llava-hf").write(tmp_path / "out")
+    foreign = open_foreign(tmp_path / "out")
+    again = import_model(foreign, tmp_path / "again")
+    for data in (config_of(foreign).data, config_from_tree(Manifest.read(again).config, "recipe").data):
+        assert data.template_arguments == {"style": ["long", "!"]} and data.image_mode == "resize"
 
 
 def test_verify_shows_pictures_as_training_did_and_tells_what_is_asked_otherwise(tmp_path):

@@ -117,6 +117,21 @@ def test_a_step_that_trained_nothing_is_in_no_mean(tmp_path: Path, caplog: pytes
     assert summary.summary(reports[1])["loss"] == 1.0
 
 
+def test_a_run_that_ends_with_a_step_of_nothing_tells_the_loss_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nothing = step_report(2, loss=None, grad_norm=None, updated=False, trained_tokens=0)
+    console, summary = ConsoleHook(2, 0, LoggingConfig(progress=False)), SummaryHook(tmp_path / "s", 2, PEAK, {})
+    with told(caplog):
+        for report in (step_report(1, loss=2.5), nothing):
+            console.after_step(report)
+            summary.after_step(report)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["step 2: nothing was trained, every sample was left out, and nothing updated"]
+    assert summary.summary(nothing)["loss"] == 2.5
+    console.close()
+
+
 def test_an_evaluation_of_nothing_has_no_loss(tmp_path: Path) -> None:
     board, hook = TensorBoardHook(tmp_path, 0), JsonLinesHook(tmp_path, 0)
     for one in (board, hook, ConsoleHook(3, 0, LoggingConfig(progress=True))):
