@@ -1,7 +1,7 @@
 # Each target sets itself up: a fresh clone needs nothing but Python 3.11 or 3.12 on Linux.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-slow check
+.PHONY: help venv quickstart test test-unit test-slow check
 
 PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
@@ -12,8 +12,9 @@ export OMP_NUM_THREADS ?= 1# ranks share the cores; more threads per rank only g
 help:
 	@echo "make venv        build .venv (Python 3.11 or 3.12, Linux, CPU)"
 	@echo "make quickstart  train on 4 CPU ranks, evaluate, write runs/quickstart/"
-	@echo "make test        fast lane, about 25 minutes on 2 cores"
-	@echo "make test-slow   everything but the GPU tests, hours on 2 cores"
+	@echo "make test        fast lane; what CI runs"
+	@echo "make test-unit   its units and the rules of the architecture"
+	@echo "make test-slow   lists the parts of the slow lane; PART=NAME runs one, PART=all all of them"
 	@echo "make check       lint, format, types, architecture"
 
 venv: $(INSTALLED)
@@ -37,10 +38,13 @@ quickstart: venv
 	$(PYTHON) examples/quickstart/run.py
 
 test: venv
-	$(PYTHON) -m pytest -m "not slow and not gpu"
+	$(PYTHON) -m tests.fast_lane
+
+test-unit: venv
+	$(PYTHON) -m tests.fast_lane unit
 
 test-slow: venv
-	$(PYTHON) -m pytest -m "not gpu"
+	@$(PYTHON) -m tests.slow_lane $(PART)
 
 check: venv
 	$(PYTHON) -m ruff check .

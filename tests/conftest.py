@@ -1,4 +1,7 @@
-"""What every test gets: no CUDA unless asked for with `-m gpu`, one thread per process, the pool of ranks."""
+"""What every test gets: no CUDA unless asked for with `-m gpu`, one thread per process, the pool of ranks.
+
+A run ends with the number of processes that it started, which is what its time is made of where imports are slow.
+"""
 
 import os
 import shutil
@@ -11,8 +14,11 @@ import pytest
 from hypothesis import settings
 
 from megatron_vlm.runtime.garbage import spare_imports
+from tests.helpers.census import Counter
 from tests.helpers.ranks import RankPool
 from tests.helpers.toys import TOY_FAMILY, register_toy_family
+
+COUNTER, POOL = pytest.StashKey[Counter](), pytest.StashKey[RankPool]()
 
 # Checks that tests share tell what they compared, as a test's own do.
 pytest.register_assert_rewrite(
@@ -41,6 +47,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if not wants_gpu(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: what it decorates is fixed then
+    config.stash[COUNTER] = Counter()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """How many processes the tests have started, and how long ranks took to be ready for their first task."""
+    numbers = config.stash[COUNTER].numbers()
+    line = "{interpreters} interpreters started, {forked} processes forked, {seconds} s of their processor time"
+    terminalreporter.write_line("processes: " + line.format(**numbers))
+    if pool := config.stash.get(POOL, None):
+        terminalreporter.write_line(
+            f"rank pool: {pool.num_tasks} tasks, {pool.num_starts} starts of {pool.num_started} ranks, "
+            f"{pool.start_seconds:.1f} s from start to first task"
+        )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -53,9 +72,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     """The rank pool: `ranks.run(n, function, *arguments)`. Processes start when first needed."""
-    pool = RankPool(tmp_path_factory.mktemp("ranks"))
+    pool = request.config.stash[POOL] = RankPool(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.stop()
 

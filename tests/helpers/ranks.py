@@ -101,7 +101,8 @@ class RankPool:
         self.directory = directory
         self.ranks: list[_Rank] = []
         self.port: int | None = None
-        self.num_tasks = 0
+        self.num_tasks = self.num_starts = self.num_started = 0
+        self.start_seconds = 0.0  # of all starts, each from its beginning until its ranks could take their first task
 
     def run(self, num_ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
         """Calls a module-level `function(*arguments)` on each of `num_ranks` ranks.
@@ -140,7 +141,12 @@ class RankPool:
         self.ranks, self.port = [], None
 
     def _grow(self, num_ranks: int) -> None:
-        deadline = time.monotonic() + START_SECONDS
+        if num_ranks <= len(self.ranks):
+            return
+        begin = time.monotonic()
+        deadline = begin + START_SECONDS
+        self.num_starts += 1
+        self.num_started += num_ranks - len(self.ranks)
         new = []
         while len(self.ranks) < num_ranks:
             rank = _Rank(len(self.ranks), self.port, self.directory / f"rank{len(self.ranks)}.log")
@@ -151,6 +157,7 @@ class RankPool:
                 new.append(rank)
         for rank in new:
             rank.port_when_ready(deadline)
+        self.start_seconds += time.monotonic() - begin
 
     def _collect(self, ranks: list[_Rank], deadline: float) -> list[Any]:
         """Every rank's ("done", result) or ("failed", traceback); None where it gave no answer in time."""

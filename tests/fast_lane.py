@@ -1,0 +1,55 @@
+"""The fast lane, in processes side by side: `python -m tests.fast_lane` is `make test`, with `unit` `make test-unit`.
+
+Tests with ranks and commands wait for each other and for limits of time during much of theirs, and units keep one core
+busy: side by side, two cores take little more than half of the processor time. Of one share the output comes at once,
+of the others when all have ended.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FAST = (("distributed",), ("conversion", "system"), ("unit", "architecture", "kernels", "fuzz", "data"))
+SECOND_HALF = "e"  # of the units, by the first letter of their folder: as long as the half before
+
+
+def unit_shares() -> tuple[tuple[str, ...], ...]:
+    """The units in two halves, the architecture with the second."""
+    entries = sorted(path.name for path in (ROOT / "tests" / "unit").glob("[!_]*"))
+    halves = [name for name in entries if name < SECOND_HALF], [name for name in entries if name >= SECOND_HALF]
+    first, second = ([f"unit/{name}" for name in half] for half in halves)
+    return tuple(first), ("architecture", *second)
+
+
+def command(folders: tuple[str, ...]) -> list[str]:
+    """Runs the fast tests of these folders of tests/."""
+    return [sys.executable, "-m", "pytest", "-m", "not slow and not gpu", *(f"tests/{folder}" for folder in folders)]
+
+
+def run(shares: tuple[tuple[str, ...], ...]) -> int:
+    """Runs all at once; an exit code that is not 0 where one has such."""
+    first, *others = shares
+    logs = [tempfile.TemporaryFile() for _ in others]
+    options = ["-p", "no:cacheprovider"]  # the first keeps what failed last
+    running = [
+        subprocess.Popen([*command(share), *options], cwd=ROOT, stdout=log, stderr=log)
+        for share, log in zip(others, logs, strict=True)
+    ]
+    try:
+        codes = [subprocess.run(command(first), cwd=ROOT, check=False).returncode]
+        codes += [process.wait() for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for log in logs:
+        log.seek(0)
+        sys.stdout.flush()
+        sys.stdout.buffer.write(log.read())
+        log.close()
+    return max(codes, key=abs)
+
+
+if __name__ == "__main__":
+    sys.exit(run(unit_shares() if sys.argv[1:] == ["unit"] else FAST))
