@@ -9,6 +9,7 @@ python tools/bench.py packing RECIPE [section.key=value ...]
 python tools/bench.py attention [--lengths N ...] [--ranks N ...]                                 (ranks in turn)
 python tools/launch.py --local --ranks N -- tools/bench.py attention [--lengths N ...]
 python tools/bench.py kernels [--op NAME ...] [--tiny]
+python tools/bench.py startup [--checkout FOLDER]
 
 Each benchmark prints its own --help.
 """
@@ -26,6 +27,7 @@ def main() -> None:
     from benchmarks.decoding import command as decoding
     from benchmarks.kernels import command as kernels
     from benchmarks.media import command as media
+    from benchmarks.startup import command as startup
     from benchmarks.training import packing, throughput
 
     parser = CommandLine(__doc__)
@@ -56,6 +58,11 @@ def main() -> None:
     )
     kernels.add_arguments(
         benchmarks.add_parser("kernels", description=kernels.__doc__, help="an operation's backends, side by side")
+    )
+    startup.add_arguments(
+        benchmarks.add_parser(
+            "startup", description=startup.__doc__, help="what commands cost before they work, and what they import"
+        )
     )
     with parser.run() as (arguments, launch):
         arguments.measure(arguments, launch)

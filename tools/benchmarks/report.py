@@ -141,11 +141,10 @@ def spread(values: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
 
 
-def commit() -> str | None:
-    """Of the checkout, with `+` where files differ from it; None where there is no git."""
+def commit(folder: Path = Path(__file__).parent) -> str | None:
+    """Of a folder's checkout, with `+` where files differ from it; None where there is no git."""
 
     def git(*words: str) -> str:
-        folder = Path(__file__).parent
         return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
