@@ -7,7 +7,7 @@ With --check-layout nothing is trained: the recipe, shrunk, is run in its layout
 first tensor that differs is named.
 """
 
-from megatron_vlm.errors import MegatronVlmError, shown, together
+from megatron_vlm.errors import shown
 from megatron_vlm.runtime.command_line import CommandLine
 from megatron_vlm.runtime.signals import StopSignals
 
@@ -18,18 +18,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
     parser.add_argument("--check-layout", action="store_true", help="compare this layout with one process instead")
     with parser.run() as (arguments, launch), StopSignals(launch) as signals:
-        from megatron_vlm.config import read_recipe
+        from megatron_vlm.config import load_config, validate
         from megatron_vlm.runtime.device import prepare
         from megatron_vlm.runtime.distributed import init_world, teardown
 
-        config, fault = read_recipe(arguments.recipe, arguments.overrides)
-        if fault is not None and arguments.check_layout:
-            raise fault
-        try:
-            device = prepare(config.runtime.device, launch.local_world_size)
-            init_world(launch, device, config.runtime.timeout_seconds)
-        except MegatronVlmError as error:
-            raise error if fault is None else together([fault, error]) from error
+        config = load_config(arguments.recipe, arguments.overrides)
+        if not arguments.check_layout:  # which changes the recipe first
+            validate(config, None, launch.world_size)  # what needs no model, before torch is imported for seconds
+        device = prepare(config.runtime.device, launch.local_world_size)
+        init_world(launch, device, config.runtime.timeout_seconds)
         if arguments.check_layout:
             from megatron_vlm.training.layout_check.check import check_layout
 
@@ -40,7 +37,7 @@ def main() -> None:
         else:
             from megatron_vlm.training.loop import train
 
-            train(config, launch, signals, [] if fault is None else [fault])
+            train(config, launch, signals)
         teardown()
 
 

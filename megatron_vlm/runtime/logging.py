@@ -11,6 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from megatron_vlm.errors import shown
@@ -25,12 +26,7 @@ def get_logger(name: str) -> logging.Logger:
     """The logger of a module (`__name__`), below the package's own, which gets its console handler on first use."""
     root = logging.getLogger(_ROOT)
     if not root.handlers:
-        from rich.logging import RichHandler
-
-        rank = _rank()
-        handler = RichHandler(console=stdout_console(), show_path=False, log_time_format="%H:%M:%S")
-        handler.setFormatter(_Shown("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
-        root.addHandler(handler)
+        root.addHandler(_ConsoleHandler())
         root.setLevel(_usual_level())
         root.propagate = False
     return logging.getLogger(name if name.split(".")[0] == _ROOT else f"{_ROOT}.{name}")
@@ -49,6 +45,22 @@ def _rank() -> int:
 
 def _usual_level() -> int:
     return logging.INFO if _rank() == 0 else logging.WARNING
+
+
+class _ConsoleHandler(logging.Handler):
+    """rich's handler, which is imported and made for the first line that is told."""
+
+    @cached_property
+    def _handler(self) -> logging.Handler:
+        from rich.logging import RichHandler
+
+        rank = _rank()
+        handler = RichHandler(console=stdout_console(), show_path=False, log_time_format="%H:%M:%S")
+        handler.setFormatter(_Shown("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+        return handler
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._handler.emit(record)
 
 
 class _Shown(logging.Formatter):

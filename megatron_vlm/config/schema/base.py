@@ -32,4 +32,4 @@ Plain = str | bool | int | Annotated[float, Field(allow_inf_nan=False)] | None |
 class Section(BaseModel):
     """A frozen section that knows its keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), defer_build=True)
