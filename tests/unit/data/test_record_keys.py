@@ -83,12 +83,17 @@ WRITTEN_ELSEWHERE: dict[str, Any] = {  # keys as the files of other systems have
     "chosen": TALK[1], "rejected": TALK[1], "images": ["a.png"], "videos": ["a.mp4"], "audios": ["a.wav"],
     "frames": ["0.png", "1.png"], "video_path": "a.mp4", "image_path": "a.png", "img": "a.png", "image_url": "a.png",
     "picture": "a.png", "video_url": "a.mp4", "weight": 0, "loss": False, "train": False, "loss_mask": [0, 1],
-    "sample_weight": 2.0, "chat_template": "chatml", "enable_thinking": True,
+    "sample_weight": 2.0, "chat_template": "chatml", "enable_thinking": True, "chat_template_kwargs": {"a": False},
+    "loss_weight": 0.5, "mask": [0, 1], "audio": "a.wav", "video_id": "v_7", "video_start": 1.5, "video_end": 3.5,
+    "incontext_images": ["a.png"], "incontext_conversations": [TALK], "image_file": "a.png", "image_files": ["a.png"],
+    "image_list": ["a.png"], "image_paths": ["a.png"], "image_urls": ["a.png"], "img_path": "a.png", "imgs": ["a.png"],
+    "photo": "a.png", "pictures": ["a.png"], "video_file": "a.mp4",
 }  # fmt: skip
 WRITTEN_IN_TURNS: dict[str, Any] = {
     "image": "a.png", "images": ["a.png"], "video": "a.mp4", "tool_calls": [{"name": "look"}], "tools": ["look"],
     "function_call": {"name": "look"}, "reasoning_content": "Hm.", "thinking": "Hm.", "role": "user", "content": "Yes.",
     "system": "Be brief.", "mask": True, "loss_mask": 0, "loss_weight": 0.5, "train_detail": [{"train": False}],
+    "videos": ["a.mp4"], "audio": "a.wav", "masked": True,
 }  # fmt: skip
 
 
@@ -102,7 +107,8 @@ def test_what_other_systems_write_is_used_or_refused_by_name() -> None:
         assert parse(**{key: "Be brief."}).turns[0] == Turn("system", "Be brief.")
     for key in ("weight", "loss", "train", "training"):
         assert not parse(*TALK, TALK[0], {**TALK[1], key: 0}).turns[3].trained
-    assert parse(tools="[]", functions="[]", weight=1, loss=True, train=1.0).turns == TURNS
+    nothing_asked = {"tools": "[]", "functions": "[]", "weight": 1, "loss": True, "train": 1.0, "loss_weight": 1}
+    assert parse(**nothing_asked, sample_weight=1).turns == TURNS
 
 
 @pytest.mark.parametrize("key", sorted(record_keys.OTHER_NAMES))
