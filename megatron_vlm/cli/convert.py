@@ -3,7 +3,7 @@
 megatron-vlm convert import SOURCE DESTINATION                      a directory of LLaVA -> a checkpoint of ours
 megatron-vlm convert import LANGUAGE DESTINATION --tower TOWER      the two halves, with a new projector
 megatron-vlm convert import SOURCE DESTINATION --tower TOWER --base LANGUAGE   parts that a directory of LLaVA names
-megatron-vlm convert import SOURCE DESTINATION --downsample-order row     what its mlp_downsample does not say
+megatron-vlm convert import SOURCE DESTINATION --format-option downsample_order=row   what it leaves open
 megatron-vlm convert export CHECKPOINT DESTINATION [--format llava-hf] [--dtype bf16]
 megatron-vlm convert verify A B [--media a.png ...] [--prompt "..."]  do they compute the same?
 megatron-vlm convert inspect DIRECTORY                              what is it?
@@ -52,7 +52,7 @@ def _add_import(parser: CommandLine) -> None:
         "is a language model, the other half of a new pair",
     )
     parser.add_argument("--base", help="language model's directory or hub id, for an mm_projector.bin alone")
-    parser.add_downsample_order()
+    parser.add_format_options()
     pair = parser.add_argument_group("a new pair")
     pair.add_argument("--projector", help="registered type (default mlp2x_gelu)")
     pair.add_argument("--select-layer", type=int, help="hidden state of the tower (default -2)")
@@ -80,7 +80,7 @@ def _add_verify(parser: CommandLine) -> None:
         help="what both are asked; <image> marks a picture (default: random tokens)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_downsample_order()
+    parser.add_format_options()
     parser.add_extensions()
     parser.set_defaults(execute=_verify)
 
@@ -116,19 +116,20 @@ def _open(arguments: argparse.Namespace) -> "ForeignModel":
     if arguments.tower is None:
         if given:
             raise ConfigError(f"found {options} without --tower, needs the tower of the new pair")
-        places = Places(base=arguments.base, downsample_order=arguments.downsample_order)
+        places = Places(base=arguments.base, options=arguments.format_options or {})
         return open_foreign(arguments.source, arguments.format, places)
     if arguments.format is not None:
         raise ConfigError(f"found --format {arguments.format} with --tower, needs one of them: --tower says the format")
     if not is_foreign(resolve_folder(arguments.source)):
         if arguments.base is not None:
             raise ConfigError("found --base for a new pair, whose language model is SOURCE; needs none")
-        if arguments.downsample_order is not None:
-            raise ConfigError("found --downsample-order for a new pair, whose --projector says it; needs none")
+        if arguments.format_options:
+            raise ConfigError("found --format-option for a new pair, which leaves nothing open; needs none")
         return open_pair(arguments.source, arguments.tower, **given)
     if given:
         raise ConfigError(f"found {options}, which {arguments.source} says itself; needs a language model as SOURCE")
-    return open_foreign(arguments.source, places=Places(arguments.tower, arguments.base, arguments.downsample_order))
+    places = Places(arguments.tower, arguments.base, arguments.format_options or {})
+    return open_foreign(arguments.source, places=places)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -152,7 +153,7 @@ def _verify(arguments: argparse.Namespace) -> None:
     prepare(arguments.device)  # before what an extension imports
     import_extensions(arguments.extensions)
     comparison = compare(
-        arguments.a, arguments.b, arguments.media, arguments.prompt, arguments.device, arguments.downsample_order
+        arguments.a, arguments.b, arguments.media, arguments.prompt, arguments.device, arguments.format_options
     )
     print(shown(comparison))
     if not comparison.agrees:

@@ -92,7 +92,7 @@ def find_output(arguments: argparse.Namespace) -> Path:
 
     output: Path | None = arguments.output
     if output is None:
-        is_ours = find_foreign(arguments.checkpoint, arguments.downsample_order) is None
+        is_ours = find_foreign(arguments.checkpoint, arguments.format_options) is None
         output = (find_checkpoint(arguments.checkpoint).parent if is_ours else Path()) / "evaluation"
     try:
         nearest = next(folder for folder in (output, *output.parents) if folder.exists())

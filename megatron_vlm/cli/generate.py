@@ -7,7 +7,7 @@ megatron-vlm generate CHECKPOINT --media a.png --chat --temperature 0.7 --top-p 
 megatron-vlm generate CHECKPOINT --devices 0 1 --prompt "What is this?"
 megatron-vlm launch --local --ranks 4 -- generate CHECKPOINT --tensor 2 --pipeline 2 --prompt "What?"
 megatron-vlm generate CHECKPOINT --devices 0 1 2 3 --tensor 2 --ring 2 --prompt "What is this?"
-megatron-vlm generate VILA --downsample-order row --prompt "What is this?"    what its mlp_downsample does not say
+megatron-vlm generate VILA --format-option downsample_order=row --prompt "What is this?"    what it leaves open
 
 CHECKPOINT is one of ours, a Hugging Face llava-hf or LLaVA directory, or the hub id of one. Images come before the
 text, unless the prompt says with <image> where each belongs. A video (or a folder of frames) is shown as the frames

@@ -55,7 +55,7 @@ def load(
     device: DeviceRequest = "auto",
     template: str | None = None,
     dtype: Dtype | None = None,
-    downsample_order: str | None = None,
+    format_options: Mapping[str, Any] | None = None,
     extensions: Sequence[str] = (),
     **options: Unpack[LoadOptions],
 ) -> "Assistant | RankedAssistant":
@@ -71,7 +71,7 @@ def load(
         template: the conversation template; default: the one it was trained with, or what its directory says.
         dtype: of the weights, fp32 or bf16. Default: the recipe's; of another system's model as stored, and fp16, which
             is not computed in, as bf16 on GPUs and as fp32, which holds every value of it, on the CPU.
-        downsample_order: column or row, of a LLaVA directory that does not say it of its `mlp_downsample`.
+        format_options: what a directory of another system leaves open, by its format's keys (docs/formats.md).
         extensions: modules of your own to import. A checkpoint names its own, but it is your word that runs code.
         options: tensor, pipeline, ulysses, ring: ranks that share one model; the ranks of the job are so many replicas
             of it, and all ranks of a replica ask it the same at the same time. With devices, all of them are one
@@ -80,10 +80,10 @@ def load(
 
     Raises:
         CheckpointError: no checkpoint there, or a damaged or incomplete one.
-        ConversionError: a directory of another system that is not whole, leaves the order of its squares open or says
-            another, or a hub id that cannot be fetched.
+        ConversionError: a directory of another system that is not whole or leaves open what no option says, an option
+            that its format does not take, or a hub id that cannot be fetched.
         ConfigError: the device asked for is not there, a recipe of another version, an extension that cannot be
-            imported, or that the recipe names and you do not, a template, argument, dtype or order that is not known
+            imported, or that the recipe names and you do not, a template, argument, dtype or option that is not known
             or does not fit, or a layout that does not divide the ranks, the model's heads or its layers.
         ParallelError: this process works in another layout already.
     """
@@ -98,7 +98,7 @@ def load(
             raise ConfigError(f"devices: found {found}, needs a process of its own")
         if placement.device != "cpu" or placement.world_size > 1:
             words = {"template": template, "template_arguments": arguments, "extensions": tuple(extensions)}
-            return RankedAssistant(path, placement, dtype=dtype, downsample_order=downsample_order, **words)
+            return RankedAssistant(path, placement, dtype=dtype, format_options=format_options, **words)
         device = "cpu"
     with quietly():
         torch_device = prepare(device, launch.local_world_size)
@@ -108,14 +108,14 @@ def load(
 
         if not torch.distributed.is_initialized():
             init_world(launch, torch_device, COLLECTIVE_TIMEOUT_SECONDS)
-        return open_checkpoint(path, template, dtype, downsample_order, arguments, **ranks)
+        return open_checkpoint(path, template, dtype, format_options, arguments, **ranks)
 
 
 def open_checkpoint(
     path: str | os.PathLike[str],
     template: str | None = None,
     dtype: Dtype | None = None,
-    downsample_order: str | None = None,
+    format_options: Mapping[str, Any] | None = None,
     template_arguments: Mapping[str, Any] | None = None,
     **ranks: Unpack[RankCounts],
 ) -> "Assistant":
@@ -136,7 +136,7 @@ def open_checkpoint(
 
     world_size, parallel = torch.distributed.get_world_size(), _read_layout(**ranks)
     _check_choices(template, dtype)
-    foreign = find_foreign(_same_on_all_ranks(path), downsample_order)
+    foreign = find_foreign(_same_on_all_ranks(path), format_options)
     if foreign is None:
         directory = find_checkpoint(path)
         config = inference_config(directory, parallel)
@@ -262,26 +262,28 @@ def _same_on_all_ranks(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     return pinned
 
 
-def find_foreign(path: str | os.PathLike[str], downsample_order: str | None = None) -> "ForeignModel | None":
+def find_foreign(
+    path: str | os.PathLike[str], format_options: Mapping[str, Any] | None = None
+) -> "ForeignModel | None":
     """The model of another system at a directory or hub id; None where `path` is to be one of our checkpoints.
 
     Args:
-        path, downsample_order: as `load` takes them.
+        path, format_options: as `load` takes them.
 
     Raises:
-        ConversionError: a hub id that cannot be fetched, or a directory that is not whole, leaves the order open or
-            says another.
-        ConfigError: an order for one of our checkpoints.
+        ConversionError: a hub id that cannot be fetched, a directory that is not whole or leaves open what no option
+            says, or an option that its format does not take.
+        ConfigError: an option for one of our checkpoints.
     """
     from megatron_vlm.conversion.formats import Places, is_foreign, open_foreign
     from megatron_vlm.conversion.formats.base import is_on_hub
 
     if is_on_hub(Path(path)) or is_foreign(Path(path)):
-        return open_foreign(os.fspath(path), places=Places(downsample_order=downsample_order))
-    if downsample_order is not None:
+        return open_foreign(os.fspath(path), places=Places(options=format_options or {}))
+    if format_options:
         raise ConfigError(
-            f"downsample_order: found {downsample_order!r} for {os.fspath(path)}, which is no directory of LLaVA; "
-            "needs none: a checkpoint's recipe says it"
+            f"format_options: found {dict(format_options)} for {os.fspath(path)}, which is no directory of another "
+            "system; needs none: a checkpoint's recipe says all"
         )
     return None
 

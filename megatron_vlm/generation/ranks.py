@@ -114,7 +114,7 @@ class RankedAssistant:
     Args:
         path: as `load` takes it.
         placement: of the ranks.
-        choices: of `load`: template, dtype, downsample_order, extensions, template_arguments.
+        choices: of `load`: template, dtype, format_options, extensions, template_arguments.
 
     Raises:
         As `load`; ParallelError: a rank ended without a word.

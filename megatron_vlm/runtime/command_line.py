@@ -16,7 +16,7 @@ from megatron_vlm.runtime.failure import fail_together
 from megatron_vlm.runtime.garbage import spare_imports
 from megatron_vlm.runtime.launch import Launch, read_launch, spare_children_the_working_directory
 
-CHOICES = ("template", "template_arguments", "dtype", "downsample_order", "extensions")  # options that `load` takes
+CHOICES = ("template", "template_arguments", "dtype", "format_options", "extensions")  # options that `load` takes
 
 
 @contextmanager
@@ -56,7 +56,7 @@ class CommandLine(argparse.ArgumentParser):
         self.add_argument("--debug", action="store_true", help="tracebacks instead of one-line errors")
 
     def add_layout(self) -> None:
-        """Adds the options by which a model is loaded: device, ranks that share it, dtype, template, its squares."""
+        """Adds the options by which a model is loaded: device, ranks, dtype, template, format options."""
         self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         axes = {"tensor": "tensor-parallel ranks", "pipeline": "pipeline stages"}
         axes |= {"ulysses": "ranks that share a prompt by heads", "ring": "ranks that share a prompt by keys"}
@@ -76,7 +76,7 @@ class CommandLine(argparse.ArgumentParser):
             choices=("fp32", "bf16"),
             help="of the weights (default: as trained or stored; fp16 as bf16 on GPUs)",
         )
-        self.add_downsample_order()
+        self.add_format_options()
         self.add_extensions()
 
     def add_extensions(self) -> None:
@@ -89,13 +89,15 @@ class CommandLine(argparse.ArgumentParser):
             help="modules of yours to import; those that a checkpoint was trained with must be named here",
         )
 
-    def add_downsample_order(self) -> None:
-        """What a directory of LLaVA may leave open of its projector."""
+    def add_format_options(self) -> None:
+        """Adds the option for what a directory of another system leaves open; its format knows the keys."""
         self.add_argument(
-            "--downsample-order",
-            choices=("column", "row"),
-            help="of the squares of a mlp_downsample whose config does not say it: column in VILA 1.5 and NaVILA, row "
-            "in VILA's main branch",
+            "--format-option",
+            dest="format_options",
+            action=_Mapping,
+            type=_name_and_value,
+            metavar="KEY=VALUE",
+            help="what a directory of another system leaves open; docs/formats.md lists the keys of each format",
         )
 
     def error(self, message: str) -> NoReturn:

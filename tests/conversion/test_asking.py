@@ -161,7 +161,7 @@ def test_verify_shows_pictures_as_training_did_and_tells_what_is_asked_otherwise
     for mode in ("resize", "pad"):
         record = json.loads((tmp_path / "out" / "megatron_vlm.json").read_text())
         (tmp_path / "out" / "megatron_vlm.json").write_text(json.dumps({**record, "image_mode": mode}))
-        side = open_side(str(tmp_path / "out"))
+        side = open_side(str(tmp_path / "out"), {})
         shown[mode] = make_probe(side, side, [tmp_path / "a.png"], "").pixels
         result = compare(str(tmp_path / "out"), str(checkpoint), [tmp_path / "a.png"])
         assert result.agrees

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_vlm.conversion.formats import Places, llava, open_foreign
+from megatron_vlm.conversion.formats import FORMATS, Places, llava, open_foreign
 from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.conversion.transfer.inspection import inspect
 from megatron_vlm.conversion.verify.comparing import compare
 from megatron_vlm.errors import ConversionError
 from tests.helpers.foreign_models import state_of, tree
+from tests.helpers.processes import ROOT
 from tests.helpers.verify_models import save_llava_projector
 
 TYPES = [  # mm_projector_type, the order that is told, what it is here
@@ -27,6 +28,11 @@ TYPES = [  # mm_projector_type, the order that is told, what it is here
 ]
 
 
+def said(order: str | None) -> dict[str, str]:
+    """The format option; none where the name says the order."""
+    return {} if order is None else {"downsample_order": order}
+
+
 def config(folder: Path) -> dict[str, object]:
     found: dict[str, object] = json.loads((folder / "config.json").read_text())
     return found
@@ -35,10 +41,10 @@ def config(folder: Path) -> dict[str, object]:
 @pytest.mark.parametrize(("kind", "order", "ours"), TYPES)
 def test_verified_and_given_back(tmp_path: Path, kind: str, order: str | None, ours: str) -> None:
     source = save_llava_projector(tmp_path / "source", kind)
-    foreign = open_foreign(source, places=Places(downsample_order=order))
+    foreign = open_foreign(source, places=Places(options=said(order)))
     assert foreign.projector == ours
     checkpoint = import_model(foreign, tmp_path / "ours")
-    comparison = compare(str(checkpoint), str(source), downsample_order=order)
+    comparison = compare(str(checkpoint), str(source), format_options=said(order))
     assert comparison.agrees, str(comparison)
     plan_export(checkpoint).write(tmp_path / "back")
     theirs, back = torch.load(source / "pytorch_model.bin", weights_only=True), state_of(tmp_path / "back")
@@ -54,7 +60,7 @@ def test_an_order_that_was_told_once_need_not_be_told_again(tmp_path: Path, orde
     source = save_llava_projector(tmp_path / "source", "mlp_downsample")
     save_file(torch.load(source / "pytorch_model.bin", weights_only=True), source / "model.safetensors")
     (source / "pytorch_model.bin").unlink()
-    ours = import_model(open_foreign(source, places=Places(downsample_order=order)), tmp_path / "ours")
+    ours = import_model(open_foreign(source, places=Places(options=said(order))), tmp_path / "ours")
     plan_export(ours, dtype=dtype).write(tmp_path / "back")
     came, back = tree(source), tree(tmp_path / "back")
     settings = config(tmp_path / "back")
@@ -62,40 +68,74 @@ def test_an_order_that_was_told_once_need_not_be_told_again(tmp_path: Path, orde
     if dtype is None:
         assert settings == config(source)
         assert {**back, "config.json": b""} == {**came, "config.json": b""}
-    assert "in which order" not in str(inspect(tmp_path / "back"))
+    assert "leaves downsample_order open" not in str(inspect(tmp_path / "back"))
     found = open_foreign(tmp_path / "back")
     assert found.projector == llava.ORDERS[order]
     again = import_model(found, tmp_path / "again")
     plan_export(again).write(tmp_path / "third")
     assert tree(tmp_path / "third") == back
-    comparison = compare(str(again), str(source), downsample_order=order)
+    comparison = compare(str(again), str(source), format_options=said(order))
     assert comparison.agrees, str(comparison)
 
 
 @pytest.mark.parametrize("wrong", [("column", "row"), ("row", "column")])
 def test_a_wrong_order_is_found(tmp_path: Path, wrong: tuple[str, str]) -> None:
     source = save_llava_projector(tmp_path / "source", "mlp_downsample")
-    checkpoint = import_model(open_foreign(source, places=Places(downsample_order=wrong[0])), tmp_path / "ours")
-    comparison = compare(str(checkpoint), str(source), downsample_order=wrong[1])
+    checkpoint = import_model(open_foreign(source, places=Places(options=said(wrong[0]))), tmp_path / "ours")
+    comparison = compare(str(checkpoint), str(source), format_options=said(wrong[1]))
     assert comparison.first_diverging is not None and comparison.first_diverging.place == "projector"
 
 
 def test_an_order_that_nobody_says_is_refused(tmp_path: Path) -> None:
     source = save_llava_projector(tmp_path / "source", "mlp_downsample")
     with pytest.raises(
-        ConversionError, match="mm_projector_type is 'mlp_downsample'.*needs --downsample-order column or"
+        ConversionError, match="mm_projector_type is 'mlp_downsample'.*needs --format-option downsample_order=column or"
     ):
         open_foreign(source)
-    assert "does not say in which order" in str(inspect(source))
+    assert "leaves downsample_order open" in str(inspect(source))
     settings = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**settings, "mm_downsample_order": "row"}))
     assert open_foreign(source).projector == "mlp_downsample_2x2_fix"
-    assert open_foreign(source, places=Places(downsample_order="row")).projector == "mlp_downsample_2x2_fix"
+    assert open_foreign(source, places=Places(options=said("row"))).projector == "mlp_downsample_2x2_fix"
     with pytest.raises(ConversionError, match="mm_downsample_order is 'row', asked for 'column', needs row"):
-        open_foreign(source, places=Places(downsample_order="column"))
+        open_foreign(source, places=Places(options=said("column")))
     (source / "config.json").write_text(json.dumps({**settings, "mm_projector_type": "mlp2x_gelu"}))
-    with pytest.raises(ConversionError, match="mm_projector_type is 'mlp2x_gelu'; found --downsample-order row"):
-        open_foreign(source, places=Places(downsample_order="row"))
+    with pytest.raises(
+        ConversionError, match="mm_projector_type is 'mlp2x_gelu'; found --format-option downsample_order"
+    ):
+        open_foreign(source, places=Places(options=said("row")))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"order": "row"}, "found --format-option order=row; format llava takes downsample_order: column or row"),
+        ({"downsample_order": "diagonal"}, "downsample_order=diagonal; format llava takes downsample_order: column or"),
+        ({"downsample_order": ["row"]}, r"downsample_order=\['row'\]; format llava takes"),
+    ],
+)
+def test_an_option_that_the_format_does_not_know_is_one_error(
+    tmp_path: Path, options: dict[str, object], message: str
+) -> None:
+    source = save_llava_projector(tmp_path / "source", "mlp_downsample")
+    with pytest.raises(ConversionError, match=message):
+        open_foreign(source, places=Places(options=options))
+
+
+def test_an_option_that_neither_model_leaves_open_is_refused(tmp_path: Path) -> None:
+    named = str(save_llava_projector(tmp_path / "named", "mlp_downsample_2x2_fix"))
+    squares = str(save_llava_projector(tmp_path / "squares", "mlp_downsample"))
+    with pytest.raises(ConversionError, match=r"found --format-option downsample_order.*named \(llava\): none"):
+        compare(named, named, format_options=said("row"))
+    with pytest.raises(ConversionError, match=r"found --format-option order, .*squares \(llava\): downsample_order"):
+        compare(named, squares, format_options={"order": "row"})
+
+
+def test_the_documents_list_every_option_of_every_format() -> None:
+    text = (ROOT / "docs" / "formats.md").read_text()
+    rows = {f"| `{name}` | `{key}` | {' or '.join(f'`{value}`' for value in option.values)} |"
+            for name in FORMATS.names() for key, option in FORMATS.get(name).options.items()}  # fmt: skip
+    assert rows and not [row for row in rows if row not in text]
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,9 @@ def test_the_order_of_squares_is_told(tmp_path: Path) -> None:
     model = save_llava_projector(tmp_path / "model", "mlp_downsample")
     asked = (model, "--data", tiny_dataset(tmp_path, num_samples=3), "--max-new-tokens", "2")
     untold = evaluate(tmp_path, *asked)
-    assert untold.returncode == 1 and "needs --downsample-order column or row" in untold.stderr
+    assert untold.returncode == 1 and "needs --format-option downsample_order=column or row" in untold.stderr
     assert untold.stderr.count("\n") == 1 and not (tmp_path / "evaluation").exists()
-    told = evaluate(tmp_path, *asked, "--downsample-order", "row")
+    told = evaluate(tmp_path, *asked, "--format-option", "downsample_order=row")
     assert (told.returncode, told.stderr) == (0, ""), told.stderr
 
 

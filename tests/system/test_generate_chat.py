@@ -58,8 +58,11 @@ def test_the_order_of_squares_is_told_to_every_rank(folder: Path) -> None:
     untold = generate(folder, *question)
     assert untold.returncode == 1 and untold.stdout == "" and untold.stderr.count("\n") == 1
     assert untold.stderr.startswith("error: vila/config.json: mm_projector_type is 'mlp_downsample'"), untold.stderr
-    told = {order: generate(folder, *question, "--downsample-order", order) for order in ("column", "row")}
-    ranks = generate(folder, *question, "--downsample-order", "row", "--devices", "cpu", "cpu")
+    told = {
+        order: generate(folder, *question, "--format-option", f"downsample_order={order}")
+        for order in ("column", "row")
+    }
+    ranks = generate(folder, *question, "--format-option", "downsample_order=row", "--devices", "cpu", "cpu")
     for done in (*told.values(), ranks):
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert ranks.stdout == told["row"].stdout != told["column"].stdout

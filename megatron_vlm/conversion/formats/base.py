@@ -78,12 +78,12 @@ class Places:
     Args:
         tower: the vision tower.
         base: the language model of a projector alone.
-        downsample_order: of the squares of `mlp_downsample`, column or row.
+        options: what the directory leaves open, by the keys of its format's `options`.
     """
 
     tower: str | None = None
     base: str | None = None
-    downsample_order: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,21 @@ class Target:
 
 
 @dataclass(frozen=True)
+class FormatOption:
+    """What directories of a format may leave open, and a caller then says.
+
+    Args:
+        values: that it takes.
+        about: what it is, and what each value stands for; part of a sentence.
+        is_open: whether a config.json leaves it open.
+    """
+
+    values: tuple[str, ...]
+    about: str
+    is_open: Callable[[dict[str, Any]], bool]
+
+
+@dataclass(frozen=True)
 class Format:
     """One on-disk format.
 
@@ -122,6 +137,7 @@ class Format:
             model's config differs (vocabulary and dtype as written).
         has_image_token: whether prompts carry the image token's id, so that the embedding needs its row.
         names_parts: whether a directory may name a tower or a language model that lies elsewhere.
+        options: by key, what `--format-option KEY=VALUE` may say of a directory.
     """
 
     name: str
@@ -132,6 +148,7 @@ class Format:
     write_extras: Callable[[Path, Target, dict[str, Any]], None] | None = None
     has_image_token: bool = False
     names_parts: bool = False
+    options: Mapping[str, FormatOption] = field(default_factory=dict)
 
 
 RECORD_FILE = "megatron_vlm.json"  # beside exported weights: `AskedAs`
@@ -145,10 +162,11 @@ def open_foreign(path: str | Path, format: str | None = None, places: Places = P
     Args:
         path: the directory, or a hub id, which is fetched.
         format: its registered name; default: the one that recognises it.
-        places: where parts lie that the directory only names.
+        places: where parts lie that the directory only names, and what it leaves open.
 
     Raises:
-        ConversionError: no directory, none that a format recognises, or one that is not whole.
+        ConversionError: no directory, none that a format recognises, one that is not whole, or an option that its
+            format does not take.
         ConfigError: an unknown format, or a model this package does not build.
     """
     known = None if format is None else FORMATS.get(format)
@@ -156,11 +174,35 @@ def open_foreign(path: str | Path, format: str | None = None, places: Places = P
     found = known or _recognised(folder)
     if found is None:
         raise ConversionError(f"{folder}: no format recognises it; known: {', '.join(FORMATS.names())}")
-    if places != Places() and not found.names_parts:
-        raise ConversionError(f"{folder}: a directory of {found.name} holds all its parts; found {places}")
+    elsewhere = [part for part in (places.tower, places.base) if part is not None]
+    if elsewhere and not found.names_parts:
+        raise ConversionError(
+            f"{folder}: a directory of {found.name} holds all its parts; found {', '.join(elsewhere)}"
+        )
+    _check_options(found, folder, places.options)
     foreign = found.open(folder, places)
     language = with_answer_ends(str(path), foreign.language, dict.fromkeys((folder, foreign.tokenizer)))
     return replace(foreign, language=language, commits={**hub.commits({str(path): folder}), **foreign.commits})
+
+
+def open_options(folder: Path) -> dict[str, FormatOption]:
+    """What a directory leaves open, by key; empty where no format recognises it. Raises ConversionError."""
+    found = _recognised(folder)
+    if found is None or not found.options:
+        return {}
+    settings = read_json(folder / "config.json")
+    return {key: option for key, option in found.options.items() if option.is_open(settings)}
+
+
+def _check_options(format: Format, folder: Path, options: Mapping[str, Any]) -> None:
+    """Raises ConversionError for a key or a value that the format does not have."""
+    for key, value in options.items():
+        known = format.options.get(key)
+        if known is None or value not in known.values:
+            takes = "; ".join(f"{name}: {' or '.join(option.values)}" for name, option in format.options.items())
+            raise ConversionError(
+                f"{folder}: found --format-option {key}={value}; format {format.name} takes {takes or 'none'}"
+            )
 
 
 def is_foreign(path: str | Path) -> bool:

@@ -17,6 +17,7 @@ from megatron_vlm.conversion.formats.base import (
     FORMATS,
     ForeignModel,
     Format,
+    FormatOption,
     Places,
     Target,
     asked_as,
@@ -53,6 +54,7 @@ TOWER_INSIDE = {"unfreeze_mm_vision_tower": True}  # only then the original code
 _TOWERS = ("model.vision_tower.vision_tower.", "model.vision_tower.")  # prefixes, the inner vision_model. aside
 DOWNSAMPLE = "mlp_downsample"  # a name of two projectors, which differ in the order of the squares
 ORDERS = {"column": "mlp_downsample", "row": "mlp_downsample_2x2_fix"}  # order -> registered type
+ORDER_OPTION = "downsample_order"
 ORDER_KEY = "mm_downsample_order"  # ours, in a config that is written here; VILA's code passes over it
 CARRIED_CONFIG = Path("origin/files/config.json")  # of a checkpoint: as the model came with (`origin`)
 _LAYER = re.compile(r"linear_(\d+)\.(.*)")
@@ -79,7 +81,7 @@ def open_folder(folder: Path, places: Places) -> ForeignModel:
     """Raises ConversionError, ConfigError as `open_foreign`."""
     settings = read_json(folder / "config.json")
     image_mode, feature = _checked(folder, settings)
-    projector = _projector(folder, settings, places.downsample_order)
+    projector = _projector(folder, settings, places.options.get(ORDER_OPTION))
     alone = _is_projector_alone(folder)
     if places.base is not None and not alone:
         raise ConversionError(f"{folder} holds a language model; found another at {places.base}, needs none")
@@ -165,13 +167,15 @@ def disk_name(name: str) -> str:
     return name
 
 
-def leaves_order_open(folder: Path) -> bool:
-    """Whether a directory's projector is `mlp_downsample` and nothing says in which order. Raises ConversionError."""
-    return _leaves_open(read_json(folder / "config.json"))
-
-
-def _leaves_open(settings: dict[str, Any]) -> bool:
+def _leaves_order_open(settings: dict[str, Any]) -> bool:
     return settings.get("mm_projector_type") == DOWNSAMPLE and settings.get(ORDER_KEY) is None
+
+
+ORDER = FormatOption(
+    values=tuple(ORDERS),
+    about="its squares come column by column in VILA 1.5 and NaVILA, and row by row in VILA's main branch",
+    is_open=_leaves_order_open,
+)
 
 
 def told_order(settings: dict[str, Any], projector: str) -> dict[str, str]:
@@ -183,7 +187,7 @@ def told_order(settings: dict[str, Any], projector: str) -> dict[str, str]:
         settings: config.json.
         projector: the registered type it was read as.
     """
-    return _order_key(projector) if _leaves_open(settings) else {}
+    return _order_key(projector) if _leaves_order_open(settings) else {}
 
 
 def _order_key(projector: str) -> dict[str, str]:
@@ -198,17 +202,17 @@ def _projector(folder: Path, settings: dict[str, Any], order: str | None) -> str
     if name != DOWNSAMPLE:
         if order is not None:
             raise ConversionError(
-                f"{folder}/config.json: mm_projector_type is {name!r}; found --downsample-order {order}, needs none"
+                f"{folder}/config.json: mm_projector_type is {name!r}; found --format-option "
+                f"{ORDER_OPTION}={order}, needs none"
             )
         return name
     if own is not None and (own not in ORDERS or order not in (None, own)):
         needs = own if own in ORDERS else " or ".join(ORDERS)
         raise ConversionError(f"{folder}/config.json: {ORDER_KEY} is {own!r}, asked for {order!r}, needs {needs}")
-    if own is None and order not in ORDERS:
+    if own is None and order is None:
         raise ConversionError(
-            f"{folder}/config.json: mm_projector_type is {DOWNSAMPLE!r}, whose squares come column by column in VILA "
-            f"1.5 and NaVILA and row by row in VILA's main branch; found {order!r}, needs --downsample-order "
-            f"{' or '.join(ORDERS)} (of load: downsample_order)"
+            f"{folder}/config.json: mm_projector_type is {DOWNSAMPLE!r} and {ORDER_KEY} is not there: {ORDER.about}; "
+            f"needs --format-option {ORDER_OPTION}={' or '.join(ORDERS)} (of load: format_options)"
         )
     return ORDERS[own or str(order)]
 
@@ -330,5 +334,14 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
 
 
 FORMATS.register(NAME)(
-    Format(NAME, ("llava",), recognises, open_folder, disk_name, write_extras, names_parts=True),
+    Format(
+        NAME,
+        ("llava",),
+        recognises,
+        open_folder,
+        disk_name,
+        write_extras,
+        names_parts=True,
+        options={ORDER_OPTION: ORDER},
+    ),
 )

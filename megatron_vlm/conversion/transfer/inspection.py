@@ -15,7 +15,15 @@ from megatron_vlm.checkpoint.manifest import METADATA_FILE, Manifest
 from megatron_vlm.checkpoint.model_sources import read_sources
 from megatron_vlm.checkpoint.stored_metadata import read_metadata
 from megatron_vlm.conversion.formats import llava
-from megatron_vlm.conversion.formats.base import FORMATS, Places, is_foreign, open_foreign, read_json, recognised
+from megatron_vlm.conversion.formats.base import (
+    FORMATS,
+    Places,
+    is_foreign,
+    open_foreign,
+    open_options,
+    read_json,
+    recognised,
+)
 from megatron_vlm.conversion.transfer.origin import RECORD as ORIGIN
 from megatron_vlm.conversion.transfer.origin import Origin
 from megatron_vlm.conversion.weights.files import WeightFolder
@@ -97,13 +105,13 @@ def _ours(folder: Path) -> Inspection:
 def _foreign(folder: Path) -> Inspection:
     if recognised(folder) == llava.NAME and (tower := llava.tower_elsewhere(folder)) is not None:
         return _without_tower(folder, tower)
-    is_open = recognised(folder) == llava.NAME and llava.leaves_order_open(folder)
-    foreign = open_foreign(folder, places=Places(downsample_order="column") if is_open else Places())
+    left_open = open_options(folder)
+    said = {key: option.values[0] for key, option in left_open.items()}
+    foreign = open_foreign(folder, places=Places(options=said))
     reads = ((name, foreign.source.read(name)) for name in foreign.source.names())
     tensors = ((_PARTS.get(name.partition(".")[0], "language"), t.numel(), t.dtype) for name, t in reads)
     notes = [f"tower {foreign.vision.model_type}, language model {foreign.language.model_type}"]
-    if is_open:
-        notes.append("config.json does not say in which order mlp_downsample has the squares")
+    notes += [f"config.json leaves {key} open: {option.about}" for key, option in left_open.items()]
     if foreign.own is None or not any(name.startswith("vision_tower.") for name in foreign.own.names()):
         notes.append(f"the tower's weights are in {foreign.vision_path}")
     files = {} if foreign.own is None else _sizes(foreign.own.weights)

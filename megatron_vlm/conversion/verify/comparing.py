@@ -14,9 +14,10 @@ Hazard: one model is in memory at a time, at 4 bytes per parameter, and every ac
 import gc
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from megatron_vlm.checkpoint.directory import LATEST
 from megatron_vlm.checkpoint.manifest import FILE_NAME as MANIFEST
+from megatron_vlm.conversion.formats.base import open_options, recognised
 from megatron_vlm.conversion.verify.report import Comparison, compare_traces, top1_agreement
 from megatron_vlm.conversion.verify.side import Side, check_fit, coarsest
 from megatron_vlm.conversion.verify.trace import Probe
@@ -47,7 +49,7 @@ def compare(
     media: Sequence[Path] = (),
     prompt: str = "",
     device: DeviceRequest = "auto",
-    downsample_order: str | None = None,
+    format_options: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """Runs both models on the same ids and pixels.
 
@@ -56,18 +58,21 @@ def compare(
         media: pictures; none: one of random pixels.
         prompt: the text, with `<image>` where a picture belongs (default: all of them first); empty: random tokens.
         device: where this process has not chosen already.
-        downsample_order: column or row, of a LLaVA directory that does not say it of its `mlp_downsample`.
+        format_options: what a directory of another system leaves open, by its format's keys; each of the two is told
+            what it leaves open.
 
     Raises:
         ConversionError: a directory that is none of these or not whole, or two models of different architectures or
-            vocabularies.
+            vocabularies, or an option that neither leaves open.
         CheckpointError, ConfigError: a checkpoint that is damaged or not one this version reads.
         DataError: a picture that cannot be read, or another number of pictures than of markers in the prompt.
         ParallelError: this process is a rank of a job.
     """
     prepare(device)
+    options = format_options or {}
+    _check_options((a, b), options)
     with _quietly():
-        side_a, side_b = open_side(a, downsample_order), open_side(b, downsample_order)
+        side_a, side_b = open_side(a, options), open_side(b, options)
         check_fit(side_a, side_b)
         probe = make_probe(side_a, side_b, media, prompt)
         weights = coarsest({side_a.weights, side_b.weights})
@@ -91,7 +96,19 @@ def compare(
     )
 
 
-def open_side(path: str, downsample_order: str | None = None) -> Side:
+def _check_options(paths: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Raises ConversionError for an option that no directory leaves open."""
+    left_open = {path: open_options(Path(path)) for path in paths}
+    unused = options.keys() - {key for keys in left_open.values() for key in keys}
+    if unused:
+        places = "; ".join(
+            f"{path} ({recognised(Path(path)) or 'no format'}): {', '.join(keys) or 'none'}"
+            for path, keys in left_open.items()
+        )
+        raise ConversionError(f"found --format-option {', '.join(sorted(unused))}, needs one that is open. {places}")
+
+
+def open_side(path: str, options: Mapping[str, Any]) -> Side:
     """A model by what lies there; its configs are read, no tensor yet. Raises as `compare`."""
     from megatron_vlm.conversion.verify.foreign import open_foreign_side
     from megatron_vlm.conversion.verify.ours import OurSide
@@ -101,7 +118,7 @@ def open_side(path: str, downsample_order: str | None = None) -> Side:
         raise ConversionError(f"{path}: no such directory")
     if (folder / MANIFEST).exists() or (folder / LATEST).exists():
         return OurSide.open(path)
-    return open_foreign_side(path, downsample_order)
+    return open_foreign_side(path, options)
 
 
 def make_probe(a: Side, b: Side, media: Sequence[Path], prompt: str) -> Probe:

@@ -10,6 +10,7 @@ both are errors here.
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from megatron_vlm.conversion.formats import Places, llava, open_foreign
-from megatron_vlm.conversion.formats.base import AskedAs, has_tokenizer, read_json, recognised
+from megatron_vlm.conversion.formats import Places, open_foreign
+from megatron_vlm.conversion.formats.base import AskedAs, has_tokenizer, open_options, read_json
 from megatron_vlm.conversion.verify.projectors import plain_projector
 from megatron_vlm.conversion.verify.side import Facts, coarsest, round_weights
 from megatron_vlm.conversion.verify.trace import HEAD, Anatomy, Probe, Trace, traced
@@ -62,7 +63,7 @@ class ForeignSide(ABC):
     asked: AskedAs
     vision: PretrainedConfig
     vision_folder: Path | None  # of a tower's own directory
-    downsample_order: str | None  # where the directory does not say it
+    options: Mapping[str, Any]  # what the directory leaves open
 
     @torch.no_grad()
     def trace(self, probe: Probe, weights: torch.dtype) -> Trace:
@@ -80,11 +81,15 @@ class ForeignSide(ABC):
         """What the model did."""
 
 
-def open_foreign_side(path: str, downsample_order: str | None = None) -> ForeignSide:
-    """A directory of a format that can be run; the order is told to one that leaves it open. Raises ConversionError,
-    ConfigError."""
-    is_open = recognised(Path(path)) == llava.NAME and llava.leaves_order_open(Path(path))
-    foreign = open_foreign(path, places=Places(downsample_order=downsample_order) if is_open else Places())
+def open_foreign_side(path: str, options: Mapping[str, Any]) -> ForeignSide:
+    """A directory of a format that can be run; of the options it is told those that it leaves open.
+
+    Raises:
+        ConversionError, ConfigError: as `open_foreign`; a format that cannot be run.
+    """
+    left_open = open_options(Path(path))
+    own = {key: value for key, value in options.items() if key in left_open}
+    foreign = open_foreign(path, places=Places(options=own))
     if foreign.format not in _KINDS:
         raise ConversionError(f"{path}: format {foreign.format} cannot be run, can: {', '.join(_KINDS)}")
     vision_folder = foreign.vision_path
@@ -99,7 +104,7 @@ def open_foreign_side(path: str, downsample_order: str | None = None) -> Foreign
         asked=AskedAs.of(foreign),
         vision=foreign.vision,
         vision_folder=vision_folder,
-        downsample_order=downsample_order if is_open else None,
+        options=own,
     )
 
 
@@ -140,7 +145,7 @@ class LlavaSide(ForeignSide):
         return _PlainLlava(
             _loaded(text_class, self.origin, None, config=text, state_dict=language),
             encoder,
-            plain_projector(self.origin, settings, projector, self.downsample_order),
+            plain_projector(self.origin, settings, projector, self.options),
             settings.get("mm_vision_select_layer", -2),
             settings.get("mm_vision_select_feature", "patch"),
         )

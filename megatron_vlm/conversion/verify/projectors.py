@@ -18,7 +18,7 @@ NUM_PROTOTYPES = 256
 
 
 def plain_projector(
-    origin: str, settings: Mapping[str, Any], state: Mapping[str, Tensor], downsample_order: str | None = None
+    origin: str, settings: Mapping[str, Any], state: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> nn.Module:
     """The projector that a config names, filled.
 
@@ -26,7 +26,7 @@ def plain_projector(
         origin: for messages.
         settings: config.json; `mm_projector_type`, and what says the order of squares.
         state: its tensors under its own names.
-        downsample_order: column or row, where the config does not say it.
+        options: what the config leaves open: `downsample_order`, column or row.
 
     Raises:
         ConversionError: tensors that are not those of that projector.
@@ -36,7 +36,8 @@ def plain_projector(
         if not state:
             raise RuntimeError("it has no tensor")
         if kind.startswith("mlp_downsample"):
-            order = settings.get("mm_downsample_order") or downsample_order if kind == "mlp_downsample" else "row"
+            said = settings.get("mm_downsample_order") or options.get("downsample_order")
+            order = said if kind == "mlp_downsample" else "row"
             projector: nn.Module = Downsample(3 if kind.endswith("3x3_fix") else 2, order == "column", state)
         elif kind == "cluster":
             projector = Cluster(state)

@@ -106,22 +106,25 @@ def test_squares_come_in_the_order_that_is_told_as_after_an_import(squares: Path
     def score(path: Path, **options: Any) -> float:
         return megatron_vlm.load(path, **options).score([picture(3), "which?"], "the red circle").log_probability
 
-    found = {order: score(squares, downsample_order=order) for order in ("column", "row")}
+    found = {order: score(squares, format_options={"downsample_order": order}) for order in ("column", "row")}
     for order in found:
-        checkpoint = import_model(open_foreign(squares, places=Places(downsample_order=order)), tmp_path / order)
+        checkpoint = import_model(
+            open_foreign(squares, places=Places(options={"downsample_order": order})), tmp_path / order
+        )
         assert score(checkpoint) == found[order]
     assert abs(found["column"] - found["row"]) > 1e-3
 
 
 def test_an_order_that_is_not_known_or_not_asked_for_is_one_error(squares: Path, folders, tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="'mlp_downsample'.*found None, needs --downsample-order column or row"):
+    row = {"downsample_order": "row"}
+    with pytest.raises(ConversionError, match="'mlp_downsample'.*needs --format-option downsample_order=column or row"):
         megatron_vlm.load(squares)
-    with pytest.raises(ConversionError, match="'mlp_downsample'.*found 'diagonal', needs .* column or row"):
-        megatron_vlm.load(squares, downsample_order="diagonal")
-    with pytest.raises(ConversionError, match="mm_projector_type is 'mlp2x_gelu'; found .* row, needs none"):
-        megatron_vlm.load(folders["llava"], downsample_order="row")
-    with pytest.raises(ConversionError, match="llava-hf holds all its parts; found .*downsample_order='row'"):
-        megatron_vlm.load(folders["llava-hf"], downsample_order="row")
+    with pytest.raises(ConversionError, match="downsample_order=diagonal; format llava takes .*: column or row"):
+        megatron_vlm.load(squares, format_options={"downsample_order": "diagonal"})
+    with pytest.raises(ConversionError, match="mm_projector_type is 'mlp2x_gelu'; found .*=row, needs none"):
+        megatron_vlm.load(folders["llava"], format_options=row)
+    with pytest.raises(ConversionError, match="found --format-option downsample_order=row; format llava-hf takes none"):
+        megatron_vlm.load(folders["llava-hf"], format_options=row)
     checkpoint = import_model(open_foreign(folders["llava"]), tmp_path / "ours")
-    with pytest.raises(ConfigError, match="downsample_order: found 'row' for .*ours.*; needs none"):
-        megatron_vlm.load(checkpoint, downsample_order="row")
+    with pytest.raises(ConfigError, match="format_options: found .*'row'.* for .*ours.*; needs none"):
+        megatron_vlm.load(checkpoint, format_options=row)
