@@ -22,6 +22,7 @@ from .case import OURS, Backward, Case, Draw, Forward, Outputs, Sizes, Tensors, 
 COMPILED = "torch.compile"
 WRITE_BYTES, NUM_WRITES = 2**30, 2  # about half a millisecond of a large GPU's time
 FACTOR = 2.0  # of plain torch's error, by which a kernel is judged (tests/kernels/accuracy.py)
+NUM_DRAWS = 4  # for what is allowed: plain torch's error of a sum that cancels differs by a factor of 20 between draws
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 MATRIX = {"cuda": 8192, "cpu": 512}
 TINY_COPY_BYTES, TINY_MATRIX = 2**20, 64
@@ -43,9 +44,9 @@ class Bench:
         """What is written over before a measurement."""
         return torch.empty(WRITE_BYTES, dtype=torch.int8, device=self.device)
 
-    def draw(self, case: Case, sizes: Sizes, dtype: torch.dtype | None = None) -> Tensors:
-        """The same inputs at every call; in another dtype, the same values."""
-        generator = torch.Generator(self.device).manual_seed(0)
+    def draw(self, case: Case, sizes: Sizes, dtype: torch.dtype | None = None, number: int = 0) -> Tensors:
+        """The same inputs at every call with a number; in another dtype, the same values."""
+        generator = torch.Generator(self.device).manual_seed(number)
         inputs = case.draw(sizes, Draw(self.device, self.dtype, generator))
         if dtype is not None:
             inputs = {name: x.to(dtype) if x.dtype == self.dtype else x for name, x in inputs.items()}
@@ -243,16 +244,14 @@ def _cell(rounds: list[list[float]], work: tuple[Work, Work], peaks: dict[str, i
 def errors(bench: Bench, case: Case, sides: dict[str, Side]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """(side -> its largest error and plain torch's of the same tensor, side -> why none) against the twin in fp64.
 
-    Largest: in units of what is allowed: twice plain torch's, or the case's tolerance. An error is the norm of the
-    difference over the norm. torch.compile has none: it would compile the twin once more for this size.
+    Largest: in units of what is allowed: twice plain torch's largest of several draws, or the case's tolerance. An
+    error is the norm of the difference over the norm. torch.compile has none: it would compile the twin once more for
+    this size.
     """
     sizes = case.tiny[0] if bench.tiny else case.exact
-    twin = Side(case.reference, case.reference_backward or _by_autograd(case, "reference"))
-    plain_outputs, plain_gradients = _once(twin, bench.draw(case, sizes))
-    grads = _gradients(plain_outputs)
-    wide = tuple(x.double() for x in grads)
-    exact = _flat(_once(twin, bench.draw(case, sizes, torch.float64), wide))
-    plain = [_error(one, other) for one, other in zip(_flat((plain_outputs, plain_gradients)), exact, strict=True)]
+    draws = [_exact(bench, case, sizes, number) for number in range(NUM_DRAWS)]
+    grads, exact, _ = draws[0]
+    plain = [max(of_draws) for of_draws in zip(*(errors_of_draw for _, _, errors_of_draw in draws), strict=True)]
     found: dict[str, dict[str, Any]] = {}
     reasons: dict[str, str] = {}
     for name, side in sides.items():
@@ -271,6 +270,15 @@ def errors(bench: Bench, case: Case, sides: dict[str, Side]) -> tuple[dict[str, 
         exact_enough = ours[worst] <= allowed[worst]
         found[name] = {"error": ours[worst], "plain_error": plain[worst], "exact_enough": exact_enough}
     return found, reasons
+
+
+def _exact(bench: Bench, case: Case, sizes: Sizes, number: int) -> tuple[Outputs, list[Tensor], list[float]]:
+    """(gradients of the outputs, the twin's results in fp64, plain torch's error of each) of a draw."""
+    twin = Side(case.reference, case.reference_backward or _by_autograd(case, "reference"))
+    outputs, gradients = _once(twin, bench.draw(case, sizes, number=number))
+    grads = _gradients(outputs)
+    exact = _flat(_once(twin, bench.draw(case, sizes, torch.float64, number), tuple(x.double() for x in grads)))
+    return grads, exact, [_error(one, other) for one, other in zip(_flat((outputs, gradients)), exact, strict=True)]
 
 
 def _flat(results: tuple[Outputs, Outputs]) -> list[Tensor]:
