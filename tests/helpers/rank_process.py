@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -63,6 +64,12 @@ def serve(rank: int, port: int | None, pipe: Connection, log: str) -> None:
         answer = run_task(dist.PrefixStore(f"task{number}", store), rank, world_size, work)
         forget_jobs()
         pipe.send_bytes(answer)
+
+
+def share_server() -> None:
+    """Has this process's `multiprocessing` use the server that forked it, whose address it knows, and start none."""
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    server.ensure_running = forkserver.ensure_running = lambda: None
 
 
 def run_task(store: dist.Store, rank: int, world_size: int, work: bytes) -> bytes:

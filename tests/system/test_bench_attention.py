@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
-from tests.helpers.tool_runs import tool, tool_on_ranks
+from tests.helpers.tool_runs import tool, tool_on_ranks, warm_tool
 from tools.benchmarks.attention import results
 from tools.benchmarks.attention.command import OTHERS
 from tools.benchmarks.attention.names import EXCHANGE, PACKED, TURNS, WHOLE
@@ -49,7 +49,7 @@ def test_the_ratio_is_of_the_fastest() -> None:
 
 
 def test_heads_that_do_not_divide_cost_one_line() -> None:
-    done = tool("bench.py", "attention", "--heads", "8", "--kv-heads", "3")
+    done = warm_tool("bench.py", "attention", "--heads", "8", "--kv-heads", "3")
     assert (done.code, done.stderr) == (1, "error: --kv-heads: found 3, needs a divisor of --heads 8\n")
 
 

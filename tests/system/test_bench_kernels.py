@@ -10,7 +10,7 @@ import torch
 
 from megatron_vlm.errors import ConfigError
 from tests.helpers.live_bytes import LiveBytes
-from tests.helpers.tool_runs import tool
+from tests.helpers.tool_runs import tool, warm_tool
 from tools.benchmarks.kernels import results
 from tools.benchmarks.kernels.case import no_gradients
 from tools.benchmarks.kernels.cases import CASES
@@ -82,7 +82,7 @@ def test_the_cases_are_those_told_above() -> None:
 
 
 def test_what_there_is_not() -> None:
-    done = tool("bench.py", "kernels", "--op", "nrom")
+    done = warm_tool("bench.py", "kernels", "--op", "nrom")
     known = ", ".join(case.op for case in CASES)
     assert (done.code, done.stderr) == (1, f"error: --op: found 'nrom', needs one of {known}\n")
     with pytest.raises(ConfigError, match="--side: found .liger., needs one of reference, torch, torch.compile"):

@@ -18,7 +18,7 @@ import yaml
 from megatron_vlm.config import to_yaml
 from tests.helpers.processes import ROOT, environment
 from tests.helpers.tiny import merge, tiny_dataset, tiny_recipe
-from tests.helpers.tool_runs import Done, tool, tool_on_ranks
+from tests.helpers.tool_runs import Done, tool, tool_on_ranks, warm_tool
 
 NAMES = ("own_tower", "own_language_model", "own_source")
 
@@ -155,11 +155,11 @@ def logit_differences() -> tuple[float, float]:
 @pytest.mark.parametrize("module", ["examples.extensions.own_towr", "no_package"])
 def test_an_extension_that_cannot_be_imported_costs_one_line(module: str, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, "own_source")
-    done = tool("train.py", recipe, f"extensions=[{module}]")
+    done = warm_tool("train.py", recipe, f"extensions=[{module}]")
     assert done.code == 1 and done.stderr.count("\n") == 1
     assert f"extensions.0: found '{module}', must be a module that Python can import" in done.stderr
 
 
 def test_an_unknown_source_names_the_near_one(tmp_path: Path) -> None:
-    done = tool("train.py", write_recipe(tmp_path, "own_source"), "data.source=tvs")
+    done = warm_tool("train.py", write_recipe(tmp_path, "own_source"), "data.source=tvs")
     assert done.code == 1 and done.stderr == "error: unknown data source 'tvs'; did you mean 'tsv'?\n"

@@ -14,7 +14,7 @@ from megatron_vlm.errors import ConfigError
 from tests.helpers.layouts import layout_of
 from tests.helpers.processes import ROOT
 from tests.helpers.tiny import tiny_recipe
-from tests.helpers.tool_runs import tool
+from tests.helpers.tool_runs import tool, warm_tool
 from tools.layout_page.output import attended, needed, show, write
 from tools.layout_page.page import page
 
@@ -174,7 +174,7 @@ def test_a_recipe_that_does_not_fit_is_refused(
     ],
 )
 def test_bad_input_costs_one_line(arguments: list, expected: str) -> None:
-    done = tool("show_layout.py", LLAVA, *arguments)
+    done = warm_tool("show_layout.py", LLAVA, *arguments)
     assert done.code == 1 and done.stdout == ""
     assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from megatron_vlm.config import to_yaml
 from tests.helpers.tiny import tiny_dataset, tiny_recipe
-from tests.helpers.tool_runs import tool, tool_on_ranks
+from tests.helpers.tool_runs import tool, tool_on_ranks, warm_tool
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_evaluate_gives_the_same_records_in_any_layout(run, tmp_path):
     [(["--tensor", 3], "error: parallel.tensor * parallel.pipeline: found 3 * 1 = 3"), (["--pipeline", 0], "error: ")],
 )
 def test_a_layout_that_does_not_fit_costs_one_line(run, layout, expected):
-    done = tool("generate.py", run / "checkpoints", "--prompt", "?", *layout)
+    done = warm_tool("generate.py", run / "checkpoints", "--prompt", "?", *layout)
     assert done.code != 0 and done.stdout == ""
     assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
 
@@ -117,7 +117,7 @@ def test_a_failing_rank_ends_the_evaluation_with_one_line(run, tmp_path):
 )
 def test_bad_input_costs_one_line(run, arguments, expected):
     checkpoint = str(run / "checkpoints")
-    done = tool("generate.py", *[checkpoint if argument == "RUN" else argument for argument in arguments])
+    done = warm_tool("generate.py", *[checkpoint if argument == "RUN" else argument for argument in arguments])
     assert done.code != 0 and done.stdout == ""
     assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
 

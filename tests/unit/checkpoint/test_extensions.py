@@ -17,7 +17,7 @@ from megatron_vlm.config.loading import hash_of_tree
 from megatron_vlm.config.schema import Config, ParallelConfig
 from megatron_vlm.errors import ConfigError
 from tests.helpers.solo import small_recipe
-from tests.helpers.tool_runs import tool
+from tests.helpers.tool_runs import tool, warm_tool
 
 NAMES = ("own_of_a_stranger", "second_of_a_stranger")
 
@@ -150,5 +150,5 @@ def test_no_tool_imports_it(here: Path, name: str) -> None:
 
 
 def test_the_option_takes_names_of_modules() -> None:
-    done = tool("generate.py", "anywhere", "--prompt", "x", "--extensions", "a.b,../c")
+    done = warm_tool("generate.py", "anywhere", "--prompt", "x", "--extensions", "a.b,../c")
     assert done.code == 1 and "--extensions: found 'a.b,../c', needs names of modules" in done.stderr

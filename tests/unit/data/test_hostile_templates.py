@@ -44,7 +44,9 @@ GUARD = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}{% if messages
 
 @pytest.fixture(autouse=True)
 def short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_vlm.data.chat_template.bounded", partial(bounded, seconds=0.3, memory_bytes=1 << 28))
+    for module in ("chat_template", "jinja"):
+        limits = partial(bounded, seconds=0.3, memory_bytes=1 << 28)
+        monkeypatch.setattr(f"megatron_vlm.data.{module}.bounded", limits)
 
 
 def sample(question: str) -> Sample:
