@@ -3,8 +3,9 @@
 A recipe may name a `base:` (a path relative to its own folder), which may name another; the child's keys win, sections
 merge, lists are replaced. `section.key=value` overrides come last. Other paths are relative to the working directory,
 whoever names them. A `media_root` belongs to the `path` beside it: whoever names another data file, and no folder of
-its pictures, has them where they are by default, beside the file. One without a `path` beside it is for any file. Every
-violation is reported at once and on one line, because a launch on a cluster is too dear to find them one by one.
+its pictures, has them where they are by default, beside the file. One without a `path` beside it is for any file. So
+with `training.steps` and `training.epochs`: whoever names one does without the other. Every violation is reported at
+once and on one line, because a launch on a cluster is too dear to find them one by one.
 
 Hazards: OmegaConf's resolvers could read the environment (`${oc.env:...}`), which would make a run depend on more than
 its recipe, and put what is secret into what is shared; so of each text, before anything is resolved or merged, only
@@ -40,6 +41,7 @@ _KINDS = {  # what pydantic says in the terms of Python
     "dict_type": "must be keys with values",
     "tuple_type": "must be a list",
 }
+_OF_A_SECTION = ("no_length", "two_lengths")  # violations of several keys together, which say what was found
 _OWN_KEY = re.compile(
     r"\$\{[ \t]*[\w.\-\[\]]+[ \t]*\}"
 )  # a reference to one; resolvers have a colon, or are put together
@@ -47,6 +49,7 @@ _PLAIN = (str, int, float, bool, type(None))
 _LARGEST_INTEGER_BITS = 64
 _LONGEST_CHAIN = 100  # of bases
 _SHOWN_CHARACTERS = 300  # of a value in an error
+_LENGTHS = {"steps": "epochs", "epochs": "steps"}  # of training: whoever names one does without the other
 _SECTIONS_WITH_MEDIA = ("data", "evaluation")  # with a `path` and the `media_root` of its pictures
 
 logger = get_logger(__name__)
@@ -103,7 +106,7 @@ def _read_tree(path: Path, overrides: Sequence[str]) -> dict[Any, Any]:
     merged, parsed = _read_chain(path, ()), [_parse_override(override) for override in overrides]
 
     def resolve() -> Any:
-        _forget_media_roots(merged, OmegaConf.merge(*parsed) if parsed else {}, "the command line")
+        _forget_what_is_replaced(merged, OmegaConf.merge(*parsed) if parsed else {}, "the command line")
         for one in parsed:
             merged.merge_with(one)
         return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
@@ -165,7 +168,7 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> DictConfig:
     over = _read_chain(path.parent / base, (*children, resolved))
 
     def merge() -> None:
-        _forget_media_roots(over, tree, str(path))
+        _forget_what_is_replaced(over, tree, str(path))
         over.merge_with(tree)
 
     try:
@@ -175,9 +178,15 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> DictConfig:
     return over
 
 
-def _forget_media_roots(below: DictConfig, above: Any, origin: str) -> None:
-    """Takes each `media_root` out of a tree that is to be merged with one above it, which names another `path`."""
+def _forget_what_is_replaced(below: DictConfig, above: Any, origin: str) -> None:
+    """Takes out of a tree, which is to be merged with one above it, what the one above says in another key: each
+    `media_root` of another `path`, and the length of training."""
     trees: list[Any] = [OmegaConf.to_container(OmegaConf.create(one), resolve=False) for one in (below, above)]
+    old, new = (tree.get("training") for tree in trees)
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key, other in _LENGTHS.items():
+            if new.get(key) is not None and other not in new:
+                below.training.pop(other, None)
     for name in _SECTIONS_WITH_MEDIA:
         old, new = (tree.get(name) for tree in trees)
         if not isinstance(old, dict) or not isinstance(new, dict) or old.get("media_root") is None:
@@ -254,6 +263,8 @@ def _describe(violation: Any) -> str:
         return f"{key}: unknown key, {_near_keys(location)}"
     if violation["type"] == "missing":
         return f"{key}: missing, needs a value"
+    if violation["type"] in _OF_A_SECTION:
+        return f"{key}: {violation['msg']}"
     needed = _KINDS.get(violation["type"]) or violation["msg"][0].lower() + violation["msg"][1:]
     return f"{key}: found {_shortened(violation['input'])}, {needed.replace('input should be', 'must be')}"
 

@@ -83,6 +83,13 @@ def build_loader(
     return OrderedItems(fetcher, range(start_step, start_step + num_steps), data.num_workers, pinning())
 
 
+def count_rows(config: Config, tokenizer: PreTrainedTokenizerBase, media_spec: MediaSpec, rank: int) -> int:
+    """Rows of an epoch of a recipe's training data: its samples, or what they are packed into. Arguments and errors as
+    `build_loader`."""
+    source = _open_source(config, config.data.path, config.data.media_root, tokenizer, media_spec, rank)
+    return make_plan(config, source.index).num_rows
+
+
 def make_plan(config: Config, samples: SampleIndex) -> RowPlan:
     """The order in which a recipe trains its samples."""
     data, seed, training = config.data, config.runtime.seed, config.training

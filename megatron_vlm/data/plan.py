@@ -35,6 +35,10 @@ class RowPlan(Protocol):
     def packed_length(self) -> int | None:
         """Tokens of every row, where rows are packed."""
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
+
     def samples_by_row(self, step: int) -> list[tuple[int, ...]]:
         """The sample numbers of each row of a step's global batch."""
 
@@ -64,6 +68,11 @@ class Plan:
         self.seed = seed
         self.global_batch_size = global_batch_size
         self.shuffle = shuffle
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch, one a sample."""
+        return self.num_samples
 
     def rows(self, step: int) -> list[int]:
         """The sample numbers of a step's global batch, in row order."""

@@ -40,6 +40,7 @@ from megatron_vlm.planner.media_cost import set_measured_cost
 from megatron_vlm.runtime.collectives import broadcast_object
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.seeding import seed_everything
+from megatron_vlm.training.epochs import resolve_epochs
 from megatron_vlm.training.optimizer import build_optimizer
 from megatron_vlm.training.pixels import settle_pixels, take_pixels, with_pixels
 from megatron_vlm.training.preflight import settle_run
@@ -127,7 +128,7 @@ def build_job(
 
     Raises:
         MegatronVlmError: everything wrong with recipe, tokenizer, template and the data's beginning, in one error.
-        ConfigError: the recipe is not the one a checkpoint was saved under.
+        ConfigError: the recipe is not the one a checkpoint was saved under; or its epochs are no step.
         CheckpointError, ConversionError: weights that are missing, damaged or of another model.
     """
     assert dist.group.WORLD is not None, "there is no default process group"
@@ -141,6 +142,7 @@ def build_job(
     claim = Claim(Path(config.checkpoint.directory), grid.world) if owns else None
     start = find_start(config.checkpoint, grid.world, owns) if resumes else start_from(config.checkpoint, grid.world)
     kept = {} if start is None else read_sources(start.directory, start.manifest.files)
+    config = resolve_epochs(config, tokenizer, grid.world)
     if start is not None and config.training.mode != "eval":
         # before commits were kept, ids stand in the manifest as they were named
         start.check_recipe(config if kept else config.model_copy(update={"model": named.model}))
@@ -173,11 +175,11 @@ def _load(start: Start, config: Config, model: VisionLanguageModel, optimizer: C
     """Loads what a job starts from; the updates that are made. Raises CheckpointError."""
     states = "model" if config.training.mode == "eval" else start.states
     load_checkpoint(start.directory, model, optimizer, states, is_verified=True)
-    if start.states != "all":
+    step = start.manifest.step if start.states == "all" else 0
+    if states == "all":
+        logger.info("going on from %s: %d of %d steps are made", start.directory, step, config.training.num_steps)
+    else:
         logger.info("weights from %s", start.directory)
-        return 0
-    step = start.manifest.step
-    logger.info("going on from %s: %d of %d steps are made", start.directory, step, config.training.steps)
     return step
 
 

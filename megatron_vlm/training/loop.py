@@ -53,7 +53,7 @@ def train(
     signals = signals or StopSignals()
     HERE.phase("build")
     job = build_job(config, launch.world_size, True, launch.local_world_size, opens_data=True, faults=faults)
-    steps, found = config.training.steps, None if job.start is None else job.start.directory
+    steps, found = job.config.training.num_steps, None if job.start is None else job.start.directory
     if config.training.mode == "eval" and found is None and config.model.language.path is None:
         raise ConfigError(
             f"training.mode: found eval with random weights: there is no checkpoint in {config.checkpoint.directory}; "
@@ -93,7 +93,7 @@ def run_steps(
     held_out: HeldOut | None = None,
 ) -> Path:
     """Trains on the batches up to the recipe's last step, or a signal; returns the directory of the last checkpoint."""
-    config, steps, signals = job.config, job.config.training.steps, signals or StopSignals()
+    config, steps, signals = job.config, job.config.training.num_steps, signals or StopSignals()
     saved: Path | None = None
     await_data(job.start_step)
     with closing(CheckpointSaver(config.checkpoint)) as saver, last_good_told(job, saver):
@@ -213,7 +213,7 @@ def is_owed(job: Job) -> bool:
 
 def is_evaluation_due(config: Config, updates: int) -> bool:
     """Whether held-out data is evaluated after this update."""
-    return updates == config.training.steps or is_due(updates, config.evaluation.every_steps)
+    return updates == config.training.num_steps or is_due(updates, config.evaluation.every_steps)
 
 
 def is_due(updates: int, every: int) -> bool:

@@ -196,7 +196,8 @@ def _look_at_data(found: _Findings, resumes: bool) -> None:
                 spec = replace(spec, **vars(found.pixels))
             media = MediaReader(spec, config.data.image_mode)
     own = checkpoints(Path(config.checkpoint.directory)) if resumes else []
-    is_done = bool(own) and max(map(step_of, own)) >= config.training.steps
+    steps = config.training.steps  # None: as many as there are epochs in the data, which must be counted
+    is_done = bool(own) and steps is not None and max(map(step_of, own)) >= steps
     files = [] if config.training.mode == "eval" or is_done else [(config.data.path, config.data.media_root)]
     if config.training.mode != "train" and config.evaluation.path is not None:
         files.append((config.evaluation.path, config.evaluation.media_root))

@@ -18,6 +18,7 @@ RULES = SectionRules(
         "training.global_batch_size": False,
         "training.micro_batch_size": True,
         "training.steps": False,  # the schedule's end
+        "training.epochs": False,  # compared as the steps that it comes to
         "training.media_window": True,
         "training.media_batch": True,
         "training.recompute": True,

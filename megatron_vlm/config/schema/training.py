@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from megatron_vlm.config.schema.base import Number, PositiveInt, Section
+from megatron_vlm.config.schema.base import Number, PositiveFloat, PositiveInt, Section
 
 RowLength = Annotated[int, Field(ge=2), Number]  # a token, and one that it predicts
 
@@ -35,7 +36,14 @@ class TrainingConfig(Section):
     micro_batch_size: PositiveInt = Field(
         default=1, description="Rows that a replica sends through the model at one time."
     )
-    steps: PositiveInt = Field(description="Number of updates.")
+    steps: PositiveInt | None = Field(
+        default=None, description="Number of updates. Either this or `training.epochs` is given."
+    )
+    epochs: PositiveFloat | None = Field(
+        default=None,
+        description="Passes over the training data, in the place of `training.steps`: as many steps as there are whole "
+        "global batches in so many passes. The data is counted when the run starts; on resume the steps are compared.",
+    )
     media_window: PositiveInt | None = Field(
         default=None,
         description="Micro-batches whose images and frames are encoded together, for one run of the pipeline. null: "
@@ -49,3 +57,20 @@ class TrainingConfig(Section):
         default=10,
         description="Updates in a row that may be left out, for gradients that are not finite, before the run stops.",
     )
+
+    @model_validator(mode="after")
+    def _says_how_long(self) -> "TrainingConfig":
+        """Refuses a recipe that gives neither `steps` nor `epochs`, or both."""
+        if self.steps is None and self.epochs is None:
+            raise PydanticCustomError("no_length", "found neither steps nor epochs, needs exactly one of them")
+        if self.steps is not None and self.epochs is not None:
+            both = {"steps": self.steps, "epochs": self.epochs}
+            message = "found both steps {steps} and epochs {epochs}, needs exactly one of them (the other: null)"
+            raise PydanticCustomError("two_lengths", message, both)
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """`steps`, which a recipe that gives `epochs` has once its data is counted (`training/epochs.py`)."""
+        assert self.steps is not None, "training.epochs is resolved to steps before anything is trained"
+        return self.steps

@@ -51,7 +51,7 @@ def showing_hooks(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if config.training.mode == "eval":  # the rest belongs to the run that trains, which may be going on
-            return [EvaluationsHook(directory), ConsoleHook(config.training.steps, start_step, logging)]
+            return [EvaluationsHook(directory), ConsoleHook(config.training.num_steps, start_step, logging)]
         (directory / "recipe.yaml").write_text(to_yaml(config), encoding="utf-8")
         hooks: list[Hook] = [JsonLinesHook(directory, start_step, logging.sample_ids)]
         if logging.tensorboard:
@@ -60,8 +60,8 @@ def showing_hooks(
         reason = error.strerror or error
         raise ConfigError(f"checkpoint.directory: found {directory}, needs a writable place ({reason})") from error
     logger.info("recipe %s, in full in %s", config_hash(config), directory / "recipe.yaml")
-    hooks.append(SummaryHook(directory / "summary.jsonl", config.training.steps, peak, left_out))
-    hooks.append(ConsoleHook(config.training.steps, start_step, logging, judges_ranks))
+    hooks.append(SummaryHook(directory / "summary.jsonl", config.training.num_steps, peak, left_out))
+    hooks.append(ConsoleHook(config.training.num_steps, start_step, logging, judges_ranks))
     if logging.curves:
         hooks.append(CurvesHook(directory))
     return hooks

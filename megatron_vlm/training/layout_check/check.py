@@ -136,7 +136,8 @@ def check_layout(
             limit_seconds = min(MAX_HANG_SECONDS, config.runtime.timeout_seconds)
             logger.info(
                 "checking the layout: %d steps of %d rows of up to %d tokens; %.0f s without a step made are a hang",
-                small.training.steps, small.training.global_batch_size, small.training.sequence_length, limit_seconds,
+                small.training.num_steps, small.training.global_batch_size, small.training.sequence_length,
+                limit_seconds,
             )  # fmt: skip
             found = _run_layout(small, launch, store, limit_seconds)
             if isinstance(found, Hang):
@@ -172,13 +173,13 @@ def _run_layout(small: Config, launch: Launch, store: Store, limit_seconds: floa
     def work(give_sign: Callable[[int], None]) -> Record:
         job = build_job(small, launch.world_size)
         give_sign(0)
-        with Progress("checking the layout", total=small.training.steps) as progress:
+        with Progress("checking the layout", total=small.training.num_steps) as progress:
 
             def after_step(steps: int) -> None:
                 give_sign(steps)
                 progress.update(steps)
 
-            return observe(job, small.training.steps, after_step)
+            return observe(job, small.training.num_steps, after_step)
 
     return run_watched(work, store, launch.rank, launch.world_size, limit_seconds)
 

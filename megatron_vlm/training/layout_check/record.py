@@ -84,7 +84,7 @@ def observe(job: Job, num_steps: int, after_step: Callable[[int], None] = lambda
     with first_gradients(job, record.gradients):
         for number, batch in enumerate(job.batches(num_steps)):
             schedule.apply(
-                job.optimizer.param_groups, batch.step, config.training.steps, config.optimizer, config.schedule
+                job.optimizer.param_groups, batch.step, config.training.num_steps, config.optimizer, config.schedule
             )
             with first_forward(job, batch, record) if number == 0 else contextlib.nullcontext():
                 result = job.step(batch, exact_times=True)  # a GPU is waited for in the phase that hangs

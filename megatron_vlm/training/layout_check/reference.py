@@ -96,7 +96,7 @@ def exact_arithmetic() -> None:
 def run_reference(config: Config) -> Record:
     """Records all steps of a recipe of one process, in this one; its default process group exists."""
     exact_arithmetic()
-    return observe(build_job(config, 1), config.training.steps)
+    return observe(build_job(config, 1), config.training.num_steps)
 
 
 def main(recipe: str, record_path: str) -> None:

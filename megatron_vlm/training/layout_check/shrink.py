@@ -95,7 +95,7 @@ def shrink(config: Config, world_size: int) -> tuple[Config, list[Tree]]:
     tree["optimizer"] |= {name: rate for name, rate in RATES.items() if tree["optimizer"][name] is not None}
     tree["optimizer"]["eps"] = max(config.optimizer.eps, MIN_EPS)
     tree["schedule"] |= {"warmup_ratio": 0.0, "min_lr": 0.0}
-    tree["training"] |= shrink_batch(config.training, sizes) | {"steps": NUM_STEPS, "mode": "train"}
+    tree["training"] |= shrink_batch(config.training, sizes) | {"steps": NUM_STEPS, "epochs": None, "mode": "train"}
     tree["checkpoint"] = {"directory": "unused", "resume": "never"}
     tree["evaluation"] = {}
     tree["logging"] = {"progress": False, "curves": False, "tensorboard": False, "ranks_every_steps": 0}

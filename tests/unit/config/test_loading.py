@@ -96,6 +96,46 @@ def test_overrides_come_last_and_are_yaml(tmp_path: Path) -> None:
     assert config.data.path == "a=b.json"
 
 
+@pytest.mark.parametrize(
+    ("child", "overrides", "length"),
+    [
+        ({"epochs": 2}, [], (None, 2.0)),
+        ({}, ["training.epochs=0.5"], (None, 0.5)),
+        ({"epochs": 2}, ["training.steps=3"], (3, None)),
+        ({"epochs": 2}, ["training.epochs=3"], (None, 3.0)),
+        ({"epochs": None}, ["training.sequence_length=64"], (10, None)),
+        ({"epochs": 2, "steps": None}, [], (None, 2.0)),
+    ],
+)
+def test_epochs_take_the_place_of_steps_and_steps_of_epochs(
+    tmp_path: Path, child: dict[str, Any], overrides: list[str], length: tuple[int | None, float | None]
+) -> None:
+    write(tmp_path / "base.yaml", tree())
+    path = write(tmp_path / "child.yaml", {"base": "base.yaml", "training": child})
+    training = load_config(path, overrides).training
+    assert (training.steps, training.epochs) == length
+
+
+@pytest.mark.parametrize(
+    ("length", "overrides", "expected"),
+    [
+        ({"steps": 10, "epochs": 2}, [], "training: found both steps 10 and epochs 2.0, needs exactly one of them ("),
+        ({"steps": None}, [], "training: found neither steps nor epochs, needs exactly one of them"),
+        ({}, ["training.steps=1", "training.epochs=1"], "training: found both steps 1 and epochs 1.0, needs exactly"),
+        ({}, ["training.epochs=0"], "training.epochs: found 0, must be greater than 0"),
+        ({}, ["training.epochs=.inf"], "training.epochs: found inf, must be a finite number"),
+        ({}, ["training.epochs=true"], "training.epochs: found True, a number is needed"),
+    ],
+)
+def test_steps_and_epochs_are_not_given_together(
+    tmp_path: Path, length: dict[str, Any], overrides: list[str], expected: str
+) -> None:
+    recipe_tree = tree()
+    recipe_tree["training"] |= length
+    message = error_of(write(tmp_path / "r.yaml", recipe_tree), *overrides)
+    assert expected in message and message.count("; ") == 0
+
+
 def test_keys_may_refer_to_keys_but_not_to_the_environment(tmp_path: Path) -> None:
     path = write(tmp_path / "r.yaml", tree(checkpoint__load="${ checkpoint.directory }/first"))
     assert load_config(path).checkpoint.load == load_config(path).checkpoint.directory + "/first"

@@ -125,7 +125,7 @@ def test_a_mistyped_key_is_answered_with_the_nearest(name: str, hint: str) -> No
 
 def test_the_tree_is_yaml_with_the_defaults() -> None:
     read = yaml.safe_load(reference.tree())
-    assert read["data"]["path"] is read["training"]["steps"] is read["checkpoint"]["directory"] is None
+    assert read["data"]["path"] is read["training"]["epochs"] is read["checkpoint"]["directory"] is None
     for section, keys in tree().items():
         for key, value in keys.items():
             if isinstance(value, dict):

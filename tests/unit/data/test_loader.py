@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data import loader
 from megatron_vlm.data.batch import StepBatch
-from megatron_vlm.data.loader import build_held_out_loader, build_loader, pinning
+from megatron_vlm.data.loader import build_held_out_loader, build_loader, count_rows, pinning
 from megatron_vlm.data.media import FAULTS, MediaReader
 from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.data.tokenizer import load_tokenizer
@@ -83,6 +83,15 @@ def test_rows_are_padded_to_a_multiple(folder: Path, monkeypatch: pytest.MonkeyP
     assert row_lengths(tiny_recipe(folder)) == [(longest, -(-longest // 64) * 64) for longest, _ in plain]
     packed = {"packing": True, "pad_to_multiple_of": 24}
     assert {length for _, length in row_lengths(tiny_recipe(folder, data=packed))} == {128}
+
+
+@pytest.mark.parametrize("data", [{}, {"group_by_modality_length": True}, {"packing": True}])
+def test_an_epoch_has_as_many_rows_as_train_every_sample_once(folder: Path, data: dict[str, Any]) -> None:
+    config = tiny_recipe(folder, data=data, training={"global_batch_size": 1})
+    tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
+    num_rows = count_rows(config, tokenizer, SPEC, 0)
+    seen = [sample for step in steps_of(config, count=num_rows) for sample in step.sample_ids]
+    assert len(seen) == len(set(seen)) == 24 and (num_rows < 24) == ("packing" in data)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])

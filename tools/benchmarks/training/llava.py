@@ -77,7 +77,9 @@ class LlavaSide:
         """One update; the phases are one here."""
         config, launch = self.config, self.launch
         which = number % len(self.batches)
-        schedule.apply(self.optimizer.param_groups, number, config.training.steps, config.optimizer, config.schedule)
+        schedule.apply(
+            self.optimizer.param_groups, number, config.training.num_steps, config.optimizer, config.schedule
+        )
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=current_device())
         for place, inputs in enumerate(self.inputs[which]):

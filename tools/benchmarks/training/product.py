@@ -28,7 +28,7 @@ class ProductSide:
         """One update."""
         config = self.config
         groups = self.job.optimizer.param_groups
-        schedule.apply(groups, number, config.training.steps, config.optimizer, config.schedule)
+        schedule.apply(groups, number, config.training.num_steps, config.optimizer, config.schedule)
         result = self.job.step(self.batches[number % len(self.batches)], exact_times)
         return result.loss, result.phase_seconds
 

@@ -172,7 +172,7 @@ def _with_data(request: SideRequest, scratch: Path) -> Config:
     changes: dict[str, Any] = {
         "checkpoint": {"directory": str(scratch), "resume": "never", "load": None},
         "data": {"num_workers": 0},
-        "training": {"steps": request.num_steps},
+        "training": {"steps": request.num_steps, "epochs": None},
     }
     if is_first:
         shutil.rmtree(scratch, ignore_errors=True)

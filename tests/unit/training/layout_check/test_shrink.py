@@ -22,7 +22,7 @@ from megatron_vlm.models.facts import gather_facts
 from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.parallel.layout import SequenceLayout, padded_length
 from megatron_vlm.parallel.sizes import GridSizes
-from megatron_vlm.training.layout_check.shrink import pick_samples, shrink, shrink_batch
+from megatron_vlm.training.layout_check.shrink import NUM_STEPS, pick_samples, shrink, shrink_batch
 from tests.helpers.public_models import CLIP_L_336, QWEN2_7B
 from tests.helpers.tiny import tiny_dataset, tiny_recipe, tiny_tokenizer
 
@@ -46,6 +46,12 @@ def large_recipe(directory: Path, **sections: Any) -> Config:
         "checkpoint": {"directory": str(directory / "run"), "load": str(directory / "other")},
     }
     return Config.model_validate(tree | sections)
+
+
+def test_epochs_are_not_counted_for_a_check(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, training={"steps": None, "epochs": 3.0})
+    small, _ = shrink(recipe, 2)
+    assert (small.training.steps, small.training.epochs) == (NUM_STEPS, None)
 
 
 def test_a_large_recipe_without_weights(tmp_path: Path) -> None:

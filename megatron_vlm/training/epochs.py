@@ -1,0 +1,69 @@
+"""`training.epochs` becomes `training.steps`, once the training data is counted.
+
+Schedule, warm-up, hooks and checkpoints know steps alone, and recipe.yaml and the manifests hold them, as they hold
+commits in the place of branches. A run that goes on counts its data again, and is compared by the steps it comes to.
+
+Hazard: ranks that come to different numbers would wait for each other for ever. Each opens the index, where it waits
+for the rank of its machine that builds it, and all take rank 0's number.
+"""
+
+from fractions import Fraction
+
+import torch.distributed as dist
+
+from megatron_vlm.config.schema import Config
+from megatron_vlm.data.loader import count_rows
+from megatron_vlm.data.tokenizer import Tokenizer
+from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.vision.survey import survey_tower
+from megatron_vlm.runtime.collectives import broadcast_object
+from megatron_vlm.runtime.logging import get_logger
+from megatron_vlm.runtime.position import HERE
+
+logger = get_logger(__name__)
+
+
+def resolve_epochs(config: Config, tokenizer: Tokenizer, world: dist.ProcessGroup) -> Config:
+    """The recipe with `training.steps` in the place of `training.epochs`; a collective call.
+
+    Args:
+        config: a valid recipe. One that only evaluates trains no step, so its training data is not counted.
+        tokenizer: knows the image marker.
+        world: all ranks of the job.
+
+    Raises:
+        ConfigError: so many epochs have not one whole global batch.
+        DataError: the data cannot be used, as `build_loader` raises it.
+    """
+    epochs, training = config.training.epochs, config.training
+    if epochs is None:
+        return config
+    if training.mode == "eval":
+        return _with_steps(config, 1)
+    HERE.phase("index")
+    media_spec = survey_tower(config.model.vision, config.model.projector).media_spec
+    num_rows = broadcast_object(count_rows(config, tokenizer, media_spec, world.rank()), world)
+    steps = count_steps(epochs, num_rows, training.global_batch_size)
+    rows = f"{num_rows:,} {'packed rows' if config.data.packing else 'samples'}"
+    if not steps:
+        raise ConfigError(
+            f"training.epochs: found {epochs:g}, which is no step: an epoch of {config.data.path} has {rows}, and a "
+            f"step takes training.global_batch_size {training.global_batch_size}; needs more epochs, more data or a "
+            "smaller batch"
+        )
+    if world.rank() == 0:
+        logger.info(
+            "training.epochs %g is taken as training.steps %d: whole global batches of %d in so many passes over %s",
+            epochs, steps, training.global_batch_size, rows,
+        )  # fmt: skip
+    return _with_steps(config, steps)
+
+
+def _with_steps(config: Config, steps: int) -> Config:
+    training = config.training.model_copy(update={"steps": steps, "epochs": None})
+    return config.model_copy(update={"training": training})
+
+
+def count_steps(epochs: float, num_rows: int, global_batch_size: int) -> int:
+    """Whole global batches in so many passes over the rows of an epoch; `epochs` as it is written, 0.1 a tenth."""
+    return int(Fraction(repr(epochs)) * num_rows // global_batch_size)
