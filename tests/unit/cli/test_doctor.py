@@ -1,6 +1,7 @@
 """The doctor's findings where something is missing, and that its table knows every optional package."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -101,6 +102,17 @@ def test_fp8_and_operations_that_no_run_uses_are_told() -> None:
     assert told["precision.fp8"].passed_over["transformer_engine"].startswith("it ")
     assert set(doctor.NO_RUN_USES_IT) <= {entry.name for entry in TABLE}
     assert {name.removeprefix("ops."): one.unused for name, one in told.items() if one.unused} == doctor.NO_RUN_USES_IT
+
+
+@pytest.mark.parametrize(("at_work", "state"), [(1000.0, "note"), (0.5, "broken")])
+def test_operations_that_are_late_on_a_busy_machine_are_not_broken(
+    monkeypatch: pytest.MonkeyPatch, at_work: float, state: str
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (at_work, 0.0, 0.0))
+    monkeypatch.setattr(doctor, "OPERATIONS_SECONDS", 0.05)
+    (found,), facts = doctor.operations()
+    assert (found.name, found.state, facts) == ("ops", state, {})
+    assert ("the machine is busy: 1000.0 processes at work" in found.value) is (state == "note")
 
 
 @pytest.mark.parametrize(
