@@ -91,17 +91,13 @@ def _add_inspect(parser: CommandLine) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from megatron_vlm.conversion.transfer.destination import first_checkpoint
-    from megatron_vlm.conversion.transfer.head_start import guess_plan
+    _prepare()
+    from megatron_vlm.conversion.transfer.importing import import_model, size_bytes
 
-    with _Bytes() as written, first_checkpoint(arguments.destination, written.advance) as writer:
-        writer.start(guess_plan(Path(arguments.source)))  # while what follows is imported, which takes seconds
-        _prepare()
-        from megatron_vlm.conversion.transfer.importing import complete_import, size_bytes
-
-        foreign = _open(arguments)
+    foreign = _open(arguments)
+    with _Bytes() as written:
         written.show(f"importing {arguments.source}", size_bytes(foreign))
-        checkpoint = complete_import(foreign, arguments.destination, writer)
+        checkpoint = import_model(foreign, arguments.destination, written.advance)
     print(shown(f"{arguments.source} ({foreign.format}) -> {checkpoint}"))
 
 
@@ -193,7 +189,7 @@ class _Bytes:
         with self._lock:
             self._done += num_bytes
             if self._bar is not None:
-                self._bar.update(min(self._done // 10**6, self._total), "MB")  # a wrong guess is written twice
+                self._bar.update(min(self._done // 10**6, self._total), "MB")
 
     def __enter__(self) -> "_Bytes":
         return self

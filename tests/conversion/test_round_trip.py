@@ -291,6 +291,36 @@ def test_tensors_of_several_dtypes_come_back(ranks, tmp_path):
     assert_came_back(tmp_path / "saved_back", source)
 
 
+def test_sources_of_several_dtypes_are_converted_one_by_one(tmp_path):
+    folder = llava_hf(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    mixed = {name: x.float() if name.endswith("k_proj.weight") else x for name, x in tensors.items()}
+    save_file(mixed, folder / "model.safetensors", {"format": "pt"})
+    whole = llava_hf(tmp_path / "whole")
+    save_file({name: x.float() for name, x in tensors.items()}, whole / "model.safetensors", {"format": "pt"})
+    found = [parameters_of(import_model(open_foreign(one), tmp_path / f"{one.name}_ours")) for one in (folder, whole)]
+    for name, tensor in found[0].items():
+        assert torch.equal(tensor.float(), found[1][name])
+        assert tensor.dtype == (
+            torch.float32 if name.endswith(("linear_qkv.weight", "k_proj.weight")) else torch.bfloat16
+        )
+
+
+def parameters_of(checkpoint):
+    """Every tensor of a checkpoint by its entry's name."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in metadata.items()
+        if hasattr(entry, "size")
+    }
+    _load_state_dict(state, FileSystemReader(checkpoint), no_dist=True)
+    return state
+
+
 def change_config(part: str, **settings: Any) -> Change:
     """Of a part's config in the checkpoint, as a recipe with other settings leaves it."""
 

@@ -1,7 +1,5 @@
 """What a checkpoint of torch's distributed format says of the pieces in its files.
 
-Apart from `writing` since torch takes seconds to be imported, in which writing has begun.
-
 Hazard: megatron-core loads a parameter's checkpoint only where the extra state of its linear layers is there too, empty
 as it is.
 """

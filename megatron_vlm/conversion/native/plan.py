@@ -1,12 +1,10 @@
-"""The plan of a checkpoint of ours, made before a byte is copied: parameters as runs of bytes in other files.
-
-torch, which takes seconds to be imported, is imported only where the sources of one parameter differ in dtype: writing
-begins without it (`writing`), and what is said of the pieces at the end needs it (`metadata`).
-"""
+"""The plan of a checkpoint of ours, made before a byte is copied: parameters as runs of bytes in other files."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+
+import torch
 
 from megatron_vlm.conversion.weights.dtypes import DTYPES
 from megatron_vlm.conversion.weights.files import Span, StoredTensor
@@ -94,6 +92,4 @@ def lay_out(table: Sequence[Mapping], stored: Callable[[str], StoredTensor]) -> 
 
 
 def _holds_all(dtypes: Iterable[str]) -> str:
-    import torch
-
     return str(reduce(torch.promote_types, (getattr(torch, dtype) for dtype in dtypes))).removeprefix("torch.")

@@ -2,8 +2,8 @@
 
 What is written is what a job of one rank saves with its model states alone: the files of torch's distributed
 checkpoint format, one per thread, hashed while they are written. A parameter of ours is runs of rows of tensors that
-are there already, so bytes go from file to file by pieces, and torch, whose import takes as long as the disk takes for
-a gigabyte, need not be there. Only where one parameter's sources differ in dtype are tensors made, one at a time.
+are there already, so bytes go from file to file by pieces. Only where one parameter's sources differ in dtype are
+tensors made, one at a time.
 """
 
 import os
@@ -12,8 +12,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from megatron_vlm.checkpoint.manifest import FileRecord
 from megatron_vlm.conversion.native.byte_files import HashingFile, SourceFiles
+from megatron_vlm.conversion.native.metadata import write_extra_states, write_metadata
 from megatron_vlm.conversion.native.plan import Converted, Parameter, Piece, Run
 from megatron_vlm.conversion.native.torch_archive import around
 from megatron_vlm.conversion.weights.files import Span, stored_in_memory
@@ -37,10 +40,7 @@ class NativeWriter:
     def __init__(self, directory: Path, advance: Callable[[int], None]) -> None:
         self.directory = directory
         self._advance = advance
-        self._begin()
-
-    def _begin(self) -> None:
-        self.started: list[Parameter] = []
+        self._started: list[Parameter] = []
         self._pool = ThreadPoolExecutor(NUM_THREADS, initializer=os.nice, initargs=(_LESS_URGENT,))
         self._shares: list[Future[tuple[list[Piece], FileRecord]]] = []
         self._is_given_up = threading.Event()
@@ -49,25 +49,15 @@ class NativeWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._give_up()
-
-    def _give_up(self) -> None:
         self._is_given_up.set()
         self._pool.shutdown(cancel_futures=True)
 
     def start(self, parameters: Sequence[Parameter]) -> None:
         """Begins with a part of the model."""
-        self.started += parameters
+        self._started += parameters
         for share in _shares(parameters, NUM_THREADS):
             path = self._path(len(self._shares))
             self._shares.append(self._pool.submit(self._write_share, path, share))
-
-    def start_again(self) -> None:
-        """Gives up what was started and removes it."""
-        self._give_up()
-        for number in range(len(self._shares)):
-            self._path(number).unlink(missing_ok=True)
-        self._begin()
 
     def finish(self) -> dict[str, FileRecord]:
         """Waits for all and writes what the checkpoint says of them -> size and hash of every file of tensors.
@@ -76,11 +66,9 @@ class NativeWriter:
             ConversionError: a source that cannot be read, or is not what it was when the plan was made.
             OSError: the disk.
         """
-        from megatron_vlm.conversion.native.metadata import write_extra_states, write_metadata  # with torch
-
         written = [share.result() for share in self._shares]
         with HashingFile(self._path(len(written))) as file:
-            written.append((write_extra_states(file, self.started), file.finish()))
+            written.append((write_extra_states(file, self._started), file.finish()))
         write_metadata(self.directory, [pieces for pieces, _ in written])
         return {self._path(number).name: record for number, (_, record) in enumerate(written)}
 
@@ -117,8 +105,6 @@ def _copy(run: Run, sources: SourceFiles, file: HashingFile) -> None:
 
 
 def _converted(run: Converted, content: bytearray) -> memoryview:
-    import torch
-
     tensor = torch.frombuffer(content, dtype=getattr(torch, run.dtype)) if content else torch.empty(0)
     data = stored_in_memory(tensor.to(getattr(torch, run.into)), run.into, "memory").data
     assert isinstance(data, memoryview)

@@ -1,8 +1,8 @@
 """A model directory of another system -> a checkpoint of ours, which training and generation take as any other.
 
 The language model's weights are written, beside the checkpoint's place, while the other parts are still compared with
-their files (`head_start`: even before torch is imported); whatever is found wrong ends the writing and removes it. Only
-a whole checkpoint is renamed into its place, and `latest` moves last.
+their files; whatever is found wrong ends the writing and removes it. Only a whole checkpoint is renamed into its place,
+and `latest` moves last.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,6 @@ from megatron_vlm.conversion.formats.base import ForeignModel
 from megatron_vlm.conversion.formats.recipe import check_selection, config_of, parameter_format
 from megatron_vlm.conversion.mappings import language_mappings
 from megatron_vlm.conversion.native.plan import lay_out
-from megatron_vlm.conversion.native.writing import NativeWriter
 from megatron_vlm.conversion.table import model_mappings
 from megatron_vlm.conversion.transfer.destination import first_checkpoint, refusals_of_the_disk
 from megatron_vlm.conversion.transfer.origin import write_origin
@@ -47,22 +46,12 @@ def import_model(
             refuses.
         ConfigError: a model this package does not build, or a tokenizer that is not its.
     """
-    with first_checkpoint(destination, advance) as writer:
-        return complete_import(foreign, destination, writer)
-
-
-def complete_import(foreign: ForeignModel, destination: Path, writer: NativeWriter) -> Path:
-    """`import_model` with a writer of `first_checkpoint`, which may have a head start; where that was wrong, it starts
-    again. Raises as `import_model`."""
     final = checkpoint_path(destination, 0)
-    with refusals_of_the_disk(final):
+    with first_checkpoint(destination, advance) as writer, refusals_of_the_disk(final):
         check_architecture(foreign.language)
         language = language_mappings(foreign.language)
         check_part(foreign.source, language)
-        plan = lay_out(language, foreign.source.stored)
-        if writer.started != plan:
-            writer.start_again()
-            writer.start(plan)  # meanwhile: the tower's code takes seconds to be imported
+        writer.start(lay_out(language, foreign.source.stored))  # the tower's code takes seconds to be imported
         table = model_mappings(foreign.language, foreign.vision, foreign.projector)
         spare = check_fit(foreign.source, table)
         writer.start(lay_out(table[len(language) :], foreign.source.stored))
