@@ -38,13 +38,13 @@ quickstart: venv
 	$(PYTHON) examples/quickstart/run.py
 
 test: venv
-	$(PYTHON) -m tests.fast_lane
+	$(PYTHON) -m tests.fast_lane $(OPTIONS)
 
 test-unit: venv
-	$(PYTHON) -m tests.fast_lane unit
+	$(PYTHON) -m tests.fast_lane unit $(OPTIONS)
 
 test-slow: venv
-	@$(PYTHON) -m tests.slow_lane $(PART)
+	@$(PYTHON) -m tests.slow_lane $(PART) $(OPTIONS)
 
 check: venv
 	$(PYTHON) -m ruff check .

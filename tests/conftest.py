@@ -16,6 +16,7 @@ from hypothesis import settings
 from megatron_vlm.runtime.garbage import spare_imports
 from tests.helpers.census import Counter
 from tests.helpers.ranks import RankPool
+from tests.helpers.results import Recorder
 from tests.helpers.toys import TOY_FAMILY, register_toy_family
 
 COUNTER, POOL = pytest.StashKey[Counter](), pytest.StashKey[RankPool]()
@@ -34,6 +35,10 @@ def wants_gpu(config: pytest.Config) -> bool:
     return "gpu" in expression and "not gpu" not in expression
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", metavar="JSON", type=Path, help="adds what passed and failed to this file")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test module, and so before torch, is imported."""
     spare_imports()
@@ -48,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: what it decorates is fixed then
     config.stash[COUNTER] = Counter()
+    if config.option.record is not None:
+        config.pluginmanager.register(Recorder(config.option.record.resolve()))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -8,6 +8,7 @@ of the others when all have ended.
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -28,17 +29,16 @@ def command(folders: tuple[str, ...]) -> list[str]:
     return [sys.executable, "-m", "pytest", "-m", "not slow and not gpu", *(f"tests/{folder}" for folder in folders)]
 
 
-def run(shares: tuple[tuple[str, ...], ...]) -> int:
-    """Runs all at once; an exit code that is not 0 where one has such."""
+def run(shares: tuple[tuple[str, ...], ...], options: Sequence[str] = ()) -> int:
+    """Runs all at once, with options of pytest's; an exit code that is not 0 where one has such."""
     first, *others = shares
     logs = [tempfile.TemporaryFile() for _ in others]
-    options = ["-p", "no:cacheprovider"]  # the first keeps what failed last
-    running = [
-        subprocess.Popen([*command(share), *options], cwd=ROOT, stdout=log, stderr=log)
+    running = [  # the first alone keeps what failed last
+        subprocess.Popen([*command(share), *options, "-p", "no:cacheprovider"], cwd=ROOT, stdout=log, stderr=log)
         for share, log in zip(others, logs, strict=True)
     ]
     try:
-        codes = [subprocess.run(command(first), cwd=ROOT, check=False).returncode]
+        codes = [subprocess.run([*command(first), *options], cwd=ROOT, check=False).returncode]
         codes += [process.wait() for process in running]
     finally:
         for process in running:
@@ -52,4 +52,5 @@ def run(shares: tuple[tuple[str, ...], ...]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(unit_shares() if sys.argv[1:] == ["unit"] else FAST))
+    is_unit = sys.argv[1:2] == ["unit"]
+    sys.exit(run(unit_shares() if is_unit else FAST, sys.argv[1 + is_unit :]))

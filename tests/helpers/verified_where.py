@@ -1,19 +1,22 @@
-"""README's table of what has run where, made from the tests that are there and the results under docs/benchmarks.
+"""README's table of what has run where, made from the results under docs/benchmarks.
 
-`python -m tests.helpers.verified_where` writes it into README.md. A feature has run on the CPU where its test files
-hold tests without the gpu marker (the lanes run them all); on one GPU where examples/gpu_suite.sh recorded a stage that
-covers it with exit code 0; on several where a benchmark's JSON is of more than one rank on a CUDA device.
+`python -m tests.helpers.verified_where` writes it into README.md. A feature has run on the CPU where the tests' record
+(`pytest --record`) has all its test files as passed, or a benchmark's JSON is of a CPU; on one GPU where
+examples/gpu_suite.sh recorded a stage that covers it with exit code 0; on several where a benchmark's JSON is of more
+than one rank on a CUDA device.
 """
 
-import ast
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers.results import RECORD, Results, outcome
+
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- verified where: made by python -m tests.helpers.verified_where -->", "<!-- end -->"
-YES, NEVER = "yes", "never run"
+YES, NEVER, UNRECORDED = "yes", "never run", "no record"
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,13 @@ FEATURES = (
 
 def table(root: Path = ROOT) -> str:
     """The table in Markdown."""
-    stages, several = stages_passed(root / "docs" / "benchmarks"), benchmarks_on_gpus(root / "docs" / "benchmarks")
+    benchmarks = root / "docs" / "benchmarks"
+    stages, several, alone = stages_passed(benchmarks), benchmarks_on_gpus(benchmarks), benchmarks_on_cpus(benchmarks)
+    results = tests_recorded(root)
     rows = [
         (
             feature.name,
-            YES if all(has_cpu_tests(root / "tests" / path) for path in feature.tests) else NEVER,
+            on_a_cpu(results, feature, alone),
             stages.get(feature.stage or "", NEVER),
             YES if feature.benchmark in several else NEVER,
         )
@@ -69,16 +74,19 @@ def table(root: Path = ROOT) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (*head, *rows))
 
 
-def has_cpu_tests(path: Path) -> bool:
-    """Whether the file, or any in the folder, holds a test without the gpu marker."""
-    files = sorted(path.rglob("test_*.py")) if path.is_dir() else [path] if path.exists() else []
-    functions = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
-    return any(
-        isinstance(node, ast.FunctionDef)
-        and node.name.startswith("test_")
-        and not any("gpu" in ast.unparse(decorator) for decorator in node.decorator_list)
-        for node in functions
-    )
+def tests_recorded(root: Path) -> Results:
+    """The tests' record; empty where there is none."""
+    path = root / RECORD
+    found: Results = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def on_a_cpu(results: Results, feature: Feature, benchmarks: set[str]) -> str:
+    """The worst outcome of its tests: a failure, then no record, for which a benchmark's stands, then a pass."""
+    found = [outcome(results, f"tests/{path}") for path in feature.tests]
+    if "fails" in found:
+        return "fails"
+    return UNRECORDED if None in found and feature.benchmark not in benchmarks else YES
 
 
 def stages_passed(benchmarks: Path) -> dict[str, str]:
@@ -94,13 +102,20 @@ def stages_passed(benchmarks: Path) -> dict[str, str]:
 
 def benchmarks_on_gpus(benchmarks: Path) -> set[str]:
     """Names of the benchmarks that a JSON records on several ranks with GPUs."""
-    found = set()
-    for path in benchmarks.glob("*.json"):
+    return {name for name, device, ranks in _benchmarks(benchmarks) if ranks > 1 and not device.startswith("CPU")}
+
+
+def benchmarks_on_cpus(benchmarks: Path) -> set[str]:
+    """Names of the benchmarks that a JSON records on CPUs."""
+    return {name for name, device, _ in _benchmarks(benchmarks) if device.startswith("CPU")}
+
+
+def _benchmarks(folder: Path) -> Iterator[tuple[str, str, int]]:
+    """Name, device and number of ranks of each benchmark that told its machine."""
+    for path in folder.glob("*.json"):
         result = json.loads(path.read_text())
-        device = str(result.get("machine", {}).get("device", "CPU"))
-        if result.get("world_size", 1) > 1 and device.upper() != "CPU":
-            found.add(str(result.get("benchmark")))
-    return found
+        if "benchmark" in result and "device" in result.get("machine", {}):
+            yield str(result["benchmark"]), str(result["machine"]["device"]).upper(), result.get("world_size", 1)
 
 
 def rewritten(readme: str, root: Path = ROOT) -> str:
