@@ -2,6 +2,9 @@
 
 Imported by the pool's fork server before it forks, so torch and megatron-core are imported once for all ranks, and the
 device is prepared at import. Do not import it in pytest's own process: `tests/helpers/ranks.py` names it instead.
+
+What a rank starts by `multiprocessing`, a checkpoint's writer or data workers, is forked by the pool's server too: a
+fork server of each rank's own, as a run has, would import everything once more for every rank.
 """
 
 import ctypes
@@ -31,6 +34,8 @@ device.prepare("cpu")
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402 (after the device is chosen)
 from transformers import CLIPVisionModel  # noqa: E402, F401 (with the half second of imports that every tower needs)
 
+import megatron_vlm.training.loop  # noqa: E402, F401 (with all that a run imports: once here, not in every rank)
+
 PR_SET_PDEATHSIG = 1
 GROUP_TIMEOUT_SECONDS = 600
 
@@ -54,6 +59,7 @@ def serve(rank: int, port: int | None, pipe: Connection, log: str) -> None:
     faulthandler.register(signal.SIGUSR1, file=out, all_threads=True)
     torch.set_num_threads(1)
     gc.freeze()  # what is imported: so that a collection is quick
+    share_server()
     store = dist.TCPStore("127.0.0.1", port or 0, is_master=rank == 0, wait_for_workers=False)
     pipe.send(("ready", store.port))
     while True:
@@ -70,6 +76,13 @@ def share_server() -> None:
     """Has this process's `multiprocessing` use the server that forked it, whose address it knows, and start none."""
     server = forkserver._forkserver  # type: ignore[attr-defined]
     server.ensure_running = forkserver.ensure_running = lambda: None
+
+
+def own_server() -> None:
+    """Undoes `share_server`, for what looks at the processes below a rank."""
+    server = forkserver._forkserver  # type: ignore[attr-defined]
+    del server.ensure_running
+    forkserver.ensure_running = server.ensure_running
 
 
 def run_task(store: dist.Store, rank: int, world_size: int, work: bytes) -> bytes:

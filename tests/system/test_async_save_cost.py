@@ -86,7 +86,10 @@ def test_cost(ranks: RankPool, tmp_path: Path, precision: str, num_samples: int)
 
 
 def measure(recipe: dict[str, Any]) -> Cost:
-    """Inside a rank."""
+    """Inside a rank, which from here on has a fork server of its own, as in a run: the memory below the rank counts."""
+    from tests.helpers.rank_process import own_server
+
+    own_server()
     config = Config.model_validate(recipe)
     job, cost = build_job(config, 1), Cost()
     batches = list(job.batches(4))  # the loader has its own cost
