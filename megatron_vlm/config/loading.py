@@ -264,7 +264,7 @@ def _describe(violation: Any) -> str:
     if violation["type"] == "missing":
         return f"{key}: missing, needs a value"
     if violation["type"] in _OF_A_SECTION:
-        return f"{key}: {violation['msg']}"
+        return f"{key.rpartition('.')[0]}: {violation['msg']}"
     needed = _KINDS.get(violation["type"]) or violation["msg"][0].lower() + violation["msg"][1:]
     return f"{key}: found {_shortened(violation['input'])}, {needed.replace('input should be', 'must be')}"
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_vlm.config.schema.base import Number, PositiveFloat, PositiveInt, Section
@@ -41,6 +41,7 @@ class TrainingConfig(Section):
     )
     epochs: PositiveFloat | None = Field(
         default=None,
+        validate_default=True,
         description="Passes over the training data, in the place of `training.steps`: as many steps as there are whole "
         "global batches in so many passes. The data is counted when the run starts; on resume the steps are compared.",
     )
@@ -58,16 +59,19 @@ class TrainingConfig(Section):
         description="Updates in a row that may be left out, for gradients that are not finite, before the run stops.",
     )
 
-    @model_validator(mode="after")
-    def _says_how_long(self) -> "TrainingConfig":
-        """Refuses a recipe that gives neither `steps` nor `epochs`, or both."""
-        if self.steps is None and self.epochs is None:
+    @field_validator("epochs")
+    @classmethod
+    def _says_how_long(cls, epochs: float | None, info: ValidationInfo) -> float | None:
+        """Refuses neither `steps` nor `epochs`, and both; silent where `steps` itself is at fault."""
+        if "steps" not in info.data:
+            return epochs
+        steps = info.data["steps"]
+        if steps is None and epochs is None:
             raise PydanticCustomError("no_length", "found neither steps nor epochs, needs exactly one of them")
-        if self.steps is not None and self.epochs is not None:
-            both = {"steps": self.steps, "epochs": self.epochs}
+        if steps is not None and epochs is not None:
             message = "found both steps {steps} and epochs {epochs}, needs exactly one of them (the other: null)"
-            raise PydanticCustomError("two_lengths", message, both)
-        return self
+            raise PydanticCustomError("two_lengths", message, {"steps": steps, "epochs": epochs})
+        return epochs
 
     @property
     def num_steps(self) -> int:

@@ -132,8 +132,11 @@ def test_steps_and_epochs_are_not_given_together(
 ) -> None:
     recipe_tree = tree()
     recipe_tree["training"] |= length
-    message = error_of(write(tmp_path / "r.yaml", recipe_tree), *overrides)
+    path = write(tmp_path / "r.yaml", recipe_tree)
+    message = error_of(path, *overrides)
     assert expected in message and message.count("; ") == 0
+    message = error_of(path, *overrides, "training.sequence_length=1", "optimizer.lr=-1")  # with all other faults
+    assert expected in message and message.count("; ") == 2
 
 
 def test_keys_may_refer_to_keys_but_not_to_the_environment(tmp_path: Path) -> None:
