@@ -102,7 +102,7 @@ def headline(forms: dict[str, dict[str, Any]]) -> float:
 
 
 def shortfalls(forms: dict[str, dict[str, Any]]) -> list[str]:
-    """What falls short of what the quickstart promises; nothing, where all is well."""
+    """Lists the promises of the quickstart that were not kept; nothing, where all is well."""
     found = []
     if headline(forms) < HEADLINE_TARGET:
         found.append(f"held-out exact match: found {headline(forms):.1%}, needed {HEADLINE_TARGET:.0%}")

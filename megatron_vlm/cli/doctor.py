@@ -139,7 +139,7 @@ def packages() -> Iterator[Finding]:
 
 
 def workshop(extras: dict[str, list[str]]) -> Finding:
-    """What the project's own tests and checks need, in one line."""
+    """Checks what the project's own tests and checks need, in one line."""
     missing = [extra for extra, ranges in extras.items() if not all(find(requirement)[2] for requirement in ranges)]
     needed_by = ", ".join(WORKSHOP[extra] for extra in missing or extras)
     if not missing:
@@ -167,7 +167,7 @@ def communication(num_gpus: int) -> Iterator[Finding]:
 
 
 def operations() -> tuple[list[Finding], dict[str, Any]]:
-    """Of every operation that has several backends: which can run here, what `auto` takes, why not the others; and the
+    """Checks operations that have several backends: which can run here, what `auto` takes, why not the others; and the
     same as data. A child asks, as it imports torch."""
     command = [sys.executable, "-W", "ignore", "-c", OPERATIONS, str(ROOT), str(ROOT / "kernels")]
     advice = "see what is broken above"
@@ -194,7 +194,7 @@ def operation(device: str, choice: dict[str, Any]) -> Finding:
 
 
 def fp8(device: str, obstacles: dict[str, str | None]) -> Finding:
-    """Who computes `precision.fp8: tensorwise` here, and why not the other. `obstacles`: in auto's order."""
+    """Says who computes `precision.fp8: tensorwise` here, and why not the other. `obstacles`: in auto's order."""
     taken = next((name for name, obstacle in obstacles.items() if obstacle is None), None)
     others = {name: obstacle or f"{taken} comes first" for name, obstacle in obstacles.items() if name != taken}
     if taken is None:
@@ -247,7 +247,7 @@ def wrapped(head: str, text: str) -> str:
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
-    """Beside, then renamed. Raises ConfigError where that cannot be."""
+    """Writes a file beside, then renames it. Raises ConfigError where that cannot be."""
     beside = path.with_name(f"{path.name}.writing")
     try:
         beside.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""From a recipe file and command-line overrides to a `Config`, and back to YAML.
+"""Loading of a recipe file and command-line overrides as a `Config`, and back to YAML.
 
 A recipe may name a `base:` (a path relative to its own folder), which may name another; the child's keys win, sections
 merge, lists are replaced. `section.key=value` overrides come last. Other paths are relative to the working directory,
@@ -270,7 +270,7 @@ def _describe(violation: Any) -> str:
 
 
 def _near_keys(location: tuple[int | str, ...]) -> str:
-    """What the writer of an unknown key may have meant: a sibling, or the same name in another section."""
+    """The key that the writer of an unknown one may have meant: a sibling, or the same name in another section."""
     *outer, name = map(str, location)
     known = [path for path, _ in fields()]
     section = ".".join([*outer, ""])
@@ -295,7 +295,7 @@ def _yaml_reason(error: Exception, text: str) -> str:
 
 
 def _shortened(value: Any) -> str:
-    """How Python writes a value, as much of it as a line has room for."""
+    """Text of a value as Python writes it, as much of it as a line has room for."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits

@@ -81,7 +81,7 @@ def transformer_config(
 
 
 def ddp_config(config: Config) -> DistributedDataParallelConfig:
-    """For the language model's chunks; a new object each time."""
+    """Configures the language model's chunks; a new object each time."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.precision.grad_reduce == "fp32",
         overlap_grad_reduce=config.parallel.overlap_grad_reduce,
@@ -91,7 +91,7 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
 
 
 def vision_ddp_config(config: Config) -> DistributedDataParallelConfig:
-    """For the vision chunk: never overlapped, since a rank without pictures has no backward pass to hide behind."""
+    """Configures the vision chunk: never overlapped, as a rank without images has no backward pass to hide behind."""
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.precision.grad_reduce == "fp32",
         use_distributed_optimizer=config.optimizer.distributed,
@@ -136,7 +136,7 @@ def _parallelism(config: Config) -> dict[str, Any]:
 
 
 def fp8_backend(config: Config) -> Literal["native", "transformer_engine"] | None:
-    """What computes the language model's linear layers in FP8; None where they are not in FP8. `auto` takes Transformer
+    """Backend of the language model's linear layers in FP8; None where they are not in FP8. `auto` takes Transformer
     Engine where it is installed and can run, that is on a GPU."""
     precision = config.precision
     if precision.fp8 is None:

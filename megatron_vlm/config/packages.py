@@ -1,4 +1,4 @@
-"""Which packages a recipe needs, and which of them are here.
+"""Packages that a recipe needs, and whether they are here.
 
 pip installs them all, but a hand-made environment may lack one, and the symptom is then far from the cause: without
 psutil megatron-core's checkpoint writer dies in its own process and the save hangs for ever; without einops its
@@ -26,7 +26,7 @@ class Package:
 
     @property
     def requirement(self) -> str:
-        """As pip takes it."""
+        """Requirement as pip takes it."""
         return f"{self.name.partition('>=')[0]}>={self.minimum}" if self.minimum else self.name
 
     def is_here(self) -> bool:
@@ -76,7 +76,7 @@ PACKAGES = (
 
 
 def transformer_engine_obstacle(device_type: str) -> str | None:
-    """Why `precision.fp8_backend: auto` does not take Transformer Engine on a kind of device, or None."""
+    """Reason why `precision.fp8_backend: auto` does not take Transformer Engine on a kind of device, or None."""
     package = next(one for one in PACKAGES if one.name == TRANSFORMER_ENGINE)
     if importlib.util.find_spec(package.module) is None:
         return "it is not installed"

@@ -43,7 +43,7 @@ def _no_softcap(hf_config: "PretrainedConfig") -> None:
 
 @dataclass(frozen=True)
 class LanguageArchitecture:
-    """How a model type is built where it departs from Llama.
+    """The build of a model type where it departs from Llama.
 
     Args:
         layer: the recipe's backends -> one decoder layer.
@@ -121,7 +121,7 @@ def parameter_table(hf_config: "PretrainedConfig") -> ParameterTable:
 
 
 def example_tensors(hf_config: "PretrainedConfig", config: "Config", device: "torch.device") -> "Example":
-    """What `ops.table` asks of a recipe's language model."""
+    """Examples of a recipe's language model for `ops.table`."""
     from megatron_vlm.config.megatron import DTYPES
     from megatron_vlm.ops.table import Example
 
@@ -184,7 +184,7 @@ def context_tokens(hf_config: "PretrainedConfig") -> int | None:
 
 
 def attention_windows(hf_config: "PretrainedConfig") -> tuple[int | None, ...]:
-    """By layer of the whole model: how many keys a query sees at most, its own included; None: all before it.
+    """Windows by layer of the whole model: the keys a query sees at most, its own included; None: all before it.
 
     As transformers masks: `layer_types` says which layers slide; without it all do that have a `sliding_window`, unless
     `use_sliding_window` is false in a config whose class has that key.

@@ -1,4 +1,4 @@
-"""How a parameter is made of Hugging Face tensors and cut over the tensor-parallel ranks, in both directions.
+"""Cuts: how Hugging Face tensors make a parameter, and tensor-parallel ranks share it, in both directions.
 
 `shard` goes one way, `unshard` the other; both are pure. Which parameter has which cut, `parameters` says. The idea of
 a bidirectional mapping is Megatron-Bridge's.

@@ -1,4 +1,4 @@
-"""What validation must know of a recipe's model, found without weights, ranks or process groups (DESIGN D12).
+"""Facts of a recipe's model for validation, found without weights, ranks or process groups (DESIGN D12).
 
 Tower and projector are built on the meta device. The language model's parameter names are those of its table
 (`parameters`) instead: a GPTModel cannot be built before the process groups exist. A test compares them with a real
@@ -86,7 +86,7 @@ def language_parameter_names(language: PretrainedConfig) -> tuple[str, ...]:
 
 
 def _projector(name: str, survey: TowerSurvey, language_size: int) -> nn.Module:
-    """On the meta device. Where the name is unknown one that does nothing: validation reports that with the recipe's
+    """Builds the projector on the meta device; an unknown name gives one that does nothing: validation reports it with
     other faults."""
     if name not in PROJECTORS:
         return nn.Identity()
@@ -97,7 +97,7 @@ def _projector(name: str, survey: TowerSurvey, language_size: int) -> nn.Module:
 def _backend_obstacles(
     config: Config, language: PretrainedConfig, projector: nn.Module, device: torch.device | None
 ) -> Iterator[str]:
-    """Why backends that the recipe names, and uses, cannot run."""
+    """Reasons why backends that the recipe names, and uses, cannot run."""
     requested, name = config.used_ops(), config.model.projector.type
     if name in PROJECTORS and (reason := backend_obstacle(projector, name, config.ops.projector)):
         del requested["projector"]

@@ -39,7 +39,7 @@ from megatron_vlm.runtime.device import current_device
 
 
 class Fp8Layer:
-    """What the linear layers of one decoder layer are told: whether to use FP8 now, and which tokens make scales.
+    """State that the linear layers of one decoder layer share: whether to use FP8 now, and which tokens make scales.
 
     Args:
         layer: mcore's, whose linear layers multiply in FP8 from now on.
@@ -59,7 +59,7 @@ class Fp8Layer:
         layer.register_forward_pre_hook(self.look, with_kwargs=True)
 
     def look(self, layer: nn.Module, _arguments: Any, keywords: dict[str, Any]) -> None:
-        """Before the layer's forward. The context comes with the call, so a recomputed one sees its own tokens."""
+        """Looks at the context before the layer's forward. The call brings it, so a recomputed one sees its own tokens."""
         self.active = layer.training
         self.counted = getattr(keywords.get("packed_seq_params"), "counted", None)
 
@@ -75,7 +75,7 @@ class Fp8Layer:
         tp_group: Any,
         **options: Any,
     ) -> Tensor:
-        """In place of mcore's `_forward_impl`, which is `plain`: input [s, b, k], [s/tp, b, k] under sequence
+        """Multiplies in place of mcore's `_forward_impl`, which is `plain`: input [s, b, k], [s/tp, b, k] under sequence
         parallelism, times weight [n, k] -> [s, b, n]."""
         if not self.active:
             return plain(

@@ -1,4 +1,4 @@
-"""What trains: by component (`model.train`) and by regex over global parameter names (`model.freeze`).
+"""Freezing: by component (`model.train`) and by regex over global parameter names (`model.freeze`).
 
 The decision is a pure function of the name, so that every rank, and validation before any rank exists, comes to one and
 the same. Parameters of the tower that the selected hidden state does not reach never train, whatever the recipe says.

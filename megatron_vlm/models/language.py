@@ -45,7 +45,7 @@ TIED_HEAD, EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
 @dataclass(frozen=True)
 class LanguageSpec:
-    """What the model needs of a Hugging Face config beyond mcore's TransformerConfig.
+    """Facts of a Hugging Face config that the model needs beyond mcore's TransformerConfig.
 
     Args:
         hf_config: the config itself, by which weights are converted.
@@ -82,7 +82,7 @@ class LanguageSpec:
 
 @dataclass(frozen=True)
 class ChunkPlace:
-    """Where in the pipeline a model chunk stands. `virtual_stage` is None without virtual pipeline stages."""
+    """Place of a model chunk in the pipeline. `virtual_stage` is None without virtual pipeline stages."""
 
     first: bool
     last: bool
@@ -177,7 +177,7 @@ class LanguageModel(GPTModel):
         return self.output_layer(hidden, labels, weight)
 
     def train_by(self, rules: LossRules) -> None:
-        """What the loss is in training mode; in evaluation mode it stays the plain cross entropy."""
+        """Sets the loss of training mode; in evaluation mode it stays the plain cross entropy."""
         if self.post_process:
             self.output_layer.training_rules = rules
 

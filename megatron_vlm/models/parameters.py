@@ -187,7 +187,7 @@ class ParameterTable:
 
     @property
     def num_norms(self) -> int:
-        """How many norms a layer has over the hidden width."""
+        """Number of a layer's norms over the hidden width."""
         return sum(row.is_in_layer and row.shapes == "[h]" for row in self.rows)
 
     @property

@@ -1,4 +1,4 @@
-"""What a decoder layer is made of: mcore's linear layers and residual wiring, our norm and our core attention.
+"""The parts of a decoder layer: mcore's linear layers and residual wiring, our norm and our core attention.
 
 mcore's own torch norm refuses sequence parallelism; ours marks its weight `sequence_parallel`, by which mcore's
 finalize knows to sum that gradient over the tensor ranks. A norm without the mark trains on a slice of the sequence,
@@ -83,7 +83,7 @@ class DecoderLayer(TransformerLayer):
 
 
 def _both_terms(training: bool, fused: bool) -> Any:
-    """In the place of mcore's `get_bias_dropout_add`, where there is neither bias nor dropout: adds nothing yet."""
+    """Takes the place of mcore's `get_bias_dropout_add`, where there is neither bias nor dropout: adds nothing yet."""
     return lambda output_with_bias, residual, dropout: (output_with_bias[0], residual)
 
 

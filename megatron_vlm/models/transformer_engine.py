@@ -27,7 +27,7 @@ TOKENS = {"tensorwise": 16, "delayed": 16, "blockwise": 128}  # a GEMM's number 
 
 
 class PaddedTokens(nn.Module):
-    """Over a tensor-parallel linear layer: its tokens filled up with zeros, FP8 in training only, no state of its own
+    """A tensor-parallel linear layer with its tokens filled up with zeros, FP8 in training only, no state of its own
     in checkpoints.
 
     Under sequence parallelism each rank's part of the sequence is filled up by itself.
@@ -57,7 +57,7 @@ class PaddedTokens(nn.Module):
 
 
 def missing_tokens(num_tokens: int, num_rows: int, multiple: int) -> int:
-    """How many tokens each row of `num_rows` rows lacks, so that tokens times rows are a multiple of `multiple`."""
+    """Tokens that each row of `num_rows` rows lacks, so that tokens times rows are a multiple of `multiple`."""
     return -num_tokens % (multiple // gcd(multiple, num_rows))
 
 

@@ -31,7 +31,7 @@ from megatron_vlm.parallel.media_plan import MediaItem, Route
 
 
 class Span(Protocol):
-    """What `encode` needs of an image: whose it is and how many tokens it was given."""
+    """An image for `encode`: whose it is and how many tokens it was given."""
 
     @property
     def sample_id(self) -> str: ...
@@ -57,7 +57,7 @@ class VisionLanguageModel:
 
     @property
     def media_spec(self) -> MediaSpec:
-        """How images are prepared and how many tokens one becomes."""
+        """Preparation of images, and the number of tokens that one becomes."""
         return self.vision.tower.survey.media_spec
 
     @property

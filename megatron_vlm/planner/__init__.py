@@ -1,1 +1,1 @@
-"""What a recipe will cost before it runs: memory, traffic, operations and time of each rank, from numbers alone."""
+"""Cost of a recipe before it runs: memory, traffic, operations and time of each rank, from numbers alone."""

@@ -35,13 +35,13 @@ class SampleRow:
     packed: tuple[int, ...] = ()
 
     def documents(self, length: int) -> Documents:
-        """Of the row, which is padded to `length`."""
+        """Documents of the row, which is padded to `length`."""
         return Documents.packed(self.packed, length) if self.packed else Documents.whole(length)
 
 
 @dataclass(frozen=True)
 class ReplicaBatch:
-    """What one data-parallel rank's replica is given in a step."""
+    """The samples of a step that one data-parallel rank's replica is given."""
 
     micro_batches: tuple[tuple[SampleRow, ...], ...]
     windows: tuple[range, ...]  # of micro-batches

@@ -148,7 +148,7 @@ class LayoutView:
 
 
 def fullest(replica: ReplicaBatch) -> SampleRow:
-    """Of a replica's rows the one to draw: with the most pictures, up to two, then documents, then tokens."""
+    """The row of a replica to draw: with the most images, up to two, then documents, then tokens."""
     rows = [row for micro_batch in replica.micro_batches for row in micro_batch]
     return max(rows, key=lambda row: (min(len(row.image_starts), 2), len(row.packed), row.num_tokens))
 
@@ -204,7 +204,7 @@ def view_layout(name: str, config: Config, world_size: int) -> LayoutView:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What every rank's numbers follow from."""
+    """Facts that every rank's numbers follow from."""
 
     config: Config
     sizes: GridSizes
@@ -281,7 +281,7 @@ class _Recipe:
 
 
 def _rows_sent(batch: Batch, group: int) -> tuple[tuple[int, ...], ...]:
-    """Over all windows of a step."""
+    """Rows sent over all windows of a step."""
     windows = [traffic.feature_rows(plan) for plan in batch.replicas[group].plans]
     return tuple(tuple(sum(cells) for cells in zip(*rows, strict=True)) for rows in zip(*windows, strict=True))
 

@@ -1,4 +1,4 @@
-"""What encoding a picture costs on this machine: a and b of a*patches + b*patches^2, measured (DESIGN D3).
+"""Cost of encoding an image on this machine: a and b of a*patches + b*patches^2, measured (DESIGN D3).
 
 The tower and the projector encode blank pictures of a few sizes, some at a time, forward only (a backward pass costs
 about twice as much in both terms), and the fastest of some repetitions counts. Rank 0 measures, alone, and tells the
@@ -84,7 +84,7 @@ def encode_pictures(encoder: VisionEncoder, pixels: torch.Tensor, resizes: bool)
 def fastest_seconds(
     work: Callable[[], object], device: torch.device, repetitions: int = REPETITIONS, warm: bool = True
 ) -> float:
-    """Of several runs, fewer of what takes long: processor time on the CPU, else until the device has finished. `warm`:
+    """Fastest of several runs, fewer of long ones: processor time on the CPU, else until the device is done. `warm`:
     after one that does not count."""
     if warm:
         work()

@@ -1,4 +1,4 @@
-"""How much memory each rank will need, by component, before anything runs.
+"""Memory that each rank will need, by component, before anything runs.
 
 Parameters, gradients and optimizer states are exact: the sizes of the buffers that megatron-core will allocate, its
 padding and its cut over the data-parallel ranks included, in the terms of `memory.model_memory`, which measures them. A
@@ -66,7 +66,7 @@ class ModelState:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What the pictures of the fullest window cost a rank: pictures it encodes, rows it receives."""
+    """Cost of the images of the fullest window to a rank: images it encodes, rows it receives."""
 
     encoded: int
     received_rows: int
@@ -86,7 +86,7 @@ class MemoryEstimate:
 
     @property
     def model(self) -> int:
-        """What is always there."""
+        """Memory that is always taken."""
         return sum(vars(self.language).values()) + sum(vars(self.vision).values())
 
     @property
@@ -157,7 +157,7 @@ def lay_out(
 
 
 def language_state(config: Config, chunks: Sequence[HeldChunk], sizes: GridSizes, rank: int) -> ModelState:
-    """Of the language model on one global rank."""
+    """Memory of the language model on one global rank."""
     at, num_ranks = sizes.coordinates(rank), sizes.data * sizes.context
     bucketed = config.parallel.overlap_grad_reduce and at.pipeline == 0
     bucket = max(MINIMUM_BUCKET, BUCKET_PER_RANK * num_ranks) if bucketed else None
@@ -170,7 +170,7 @@ def language_state(config: Config, chunks: Sequence[HeldChunk], sizes: GridSizes
 
 
 def vision_state(config: Config, parameters: Sequence[LocalParameter], sizes: GridSizes, rank: int) -> ModelState:
-    """Of tower and projector on one global rank: whole everywhere, states cut over the world."""
+    """Memory of tower and projector on one global rank: whole everywhere, states cut over the world."""
     return _state(config, parameters, (rank, sizes.world), None)
 
 
@@ -195,7 +195,7 @@ def attention_backend(config: Config, spec: LanguageSpec) -> str:
 
 
 def gate_bytes(config: Config) -> int:
-    """What autograd keeps of the MLP's gate, per element of the MLP's width. Raises ConfigError."""
+    """Bytes that autograd keeps of the MLP's gate, per element of the MLP's width. Raises ConfigError."""
     element = ELEMENT_BYTES[config.precision.params]
     kept = {"triton": 2 * element, "torch": 3 * element, "reference": 3 * FP32_BYTES}
     return kept[GATED.find(config.ops.activation, _like(config)).name]
@@ -210,7 +210,7 @@ def _like(config: Config) -> SimpleNamespace:
 def layer_activation_bytes(
     config: Config, spec: LanguageSpec, num_tokens: int, recompute: str, in_fp8: bool = False
 ) -> int:
-    """What autograd keeps of one layer for a micro-batch of `num_tokens` tokens, on one rank."""
+    """Bytes that autograd keeps of one layer for a micro-batch of `num_tokens` tokens, on one rank."""
     hf, tensor, trains = spec.hf_config, config.parallel.tensor, config.model.train.language
     element = ELEMENT_BYTES[config.precision.params]
     whole = (num_tokens // tensor if config.parallel.sequence else num_tokens) * hf.hidden_size
@@ -228,7 +228,7 @@ def layer_activation_bytes(
 def attention_activation_bytes(
     config: Config, spec: LanguageSpec, num_tokens: int, recompute: str, in_fp8: bool = False
 ) -> int:
-    """Of these, what is between a layer's projections."""
+    """The part of these between a layer's projections."""
     hf, trains = spec.hf_config, config.model.train.language
     element = ELEMENT_BYTES[config.precision.params]
     heads, groups = hf.num_attention_heads * head_width(hf), hf.num_key_value_heads * head_width(hf)
@@ -244,14 +244,14 @@ def attention_activation_bytes(
 
 
 def micro_batch_tokens(config: Config, sizes: GridSizes) -> int:
-    """Of one micro-batch of the longest rows, padding included, on a rank; with SP before its cut."""
+    """Tokens of one micro-batch of the longest rows, padding included, on a rank; with SP before its cut."""
     return (
         row_length(config.training.sequence_length, config.parallel) * config.training.micro_batch_size // sizes.context
     )
 
 
 def activation_bytes(config: Config, spec: LanguageSpec, sizes: GridSizes, stage: int, num_micro_batches: int) -> int:
-    """Of the language layers on one stage: rows of training.sequence_length, padded, a run of so many micro-batches."""
+    """Activations of a stage's language layers: rows of training.sequence_length, padded, of so many micro-batches."""
     num_chunks, recompute = config.parallel.virtual_pipeline, config.training.recompute.language
     num_tokens = micro_batch_tokens(config, sizes)
     if config.training.mode == "eval":
@@ -283,7 +283,7 @@ def _in_fp8(config: Config, spec: LanguageSpec, number: int) -> bool:
 
 
 def loss_head_bytes(config: Config, spec: LanguageSpec, sizes: GridSizes) -> int:
-    """On the last stage, the most at a time: the head's gathered input, of all and of trained tokens, the latter's
+    """Memory of the last stage's loss, the most at a time: the head's input, of all and of trained tokens, their
     gradient, and what the loss holds besides.
 
     Where the weight trains into mcore's fp32 buffer, autograd makes zeros for it when the loss is done. A narrower

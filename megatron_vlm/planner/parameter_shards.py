@@ -1,4 +1,4 @@
-"""Which parameters each rank holds, and how much of each, known before any rank exists.
+"""The parameters that each rank holds, and how much of each, known before any rank exists.
 
 Sizes follow from the recipe and the model's Hugging Face config: tensor ranks hold equal parts of every matrix and of
 the padded vocabulary, and the norms whole; pipeline ranks hold whole layers; every rank holds the whole encoder.

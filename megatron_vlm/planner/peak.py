@@ -89,7 +89,7 @@ def processor() -> str:
 
 
 def kept(file: Path) -> dict[str, float]:
-    """What was measured before, by key; nothing where there is no such file, or it is damaged."""
+    """Measurements kept from before, by key; nothing where there is no such file, or it is damaged."""
     try:
         found = read_json(file)
     except (OSError, ValueError):

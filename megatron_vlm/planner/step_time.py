@@ -28,7 +28,7 @@ class WindowTime:
 
     @property
     def length(self) -> float:
-        """From its start to its end."""
+        """Time from its start to its end."""
         return max(self.encode) + self.pipeline.length + max(self.encoder_backward)
 
 
@@ -40,7 +40,7 @@ class StepTime:
 
     @property
     def length(self) -> float:
-        """Of the whole step, the update left out."""
+        """Time of the whole step, the update left out."""
         return sum(window.length for window in self.windows)
 
     @property
@@ -63,7 +63,7 @@ class StepTime:
 def step_times(
     config: Config, sizes: GridSizes, encoder: VisionEncoder, spec: LanguageSpec, batch: Batch
 ) -> tuple[StepTime, ...]:
-    """By replica."""
+    """Times of a step by replica."""
     shape = model_shape(encoder, spec, config.model)
     picture = _picture(config, shape)
     return tuple(
@@ -127,7 +127,7 @@ def _picture(config: Config, shape: ModelShape) -> tuple[float, float]:
 def _stage_flops(
     config: Config, sizes: GridSizes, shape: ModelShape, length: int, trained_tokens: float
 ) -> tuple[list[float], list[float]]:
-    """Of a micro-batch, forward and backward, by virtual stage, on one of its tensor ranks."""
+    """FLOPs of a micro-batch, forward and backward, by virtual stage, on one of its tensor ranks."""
     rows, recompute = config.training.micro_batch_size, config.training.recompute.language
     num_virtual = sizes.pipeline * config.parallel.virtual_pipeline
     tokens = rows * length

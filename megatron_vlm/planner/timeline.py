@@ -1,4 +1,4 @@
-"""Which pipeline stage runs which micro-batch when: megatron-core's schedules as arithmetic. Pure.
+"""Timeline of the pipeline's stages and micro-batches: megatron-core's schedules as arithmetic. Pure.
 
 Each stage works through a fixed order of forward and backward passes (`stage_order`), and a pass starts when the stage
 is free and what it needs has come from its neighbour (`simulate`). Three orders, as megatron-core picks them: without a
@@ -28,7 +28,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class TimedPass:
-    """When a stage runs a pass. Times are in the unit of the costs."""
+    """A pass of a stage with its times, in the unit of the costs."""
 
     stage: int
     run: Pass
@@ -45,7 +45,7 @@ class Timeline:
 
     @property
     def length(self) -> float:
-        """From the first pass's start to the last one's end."""
+        """Time from the first pass's start to the last one's end."""
         return max((timed.end for timed in self.passes), default=0.0)
 
     @property

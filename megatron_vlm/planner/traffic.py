@@ -1,4 +1,4 @@
-"""How many bytes each rank sends in a step, by kind, from formulas; nothing runs.
+"""Bytes that each rank sends in a step, by kind, from formulas; nothing runs.
 
 A collective of N bytes over R ranks, done as a ring, has every rank send (R-1)/R N for an all-gather or a
 reduce-scatter and twice that for an all-reduce. Per step and rank, with N = s*b*h*e bytes of a micro-batch's hidden
@@ -52,7 +52,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Flow:
-    """What goes through the language model in a step on one rank."""
+    """Tokens that go through the language model in a step on one rank."""
 
     length: int  # of the step's rows, in tokens
     hidden: int
@@ -65,12 +65,12 @@ def feature_rows(plan: MediaPlan) -> list[list[int]]:
 
 
 def ring_share(num_ranks: int) -> float:
-    """Of the bytes of an all-gather or reduce-scatter, what each rank sends."""
+    """Bytes that each rank sends of those of an all-gather or reduce-scatter."""
     return (num_ranks - 1) / num_ranks
 
 
 def tensor_bytes(config: Config, chunks: Sequence[HeldChunk], flow: Flow) -> int:
-    """Over the tensor ranks."""
+    """Bytes sent over the tensor ranks."""
     tensor, context = config.parallel.tensor, config.parallel.ulysses * config.parallel.ring
     whole = (
         flow.length // context * config.training.micro_batch_size * flow.hidden * ELEMENT_BYTES[config.precision.params]
@@ -97,7 +97,7 @@ def attention_bytes(
     rows: Sequence[tuple[Documents, ...]],
     window: int | None = None,
 ) -> int:
-    """Over the context ranks, of layers with one window.
+    """Bytes sent over the context ranks, of layers with one window.
 
     Args:
         split: of the heads of a tensor rank.
@@ -146,7 +146,7 @@ def _travelling_keys(plan: RingPlan, rank: int, mode: str) -> tuple[int, int]:
 
 
 def pipeline_bytes(config: Config, chunks: Sequence[HeldChunk], sizes: GridSizes, flow: Flow) -> int:
-    """To the stages before and after, and from the first to the last."""
+    """Bytes sent to the stages before and after, and from the first to the last."""
     if sizes.pipeline == 1:
         return 0
     backward = config.training.mode != "eval"

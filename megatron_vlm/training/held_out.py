@@ -29,7 +29,7 @@ QUESTIONS_AT_A_TIME = 16  # gradients and optimizer states stay, so the cache ha
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What one evaluation found, equal on every rank."""
+    """Result of one evaluation, equal on every rank."""
 
     step: int  # updates made before it
     # mean plain cross entropy per trained token, whatever the recipe's `loss` adds in training; None: of no token
@@ -154,7 +154,7 @@ class Questions:
 
 
 def make_request(config: Config, task: str) -> EvaluationRequest:
-    """How a job in training is asked."""
+    """Makes the request by which a job in training is asked."""
     return EvaluationRequest(
         task=task,
         batch_size=QUESTIONS_AT_A_TIME,

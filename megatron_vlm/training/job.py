@@ -84,7 +84,7 @@ class Job:
         return items
 
     def state(self, updates: int) -> TrainingState:
-        """What a checkpoint keeps after `updates` updates."""
+        """State that a checkpoint keeps after `updates` updates."""
         return TrainingState(
             config=self.config,
             step=updates,
@@ -184,7 +184,7 @@ def _load(start: Start, config: Config, model: VisionLanguageModel, optimizer: C
 
 
 def loss_rules(loss: LossConfig, tokenizer: Tokenizer) -> LossRules:
-    """What the recipe asks of the training loss, the time tokens looked up.
+    """Makes the rules of the training loss of a recipe, the time tokens looked up.
 
     Raises:
         ConfigError: time tokens that the tokenizer lacks or does not number consecutively.

@@ -139,13 +139,13 @@ def tell_unsaved(num_steps: int, rank: int) -> None:
 
 
 def await_data(updates: int) -> None:
-    """After so many updates the next step begins, by waiting for its data."""
+    """Begins the next step after so many updates, by waiting for its data."""
     HERE.step(updates + 1)
     HERE.phase("data")
 
 
 def close(hook: Hook, _: object, error: BaseException | None, __: object) -> None:
-    """At the end of a run, as a context's end. What ends it is told, and what closing meets beside it is logged."""
+    """Ends a run, as a context's end. What ends it is told, and what closing meets beside it is logged."""
     try:
         hook.close()
     except TrainingError as fault:
@@ -190,7 +190,7 @@ def evaluate(held_out: HeldOut, updates: int, hooks: Sequence[Hook], signals: St
 
 @contextmanager
 def last_good_told(job: Job, saver: CheckpointSaver) -> Iterator[None]:
-    """Where the numbers cease to be finite, which all ranks see together, what is being saved is still good."""
+    """Adds, where the numbers cease to be finite, which all ranks see, that what is being saved is still good."""
     try:
         yield
     except NotFiniteError as error:

@@ -66,7 +66,7 @@ class FiniteOnlyOptimizer(ChainedOptimizer):
     grad_norm: float | None = None
 
     def get_grad_norm(self) -> float | None:
-        """Of all parts together; remembered for `step_with_ready_grads`."""
+        """Norm of all parts together; remembered for `step_with_ready_grads`."""
         self.grad_norm = super().get_grad_norm()
         return self.grad_norm
 

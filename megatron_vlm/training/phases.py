@@ -1,4 +1,4 @@
-"""Where a step's time goes on this rank, and where it is (runtime/position.py). Only in `encode` it waits for no other.
+"""Time of a step by phase on this rank, and its position (runtime/position.py). Only in `encode` it waits for no other.
 
 Hazard: work on a GPU is queued, and a phase that only queues it looks free. So where the times are to be compared the
 device is waited for at the end of every phase, which costs a little of the overlap; elsewhere it is not.
@@ -29,7 +29,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What runs inside is added to the phase."""
+        """Adds the time inside to the phase."""
         started = time.perf_counter()
         HERE.phase(name)
         yield

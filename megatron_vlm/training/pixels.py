@@ -29,7 +29,7 @@ _VALUES = ("resample", "image_mean", "image_std")  # of a preprocessor config, r
 
 
 def settle_pixels(config: Config, start: Start | None) -> PixelFormat:
-    """What pictures become in this run, found before a weight is allocated.
+    """Resolves the pixels of images in this run, before a weight is allocated.
 
     Raises:
         ConfigError: `data.image_mode` does not go with the tower's preprocessor config; or a run goes on with pixels of

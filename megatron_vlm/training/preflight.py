@@ -1,4 +1,4 @@
-"""What is wrong with a run, found before a weight is built or read, all of it at once and in seconds.
+"""Faults of a run, found before a weight is built or read, all of them at once and in seconds.
 
     error: RECIPE.yaml: optimizer.lrr: unknown key, did you mean 'lr'?
     error: model.language.tokenizer: found 'gone/tokenizer', which is not there, needs a directory or a hub id
@@ -57,7 +57,7 @@ class Settled:
 
 @dataclass
 class _Findings:
-    """What is known so far, and what is wrong."""
+    """Facts and faults known so far."""
 
     config: Config
     errors: list[MegatronVlmError] = field(default_factory=list)
@@ -70,7 +70,7 @@ class _Findings:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """What a user can fix is noted instead of raised."""
+        """Notes what a user can fix instead of raising it."""
         try:
             yield
         except RecipeError as error:

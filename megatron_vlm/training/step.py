@@ -41,7 +41,7 @@ from megatron_vlm.training.phases import PhaseClock
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did, equal on every rank but for `phase_seconds`.
+    """Result of one step, equal on every rank but for `phase_seconds`.
 
     loss: the optimised one, with what the recipe's `loss` adds: its sum / trained tokens, over the global batch. It and
     the norm are None where no token was trained, as where every sample was blanked: a mean over nothing.
@@ -147,7 +147,7 @@ class TrainStep:
         return EncodedMedia(encoded, features, window.route, faulty)
 
     def _share_faults(self, batch: StepBatch, window: MediaWindow) -> dict[tuple[int, int, int], int]:
-        """What the media group found wrong with this replica's pictures (DESIGN D4), in documents that train."""
+        """Shares what the media group found wrong with this replica's images (DESIGN D4), in documents that train."""
         plan, grid = window.plan, self.model.grid
         faults = torch.zeros(len(plan.items), dtype=torch.int32)
         faults[plan.items_of(plan.media_rank(grid.coordinates))] = torch.tensor(window.faults, dtype=torch.int32)
@@ -236,7 +236,7 @@ class TrainStep:
 
 
 class ReplicaSums:
-    """What this rank's replica adds up over the windows of a step."""
+    """Sums of this rank's replica over the windows of a step."""
 
     def __init__(self) -> None:
         self.loss_and_tokens = torch.zeros(2, dtype=torch.float64, device=current_device())  # last stage only

@@ -1,1 +1,1 @@
-"""What `tools/bench.py` can measure, a folder for each thing that is measured; `report` is what they share."""
+"""Measurements of `tools/bench.py`, a folder for each thing that is measured; `report` is what they share."""

@@ -1,4 +1,4 @@
-"""What was measured, told: one dictionary, and from it a table, a JSON file, a picture, a section for docs/benchmarks.
+"""Measurements, told: one dictionary, and from it a table, a JSON file, a picture, a section for docs/benchmarks.
 
 Times are medians over the rounds, with the least and the most beside them; a side's rates follow from its median time.
 The ratio is the other side's median time over ours. The sides took turns, so what disturbed the machine for longer than
@@ -29,7 +29,7 @@ GIBIBYTE, TERA = 2**30, 1e12
 
 @dataclass(frozen=True)
 class Measured:
-    """What one side did."""
+    """Measurements of one side."""
 
     facts: Facts
     warm_up: Round
@@ -39,7 +39,7 @@ class Measured:
 
     @property
     def losses(self) -> list[float]:
-        """Of every step up to the last timed one."""
+        """Losses of every step up to the last timed one."""
         return [loss for part in (self.warm_up, *self.rounds) for loss in part.losses]
 
 
@@ -72,7 +72,7 @@ def summarise(
 
 
 def header(benchmark: str, device: str) -> dict[str, Any]:
-    """What every result says of its origin. `device`: what it ran on, in words."""
+    """The origin that every result states. `device`: what it ran on, in words."""
     return {
         "benchmark": benchmark,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -142,7 +142,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def commit(folder: Path = Path(__file__).parent) -> str | None:
-    """Of a folder's checkout, with `+` where files differ from it; None where there is no git."""
+    """Commit of a folder\'s checkout, with `+` where files differ from it; None where there is no git."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
@@ -155,7 +155,7 @@ def commit(folder: Path = Path(__file__).parent) -> str | None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What it ran on."""
+    """The machine it ran on."""
     import psutil
 
     cpu = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -188,7 +188,7 @@ def rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """What stands below the table."""
+    """Lines below the table."""
     step, ours = result["step"], result["sides"][PRODUCT]
     told = [
         f"a step: {step['samples']} samples, {step['tokens']:,.0f} tokens of which {step['trained_tokens']:,.0f} are "

@@ -1,1 +1,1 @@
-"""What tools/show_layout.py gathers and draws: a recipe on a number of ranks, without running it."""
+"""The drawing of tools/show_layout.py: a recipe on a number of ranks, without running it."""

@@ -1,4 +1,4 @@
-"""Who computes which part of a row's attention: the rectangles of queries and keys, by ring rank and step."""
+"""The parts of a row's attention by rank: the rectangles of queries and keys, by ring rank and step."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ LINE = 26
 
 
 def words(view: LayoutView) -> str:
-    """What is to be seen."""
+    """The caption."""
     shown = view.shown
     documents = len(shown.row.packed) or 1
     rows = f"One row of {shown.row.num_tokens:,} tokens in {documents} document{'s' if documents > 1 else ''}"

@@ -21,12 +21,12 @@ class Part:
 
 
 def memory(view: LayoutView) -> str:
-    """What each rank holds at its fullest."""
+    """Bars of each rank's memory at its fullest."""
     return _bars(view, _memory_parts(view.ranks), "memory each rank needs")
 
 
 def traffic(view: LayoutView) -> str:
-    """What each rank sends in a step."""
+    """Bars of the bytes that each rank sends in a step."""
     return _bars(view, _traffic_parts(view.ranks), "bytes each rank sends in a step")
 
 

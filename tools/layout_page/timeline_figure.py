@@ -21,13 +21,13 @@ DIGIT = 6.6  # width of one in a pass
 
 @dataclass(frozen=True)
 class Scale:
-    """From FLOPs of a window to places on the page."""
+    """Scale from FLOPs of a window to places on the page."""
 
     left: float
     per_flop: float
 
     def width(self, flops: float) -> float:
-        """Of so many."""
+        """Width of so many FLOPs."""
         return flops * self.per_flop
 
 
@@ -42,7 +42,7 @@ def num_windows_drawn(view: LayoutView) -> int:
 
 
 def note(view: LayoutView) -> str:
-    """What is left out of the picture, as sentences."""
+    """The note on what is left out of the picture, as sentences."""
     drawn, all_windows = num_windows_drawn(view), len(view.times[0].windows)
     window = "" if drawn == all_windows else f" Drawn: the first of {all_windows} media windows."
     return window + left_out(view, MOST_ROWS)

@@ -1,4 +1,4 @@
-"""What a section's rules are made of: checks with the sentence that documents them, and the decisions on a resume.
+"""Parts of a section's rules: checks with the sentence that documents them, and the decisions on a resume.
 
     RULES = SectionRules("parallel", may_change={"parallel": True})
 
@@ -22,7 +22,7 @@ Check = TypeVar("Check", bound=Callable[..., Iterator[object]])
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the rules must know of the model and of this installation."""
+    """Facts of the model and of this installation that the rules need."""
 
     num_layers: int
     hidden_size: int

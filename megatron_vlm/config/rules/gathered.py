@@ -1,4 +1,4 @@
-"""What makes a recipe valid beyond its single keys, what in it does nothing, and what may change on a resume.
+"""All rules together: validity beyond single keys, keys without effect, and changes on a resume.
 
 The rules are in a file per section. Everything is pure, so it runs before any process group or weight exists, in
 milliseconds, and all violations come in one error. What is known only from the model's own configuration, its
@@ -64,7 +64,7 @@ def validate_layout(config: Config, facts: ModelFacts, world_size: int) -> None:
 
 
 def unused_keys(config: Config, facts: ModelFacts, world_size: int) -> list[str]:
-    """What a valid recipe sets and what does nothing in it: `keys: without effect, as reason`, a line for each reason.
+    """Lists what a valid recipe sets without effect: `keys: without effect, as reason`, a line for each reason.
 
     Such a key may wait for another model, or for more ranks; whoever set it expects something, and is told.
 

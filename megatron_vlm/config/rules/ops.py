@@ -13,7 +13,7 @@ RULES = SectionRules("ops", may_change={"ops": True})
     "ops.attention", says="`cudnn` takes no ring (`parallel.ring`) with gathered keys, nor with `data.packing`"
 )
 def _cudnn_in_a_ring(config: Config) -> Iterator[str]:
-    """What a ring rank has of a document is known only when it is read."""
+    """Refuses cuDNN in a ring: a ring rank's part of a document is known only when it is read."""
     parallel = config.parallel
     if config.ops.attention != "cudnn" or parallel.ring == 1:
         return

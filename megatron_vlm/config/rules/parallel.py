@@ -90,7 +90,7 @@ def _pipeline_split(config: Config, facts: ModelFacts) -> Iterator[str]:
 
 
 def layout_violations(config: Config, facts: ModelFacts, world_size: int) -> Iterator[str]:
-    """What is wrong with how the ranks share a model, whatever else its recipe says."""
+    """Faults of the way ranks share a model, whatever else its recipe says."""
     yield from _world(config, world_size)
     yield from _tensor_split(config, facts)
     yield from _pipeline_split(config, facts)

@@ -67,7 +67,7 @@ def _fp8_history(config: Config) -> Iterator[str]:
     says="must leave a layer in FP8, and with Transformer Engine be no more than a pipeline stage has",
 )
 def _fp8_layers(config: Config, facts: ModelFacts) -> Iterator[str]:
-    """What Transformer Engine and megatron-core would say later, each in its own words."""
+    """Refuses what Transformer Engine and megatron-core would refuse later, each in its own words."""
     precision, exclude = config.precision, config.precision.fp8_exclude
     if precision.fp8 is None:
         return

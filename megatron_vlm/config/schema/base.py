@@ -1,4 +1,4 @@
-"""What all sections of the recipe are made of: a frozen model that knows its keys, and the kinds of numbers.
+"""Base of all sections of the recipe: a frozen model that knows its keys, and the kinds of numbers.
 
 A number's limits are part of its type, so pydantic refuses a wrong one by itself and the reference of the recipe
 (`config/reference.py`) shows them. Pydantic would take `true` for 1; no number here does.

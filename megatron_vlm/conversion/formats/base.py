@@ -1,4 +1,4 @@
-"""What a format is, what reading one gives, and the table of formats.
+"""The interface of a format, the result of reading one, and the table of formats.
 
 A format is a module of this package: how its directories are recognised and opened, and, where models are also written
 in it, how their tensors and configuration are called there. The engine does the rest.
@@ -72,7 +72,7 @@ class ForeignModel:
 
 @dataclass(frozen=True)
 class Places:
-    """Where parts lie that a directory only names, a directory or a hub id each, and what it leaves open; None: as it
+    """Directories or hub ids of parts that a directory only names, and what else it leaves open; None: as it
     says.
 
     Args:
@@ -88,7 +88,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Target:
-    """What the configuration of an exported model is made from.
+    """The facts from which the configuration of an exported model is made.
 
     Args:
         checkpoint: which is exported; it holds tokenizer/ and vision/.
@@ -294,12 +294,12 @@ class AskedAs(BaseModel):
 
     @classmethod
     def of(cls, data: Any) -> "AskedAs":
-        """Of a recipe's data section, or of a `ForeignModel`."""
+        """Takes it from a recipe's data section, or from a `ForeignModel`."""
         return cls(**{name: getattr(data, name) for name in cls.model_fields})
 
 
 def asked_as(folder: Path, language: PretrainedConfig, image_mode: str) -> AskedAs:
-    """How a directory's model is asked: as its record says; without one by `fitting_template`, in `image_mode`.
+    """The way a directory's model is asked: as its record says; without one by `fitting_template`, in `image_mode`.
 
     Raises:
         ConversionError: a record that is none; as `fitting_template`.
@@ -311,7 +311,7 @@ def asked_as(folder: Path, language: PretrainedConfig, image_mode: str) -> Asked
 
 
 def recorded_in(folder: Path) -> AskedAs | None:
-    """What a directory's record says; None where there is none. Raises ConversionError for a file that is no record."""
+    """The content of a directory's record; None where there is none. Raises ConversionError for a file that is none."""
     file = folder / RECORD_FILE
     if not os.path.lexists(file):
         return None

@@ -146,7 +146,7 @@ def _holds_tower(own: FolderSource) -> bool:
 
 
 def canonical_name(name: str) -> str:
-    """On the disk -> canonical. A projector's own file has anything before `mm_projector.`, as LLaVA's loader."""
+    """Canonical name of a tensor on the disk. A projector's own file has anything before `mm_projector.`, as LLaVA's."""
     _, found, rest = name.partition("mm_projector.")
     if found:
         return projector_name(rest)
@@ -179,7 +179,7 @@ ORDER = FormatOption(
 
 
 def told_order(settings: dict[str, Any], projector: str) -> dict[str, str]:
-    """What a config leaves open of its squares, as its key for it; nothing where it says it, or has none.
+    """The config's key for what it leaves open of its squares; nothing where it says it, or has none.
 
     The name stays: whoever read the directory before reads it the same now, whichever order that code has.
 
@@ -257,7 +257,7 @@ def _is_projector_alone(folder: Path) -> bool:
 
 
 def _base_of(folder: Path, settings: dict[str, Any], place: str | None) -> tuple[str, Path]:
-    """As it is named, and where it is. Raises ConversionError."""
+    """The base model as it is named, and its folder. Raises ConversionError."""
     base = place or settings.get("_name_or_path")
     if not isinstance(base, str) or not base:
         raise ConversionError(
@@ -285,7 +285,7 @@ def _language(base: Path, settings: dict[str, Any], alone: bool) -> PretrainedCo
 
 
 def _tower_folder(folder: Path, reference: str) -> Path | None:
-    """Where the tower lies that a config names, from the current directory or the model's."""
+    """Folder of the tower that a config names, from the current directory or the model's."""
     return next((path for path in (Path(reference), folder / reference) if path.is_dir()), None)
 
 

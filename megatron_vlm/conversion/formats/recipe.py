@@ -67,7 +67,7 @@ def parameter_format(foreign: ForeignModel) -> str:
 
 
 def stored_dtypes(foreign: ForeignModel) -> set[torch.dtype]:
-    """Of its weights, buffers that are computed left out."""
+    """Dtypes of a checkpoint's weights, buffers that are computed left out."""
     names = (name for name in foreign.source.names() if not COMPUTED_BUFFERS.search(name))
     return {foreign.source.read(name).dtype for name in names}
 

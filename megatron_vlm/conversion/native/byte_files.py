@@ -56,7 +56,7 @@ class HashingFile:
         return FileRecord(self.size_bytes, self._hash.hexdigest())
 
     def space(self, num_wanted: int) -> memoryview:
-        """Where the next bytes go, or as many of them as there is room for; then tell `filled`."""
+        """Space for the next bytes, or as many of them as there is room for; then tell `filled`."""
         return self._piece[self._num_waiting : self._num_waiting + num_wanted]
 
     def filled(self, num_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint of torch's distributed format says of the pieces in its files.
+"""The table of the pieces in the files of a checkpoint of torch's distributed format.
 
 Hazard: megatron-core loads a parameter's checkpoint only where the extra state of its linear layers is there too, empty
 as it is.

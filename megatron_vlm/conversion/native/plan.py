@@ -21,7 +21,7 @@ class Converted:
 
     @property
     def num_bytes(self) -> int:
-        """When converted."""
+        """Size when converted."""
         return num_bytes_of(self.data) // DTYPES[self.dtype].num_bytes * DTYPES[self.into].num_bytes
 
 
@@ -29,7 +29,7 @@ Run = Span | memoryview | Converted
 
 
 def num_bytes_of(run: Run) -> int:
-    """As they are written."""
+    """Size of tensors as they are written."""
     return run.nbytes if isinstance(run, memoryview) else run.num_bytes
 
 
@@ -52,13 +52,13 @@ class Parameter:
 
     @property
     def size_bytes(self) -> int:
-        """Of all runs."""
+        """Size of all runs."""
         return sum(map(num_bytes_of, self.runs))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a checkpoint has one of its entries: bytes `start` to `end` of `file`.
+    """Place of one of a checkpoint's entries: bytes `start` to `end` of `file`.
 
     Args:
         dtype: torch's name for it; None for an entry of bytes.
@@ -73,7 +73,7 @@ class Piece:
 
 
 def lay_out(table: Sequence[Mapping], stored: Callable[[str], StoredTensor]) -> list[Parameter]:
-    """What a part of the model is made of. Where the dtypes of a parameter's sources differ, it takes one that holds
+    """Lists the parameters of a part of the model. Where the dtypes of one's sources differ, it takes one that holds
     the values of each."""
     parameters = []
     for entry in table:

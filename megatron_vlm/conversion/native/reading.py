@@ -68,11 +68,11 @@ class NativeSource:
         return self._entries.keys()
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored, without reading."""
+        """Stored dtype, without reading."""
         return self._stored[self._entries[name].name].properties.dtype
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the Hugging Face tensor, without reading."""
+        """Shape of the Hugging Face tensor, without reading."""
         entry = self._entries[name]
         return entry.shapes[entry.sources.index(name)]
 

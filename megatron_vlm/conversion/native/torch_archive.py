@@ -22,7 +22,7 @@ _DOS_DATE = (1 << 5) | 1  # 1980-01-01, the first day there is
 
 
 def around(dtype: str, shape: tuple[int, ...], size_bytes: int) -> tuple[bytes, bytes]:
-    """What comes before and after a tensor's bytes, contiguous, little-endian, in an archive that torch.load reads.
+    """Bytes before and after a tensor's own, contiguous, little-endian, in an archive that torch.load reads.
 
     Args:
         dtype: a key of `DTYPES`.
@@ -79,7 +79,7 @@ class _Archive:
         self._outside_bytes = size_bytes
 
     def directory(self) -> bytes:
-        """What follows the last file: the central directory and where it is."""
+        """Bytes after the last file: the central directory and its position."""
         entries, number = b"".join(self._entries), len(self._entries)
         start = len(self.written) + self._outside_bytes
         versions = (_NEEDS_64_BIT, _NEEDS_64_BIT)

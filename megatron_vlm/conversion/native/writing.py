@@ -73,7 +73,7 @@ class NativeWriter:
         return {self._path(number).name: record for number, (_, record) in enumerate(written)}
 
     def _path(self, number: int) -> Path:
-        """As torch calls the file of one rank's writer."""
+        """Path of the file of one rank's writer, named as by torch."""
         return self.directory / f"__{number}_0.distcp"
 
     def _write_share(self, path: Path, share: Sequence[Parameter]) -> tuple[list[Piece], FileRecord]:
@@ -112,7 +112,7 @@ def _converted(run: Converted, content: bytearray) -> memoryview:
 
 
 def _shares(parameters: Sequence[Parameter], number: int) -> list[list[Parameter]]:
-    """As many parts of about as many bytes, each in the order given."""
+    """Divides parameters into so many parts of about as many bytes, each in the order given."""
     shares: list[list[int]] = [[] for _ in range(number)]
     loads = [0] * number
     for index in sorted(range(len(parameters)), key=lambda index: -parameters[index].size_bytes):

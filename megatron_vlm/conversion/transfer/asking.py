@@ -1,4 +1,4 @@
-"""How a model was asked in training goes along with its weights: prompts, pictures, and what ends an answer.
+"""The way a model was asked in training, which goes along with its weights: prompts, images, ends of an answer.
 
     chat_template.jinja      prompts, of texts and of typed parts, as transformers' processors and tokenizers make them
     generation_config.json   every token that ends an answer
@@ -37,7 +37,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Asking:
-    """How a checkpoint's model is asked.
+    """The way a checkpoint's model is asked.
 
     Args:
         checkpoint: it holds tokenizer/.
@@ -82,7 +82,7 @@ class Asking:
             (folder / "chat_template.json").unlink(missing_ok=True)  # a processor would take it in its place
 
     def write_stops(self, folder: Path) -> None:
-        """What ends an answer. Raises OSError."""
+        """Writes the tokens that end an answer. Raises OSError."""
         write_stops(folder, self.encoder.tokenizer, self.stop_ids)
 
     def is_asked_alike(self, folder: Path, on_any_day: bool = False) -> bool:

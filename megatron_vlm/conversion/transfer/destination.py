@@ -1,4 +1,4 @@
-"""Where a conversion writes: nothing that is there is overwritten, and nothing half-written is left."""
+"""The directory a conversion writes: nothing there is overwritten, and nothing half-written is left."""
 
 import contextlib
 import shutil

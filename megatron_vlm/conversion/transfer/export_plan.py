@@ -1,4 +1,4 @@
-"""Which tensors go into which file of an exported directory, decided before any is read; and writing these files.
+"""The tensors of each file of an exported directory, decided before any is read; and writing these files.
 
 A file's header fixes every byte but the tensors' own, and where each stands, so several threads can write one file.
 A header that came with the model is used again as it is: the file comes back byte for byte, whoever wrote it.
@@ -50,7 +50,7 @@ class PlannedTensor:
 
     @property
     def size_bytes(self) -> int:
-        """On the disk."""
+        """Size on the disk."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -65,7 +65,7 @@ class ShardPlan:
 
     @property
     def size_bytes(self) -> int:
-        """Of its tensors."""
+        """Size of its tensors."""
         return sum(tensor.size_bytes for tensor in self.tensors)
 
     def runs(self) -> Iterator[tuple[int, list[PlannedTensor]]]:
@@ -116,7 +116,7 @@ def write_shards(folder: Path, shards: Sequence[ShardPlan], source: Readable, ad
 
 
 def _rounded(tensor: Tensor, planned: PlannedTensor) -> Tensor:
-    """In the dtype to be written. Raises ConversionError where a finite value is beyond it."""
+    """Rounds to the dtype to be written. Raises ConversionError where a finite value is beyond it."""
     rounded = tensor.to(planned.dtype)
     if rounded.dtype != tensor.dtype and not torch.equal(rounded.isfinite(), tensor.isfinite()):
         kind, most = str(planned.dtype).removeprefix("torch."), torch.finfo(planned.dtype).max

@@ -79,11 +79,11 @@ class ExportSource:
         return {*self._stored.names(), *self._spare}
 
     def dtype(self, name: str) -> torch.dtype:
-        """As stored."""
+        """Stored dtype."""
         return self._spare[name].dtype if name in self._spare else self._stored.dtype(self._own(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """As written."""
+        """Shape as written."""
         if name in self._spare:
             return tuple(self._spare[name].shape)
         shape = self._stored.shape(self._own(name))
@@ -105,7 +105,7 @@ class ExportSource:
 
 @dataclass(frozen=True)
 class Export:
-    """What is to be written: weight files, and everything else by `write_others` into the directory."""
+    """The content of an export: weight files, and everything else by `write_others` into the directory."""
 
     format: str
     shards: list[ShardPlan]
@@ -115,7 +115,7 @@ class Export:
 
     @property
     def size_bytes(self) -> int:
-        """Of all tensors."""
+        """Size of all tensors."""
         return sum(shard.size_bytes for shard in self.shards)
 
     def write(self, destination: Path, advance: Callable[[int], None] = lambda num_bytes: None) -> None:
@@ -193,7 +193,7 @@ def plan_export(path: str | Path, format: str | None = None, dtype: str | None =
 
 
 def _format_of(name: str | None, origin: Origin | None) -> Format:
-    """By name, else the origin's, else llava-hf. Raises ConversionError, ConfigError."""
+    """Format by its name, else the origin's, else llava-hf. Raises ConversionError, ConfigError."""
     if name is None:
         is_written = origin is not None and FORMATS.get(origin.format).disk_name is not None
         name = origin.format if origin is not None and is_written else "llava-hf"
@@ -248,7 +248,7 @@ class Trained:
     commits: Mapping[str, str]
 
     def asking(self) -> Asking | None:
-        """How it was asked; None, which is told, of a tokenizer that the recipe's template does not fit: nobody can
+        """The way it was asked; None, which is told, of a tokenizer that the recipe's template does not fit: nobody can
         have trained with both."""
         try:
             return Asking.of(self.target.checkpoint, self.target.config, self.target.language.eos_token_id)
@@ -269,7 +269,7 @@ class Trained:
 def _write_returned(
     origin: Origin, shards: list[ShardPlan], projector: str, dtype: str | None, trained: Trained | None, folder: Path
 ) -> None:
-    """What the model came with; the index anew where the files are others, and in the config what an import was told
+    """Writes what the model came with; the index anew where the files are others, and in the config what was told
     beside it. Of one that has trained since, also how it was asked in training, and a card."""
     are_returned = all(shard.is_returned for shard in shards)
     origin.copy_files(folder, leave_out=() if are_returned else INDEXES)

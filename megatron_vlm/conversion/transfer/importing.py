@@ -82,7 +82,7 @@ def _write_parts(foreign: ForeignModel, config: Config, partial: Path) -> None:
 
 
 def size_bytes(foreign: ForeignModel) -> int:
-    """Of all tensors."""
+    """Size of all tensors."""
     return sum(foreign.source.read(name).nbytes for name in foreign.source.names())
 
 

@@ -1,4 +1,4 @@
-"""What a model directory is, ours or anybody's, told from its headers and configs in a moment."""
+"""Description of a model directory, ours or anybody's, told from its headers and configs in a moment."""
 
 from collections import defaultdict
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of the directory it was imported from, so that an export gives back the same files.
+"""A checkpoint's record of the directory it was imported from, so that an export gives back the same files.
 
     origin/origin.json      format, what the directory was read as, and per weight file its tensors: name, dtype, shape;
                             the SHA-256 of those left out
@@ -101,7 +101,7 @@ class OriginTensor:
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of the directory a model came from.
+    """The record of the directory a model came from.
 
     Args:
         folder: `origin/` of a checkpoint.
@@ -121,7 +121,7 @@ class Origin:
 
     @classmethod
     def of(cls, checkpoint: Path) -> "Origin | None":
-        """That of a checkpoint; None where it was trained from scratch. Raises ConversionError, CheckpointError."""
+        """A checkpoint's record; None where it was trained from scratch. Raises ConversionError, CheckpointError."""
         folder = checkpoint / FOLDER
         if RECORD not in Manifest.read(checkpoint).files:
             return None
@@ -136,7 +136,7 @@ class Origin:
         return cls(folder, known.format, weights, known.referenced, known.reading)
 
     def header(self, file: str) -> bytes | None:
-        """Of a safetensors file; None for one that was a pickle. Raises CheckpointError where it is not that of the
+        """Header of a safetensors file; None for one that was a pickle. Raises CheckpointError where it is not the
         file's tensors."""
         path = self.folder / _HEADERS / file
         if not os.path.lexists(path):
@@ -173,7 +173,7 @@ class Origin:
         } == self.reading
 
     def licence(self) -> str | None:
-        """What the head of the model card names, one word as the hub has it; None where it names none."""
+        """Licence that the head of the model card names, one word as the hub has it; None where it names none."""
         card = self.folder / _FILES / CARD
         if not card.is_file() or (head := _HEAD.match(read_text(card, MAX_CARRIED_BYTES))) is None:
             return None
@@ -189,7 +189,7 @@ class Origin:
 
 
 def reading_of(checkpoint: Path, config: Config) -> dict[str, Any]:
-    """What a model is beside its weights: while a checkpoint says the same as its origin, the origin's files fit it.
+    """Facts of a model beside its weights: while a checkpoint says the same as its origin, the origin's files fit it.
 
     Args:
         checkpoint: which holds tokenizer/, language/ and vision/.
@@ -257,7 +257,7 @@ def write_origin(checkpoint: Path, foreign: ForeignModel, spare: Iterable[str], 
 
 
 def _weights_of(own: FolderSource, headers: Path) -> dict[str, list[list[Any]]]:
-    """Per weight file its tensors; writes the headers. Raises OSError."""
+    """Tensors by weight file; writes the headers. Raises OSError."""
     canonical = {disk_name: name for name, disk_name in own.disk_names.items()}
     weights: dict[str, list[list[Any]]] = {}
     for file in own.weights.files:
@@ -278,7 +278,7 @@ def copy_origin(start: Path, checkpoint: Path) -> None:
 
 
 def reference_to(tensor: Tensor) -> tuple[str, str, str]:
-    """By which `is_as_referenced` knows a tensor again."""
+    """The reference by which `is_as_referenced` knows a tensor again."""
     return _name(tensor.dtype), _digest(tensor), _digest(tensor.bfloat16())
 
 
@@ -318,7 +318,7 @@ def _copy_files(foreign: ForeignModel, weights: Collection[Path], into: Path) ->
 
 
 def _copy_tokenizer(folder: Path, into: Path) -> None:
-    """Of a model that is put together from several directories: the one file that a tokenizer does not write again."""
+    """Copies, for a model put together from several directories, the one file that a tokenizer does not write again."""
     if (folder / SENTENCEPIECE_FILE).is_file():
         into.mkdir(parents=True)
         shutil.copyfile(folder / SENTENCEPIECE_FILE, into / SENTENCEPIECE_FILE)

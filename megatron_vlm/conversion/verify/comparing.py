@@ -180,7 +180,7 @@ def _tokens(folder: Path, text: str) -> tuple[int, list[int]]:
 
 
 def _notes(a: Side, b: Side) -> Iterator[str]:
-    """What differs without making the models differ."""
+    """Differences that do not make the models differ."""
     if a.facts.vocabulary != b.facts.vocabulary:
         sizes = a.facts.vocabulary, b.facts.vocabulary
         yield f"A's vocabulary has {sizes[0]} rows, B's {sizes[1]}: logits of the first {min(sizes)} are compared"
@@ -204,8 +204,8 @@ def _notes(a: Side, b: Side) -> Iterator[str]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """What is printed is the result: transformers draws a bar per load and warns of what is checked here, megatron-core
-    of fused kernels, and the package tells what would train. Its own warnings are still logged."""
+    """Silences others, as what is printed is the result: transformers draws a bar per load and warns of what is checked
+    here, megatron-core of fused kernels, and the package tells what would train. Its own warnings are still logged."""
     logger, level = get_logger("megatron_vlm"), transformers.logging.get_verbosity()
     own_level = logger.level
     logger.setLevel(max(own_level, logging.WARNING))

@@ -52,7 +52,7 @@ _NUM_SHOWN = 4  # names per error
 
 @dataclass(frozen=True)
 class ForeignSide(ABC):
-    """What both kinds share. The protocol is `side.Side`."""
+    """The part that both kinds share. The protocol is `side.Side`."""
 
     origin: str
     folder: Path
@@ -78,7 +78,7 @@ class ForeignSide(ABC):
 
     @abstractmethod
     def run(self, model: Any, probe: Probe) -> Trace:
-        """What the model did."""
+        """Runs the model, and returns what it did."""
 
 
 def open_foreign_side(path: str, options: Mapping[str, Any]) -> ForeignSide:
@@ -112,7 +112,7 @@ class LlavaHFSide(ForeignSide):
     """A directory of LlavaForConditionalGeneration."""
 
     def load(self) -> nn.Module:
-        """As transformers loads it."""
+        """Loads the model by transformers."""
         return _loaded(LlavaForConditionalGeneration, self.origin, self.folder)
 
     def run(self, model: LlavaForConditionalGeneration, probe: Probe) -> Trace:

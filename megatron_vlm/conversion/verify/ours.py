@@ -54,7 +54,7 @@ class OurSide:
 
     @property
     def asked(self) -> AskedAs:
-        """As the recipe says."""
+        """The way the recipe says that it is asked."""
         return AskedAs.of(self.config.data)
 
     @classmethod
@@ -109,7 +109,7 @@ def _placed(rows: Tensor, ids: Tensor, placeholder: int) -> LocalFeatures:
 
 
 def _number_format(directory: Path) -> torch.dtype:
-    """Of the weights as they are stored, which is not always what the recipe computes in. Raises CheckpointError."""
+    """Dtype of the weights as they are stored, not always the one that the recipe computes in. Raises CheckpointError."""
     manifest = Manifest.read(directory)
     refuse_damage(directory, manifest, [METADATA_FILE])
     stored = read_metadata(directory, manifest.files).state_dict_metadata

@@ -1,4 +1,4 @@
-"""How far two models differ, place by place, and in words.
+"""Distances of two models, place by place, and in words.
 
 A difference is measured in standard deviations of the place: activations of one layer are a thousand times those of
 another, and what a rounding error may be depends on that.
@@ -23,7 +23,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two models are apart at one place.
+    """Distance of two models at one place.
 
     Args:
         place: its name.
@@ -38,7 +38,7 @@ class Difference:
 
     @classmethod
     def between(cls, place: str, a: Tensor, b: Tensor) -> "Difference":
-        """Of values [rows, h] of one place."""
+        """Compares values [rows, h] of one place."""
         apart = (a.double() - b.double()).abs()
         deviation = math.sqrt((a.double().var().item() + b.double().var().item()) / 2)
         return cls(place, apart.max().item(), apart.mean().item(), deviation)

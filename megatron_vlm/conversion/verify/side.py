@@ -18,7 +18,7 @@ MAX_PADDING_ROWS = 128  # llava-hf has room for its image token, and is padded t
 
 @dataclass(frozen=True)
 class Facts:
-    """What two models must have in common to be asked the same; layers of the tower are those that run."""
+    """Facts that two models must share to be asked the same; layers of the tower are those that run."""
 
     vocabulary: int
     hidden_size: int

@@ -1,4 +1,4 @@
-"""What a model is asked when two are compared, and what it did, place by place.
+"""Questions to two models that are compared, and what each did, place by place.
 
 A place is a point of the forward pass that every implementation has: `tower embeddings`, `tower layer 3`, `projector`,
 `embedding`, `decoder layer 5 attention`, `decoder layer 5 MLP`, `decoder layer 5`, `final norm`, `head`. Layers are
@@ -53,7 +53,7 @@ class Probe:
 
 @dataclass
 class Trace:
-    """What a model did.
+    """The values of a model's run.
 
     Args:
         tokens_per_image: t.

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Dtype(NamedTuple):
-    """What files call a dtype.
+    """A dtype and its names in files.
 
     Args:
         code: in a safetensors header.

@@ -47,19 +47,19 @@ class Span:
     num_bytes: int
 
     def part(self, start: int, num_bytes: int) -> "Span":
-        """Some of them."""
+        """Selects some of them."""
         return Span(self.path, self.version, self.start + start, num_bytes)
 
 
 def file_version(handle: int) -> tuple[int, ...]:
-    """What differs where a file of this name has been written again or replaced."""
+    """Facts that differ where a file of this name has been written again or replaced."""
     status = os.fstat(handle)
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes are, row by row without gaps: in a file or in memory.
+    """Place of a tensor's bytes, row by row without gaps: in a file or in memory.
 
     Args:
         dtype: torch's name for it ("bfloat16").
@@ -122,7 +122,7 @@ class SafetensorsFile:
         self._places = read_header(self.header[LENGTH_BYTES:], len(self._map) - end, path)
 
     def names(self) -> Collection[str]:
-        """In the order of their bytes."""
+        """Names in the order of their bytes."""
         return self._places.keys()
 
     def read(self, name: str) -> "Tensor":
@@ -136,7 +136,7 @@ class SafetensorsFile:
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=len(self.header) + start).view(shape)
 
     def stored(self, name: str) -> StoredTensor:
-        """Where it is."""
+        """Place of a tensor."""
         dtype, shape, start, end = self._places[name]
         return StoredTensor(dtype, shape, Span(self.path, self._version, len(self.header) + start, end - start))
 
@@ -180,7 +180,7 @@ class PickleFile:
         self._tensors: dict[str, Tensor] = tensors
 
     def names(self) -> Collection[str]:
-        """In the file's order."""
+        """Names in the file's order."""
         return self._tensors.keys()
 
     def read(self, name: str) -> "Tensor":
@@ -188,7 +188,7 @@ class PickleFile:
         return self._tensors[name].detach()
 
     def stored(self, name: str) -> StoredTensor:
-        """Where it is in the mapped file. Raises ConversionError for a dtype that no model here has."""
+        """Place of a tensor in the mapped file. Raises ConversionError for a dtype that no model here has."""
         return stored_in_memory(self._tensors[name], name, self.path)
 
 
@@ -205,7 +205,7 @@ def _check_plain(name: object, tensor: "Tensor", size_bytes: int, path: Path) ->
 
 
 def open_weight_file(path: Path) -> WeightFile:
-    """By its suffix. Raises ConversionError."""
+    """Opens a weight file by its suffix. Raises ConversionError."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
 
 

@@ -60,7 +60,7 @@ def load_weights(model: "VisionLanguageModel", config: Config, grid: "Grid") -> 
 def weight_sources(
     config: Config, language: PretrainedConfig, tower: TowerSurvey
 ) -> tuple[WeightSource, WeightSource, WeightSource]:
-    """Where a run's first weights come from, by canonical name: language model, tower, projector.
+    """Sources of a run's first weights, by canonical name: language model, tower, projector.
 
     Args:
         language: the language model's Hugging Face config.
@@ -160,7 +160,7 @@ def check_fit(source: WeightSource, table: Sequence[Entry]) -> list[str]:
 
 
 def check_part(source: WeightSource, table: Sequence[Entry]) -> None:
-    """As `check_fit` for a part of the model: the source may have more. Raises ConversionError."""
+    """Same as `check_fit`, for a part of the model: the source may have more. Raises ConversionError."""
     shapes = _shapes(table)
     check_names(source, shapes.keys(), set(source.names()) - shapes.keys())
     for name, shape in shapes.items():
@@ -168,7 +168,7 @@ def check_part(source: WeightSource, table: Sequence[Entry]) -> None:
 
 
 def _shapes(table: Sequence[Entry]) -> dict[str, tuple[int, ...]]:
-    """Of the Hugging Face tensors a table is made of."""
+    """Shapes of the Hugging Face tensors a table is made of."""
     return {name: shape for entry in table for name, shape in zip(entry.sources, entry.shapes, strict=True)}
 
 

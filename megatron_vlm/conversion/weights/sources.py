@@ -1,4 +1,4 @@
-"""Where Hugging Face tensors come from, under the table's canonical names: a directory, a state dict, a seed.
+"""Sources of Hugging Face tensors, under the table's canonical names: a directory, a state dict, a seed.
 
 A source lists its names without reading a tensor, and reads one tensor at a time, so a rank never holds more than one
 whole tensor beside its own shards. The random source makes each tensor from (seed, name) alone: every rank of every
@@ -90,7 +90,7 @@ class FolderSource:
         return self.weights.places[disk_name].read(disk_name)
 
     def stored(self, name: str) -> StoredTensor:
-        """Where it is in its file."""
+        """Place of a tensor in its file."""
         disk_name = self.disk_names[name]
         return self.weights.places[disk_name].stored(disk_name)
 
@@ -111,11 +111,11 @@ class JoinedSource:
         return self._parts.keys()
 
     def read(self, name: str) -> Tensor:
-        """As the part that has it."""
+        """Reads from the part that has it."""
         return self._parts[name].read(name)
 
     def stored(self, name: str) -> StoredTensor:
-        """As the part that has it."""
+        """Place in the part that has it."""
         return self._parts[name].stored(name)
 
 
@@ -156,7 +156,7 @@ class RandomSource:
         return torch.randn(shape, generator=generator) * self._std
 
     def stored(self, name: str) -> StoredTensor:
-        """In memory."""
+        """Place in memory."""
         return stored_in_memory(self.read(name), name, self.origin)
 
 
@@ -166,7 +166,7 @@ def named_seed(seed: int, name: str) -> int:
 
 
 def vision_rename(names: Collection[str]) -> Callable[[str], str | None]:
-    """How the names of a vision model's directory become canonical, `vision_tower.<name>`.
+    """The renaming that makes the names of a vision model's directory canonical, `vision_tower.<name>`.
 
     The directory may hold a larger model (CLIP with its text model, LLaVA): where any name carries a vision prefix,
     only those with one are the tower's.

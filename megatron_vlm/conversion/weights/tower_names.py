@@ -1,4 +1,4 @@
-"""What a tower's tensors are called on the disk, in memory, and here.
+"""Names of a tower's tensors on the disk, in memory, and here.
 
 transformers renames the tensors of many models between the disk and memory (DINOv2's `attention.attention.key` is
 `attention.k_proj` in the memory of version 5), by rules that change with its versions. They are asked for, not
@@ -44,7 +44,7 @@ class TowerNames:
         self.config = config
 
     def canonical(self, name: str) -> str:
-        """Of a tensor's name on the disk, of any version, or in memory; without prefixes of a larger model."""
+        """Canonical form of a tensor's name on the disk, of any version, or in memory; without prefixes of a larger one."""
         if not self.are_renamed:
             return tower_name(name)
         model, state, renamings, converters = self._model
@@ -68,7 +68,7 @@ class TowerNames:
         return canonical
 
     def rename_folder(self, names: Collection[str]) -> Callable[[str], str | None]:
-        """How the names of a vision model's directory become canonical, as `vision_rename`."""
+        """The renaming that makes the names of a vision model's directory canonical, as `vision_rename`."""
         return self.canonical_of(vision_rename(names))
 
     @property
@@ -92,7 +92,7 @@ class TowerNames:
 
     @cached_property
     def _disk_names(self) -> dict[str, str]:
-        """By canonical name without its prefix. Raises ConversionError where one tensor is several on the disk."""
+        """Disk names by canonical name without its prefix. Raises ConversionError where one tensor has several."""
         model, state, _, _ = self._model
         written = revert_weight_conversion(model, dict(state))
         names = {self.canonical(name).removeprefix(TOWER_PREFIX): name for name in written}

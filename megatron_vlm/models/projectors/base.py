@@ -54,7 +54,7 @@ def build_projector(
 
 
 def backend_obstacle(projector: nn.Module, name: str, backend: str) -> str | None:
-    """Why a projector of that name has no use for the backend, or None."""
+    """Reason why a projector of that name has no use for the backend, or None."""
     if backend == AUTO or isinstance(projector, OpsProjector):
         return None
     return (

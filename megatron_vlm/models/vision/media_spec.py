@@ -1,4 +1,4 @@
-"""What the data side must know of a vision tower: how many tokens an image becomes and how its pixels are prepared.
+"""Facts of a vision tower that the data side needs: tokens of an image, and the preparation of its pixels.
 
 Kept apart from the tower so that data workers can carry it without holding a model.
 """

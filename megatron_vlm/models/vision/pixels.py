@@ -1,4 +1,4 @@
-"""How image modes `pad` and `resize` follow a tower's preprocessor config.
+"""Pixels of the image modes `pad` and `resize`, which follow a tower's preprocessor config.
 
 They have their own way to a picture's shape: a square of the mean colour, or the aspect ratio let go. All else is the
 config's: the filter of the resize, means and deviations. What it says beside that is refused by its name: a crop, no
@@ -114,7 +114,7 @@ def look_alike(a: MediaSpec | PixelFormat, b: MediaSpec | PixelFormat, image_mod
 
 
 def _unfollowed(settings: dict[str, Any], image_mode: str) -> Iterator[str]:
-    """What is said by keys that every class has."""
+    """Yields what is said by keys that every class has."""
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if not setting(settings, key, True):
             yield f"{key} false"
@@ -133,7 +133,7 @@ def _unfollowed(settings: dict[str, Any], image_mode: str) -> Iterator[str]:
 
 
 def _tried(settings: dict[str, Any], spec: MediaSpec | PixelFormat) -> Iterator[str]:
-    """What is said by others: its class is given a picture of which both make the same, if it says nothing else.
+    """Yields what is said by others: its class gets an image of which both make the same, if it says nothing else.
     Raises ConfigError where the class refuses."""
     noise = np.random.default_rng(0).integers(0, 256, (2 * spec.height, 2 * spec.width, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)

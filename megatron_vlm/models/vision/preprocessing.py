@@ -47,7 +47,7 @@ _EDGES = ("height", "width", "shortest_edge")
 
 @dataclass(frozen=True)
 class Usual:
-    """How the towers of a model type are fed. `resized`: of the shortest edge to the side of the square that is cropped
+    """Usual pixels of a model type's towers. `resized`: of the shortest edge to the side of the square that is cropped
     from the middle; 0 where the aspect ratio is let go instead."""
 
     processor_type: str
@@ -121,7 +121,7 @@ def pixel_format(path: str | None, tower: PretrainedConfig, instead: Mapping[str
 
 
 def setting(settings: Mapping[str, Any], key: str, otherwise: Any = None) -> Any:
-    """What transformers goes by: the preprocessor config's value, else its class's; without a class, `otherwise`."""
+    """The setting that transformers goes by: the preprocessor config's, its class's, or, without one, `otherwise`."""
     if key in settings:
         return settings[key]
     value = getattr(_processor_class(settings), key, None)
@@ -160,7 +160,7 @@ def load_processor(spec: MediaSpec | PixelFormat) -> Any:
 
 
 def made_by_class(settings: Mapping[str, Any], picture: Image.Image) -> Any:
-    """What the class that a preprocessor config names makes of one picture; None where it has no form for Pillow.
+    """Pixels that the class of a preprocessor config makes of one image; None where it has no form for Pillow.
     Raises ConfigError where it refuses its settings, or the picture."""
     if (class_ := _processor_class(settings)) is None:
         return None
@@ -181,7 +181,7 @@ def _usual_settings(usual: Usual, height: int, width: int) -> dict[str, Any]:
 
 
 def _preprocessor_settings(path: str) -> dict[str, Any]:
-    """What transformers would read: a whole processor's config where it has one of pictures, else the preprocessor's.
+    """Settings that transformers would read: a whole processor's config where it has one of images, or else its own.
 
     Raises:
         ConfigError: one that is there and cannot be used.

@@ -1,4 +1,4 @@
-"""What a vision tower is, found without its weights: a trial on the meta device.
+"""Facts of a vision tower, found without its weights: a trial on the meta device.
 
 Any transformers vision model is to work unmodified, so nothing about it is looked up in a table: where its layers are,
 how many tokens it gives, how many of them come before the patches (CLS, registers), and which parameters the selected
@@ -130,7 +130,7 @@ def survey_tower(vision: VisionConfig, projector: ProjectorConfig | None) -> Tow
 
 
 def _num_rows(projector: ProjectorConfig | None, num_tokens: int, hidden_size: int, grid: PatchGrid) -> int:
-    """That the projector gives per image. An unknown one gives as many as tokens: validation reports its name with the
+    """Rows that the projector gives per image. An unknown one gives as many as tokens: validation tells its name with the
     recipe's other faults."""
     if projector is None or projector.type not in PROJECTORS:
         return num_tokens
@@ -183,7 +183,7 @@ def _resolve_layer(select_layer: int, num_layers: int) -> int:
 
 
 def count_patches(hf_config: PretrainedConfig, height: int, width: int) -> int:
-    """Of a picture of that many pixels. Raises ConfigError as `patch_grid`."""
+    """Counts the patches of an image of that many pixels. Raises ConfigError as `patch_grid`."""
     rows, columns = patch_grid(hf_config, height, width)
     return rows * columns
 

@@ -1,4 +1,4 @@
-"""What a hook can see. Each method does nothing unless overridden.
+"""The interface of hooks. Each method does nothing unless overridden.
 
 Most hooks only show and run on rank 0. A collective hook runs on every rank; it may also end the run, on all of them.
 """

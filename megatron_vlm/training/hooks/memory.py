@@ -1,4 +1,4 @@
-"""What the model itself needs on the fullest rank, told once: after the first update, when the moments exist.
+"""Memory of the model itself on the fullest rank, told once: after the first update, when the moments exist.
 
 Collective: every rank counts its own part.
 """

@@ -55,7 +55,7 @@ class Reference(Protocol):
 
 @dataclass(frozen=True)
 class LayoutReport:
-    """What the check found.
+    """Result of the check.
 
     Args:
         sizes: of the layout.

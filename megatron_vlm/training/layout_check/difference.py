@@ -22,7 +22,7 @@ class Allowance(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """What a layout made of one tensor, against one process.
+    """Difference of one tensor in a layout from one process.
 
     Args:
         phase: of the step, where it is computed ("language forward").

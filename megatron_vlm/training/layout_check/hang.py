@@ -48,7 +48,7 @@ PHASE_OF: dict[CodeType, str] = {unwrap(function).__code__: phase for phase, fun
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank stands: steps made, phase, and the function with its file and line."""
+    """Position of a rank: steps made, phase, and the function with its file and line."""
 
     rank: int
     steps: int
@@ -57,7 +57,7 @@ class Place:
 
 
 class Hang(NamedTuple):
-    """Where each rank stood when none went on."""
+    """Positions of all ranks when none went on."""
 
     places: tuple[Place, ...]
 
@@ -99,7 +99,7 @@ class Worker(threading.Thread, Generic[T]):
         self.steps, self.last_sign = steps, time.monotonic()
 
     def place(self, rank: int) -> Place:
-        """Where this thread stands now."""
+        """Position of this thread now."""
         frame = sys._current_frames().get(self.ident or 0)
         phase, function = read_stack(frame) if frame is not None else ("end", "waiting for the others")
         return Place(rank, self.steps, phase, function)

@@ -1,4 +1,4 @@
-"""Where to look first, by what differs first. A hint names the usual cause, not a proof."""
+"""Hints where to look first, by what differs first. A hint names the usual cause, not a proof."""
 
 from collections.abc import Sequence
 

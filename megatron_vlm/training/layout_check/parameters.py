@@ -60,7 +60,7 @@ class Parameters:
         return Comparison("initial weights", tuple(found))
 
     def gradients(self) -> Comparison:
-        """Of the first step, in the order of the backward pass; `rounding` names those that are nothing but that."""
+        """Compares the first step's gradients, in the order of the backward pass; `rounding` names what is only that."""
         total = math.sqrt(sum(float(g.square().sum()) for g in self.one.gradients.values()))
         rounding: list[str] = []
 
@@ -75,7 +75,7 @@ class Parameters:
         return Comparison("gradients of step 1", tuple(reversed(found)), tuple(rounding))
 
     def updates(self, rounding: Sequence[str]) -> Comparison:
-        """What all steps changed; parameters that do not train must not have."""
+        """Compares the changes of all steps; parameters that do not train must not have any."""
 
         def allow(name: str, wanted: Tensor) -> Allowance | None:
             return None if name in rounding else Allowance(float(wanted.norm()), UPDATE_TOLERANCE)
@@ -134,7 +134,7 @@ class Parameters:
         return replace(difference, ranks=tuple(sorted(ranks)))
 
     def _variants(self, entry: Mapping, field: str) -> list[list[Variant]]:
-        """By tensor rank (one slot where all hold the whole): the different shards that there are of it."""
+        """The different shards of a parameter by tensor rank (one slot where all hold the whole)."""
         slots: dict[int, list[Variant]] = {}
         for record in self.many:
             if entry.name not in getattr(record, field):

@@ -1,4 +1,4 @@
-"""What one rank computed in a few steps, tensor by tensor: its part of the master test and of `--check-layout`.
+"""Record of a rank's values in a few steps, tensor by tensor: its part of the master test and of `--check-layout`.
 
 The first step leaves everything behind that a wrong layout could change: each picture's features, the embeddings they
 are merged into, every layer's output, the loss of every token, and the final gradients. The weights before it and what
@@ -66,7 +66,7 @@ class Record:
     positions: Tensors = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Of plain types and tensors, as `torch.load(weights_only=True)` reads back."""
+        """A dictionary of plain types and tensors, as `torch.load(weights_only=True)` reads back."""
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
@@ -129,7 +129,7 @@ def first_gradients(job: Job, into: Tensors) -> Iterator[None]:
 
 
 def gather_gradient_shards(chunk: Any) -> None:
-    """With the distributed optimizer each rank has reduced its own slice of a bucket: fetches the others' slices."""
+    """Fetches the others' slices of gradients: with the distributed optimizer each rank has reduced its own."""
     if not chunk.ddp_config.use_distributed_optimizer:
         return
     for buffer in chunk.buffers:
@@ -238,7 +238,7 @@ def gather_records(record: Record, group: ProcessGroup) -> list[Record] | None:
 
 
 def digest(tensor: Tensor) -> bytes:
-    """Of shape and contents."""
+    """Digest of shape and contents."""
     content = hashlib.sha256(repr(tuple(tensor.shape)).encode())
     content.update(tensor.contiguous().numpy().tobytes())
     return content.digest()

@@ -125,7 +125,7 @@ def shrink_language(config: Config) -> Tree:
 
 
 def _shrunk_windows(hf_config: Any, num_layers: int) -> Tree:
-    """What of a config makes `num_layers` layers of the kinds it has, with a short window; nothing where none slides.
+    """The config that makes `num_layers` layers of the kinds it has, with a short window; nothing where none slides.
 
     Kinds follow one another as in the Thue-Morse sequence (a b b a b a a b), which repeats nothing three times over: a
     stage or chunk that took the layers of another for its own would have other windows.

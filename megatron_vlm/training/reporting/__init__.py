@@ -1,1 +1,1 @@
-"""What a step reports: its numbers, ranks compared, and the memory measured on a rank."""
+"""Reports of a step: its numbers, ranks compared, and the memory measured on a rank."""

@@ -1,4 +1,4 @@
-"""How much memory a rank needs: what its process or GPU holds, and the model's own share of it, tensor by tensor.
+"""Memory of a rank: what its process or GPU holds, and the model's own share of it, tensor by tensor.
 
 The model's share is counted by storage, not by tensor, so that nothing is counted twice: megatron-core's parameters,
 gradients and fp32 main parameters are largely views of a few long buffers, or of each other.

@@ -1,4 +1,4 @@
-"""What one step reports, measured on every rank: loss, norm, rates, tokens, time, FLOPs, memory, as plain numbers.
+"""Numbers of one step, measured on every rank: loss, norm, rates, tokens, time, FLOPs, memory, as plain numbers.
 
 Hazard: at the compared steps `report` is collective; every rank makes every step's report.
 """

@@ -84,7 +84,7 @@ class RankComparison:
         return max(found, key=lambda one: one.seconds - one.median_seconds, default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """A dictionary for JSON."""
         return {
             "phases": {
                 phase: {"mean": spread.mean, "max": spread.max, "slowest_rank": spread.rank}

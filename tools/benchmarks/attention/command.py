@@ -88,7 +88,7 @@ OTHERS = ("torch context_parallel", "yunchang", "ring-flash-attn")
 
 
 def _why_not_here(name: str) -> str:
-    """Why another's context parallelism is not measured in one process."""
+    """Reason why another's context parallelism is not measured in one process."""
     module = name.split()[0].replace("-", "_")
     if module != "torch" and importlib.util.find_spec(module) is None:
         return f"not run: it is not installed (pip install {name})"

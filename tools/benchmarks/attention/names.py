@@ -1,4 +1,4 @@
-"""What the attention benchmark's results call things: the words that measuring and telling share; no torch here."""
+"""Names in the attention benchmark's results: the words that measuring and telling share; no torch here."""
 
 PRODUCT = "megatron_vlm"
 WHOLE, PACKED = "one document", "packed"

@@ -1,4 +1,4 @@
-"""What the attention benchmark measured, told: table, JSON, picture, a section for docs/benchmarks."""
+"""Results of the attention benchmark, told: table, JSON, picture, a section for docs/benchmarks."""
 
 import argparse
 from pathlib import Path
@@ -24,7 +24,7 @@ def tell(result: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """In turn: the least share of the ideal on the longest rows of one document. Exchanged: the ratio, the fastest
+    """Ratios of a run. In turn: the least share of the ideal on the longest rows of one document. Exchanged: the fastest
     other's time over our fastest layout's, the least over the lengths; None where no other runs."""
     if result["measured"] == TURNS:
         longest = max(cell["tokens"] for cell in result["cells"])
@@ -91,7 +91,7 @@ def _row_words(cell: dict[str, Any]) -> str:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """What stands below the table."""
+    """Lines below the table."""
     told = [f"measured: {result['measured']}"]
     if "least_share_of_ideal" in result:
         told.append(

@@ -52,7 +52,7 @@ class Shape:
 
     @property
     def scale(self) -> float:
-        """Of the scores."""
+        """Scale of the scores."""
         return float(self.width**-0.5)
 
 
@@ -71,7 +71,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class RankCost:
-    """What one rank did. `pairs`: visible pairs of a query and a key, over its query heads."""
+    """Cost of one rank. `pairs`: visible pairs of a query and a key, over its query heads."""
 
     seconds: Seconds
     pairs: int
@@ -97,7 +97,7 @@ def clock(device: torch.device) -> float:
 
 
 def fastest(rounds: Sequence[Seconds]) -> Seconds:
-    """Of each direction."""
+    """Fastest time of each direction."""
     return Seconds(min(one.forward for one in rounds), min(one.backward for one in rounds))
 
 
@@ -153,7 +153,7 @@ def attend(
     of_ring: Ring,
     of_ulysses: ProcessGroup | None,
 ) -> Tensor:
-    """What `ContextAttention` does with a rank's tokens [1, L/RU, heads or kv_heads, d] after RoPE."""
+    """Attends as `ContextAttention` does, with a rank's tokens [1, L/RU, heads or kv_heads, d] after RoPE."""
     kv_index = split.kv_index(0 if of_ulysses is None else of_ulysses.rank())
     by_heads = to_heads(q, k, v, split, of_ulysses)
     scoring: Any = {"softmax_scale": shape.scale, "backend": shape.backend}

@@ -1,4 +1,4 @@
-"""How long an import and an export take and what memory they need, beside `cp` and transformers, in one run.
+"""Time and memory of an import and an export, beside `cp` and transformers, in one run.
 
 The model is a `llava-hf` directory of random bf16 weights, made under --folder. In each round the sides take turns:
 `cp` of the directory, brought to the disk as an import's files are; the import; the export of it; transformers' load
@@ -37,7 +37,7 @@ TRANSFORMERS = (
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run of one side."""
+    """Cost of one run of one side."""
 
     seconds: float
     peak_anonymous_bytes: int
@@ -123,7 +123,7 @@ def cost_of(command: list[str]) -> Cost:
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Of a process and its descendants; one that is gone has none."""
+    """Anonymous memory of a process and its descendants; one that is gone has none."""
     total = 0
     try:
         root = psutil.Process(pid)
@@ -172,7 +172,7 @@ def make_model(folder: Path, size_gigabytes: float) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """For a person."""
+    """A table for a person."""
     lines = [f"{result['model_bytes'] / GIGABYTE:.2f} GB, median of {result['rounds']} rounds"]
     for name, seconds in result["seconds"].items():
         peak = result["peak_anonymous_bytes"][name] / MIBIBYTE

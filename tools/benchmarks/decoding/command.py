@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
 
 
 def measure(config: Config, arguments: argparse.Namespace) -> dict[str, Any]:
-    """By batch size: both sides' times per token, and their ratio. Raises SidesDifferError where answers do."""
+    """Measures both sides' times per token by batch size, and their ratio. Raises SidesDifferError where answers do."""
     found = {}
     with started(config, PRODUCT) as ours, started(config, TRANSFORMERS) as theirs:
         sides = {PRODUCT: ours, TRANSFORMERS: theirs}

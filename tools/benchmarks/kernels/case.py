@@ -1,4 +1,4 @@
-"""What the kernel benchmark measures of an operation: a `Case`.
+"""A `Case`: one operation as the kernel benchmark measures it.
 
 A case says how to draw inputs of a size, how the product's door is called with a backend, what the plain twin is, which
 other packages do the same, and the least that each pass must move and compute.

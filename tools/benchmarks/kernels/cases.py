@@ -1,4 +1,4 @@
-"""What the kernel benchmark measures: one `Case` per operation, in `CASES`. To add an operation: one entry.
+"""The kernel benchmark's measurements: one `Case` per operation, in `CASES`. To add an operation: one entry.
 
 Letters: t tokens, h hidden, v vocabulary.
 """

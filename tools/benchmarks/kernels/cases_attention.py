@@ -1,4 +1,4 @@
-"""What the kernel benchmark measures of attention: a causal row, and what a rank of a ring computes, folded or merged.
+"""Cases of attention: a causal row, and the work of a rank of a ring, folded or merged.
 
 The second is a rank of a ring of RING, its steps one after the other with keys that lie ready: the sides are the
 backends of `ops.attention_blocks`, so "calls" is the fastest backend of `ops.attention` with a merge of its own, and
@@ -42,7 +42,7 @@ def _draw_attention(sizes: Sizes, draw: Draw) -> Tensors:
 
 
 def _attention_work(sizes: Sizes, element: int) -> tuple[Work, Work]:
-    """Of a causal mask: half the pairs."""
+    """Work of a causal mask: half the pairs."""
     s, d = sizes["positions"], sizes["width"]
     q, kv = s * sizes["heads"] * d * element, s * sizes["kv_heads"] * d * element
     flops = 2 * s * s * d * sizes["heads"]

@@ -1,5 +1,5 @@
-"""What the kernel benchmark measures of FP8: the linear layers of an 8B model (hidden 4096, feed-forward 14336) over
-8192 tokens, quantisation included, against the same in the inputs' dtype; the quantising alone; the product alone.
+"""Cases of FP8: the linear layers of an 8B model (hidden 4096, feed-forward 14336) over 8192 tokens, quantisation
+included, against the same in the inputs' dtype; the quantising alone; the product alone.
 
 How exact a linear layer in FP8 can be. E4M3 keeps 3 bits of the mantissa, so it rounds a number by at most 2^-4 of
 itself; normally distributed numbers lose 0.026 of their norm, in E5M2 with its 2 bits 0.053. A product of two tensors

@@ -1,4 +1,4 @@
-"""What the kernel benchmark measures of a language model's layers: norm, activation, RoPE.
+"""Cases of a language model's layers: norm, activation, RoPE.
 
 Letters: t tokens, h hidden, f MLP width, s positions, d head width.
 """

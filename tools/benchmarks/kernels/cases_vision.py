@@ -1,4 +1,4 @@
-"""What the kernel benchmark measures of the vision side: projectors and frames. One `Case` each, in `VISION_CASES`.
+"""Cases of the vision side: projectors and frames. One `Case` each, in `VISION_CASES`.
 
 Letters: n pictures, t tokens of a picture, c the tower's width, h the language model's, m rows, p prototypes.
 """

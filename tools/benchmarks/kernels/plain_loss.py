@@ -1,4 +1,4 @@
-"""What linear cross entropy is measured against: a matrix product and torch's cross entropy, all logits at once."""
+"""The other side of linear cross entropy: a matrix product and torch's cross entropy, all logits at once."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What the kernel benchmark measured, told: table, JSON, picture, a section for docs/benchmarks."""
+"""Results of the kernel benchmark, told: table, JSON, picture, a section for docs/benchmarks."""
 
 import argparse
 from pathlib import Path
@@ -54,7 +54,7 @@ def both(cell: dict[str, Any]) -> float:
 
 
 def ratios(cells: list[dict[str, Any]]) -> dict[str, float]:
-    """By operation and size: the fastest other side's time over our kernel's, forward and backward."""
+    """Ratios by operation and size: the fastest other side's time over our kernel's, forward and backward."""
     found = {}
     for ours in (cell for cell in cells if cell["side"] == TRITON):
         theirs = [both(cell) for cell in cells if place(cell) == place(ours) and cell["side"] != TRITON]
@@ -71,7 +71,7 @@ def ceiling_seconds(one_way: dict[str, Any], ceilings: dict[str, float]) -> tupl
 
 
 def share(cell: dict[str, Any], ceilings: dict[str, float]) -> float:
-    """Of the ceiling, forward and backward together."""
+    """Share of the ceiling, forward and backward together."""
     return sum(ceiling_seconds(cell[way], ceilings)[0] for way in WAYS) / both(cell)
 
 
@@ -113,7 +113,7 @@ def _error_words(cell: dict[str, Any]) -> str:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """What stands below the table."""
+    """Lines below the table."""
     ceilings = result["ceilings"]
     told = [
         f"ceilings, measured in this run: a copy {ceilings['bytes_per_second'] / TERA:.3g} TB/s, a matrix product "

@@ -29,12 +29,12 @@ class NotMeasuredError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run measured: `result` as the benchmark writes it."""
+    """Measurements of a run: `result` as the benchmark writes it."""
 
     result: Mapping[str, Any]
 
     def cell(self, op: str, sizes: Sizes, side: str) -> Cell:
-        """Of an operation at sizes, which may name fewer numbers than the benchmark's."""
+        """Cell of an operation at sizes, which may name fewer numbers than the benchmark's."""
         cells = [
             cell
             for cell in self.result["cells"]
@@ -96,7 +96,7 @@ class Target:
 
 
 def speed(op: str, sizes: Sizes, ours: str, other: str) -> Callable[[Run], float]:
-    """How many times as fast as the other side ours is."""
+    """A target's measure: how many times as fast as the other side ours is."""
     return lambda run: run.seconds(op, sizes, other) / run.seconds(op, sizes, ours)
 
 
@@ -136,7 +136,7 @@ def of_copy_bandwidth(run: Run) -> float:
 
 
 def of_linears(run: Run) -> float:
-    """Of all four layers together, in the inputs' dtype over FP8."""
+    """Ratio over all four linear layers together, in the inputs' dtype over FP8."""
     plain, fp8 = (sum(run.seconds("fp8_linear", sizes, side) for sizes in LINEARS) for side in ("torch", TRITON))
     return plain / fp8
 
@@ -225,7 +225,7 @@ def words(line: Mapping[str, Any]) -> str:
 
 
 def step_lines(folder: Path) -> Iterator[str]:
-    """Of the whole step, from the GPU suite's kernels_gpu.json, step_gpu.json and step_fp8_gpu.json."""
+    """Lines on the whole step, from the GPU suite's kernels_gpu.json, step_gpu.json and step_fp8_gpu.json."""
     found = {name: _read(folder / f"{name}_gpu.json") for name in ("kernels", "step", "step_fp8")}
 
     def ours(name: str, number: str) -> float:

@@ -32,7 +32,7 @@ MIN_ROUNDS, SECONDS_PER_SIZE = 3, 6.0  # after so many seconds no further round 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how often is measured."""
+    """Device and repetitions of a measurement."""
 
     device: torch.device
     dtype: torch.dtype
@@ -41,7 +41,7 @@ class Bench:
 
     @cached_property
     def space(self) -> Tensor:
-        """What is written over before a measurement."""
+        """Memory that is written over before a measurement."""
         return torch.empty(WRITE_BYTES, dtype=torch.int8, device=self.device)
 
     def draw(self, case: Case, sizes: Sizes, dtype: torch.dtype | None = None, number: int = 0) -> Tensors:
@@ -55,7 +55,7 @@ class Bench:
         return inputs
 
     def seconds(self, *passes: Callable[[], Any]) -> list[float]:
-        """Of each pass, one after the other."""
+        """Seconds of each pass, one after the other."""
         if self.device.type != "cuda":
             marks = [time.perf_counter()]
             for one in passes:
@@ -98,7 +98,7 @@ def ceilings(bench: Bench) -> dict[str, float]:
 
 
 def side_names(case: Case) -> list[str]:
-    """Of all its sides, whether they can run here or not."""
+    """Names of all its sides, whether they can run here or not."""
     backends = [backend.name for backend in case.operation.backends] if case.operation else []
     return [*backends, *([COMPILED] if case.compiles else []), *case.others]
 
@@ -109,7 +109,7 @@ def is_ours(case: Case, name: str) -> bool:
 
 
 def sides_of(case: Case, names: Sequence[str]) -> dict[str, Side]:
-    """What runs for each name."""
+    """Function that runs for each name."""
     return {name: _side(case, name) for name in names}
 
 
@@ -134,7 +134,7 @@ def _side(case: Case, name: str) -> Side:
 
 
 def _objection(bench: Bench, case: Case, name: str, inputs: Tensors) -> str | None:
-    """Why a backend of ours is not measured though it could run: the interpreter's times of real sizes are nobody's."""
+    """Reason why a backend of ours is not measured though it could run: interpreted times of real sizes are nobody's."""
     if bench.tiny or case.operation is None:
         return None
     found = [one for one in case.operation.backends if one.name == name]
@@ -142,7 +142,7 @@ def _objection(bench: Bench, case: Case, name: str, inputs: Tensors) -> str | No
 
 
 def reason_of(error: Exception) -> str:
-    """Why a side has no numbers; "not run" where that is as it should be, else the traceback goes to stderr."""
+    """Reason why a side has no numbers; "not run" where that is as it should be, else the traceback goes to stderr."""
     if isinstance(error, ConfigError):
         return f"not run: {str(error).removesuffix(ADVICE)}"
     if isinstance(error, ModuleNotFoundError):
@@ -223,7 +223,7 @@ def _peaks(bench: Bench, side: Side, inputs: Tensors, grads: Outputs) -> dict[st
 
 
 def made_bytes(results: Outputs, inputs: Iterable[Tensor]) -> int:
-    """Of the memory that results lie in, what lies in the inputs' left out."""
+    """Memory that results take, without what they share with the inputs."""
     given = {x.untyped_storage().data_ptr() for x in inputs}
     made = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in results}
     return sum(size for place, size in made.items() if place not in given)

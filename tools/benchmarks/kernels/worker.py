@@ -39,7 +39,7 @@ class Worker:
         self._connection: Connection | None = None
 
     def measure(self, op: str, seconds: float) -> Iterator[Message]:
-        """What the operation gives, as it comes; "others" and "failures" where it was not done within `seconds`."""
+        """Yields an operation's results as they come; "others" and "failures" where it was not done in `seconds`."""
         deadline = time.monotonic() + seconds
         connection = self._connection or self._start()
         connection.send(op)

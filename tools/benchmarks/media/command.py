@@ -1,4 +1,4 @@
-"""How evenly the vision encoder's work is shared out: measured encoder seconds, slowest rank over the mean.
+"""Balance of the vision encoder's work: measured encoder seconds, slowest rank over the mean.
 
 Batches are drawn as `draws.py` beside this file says: text, single pictures, several, tiles and video frames, of three
 sizes. A small SigLIP tower encodes them on one thread of the CPU, each rank's share in turn, in calls of up to four
@@ -141,7 +141,7 @@ def measure_batch(
 
 
 def draw_patches(seed: int, num_samples: int) -> list[int]:
-    """Of each picture of a drawn batch."""
+    """Patches of each image of a drawn batch."""
     from .draws import draw
 
     return [item.patches for sample in draw(seed, num_samples) for item in sample.media]
@@ -157,7 +157,7 @@ def share_out(patches: Sequence[int], cost: "MediaCost", num_ranks: int, way: st
 
 
 def predict(shares: Sequence[Sequence[int]], cost: "MediaCost") -> Shares:
-    """What the cost says."""
+    """Prediction of the cost."""
     return Shares([sum(cost.of(p) for p in share) for share in shares])
 
 
@@ -201,7 +201,7 @@ def calls_of(patches: Sequence[int]) -> "Iterator[Any]":
 
 
 def summarise(values: Sequence[float]) -> dict[str, float]:
-    """Over the batches."""
+    """Summary over the batches."""
     over = sum(value > LIMIT for value in values)
     return {"median": statistics.median(values), "mean": statistics.fmean(values), "max": max(values), "over": over}
 

@@ -40,7 +40,7 @@ class DrawnSample:
 
     @property
     def tokens(self) -> int:
-        """In the row: text and media."""
+        """Tokens in the row: text and media."""
         return self.text_tokens + sum(item.tokens for item in self.media)
 
 

@@ -102,7 +102,7 @@ class LlavaSide:
         return shares.tolist()
 
     def flops(self, batch: StepBatch, trained_tokens: int) -> int | None:
-        """Not counted: the product's count stands for both."""
+        """Always None: the product's count stands for both."""
         return None
 
 
@@ -136,7 +136,7 @@ def build_llava(
 
 
 def component_of(name: str) -> str:
-    """Which of the recipe's components a parameter belongs to."""
+    """Component of the recipe that a parameter belongs to."""
     return next((component for prefix, component in COMPONENTS.items() if name.startswith(prefix)), "language")
 
 

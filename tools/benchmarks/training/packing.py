@@ -108,14 +108,14 @@ def requests(config: Config, arguments: argparse.Namespace, launch: Launch) -> l
 
 
 def seconds(side: Measured) -> float:
-    """Of a step: the median of the rounds."""
+    """Time of a step: the median of the rounds."""
     from statistics import median
 
     return median(one.seconds for one in side.rounds)
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """In Markdown."""
+    """A table in Markdown."""
     lines = [
         "| side | tokens of its rows | padding | s/step (min..max) | real tokens/s |",
         "| --- | --- | --- | --- | --- |",

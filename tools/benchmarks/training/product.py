@@ -37,5 +37,5 @@ class ProductSide:
         return found
 
     def flops(self, batch: StepBatch, trained_tokens: int) -> int | None:
-        """By `planner.flops`."""
+        """FLOPs by `planner.flops`."""
         return step_flops(self.shape, batch.sample_tokens, trained_tokens, batch.num_media)

@@ -35,7 +35,7 @@ CLEAR_REFS, RESET_PEAK = Path("/proc/self/clear_refs"), "5"  # see proc(5)
 
 @dataclass(frozen=True)
 class SideRequest:
-    """What a child is to build.
+    """Request to a child process: what it is to build.
 
     Args:
         name: TRANSFORMERS, or any other for the product's side.
@@ -58,7 +58,7 @@ class SideRequest:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a side says of itself before the first step, equal on all ranks."""
+    """Facts that a side states before the first step, equal on all ranks."""
 
     device: str
     num_threads: int  # of torch, in one rank
@@ -75,7 +75,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Round:
-    """Some steps in a row; times are of one step, in the mean."""
+    """Several steps in a row; times are of one step, in the mean."""
 
     seconds: float  # of the slowest rank
     cpu_seconds: float  # of all threads of a rank, in the mean
@@ -108,7 +108,7 @@ class Side(Protocol):
         ...
 
     def flops(self, batch: "StepBatch", trained_tokens: int) -> int | None:
-        """What one step needs; None where the side does not count them."""
+        """FLOPs of one step; None where the side does not count them."""
         ...
 
 
@@ -241,7 +241,7 @@ def _facts(side: Side, config: Config, ranks_per_node: int) -> Facts:
 
 
 def _reset_peak() -> None:
-    """From now on the process's peak memory counts anew."""
+    """Starts to count the process's peak memory anew."""
     import torch
 
     from megatron_vlm.runtime.device import current_device

@@ -46,7 +46,7 @@ class SampleSize:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a data set is made for.
+    """The shape of a made data set.
 
     Args:
         sequence_length: of the longest row, in tokens.
@@ -148,7 +148,7 @@ def conversation(
 
 
 def num_tokens(encoder: ConversationEncoder, turns: list[Turn], num_pictures: int) -> int:
-    """Of a conversation about so many pictures."""
+    """Tokens of a conversation about so many images."""
     return len(encoder.encode(Sample("bench", tuple(turns), ("picture",) * num_pictures, "bench")).ids)
 
 
