@@ -146,7 +146,7 @@ def _holds_tower(own: FolderSource) -> bool:
 
 
 def canonical_name(name: str) -> str:
-    """Canonical name of a tensor on the disk. A projector's own file has anything before `mm_projector.`, as LLaVA's."""
+    """Canonical name of a tensor on the disk. Anything may stand before `mm_projector.` in a projector's own file."""
     _, found, rest = name.partition("mm_projector.")
     if found:
         return projector_name(rest)

@@ -109,7 +109,7 @@ def _placed(rows: Tensor, ids: Tensor, placeholder: int) -> LocalFeatures:
 
 
 def _number_format(directory: Path) -> torch.dtype:
-    """Dtype of the weights as they are stored, not always the one that the recipe computes in. Raises CheckpointError."""
+    """Dtype of the weights as stored, not always the one that the recipe computes in. Raises CheckpointError."""
     manifest = Manifest.read(directory)
     refuse_damage(directory, manifest, [METADATA_FILE])
     stored = read_metadata(directory, manifest.files).state_dict_metadata

@@ -44,7 +44,7 @@ class TowerNames:
         self.config = config
 
     def canonical(self, name: str) -> str:
-        """Canonical form of a tensor's name on the disk, of any version, or in memory; without prefixes of a larger one."""
+        """Canonical form of a tensor's name on the disk, of any version, or in memory; without outer prefixes."""
         if not self.are_renamed:
             return tower_name(name)
         model, state, renamings, converters = self._model

@@ -24,7 +24,7 @@ def tell(result: dict[str, Any], arguments: argparse.Namespace) -> None:
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """Ratios of a run. In turn: the least share of the ideal on the longest rows of one document. Exchanged: the fastest
+    """Ratios of a run. In turn: the least share of the ideal on the longest rows of one document. Exchanged: the best
     other's time over our fastest layout's, the least over the lengths; None where no other runs."""
     if result["measured"] == TURNS:
         longest = max(cell["tokens"] for cell in result["cells"])

@@ -134,7 +134,7 @@ def _side(case: Case, name: str) -> Side:
 
 
 def _objection(bench: Bench, case: Case, name: str, inputs: Tensors) -> str | None:
-    """Reason why a backend of ours is not measured though it could run: interpreted times of real sizes are nobody's."""
+    """Reason why a backend of ours is not measured though it could run: interpreted times of real sizes say little."""
     if bench.tiny or case.operation is None:
         return None
     found = [one for one in case.operation.backends if one.name == name]
