@@ -59,7 +59,7 @@ class Fp8Layer:
         layer.register_forward_pre_hook(self.look, with_kwargs=True)
 
     def look(self, layer: nn.Module, _arguments: Any, keywords: dict[str, Any]) -> None:
-        """Looks at the context before the layer's forward. The call brings it, so a recomputed one sees its own tokens."""
+        """Looks at the context before the layer's forward. The call brings it, so a recomputed one sees its tokens."""
         self.active = layer.training
         self.counted = getattr(keywords.get("packed_seq_params"), "counted", None)
 
@@ -75,7 +75,7 @@ class Fp8Layer:
         tp_group: Any,
         **options: Any,
     ) -> Tensor:
-        """Multiplies in place of mcore's `_forward_impl`, which is `plain`: input [s, b, k], [s/tp, b, k] under sequence
+        """Multiplies in place of mcore's `_forward_impl`, here `plain`: input [s, b, k], [s/tp, b, k] under sequence
         parallelism, times weight [n, k] -> [s, b, n]."""
         if not self.active:
             return plain(

@@ -30,6 +30,44 @@ def environment_reads(path: Path, tree: ast.Module) -> Iterator[str]:
             yield f"{path}:{found.line} imports {found.module}; the environment is read in runtime/ only"
 
 
+RELATIVE = set(  # words that begin half a sentence, of which a tooltip shows no other half
+    "After Against Along Among And As At Before Behind Beside Between By For From How If In Into Like Maybe Not Of On "
+    "Or Out Over Per That To Under Until Whatever What When Where Which Who Why With Without".split()
+)
+
+
+def half_sentences(path: Path, tree: ast.Module) -> Iterator[str]:
+    """Docstrings whose first line does not stand alone (STYLE 10): it begins with a preposition or a relative word.
+    "Whether" is kept for what is true or false."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        text = ast.get_docstring(node)
+        if text and (first := text.split()[0].strip(",.;:")) in RELATIVE:
+            yield f"{path}:{node.body[0].lineno} opens with {first!r}; a verb or a noun stands alone in a tooltip"
+
+
+def test_docstrings_open_with_what_stands_alone() -> None:
+    folders = [folder for folder in TOP_FOLDERS if folder != "tests"]
+    found = [line for path in python_files(*folders) for line in half_sentences(path, tree_of(path))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ('"""What a thing is."""', 1),
+        ('def f():\n    """Of all ranks."""', 1),
+        ('class C:\n    """As stored, without reading."""', 1),
+        ('def f():\n    """Number of all ranks."""', 0),
+        ('def f():\n    """Whether it is whole."""', 0),
+        ('"""Whatsoever: a name."""', 0),
+    ],
+)
+def test_half_a_sentence_is_found(source: str, count: int) -> None:
+    assert len(list(half_sentences(Path("x.py"), ast.parse(source)))) == count
+
+
 OWN_FILES = (  # what they open was written by this process or its child a moment ago
     "megatron_vlm/checkpoint/integrity.py",
     "megatron_vlm/data/tokenizer.py",

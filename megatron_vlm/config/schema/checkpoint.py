@@ -8,7 +8,7 @@ from megatron_vlm.config.schema.base import NonNegativeInt, PositiveInt, Section
 
 
 class CheckpointConfig(Section):
-    """Where checkpoints go, and what a run starts from."""
+    """Checkpoints that a run writes, and the one that it starts from."""
 
     directory: str = Field(description="Folder of the run: its checkpoints, its recipe and its metrics.")
     every_steps: NonNegativeInt = Field(

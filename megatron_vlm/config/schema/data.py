@@ -19,7 +19,7 @@ class VideoConfig(Section):
 
 
 class DataConfig(Section):
-    """What is trained on, and how it becomes tokens and pixels."""
+    """Training data, and its way to tokens and pixels."""
 
     path: str = Field(description="The data file with the training samples.")
     source: str = Field(default="llava_json", description="Registered reader of `data.path` and of `evaluation.path`.")

@@ -6,7 +6,7 @@ from megatron_vlm.config.schema.base import NonNegativeInt, PositiveInt, Section
 
 
 class LoggingConfig(Section):
-    """What the run tells while it works."""
+    """Reports of a run while it works."""
 
     every_steps: PositiveInt = Field(default=1, description="Steps from one line on the console to the next.")
     progress: bool = Field(default=True, description="Show progress on the console.")

@@ -34,7 +34,7 @@ class TimeTokensConfig(Section):
 
 
 class LossConfig(Section):
-    """How the training loss, which is also the one that is logged, departs from the plain cross entropy per token.
+    """The training loss, which is also the one that is logged, and how it departs from cross entropy per token.
     Held-out losses and scores are always the plain one."""
 
     z_loss: NonNegativeFloat = Field(

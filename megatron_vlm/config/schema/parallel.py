@@ -8,7 +8,7 @@ from megatron_vlm.config.schema.base import PositiveInt, Section
 
 
 class ParallelConfig(Section):
-    """How the ranks share the work; data parallelism is what is left of the world."""
+    """Division of the work among the ranks; data parallelism is what is left of the world."""
 
     tensor: PositiveInt = Field(default=1, description="Ranks that share each layer: its heads and channels.")
     pipeline: PositiveInt = Field(default=1, description="Ranks that share the layers, as stages of a pipeline.")

@@ -8,7 +8,7 @@ from megatron_vlm.config.schema.base import NonNegativeInt, PositiveInt, Section
 
 
 class RuntimeConfig(Section):
-    """Where and how the ranks run."""
+    """Device, seed and timeout of the ranks."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="What the ranks compute on. auto: GPUs where there are any, else the CPU."

@@ -110,7 +110,7 @@ class Target:
 
 @dataclass(frozen=True)
 class FormatOption:
-    """What directories of a format may leave open, and a caller then says.
+    """An option of a format: what its directories may leave open, and a caller then says.
 
     Args:
         values: that it takes.
@@ -186,7 +186,7 @@ def open_foreign(path: str | Path, format: str | None = None, places: Places = P
 
 
 def open_options(folder: Path) -> dict[str, FormatOption]:
-    """What a directory leaves open, by key; empty where no format recognises it. Raises ConversionError."""
+    """Options that a directory leaves open, by key; empty where no format recognises it. Raises ConversionError."""
     found = _recognised(folder)
     if found is None or not found.options:
         return {}

@@ -130,7 +130,7 @@ def survey_tower(vision: VisionConfig, projector: ProjectorConfig | None) -> Tow
 
 
 def _num_rows(projector: ProjectorConfig | None, num_tokens: int, hidden_size: int, grid: PatchGrid) -> int:
-    """Rows that the projector gives per image. An unknown one gives as many as tokens: validation tells its name with the
+    """Rows that the projector gives per image. An unknown one gives as many as tokens: validation tells it with the
     recipe's other faults."""
     if projector is None or projector.type not in PROJECTORS:
         return num_tokens

@@ -60,7 +60,7 @@ class Parameters:
         return Comparison("initial weights", tuple(found))
 
     def gradients(self) -> Comparison:
-        """Compares the first step's gradients, in the order of the backward pass; `rounding` names what is only that."""
+        """Compares the first step's gradients, in the order of the backward pass; `rounding` names those of no size."""
         total = math.sqrt(sum(float(g.square().sum()) for g in self.one.gradients.values()))
         rounding: list[str] = []
 

@@ -1,1 +1,1 @@
-"""What commands cost before they work: measured against `import torch, transformers`."""
+"""Cost of commands before they work: measured against `import torch, transformers`."""

@@ -1,4 +1,4 @@
-"""What commands cost until they help, refuse, answer or train, as ratios of processor time to importing their base.
+"""Cost of commands until they help, refuse, answer or train, in ratios of processor time to importing their base.
 
 The base is `python -c 'import torch, transformers'`; of `generate` it is a script that uses transformers alone and asks
 an equal model for the same word. Time is the processors', user and system, children included, so that it says little of
@@ -107,7 +107,7 @@ def chosen(known: dict[str, Command], only: str) -> dict[str, Command]:
 
 
 def log_of(checkout: Checkout, command: Command) -> str:
-    """What `-X importtime` says of a run."""
+    """Reads the log of `-X importtime` of a run."""
     line = checkout.line("-X", "importtime", *command.words)
     done = subprocess.run(line, cwd=checkout.root, capture_output=True, text=True, check=False)
     assert done.returncode == command.code, f"{command.words}: {done.stderr[-2000:]}"
@@ -125,7 +125,7 @@ def processor_seconds(checkout: Checkout, command: Command) -> float:
 
 
 def first_step_seconds(checkout: Checkout, folder: Path) -> float:
-    """Of the quickstart's job, launcher and workers included, up to the report of its first step, by rank."""
+    """Measures the quickstart's job, launcher and workers included, up to the report of its first step, by rank."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     report = folder / "run" / "metrics.jsonl"
     train = ["tools/train.py", RECIPE, *overrides(folder)]

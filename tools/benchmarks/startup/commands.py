@@ -92,7 +92,7 @@ def commands(checkout: Checkout, folder: Path) -> dict[str, Command]:
 
 
 def overrides(folder: Path) -> list[str]:
-    """That point the quickstart's recipe at the data in `folder`."""
+    """Overrides that point the quickstart's recipe at the data in `folder`."""
     data = folder / "quickstart"
     return [
         f"data.path={data / 'train.json'}",

@@ -1,4 +1,4 @@
-"""What a process imports and what that takes, from the log of `python -X importtime`.
+"""Imports of a process and their times, from the log of `python -X importtime`.
 
     import time: self [us] | cumulative | imported package
     import time:       200 |        200 |   numpy.core
