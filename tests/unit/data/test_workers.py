@@ -115,7 +115,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("end", "wanted"), [("exit", 3), ("kill", -signal.SIGKILL), ("return", 0)])
+@pytest.mark.parametrize(
+    ("end", "wanted"), [pytest.param("exit", 3, marks=pytest.mark.slow), ("kill", -signal.SIGKILL), ("return", 0)]
+)
 def test_workers_end_with_their_rank(tmp_path: Path, end: str, wanted: int) -> None:
     """A rank that is killed, ends itself at once as a failing one does, or just comes to its end in the middle of a
     pass leaves no process behind, and waits for none."""
