@@ -2,10 +2,10 @@
 
 Real job, real loader, a mix of text-only, one-image and three-image samples, fp32. Tolerances are relative
 in the L2 norm: losses and gradient norms 1e-5; first gradients per tensor 1e-5 of (its norm + 1e-6 of the total norm);
-five-step updates per tensor 1e-4 (`docs/decisions/0009` proposes an eps for it); the first step's features,
-embeddings, layer outputs and token losses 1e-5 per rank and row. Tensors whose gradient in one process is under 1e-6 of
-the total (attention key biases: the true gradient is zero, what is there is rounding, and Adam turns that into full
-steps) are printed, and asserted only to be under it in the layout too. Each planted fault must fail the test.
+five-step updates per tensor 1e-4, at an eps of Adam's that fp32 resolves (`docs/decisions/0009`); the first step's
+features, embeddings, layer outputs and token losses 1e-5 per rank and row. Tensors whose gradient in one process is
+under 1e-6 of the total (attention key biases: the true gradient is zero, what is there is rounding, and Adam turns that
+into full steps) are printed, and asserted only to be under it in the layout too. Each planted fault must fail the test.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.training.layout_check import difference
 from megatron_vlm.training.layout_check.compare import compare
 from megatron_vlm.training.layout_check.record import Record
-from megatron_vlm.training.layout_check.shrink import RATES
+from megatron_vlm.training.layout_check.shrink import MIN_EPS, RATES
 from tests.helpers.master import run_layout
 from tests.helpers.ranks import RankFailure, RankPool
 from tests.helpers.recipes import (
@@ -190,7 +190,7 @@ def test_planted_fault_is_found(ranks: RankPool, reference: Any, name: str) -> N
 def test_tolerances() -> None:
     """They are the product's, and not to be loosened there without notice here."""
     assert (difference.TOLERANCE, difference.UPDATE_TOLERANCE, difference.ROUNDING) == (1e-5, 1e-4, 1e-6)
-    assert RATES == {"lr": 1e-3, "lr_projector": 3e-3, "lr_vision": 2e-3}
+    assert {"eps": MIN_EPS, **RATES} == {"eps": 1e-5, "lr": 1e-3, "lr_projector": 3e-3, "lr_vision": 2e-3}
 
 
 def check(

@@ -20,7 +20,6 @@ from megatron_vlm.parallel.layout import SequenceLayout
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.training.layout_check.compare import compare
 from megatron_vlm.training.layout_check.record import FEATURES, MERGED, Record
-from megatron_vlm.training.layout_check.shrink import MIN_EPS
 from tests.helpers.master import run_rows
 from tests.helpers.ranks import RankPool
 from tests.helpers.recipes import DIVERGENCE, PACKED, Recipe, base_recipe, merged
@@ -88,16 +87,11 @@ def turns(*texts: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """Of one process, a sample a row.
-
-    Adam's eps is that of `--check-layout`. These samples leave one weight of a norm with a gradient of 4e-8, a
-    ten-thousandth of its neighbours'; divided by its own size, its rounding shows in the update (1.2e-4).
-    """
+    """Of one process, a sample a row."""
     directory = tmp_path_factory.mktemp("seams")
     changes = {
         "data": {"path": str(write_samples(directory)), "on_long_sample": "truncate"},
         "training": {"global_batch_size": NUM_SAMPLES},
-        "optimizer": {"eps": MIN_EPS},
     }
     return merged(base_recipe(directory), changes)
 

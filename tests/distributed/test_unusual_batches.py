@@ -2,10 +2,6 @@
 
 Rows of a prime length that no layout can cut; videos, whose frames several ranks encode; a step without any picture, in
 which three of four ranks that share a sequence hold no trained token; a video of 2,048 frames.
-
-Adam's first update is the gradient's sign, but where a gradient is near its eps of 1e-8: there rounding makes the
-update. `test_a_video_of_2048_frames` misses its limit by one such element, in which layouts depends on the processor,
-and the comparison with exact products can too (`docs/decisions/0009`, a proposal that is not in force).
 """
 
 import json
