@@ -17,7 +17,7 @@ be hidden before torch looks for it.
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_vlm.errors import ConfigError
@@ -232,12 +232,15 @@ def _redirect_torch(torch: Any) -> None:
 def _redirect_megatron(torch: Any) -> None:
     """Replaces the names of `REDIRECTED` that belong to megatron-core, and imports it.
 
-    Before torch's: the import brings in torch._dynamo, which tables torch's functions by identity once and refuses
+    Before torch's: torch._dynamo, which transformers brings in, tables torch's functions by identity once and refuses
     a function that it finds under two names.
     """
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import moe_utils
+    import torch._dynamo  # noqa: F401 (imported while torch's functions are their own)
+
+    with _nothing_compiled(torch):
+        from megatron.core.dist_checkpointing.mapping import ShardedTensor
+        from megatron.core.tensor_parallel import random
+        from megatron.core.transformer.moe import moe_utils
 
     def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> Any:
         return torch.get_rng_state()
@@ -254,6 +257,24 @@ def _redirect_megatron(torch: Any) -> None:
     ShardedTensor.init_data = init_data_on_cpu
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+@contextlib.contextmanager
+def _nothing_compiled(torch: Any) -> Iterator[None]:
+    """While megatron-core is imported: its `jit_fuser` is torch.compile, which brings in inductor for the functions that
+    it decorates, 2 of the 7 s of processor time in which a rank imports everything. No recipe turns their fusions on
+    (`config/megatron.py`), and on a CPU each would call a C++ compiler."""
+    compiled = torch.compile
+    torch.compile = _as_it_is
+    try:
+        yield
+    finally:
+        torch.compile = compiled
+
+
+def _as_it_is(function: Any = None, **_: Any) -> Any:
+    """A decorator that changes nothing, with options or without."""
+    return _as_it_is if function is None else function
 
 
 def interprets_triton() -> bool:
