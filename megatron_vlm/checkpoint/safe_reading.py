@@ -3,7 +3,7 @@
 A native checkpoint has three kinds of pickles, and megatron-core and torch would read them without restraint:
 `.metadata` by a plain `pickle.load`, the objects between the tensors of `*.distcp` with `weights_only=False`, and
 `common.pt` with torch's default, which the user's environment may switch. Here `.metadata` is read once, as data
-(`stored_metadata`), and what was accepted is what torch's planner is given; all objects are read by torch's
+(`stored_entries`), and what was accepted is what torch's planner is given; all objects are read by torch's
 restricted unpickler, whatever the environment says.
 """
 
@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from megatron_vlm.checkpoint.plain_pickle import CodeFoundError
 from megatron_vlm.errors import CheckpointError, one_line
 
@@ -25,6 +23,8 @@ _NAMED_BY_TORCH = re.compile(r"\bGLOBAL ([\w.]+)")
 
 def load_data(file: IO[bytes]) -> Any:
     """Loads what `torch.save` wrote, on the CPU. Raises CodeFoundError, ValueError, and torch's errors of damage."""
+    import torch  # what only reads `.metadata` goes without
+
     try:
         with torch.serialization.safe_globals([io.BytesIO]):  # what layers without extra state keep
             return torch.load(file, map_location="cpu", weights_only=True)

@@ -261,9 +261,9 @@ def _redirect_megatron(torch: Any) -> None:
 
 @contextlib.contextmanager
 def _nothing_compiled(torch: Any) -> Iterator[None]:
-    """While megatron-core is imported: its `jit_fuser` is torch.compile, which brings in inductor for the functions that
-    it decorates, 2 of the 7 s of processor time in which a rank imports everything. No recipe turns their fusions on
-    (`config/megatron.py`), and on a CPU each would call a C++ compiler."""
+    """While megatron-core is imported: its `jit_fuser` is torch.compile, which brings in inductor for the functions it
+    decorates: half a second of processor time of every rank. No recipe turns their fusions on, see
+    config/megatron.py, and on a CPU each would call a C++ compiler."""
     compiled = torch.compile
     torch.compile = _as_it_is
     try:

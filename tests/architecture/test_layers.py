@@ -153,7 +153,7 @@ def test_recipes_are_read_without_torch() -> None:
 
 def test_weights_are_moved_without_megatron_core() -> None:
     """Importing it takes as long as torch and transformers together: half of the time of converting a small model."""
-    modules = ("transfer.importing", "transfer.exporting", "transfer.inspection", "formats")
+    modules = ("transfer.importing", "transfer.exporting", "transfer.foreign_inspection", "formats")
     program = f"import sys, {', '.join(f'megatron_vlm.conversion.{name}' for name in modules)}; "
     program += "sys.exit(any(name.startswith('megatron.') for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode == 0

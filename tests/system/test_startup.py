@@ -12,11 +12,12 @@ from tools.benchmarks.startup import import_times
 from tools.benchmarks.startup.commands import FIRST_STEP
 
 QUICKSTART = "examples/recipes/quickstart_phase1.yaml"
-HEAVY = ("torch", "transformers", "megatron", "numpy", "PIL", "matplotlib")
+HEAVY = ("torch", "transformers", "megatron.core", "numpy", "PIL", "matplotlib")
 LIGHT = {  # what is told without a model; words after the command -> code it ends with
     ("train", "--help"): 0,
     ("config",): 0,
     ("config", "data.packing"): 0,
+    ("convert", "inspect", "no/such/directory"): 1,
     ("train", QUICKSTART, "data.pakcing=true"): 1,
     ("train", QUICKSTART, "parallel.tensor=3"): 1,
 }

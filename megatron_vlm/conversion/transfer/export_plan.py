@@ -18,7 +18,8 @@ from torch import Tensor
 
 from megatron_vlm.checkpoint.integrity import send_to_disk, write_at
 from megatron_vlm.conversion.mappings import COMPUTED_BUFFERS, HEAD
-from megatron_vlm.conversion.transfer.origin import Origin, is_as_referenced
+from megatron_vlm.conversion.transfer.origin import is_as_referenced
+from megatron_vlm.conversion.transfer.origin_record import Origin
 from megatron_vlm.conversion.weights.dtypes import DTYPES
 from megatron_vlm.errors import ConversionError
 

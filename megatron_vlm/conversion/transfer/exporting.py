@@ -47,7 +47,8 @@ from megatron_vlm.conversion.transfer.export_plan import (
     write_shards,
 )
 from megatron_vlm.conversion.transfer.model_card import CARD, ORIGINS_CARD, base_models, made_from, model_card
-from megatron_vlm.conversion.transfer.origin import FOLDER, LICENCE_FILES, SENTENCEPIECE_FILE, Origin, reading_of
+from megatron_vlm.conversion.transfer.origin import LICENCE_FILES, SENTENCEPIECE_FILE, reading_of
+from megatron_vlm.conversion.transfer.origin_record import FOLDER, Origin
 from megatron_vlm.conversion.weights.files import INDEXES, SAFETENSORS_INDEX
 from megatron_vlm.conversion.weights.tower_names import TowerNames
 from megatron_vlm.data.tokenizer import load_tokenizer

@@ -12,17 +12,12 @@ A checkpoint trained from an imported one keeps it too (`copy_origin`).
 
 import hashlib
 import json
-import os
-import re
 import shutil
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Any
 
 import torch
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,162 +25,21 @@ from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.formats.base import ForeignModel, read_json
 from megatron_vlm.conversion.formats.recipe import settings_of
-from megatron_vlm.conversion.weights.dtypes import DTYPES
-from megatron_vlm.conversion.weights.files import LENGTH_BYTES, SafetensorsFile
-from megatron_vlm.conversion.weights.safetensors_header import read_header
+from megatron_vlm.conversion.transfer.origin_record import FILES, FOLDER, HEADERS, MAX_CARRIED_BYTES, RECORD_FILE, SPARE
+from megatron_vlm.conversion.weights.files import SafetensorsFile
 from megatron_vlm.conversion.weights.sources import FolderSource
 from megatron_vlm.data.tokenizer import load_tokenizer
-from megatron_vlm.errors import CheckpointError, ConversionError, one_line, shown
 from megatron_vlm.models.hf_config import config_from_path
-from megatron_vlm.runtime.files import read_bytes, read_text, stays_inside
 from megatron_vlm.runtime.logging import get_logger
 
-FOLDER = "origin"
-MAX_CARRIED_BYTES = 64 * 2**20  # of one file
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
-CARD = "README.md"  # a model card, whose head may name a licence
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USE_POLICY.md", "NOTICE")
 SENTENCEPIECE_FILE = "tokenizer.model"  # which transformers 5 does not write, and the original LLaVA reads
 _ASKED = ("template", "template_arguments")
-_HEAD = re.compile(r"---\n.*?\n---\n", re.DOTALL)
-_LICENCE = re.compile(r"""^license:\s*["']?([\w.+-]+)["']?\s*$""", re.MULTILINE)
-_RECORD, _HEADERS, _FILES, _SPARE = "origin.json", "headers", "files", "spare.safetensors"
 _BESIDE_THE_MODEL = ("architectures", "dtype", "_name_or_path")  # of a config: what made it, and how it is stored
-RECORD = f"{FOLDER}/{_RECORD}"
 _OF_A_CALL = ("padding", "truncation")  # what a tokenizer keeps of its last use
 
 logger = get_logger(__name__)
-
-
-def _plain_name(file: str) -> str:
-    if not stays_inside(file) or "/" in file:
-        raise ValueError(f"found {file!r}, needs the name of a file in one folder")
-    return file
-
-
-def _known_dtype(name: str) -> str:
-    if name not in DTYPES:
-        raise ValueError(f"found dtype {name!r}, needs one of {', '.join(DTYPES)}")
-    return name
-
-
-_FileName: TypeAlias = Annotated[str, AfterValidator(_plain_name)]
-_Dtype: TypeAlias = Annotated[str, AfterValidator(_known_dtype)]
-_Size: TypeAlias = Annotated[int, Field(strict=True, ge=0)]
-
-
-class _Record(BaseModel):
-    """origin.json: whoever wrote it, its files stay in their folders and its dtypes are dtypes."""
-
-    format: str
-    weights: dict[_FileName, list[tuple[str, str, _Dtype, tuple[_Size, ...]]]]
-    referenced: dict[str, tuple[_Dtype, str, str]]
-    reading: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class OriginTensor:
-    """A tensor of a weight file: its name there and here, its dtype as torch calls it."""
-
-    disk_name: str
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype itself."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The record of the directory a model came from.
-
-    Args:
-        folder: `origin/` of a checkpoint.
-        format: registered name.
-        weights: by file name, its tensors in the file's order; none of a model that was put together from several
-            directories.
-        referenced: tensors that came from elsewhere (a tower that is only named): canonical name -> dtype, SHA-256, and
-            SHA-256 when rounded to bf16.
-        reading: what the directory was read as (`reading_of`).
-    """
-
-    folder: Path
-    format: str
-    weights: dict[str, list[OriginTensor]]
-    referenced: dict[str, tuple[str, str, str]]
-    reading: dict[str, Any]
-
-    @classmethod
-    def of(cls, checkpoint: Path) -> "Origin | None":
-        """A checkpoint's record; None where it was trained from scratch. Raises ConversionError, CheckpointError."""
-        folder = checkpoint / FOLDER
-        if RECORD not in Manifest.read(checkpoint).files:
-            return None
-        record = read_json(folder / _RECORD)
-        try:
-            known = _Record.model_validate(record)
-        except ValidationError as error:
-            fault = error.errors()[0]
-            place = ".".join(map(str, fault["loc"]))
-            raise CheckpointError(f"{folder / _RECORD} is damaged: {place}: {shown(fault['msg'])}") from error
-        weights = {file: [OriginTensor(*entry) for entry in tensors] for file, tensors in known.weights.items()}
-        return cls(folder, known.format, weights, known.referenced, known.reading)
-
-    def header(self, file: str) -> bytes | None:
-        """Header of a safetensors file; None for one that was a pickle. Raises CheckpointError where it is not the
-        file's tensors."""
-        path = self.folder / _HEADERS / file
-        if not os.path.lexists(path):
-            return None
-        tensors = {t.disk_name: (t.dtype, t.shape) for t in self.weights[file]}
-        num_bytes = sum(prod(shape) * DTYPES[dtype].num_bytes for dtype, shape in tensors.values())
-        try:
-            header = read_bytes(path)
-            places = read_header(header[LENGTH_BYTES:], num_bytes, path)
-        except (OSError, ConversionError) as error:
-            raise CheckpointError(f"{path} is damaged: {one_line(error)}") from error
-        is_whole = int.from_bytes(header[:LENGTH_BYTES], "little") == len(header) - LENGTH_BYTES
-        if not is_whole or [*tensors.items()] != [(name, (p.dtype, p.shape)) for name, p in places.items()]:
-            raise CheckpointError(f"{path} is damaged: it is not the header of the tensors in {_RECORD}")
-        return header
-
-    def spare(self) -> dict[str, Tensor]:
-        """The tensors no model here has, by canonical name."""
-        path = self.folder / _SPARE
-        if not os.path.lexists(path):
-            return {}
-        file = SafetensorsFile(path)
-        return {name: file.read(name) for name in file.names()}
-
-    def files(self) -> list[Path]:
-        """The carried files, inside `origin/files`."""
-        root = self.folder / _FILES
-        return [path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file()]
-
-    def is_read_as(self, reading: dict[str, Any]) -> bool:
-        """Whether a checkpoint is still what the directory was read as. Records of old say nothing of the template."""
-        return {
-            key: value for key, value in reading.items() if key in self.reading or key != "template"
-        } == self.reading
-
-    def licence(self) -> str | None:
-        """Licence that the head of the model card names, one word as the hub has it; None where it names none."""
-        card = self.folder / _FILES / CARD
-        if not card.is_file() or (head := _HEAD.match(read_text(card, MAX_CARRIED_BYTES))) is None:
-            return None
-        named = _LICENCE.search(head[0])
-        return None if named is None else named[1]
-
-    def copy_files(self, into: Path, only: Collection[str] | None = None, leave_out: Collection[str] = ()) -> None:
-        """Writes the carried files. Raises OSError."""
-        for file in self.files():
-            if (only is None or str(file) in only) and str(file) not in leave_out:
-                (into / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(self.folder / _FILES / file, into / file)
 
 
 def reading_of(checkpoint: Path, config: Config) -> dict[str, Any]:
@@ -240,20 +94,20 @@ def write_origin(checkpoint: Path, foreign: ForeignModel, spare: Iterable[str], 
         OSError: the disk.
     """
     own, folder = foreign.own, checkpoint / FOLDER
-    (folder / _HEADERS).mkdir(parents=True)
+    (folder / HEADERS).mkdir(parents=True)
     record: dict[str, Any] = {"format": foreign.format, "weights": {}, "referenced": {}}
     record["reading"] = reading_of(checkpoint, config)
     if own is None:
-        _copy_tokenizer(foreign.tokenizer, folder / _FILES)
+        _copy_tokenizer(foreign.tokenizer, folder / FILES)
     else:
-        record["weights"] = _weights_of(own, folder / _HEADERS)
+        record["weights"] = _weights_of(own, folder / HEADERS)
         elsewhere = sorted(set(foreign.source.names()) - set(own.names()))
         record["referenced"] = {name: reference_to(foreign.source.read(name)) for name in elsewhere}
         kept = {name: foreign.source.read(name).clone() for name in spare if name in own.names()}
         if kept:
-            save_file(kept, folder / _SPARE)
-        _copy_files(foreign, {file.path for file in own.weights.files}, folder / _FILES)
-    (folder / _RECORD).write_text(json.dumps(record), encoding="utf-8")
+            save_file(kept, folder / SPARE)
+        _copy_files(foreign, {file.path for file in own.weights.files}, folder / FILES)
+    (folder / RECORD_FILE).write_text(json.dumps(record), encoding="utf-8")
 
 
 def _weights_of(own: FolderSource, headers: Path) -> dict[str, list[list[Any]]]:

@@ -13,9 +13,16 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+)
 from torch.distributed.checkpoint.planner import WriteItemType
 
+from megatron_vlm.checkpoint import stored_entries
 from megatron_vlm.checkpoint.integrity import records_of
 from megatron_vlm.checkpoint.reading import _CommonStrategy
 from megatron_vlm.checkpoint.stored_metadata import read_metadata
@@ -55,6 +62,20 @@ def checkpoint(tmp_path: Path) -> Path:
     torch_checkpoint.save({**tensors, "extra": io.BytesIO(b"state")}, checkpoint_id=tmp_path / "step", no_dist=True)
     torch.save({"optimizer": {"lr": 0.5, "betas": (0.9, 0.99)}}, tmp_path / "step" / "common.pt")
     return tmp_path / "step"
+
+
+def test_the_names_that_are_read_without_torch_are_torchs() -> None:
+    known = {str(kind).removeprefix("torch.") for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
+    assert known <= set(stored_entries.DTYPES)
+    assert set(stored_entries._ENUMS.values()) == {(*_MEM_FORMAT_ENCODING.__members__,), (*WriteItemType.__members__,)}
+    contiguous = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    assert stored_entries.CONTIGUOUS == (contiguous.name, contiguous.value)
+
+
+def test_a_dtype_that_this_torch_lacks_is_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch, "bfloat16")
+    with pytest.raises(CheckpointError, match="torch.bfloat16 is of dtype bfloat16, which torch .* lacks"):
+        read(checkpoint)
 
 
 def test_data_passes_and_is_what_torch_reads(checkpoint):

@@ -18,7 +18,8 @@ from megatron_vlm.conversion.transfer.export_plan import (
     plan_returned,
     write_shards,
 )
-from megatron_vlm.conversion.transfer.origin import Origin, reference_to
+from megatron_vlm.conversion.transfer.origin import reference_to
+from megatron_vlm.conversion.transfer.origin_record import Origin
 
 SHAPES = {"a": (3, 5), "b": (), "c": (0, 4), "d": (7,), "e": (64, 3), "f": (2, 2, 2)}
 
