@@ -9,7 +9,7 @@ from tests.architecture.sources import ROOT
 from tests.helpers.commands import faults, key_fault
 
 COMMAND = re.compile(
-    r"^(?:[A-Z_]+=\S+ )?(?:\.venv/bin/)?(?:(?:python|torchrun|make|docker|sbatch) \S|examples/\S+\.sh\b).*"
+    r"^(?:[A-Z_]+=\S+ )?(?:\.venv/bin/)?(?:(?:python|torchrun|make|docker|sbatch|megatron-vlm) \S|examples/\S+\.sh\b).*"
 )
 KEY = re.compile(r"([a-z_]+(?:\.[a-z_]+)+)(?:=\S*|: .*)?")
 SECTIONS = {"runtime", "model", "parallel", "data", "precision", "optimizer", "schedule", "training", "checkpoint"} | {
@@ -64,10 +64,30 @@ def test_keys_named_exist(document: str, least: int) -> None:
         ("torchrun --nproc 2 tools/train.py RECIPE.yaml", "torchrun has no --nproc"),
         ("python tools/launch.py --nods 2 -- python tools/train.py", "launch.py has no --nods"),
         ("make quickstrt", "make has no quickstrt"),
+        (".venv/bin/megatron-vlm trian RECIPE.yaml", "megatron-vlm has no trian"),
+        ("megatron-vlm --versoin", "megatron-vlm has no --versoin"),
+        ("megatron-vlm train RECIPE.yaml --chek-layout", "megatron-vlm train has no --chek-layout"),
+        ("megatron-vlm convert inspect DIRECTORY --deep", "megatron-vlm convert has no --deep"),
+        ("torchrun -m megatron_vlm train RECIPE.yaml training.stps=3", "training.stps is no key of the recipe"),
+        ("megatron-vlm launch --local --ranks 2 -- trian RECIPE.yaml", "'trian RECIPE.yaml' names no tool"),
+        ("megatron-vlm launch --local --ranks 2 -- train RECIPE.yaml --x", "megatron-vlm train has no --x"),
     ],
 )
 def test_the_rule_can_fail(command: str, fault: str) -> None:
     assert faults(command) == [fault]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "megatron-vlm --version",
+        "megatron-vlm launch --local --ranks 2 -- train RECIPE.yaml training.steps=3 --check-layout",
+        "torchrun --nproc-per-node 2 -m megatron_vlm train RECIPE.yaml",
+        "megatron-vlm convert import A B --tower C",
+    ],
+)
+def test_the_rule_can_pass(command: str) -> None:
+    assert not faults(command)
 
 
 def test_a_wrong_value_in_a_shipped_recipe_is_found() -> None:
