@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vlm.cli.layout_page.output import attended, needed, show, write
+from megatron_vlm.cli.layout_page.page import page
 from megatron_vlm.config import load_config
 from megatron_vlm.errors import ConfigError
 from tests.helpers.layouts import layout_of
 from tests.helpers.processes import ROOT
 from tests.helpers.tiny import tiny_recipe
 from tests.helpers.tool_runs import tool, warm_tool
-from tools.layout_page.output import attended, needed, show, write
-from tools.layout_page.page import page
 
 LLAVA = ROOT / "examples" / "recipes" / "llava15_7b_8gpu.yaml"
 QWEN = ROOT / "examples" / "recipes" / "llava_qwen2_7b_phase2.yaml"

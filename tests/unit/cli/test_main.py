@@ -40,7 +40,7 @@ def test_every_command_is_listed_and_there() -> None:
 
 
 def test_each_script_in_tools_is_a_command() -> None:
-    assert {path.stem for path in (ROOT / "tools").glob("*.py")} - {"bench", "show_layout"} <= MODULES
+    assert {path.stem for path in (ROOT / "tools").glob("*.py")} - {"bench"} <= MODULES
 
 
 def test_help_names_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,7 +55,8 @@ def test_help_names_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     ("arguments", "hint"),
     [
         (["trian", "recipe.yaml", "--debg"], "found 'trian', did you mean 'train'?"),
-        (["show_layouts"], f"found 'show_layouts', needs one of {', '.join(COMMANDS)}"),
+        (["show_layouts"], "found 'show_layouts', did you mean 'show-layout'?"),
+        (["bench"], f"found 'bench', needs one of {', '.join(COMMANDS)}"),
         (["--verbose", "train"], "found '--verbose', needs one of"),
     ],
 )

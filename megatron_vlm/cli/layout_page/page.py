@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from html import escape
-from importlib.resources import files
+from pathlib import Path
 
 from megatron_vlm.parallel.layout import row_length
 from megatron_vlm.planner.layout import LayoutView, shares_all
@@ -14,7 +14,7 @@ from .svg import count, legend, si, size
 
 def page(view: LayoutView) -> str:
     """The whole HTML document."""
-    style = (files(__package__) / "page.css").read_text(encoding="utf-8")
+    style = read_text(Path(__file__).with_name("page.css"))
     sections = "".join(
         f"<section><h2>{escape(title)}</h2><p>{escape(words)}</p>{drawn}</section>"
         for title, words, drawn in _sections(view)
@@ -150,6 +150,6 @@ def _time_legend(view: LayoutView) -> str:
 
 def _footer(view: LayoutView) -> str:
     return (
-        f"Drawn by tools/show_layout.py from the recipe alone, for {view.sizes.world} ranks; nothing ran. Point at "
+        f"Drawn by megatron-vlm show-layout from the recipe alone, for {view.sizes.world} ranks; nothing ran. Point at "
         "anything for its numbers."
     )
