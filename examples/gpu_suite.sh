@@ -18,7 +18,7 @@
 # stage had said until then is in the log; the tests tell each failure at once.
 #
 #   PYTHON_VERSION   of the GPU machine, for --collect (default 3.12)
-#   BENCH_RECIPE     of the stage throughput, default examples/recipes/bench_cpu_large.yaml
+#   BENCH_RECIPE     of the stage throughput, default tools/benchmarks/recipes/bench_cpu_large.yaml
 #   STAGE_SECONDS    longest time of every stage (default: each its own)
 #   SUITE_SECONDS    of the whole suite (default 590, within ten minutes)
 set -uo pipefail
@@ -148,10 +148,10 @@ while [ $# -gt 0 ]; do
   esac
 done
 
-step_recipe=examples/recipes/bench_gpu_step.yaml
+step_recipe=tools/benchmarks/recipes/bench_gpu_step.yaml
 if [ -z "$rehearsal" ]; then
   out="${OUT:-docs/benchmarks}"
-  recipe="${BENCH_RECIPE:-examples/recipes/bench_cpu_large.yaml}"
+  recipe="${BENCH_RECIPE:-tools/benchmarks/recipes/bench_cpu_large.yaml}"
   tests=() device=cuda
   kernels=(--device cuda)
   attention=(--lengths 131072 --ranks 2 4 8 --heads 32 --kv-heads 8 --width 128)
@@ -162,7 +162,7 @@ if [ -z "$rehearsal" ]; then
   quickstart_files=runs/quickstart
 else
   out="${OUT:-runs/gpu_suite_rehearsal}"
-  recipe="${BENCH_RECIPE:-examples/recipes/bench_cpu.yaml}"
+  recipe="${BENCH_RECIPE:-tools/benchmarks/recipes/bench_cpu.yaml}"
   suite_seconds="${SUITE_SECONDS:-3600}" STAGE_SECONDS="${STAGE_SECONDS:-900}"
   tests=(--collect-only -q) device=cpu # without a GPU they are collected, and none is run
   kernels=(--device cpu --tiny --rounds 1 --compile none)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_vlm.parallel.layout import row_length
 from megatron_vlm.planner.layout import LayoutView, shares_all
+from megatron_vlm.runtime.files import read_text
 
 from . import attention_figure, bars, figures, timeline_figure
 from .rows import left_out

@@ -1,4 +1,4 @@
-"""Every recipe that is shipped is valid for the number of ranks it is meant for."""
+"""Every recipe that is shipped, or that benchmarks run, is valid for the number of ranks it is meant for."""
 
 from pathlib import Path
 
@@ -10,9 +10,11 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.data.conversation import TEMPLATES
 from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.facts import gather_facts
+from tests.helpers.processes import ROOT
 from tests.helpers.public_models import CLIP_B_32, CLIP_L_336, QWEN2_7B, QWEN2_7B_INSTRUCT
 
-RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
+RECIPES = ROOT / "examples" / "recipes"
+OF_BENCHMARKS = ROOT / "tools" / "benchmarks" / "recipes"
 RANKS = {
     "quickstart": 4,
     "llama3_8b_fp8": 8,
@@ -43,7 +45,9 @@ def without_downloads(config: Config) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"language": language, "vision": vision})})
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted([*RECIPES.glob("*.yaml"), *OF_BENCHMARKS.glob("*.yaml")]), ids=lambda path: path.stem
+)
 def test_recipe(path: Path) -> None:
     config = without_downloads(load_config(path))
     world_size = RANKS[path.stem.partition("_phase")[0]]
@@ -69,9 +73,9 @@ def test_the_longest_video_fits_its_rows() -> None:
 
 def test_the_benchmarks_whole_step_is_of_the_size_it_names() -> None:
     """8 pictures of 196 tokens in a row of 8,192; 8 billion parameters, of which tower and projector train."""
-    config = load_config(RECIPES / "bench_gpu_step.yaml")
+    config = load_config(OF_BENCHMARKS / "bench_gpu_step.yaml")
     facts = gather_facts(config, TEMPLATES.names(), TASKS.names())
     assert facts.tokens_per_image == 196 and 8 * 196 < config.training.sequence_length == 8192
-    in_fp8 = load_config(RECIPES / "bench_gpu_step.yaml", ["precision.fp8=tensorwise"])
+    in_fp8 = load_config(OF_BENCHMARKS / "bench_gpu_step.yaml", ["precision.fp8=tensorwise"])
     validate(in_fp8, gather_facts(in_fp8, TEMPLATES.names(), TASKS.names()), 1)
     assert not config.model.train.language and config.model.train.vision and config.model.train.projector

@@ -44,7 +44,7 @@ class Answered:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's command line."""
     assert isinstance(parser, CommandLine)
-    parser.add_argument("recipe", help="a YAML recipe, see examples/recipes/bench_*.yaml")
+    parser.add_argument("recipe", help="a YAML recipe, see tools/benchmarks/recipes/bench_*.yaml")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument(
         "--batch", type=whole_number(1), nargs="+", default=[1, 8], metavar="B", help="batch sizes (default 1 8)"

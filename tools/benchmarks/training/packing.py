@@ -32,7 +32,7 @@ ANSWERS = 0.5  # of the words
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's command line."""
     assert isinstance(parser, CommandLine)
-    parser.add_argument("recipe", help="a YAML recipe, see examples/recipes/bench_packing.yaml")
+    parser.add_argument("recipe", help="a YAML recipe, see tools/benchmarks/recipes/bench_packing.yaml")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--samples", type=whole_number(1), default=32, metavar="N", help="of a step (default 32)")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="of the draw (default 0)")

@@ -36,7 +36,7 @@ class SidesDifferError(MegatronVlmError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommand's command line."""
     assert isinstance(parser, CommandLine)
-    parser.add_argument("recipe", help="a YAML recipe, see examples/recipes/bench_*.yaml")
+    parser.add_argument("recipe", help="a YAML recipe, see tools/benchmarks/recipes/bench_*.yaml")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--against", choices=(TRANSFORMERS,), help="LlavaForConditionalGeneration under DDP")
     parser.add_argument("--rounds", type=whole_number(1), default=7, metavar="N", help="per side (default 7)")
