@@ -29,15 +29,24 @@ class Registry(Generic[T]):
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+        self.packages: dict[str, str] = {}  # name -> what pip must have installed for it, where it is an extra's
         self._entries: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that stores the object under `name`. Raises ConfigError where the name is taken."""
+    def register(self, name: str, package: str | None = None) -> Callable[[T], T]:
+        """Decorator that stores the object under `name`. Raises ConfigError where the name is taken.
+
+        Args:
+            name: as a recipe or a command line names it.
+            package: what pip must have installed for it, as setup.py's extras call it, so that the doctor can say what
+                the package is for; None where everybody has it.
+        """
 
         def store(entry: T) -> T:
             if name in self._entries:
                 raise ConfigError(f"{self.kind} {name!r} is registered twice; choose another name")
             self._entries[name] = entry
+            if package is not None:
+                self.packages[name] = package
             return entry
 
         return store

@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata, util
 from pathlib import Path
@@ -38,19 +38,8 @@ from megatron_vlm.runtime.files import read_text
 from megatron_vlm.runtime.launch import environment_of_child
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_USED_YET = "not used yet"
-ENABLES = {  # what is there only with it; a test keeps this to the packages of setup.py's extras
-    "transformer-engine": "the fused Adam on GPUs",
-    "flash-attn": "a backend of ops.attention on GPUs",
-    "nvidia-dali-cuda130": NOT_USED_YET,
-    "triton": "our fused kernels on GPUs",
-    "deepspeed": NOT_USED_YET,
-    "faiss-cpu": NOT_USED_YET,
-    "h5py": NOT_USED_YET,
-    "pyarrow": NOT_USED_YET,
-    "scikit-learn": "make quickstart",
-}
-WORKSHOP = {"test": "make test", "dev": "make check"}  # extras told in one line
+IS_CHECKOUT = (ROOT / "kernels" / "megatron_vlm_kernels").is_dir()  # else it is where pip installs
+WORKSHOP = {"quickstart": "make quickstart", "test": "make test", "dev": "make check"}  # extras told in one line
 OPERATIONS_SECONDS = 120
 OPERATIONS = """
 import json, sys
@@ -61,10 +50,23 @@ from megatron_vlm.ops.table import choices
 cuda = torch.cuda.is_available()
 device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
 found = [asdict(one) for one in choices(device, dtype)]
-from megatron_vlm.config.packages import transformer_engine_obstacle
+from megatron_vlm.config.packages import PACKAGES, transformer_engine_obstacle
+from megatron_vlm.data.sources import SOURCES
+from megatron_vlm.data.templates import TEMPLATES
+from megatron_vlm.models.projectors import PROJECTORS
 from megatron_vlm.ops.fp8 import fp8_obstacle
+from megatron_vlm.ops.table import TABLE
+enabled = {}
+for entry in TABLE:
+    for name, package in entry.operation.registry.packages.items():
+        enabled.setdefault(package, {}).setdefault(f"backend {name} of", []).append(entry.name)
+for registry in (SOURCES, TEMPLATES, PROJECTORS):
+    for name, package in registry.packages.items():
+        enabled.setdefault(package, {}).setdefault(registry.kind, []).append(name)
+for package in PACKAGES:
+    enabled.setdefault(package.name.partition(">=")[0], {})[package.reason] = []
 fp8 = {"transformer_engine": transformer_engine_obstacle(device.type), "native": fp8_obstacle(device)}
-print(json.dumps({"device": str(device), "dtype": str(dtype)[6:], "ops": found, "fp8": fp8}))
+print(json.dumps({"device": str(device), "dtype": str(dtype)[6:], "ops": found, "fp8": fp8, "packages": enabled}))
 """
 NO_RUN_USES_IT = {  # operations that are there before what calls them
     "linear into rows": "it comes with a merge that writes the projector's rows where they belong",
@@ -82,7 +84,7 @@ def requirements() -> dict[str, list[str]]:
     Raises:
         ConfigError: neither is there.
     """
-    if (ROOT / "kernels" / "megatron_vlm_kernels").is_dir():
+    if IS_CHECKOUT:
         values = {
             node.targets[0].id: ast.literal_eval(node.value)
             for node in ast.parse(read_text(ROOT / "setup.py")).body
@@ -115,8 +117,12 @@ def find(requirement: str) -> tuple[str, str | None, bool]:
     return name, version, SpecifierSet(ranges).contains(version, prereleases=True)
 
 
-def packages() -> Iterator[Finding]:
-    """Python and the packages that ours needs, or can use."""
+def packages(enabled: Mapping[str, Mapping[str, Sequence[str]]]) -> Iterator[Finding]:
+    """Python and the packages that ours needs, or can use.
+
+    Args:
+        enabled: package -> what there is only with it, by kind; empty where that is not known.
+    """
     known = requirements()
     right = (3, 11) <= sys.version_info[:2] <= (3, 12)
     advice = "" if right else "Python 3.11 or 3.12 is needed"
@@ -133,8 +139,10 @@ def packages() -> Iterator[Finding]:
     yield Finding("required", state, f"{len(fitting)} of {len(found)} in setup.py's ranges: {named}")
     for extra, ranges in known.items():
         if extra not in WORKSHOP:
-            yield from optional([(requirement, *find(requirement)) for requirement in ranges])
-    if set(WORKSHOP) <= set(known):
+            yield from optional([(requirement, *find(requirement)) for requirement in ranges], enabled)
+    if not enabled:
+        yield Finding("extras", "note", "what they are for is not known", "see what is broken")
+    if IS_CHECKOUT and set(WORKSHOP) <= set(known):
         yield workshop({extra: known[extra] for extra in WORKSHOP})
 
 
@@ -142,19 +150,21 @@ def workshop(extras: dict[str, list[str]]) -> Finding:
     """Checks what the project's own tests and checks need, in one line."""
     missing = [extra for extra, ranges in extras.items() if not all(find(requirement)[2] for requirement in ranges)]
     needed_by = ", ".join(WORKSHOP[extra] for extra in missing or extras)
+    name = f"extras {', '.join(extras)}"
     if not missing:
-        return Finding("extras test, dev", "ok", f"all there for {needed_by}")
-    return Finding(
-        "extras test, dev", "absent", f"not all there for {needed_by}", f"pip install -e '.[{','.join(missing)}]'"
-    )
+        return Finding(name, "ok", f"all there for {needed_by}")
+    return Finding(name, "absent", f"not all there for {needed_by}", f"pip install -e '.[{','.join(missing)}]'")
 
 
-def optional(found: list[tuple[str, str, str | None, bool]]) -> Iterator[Finding]:
-    """The packages of one extra that is no workshop's."""
+def optional(
+    found: list[tuple[str, str, str | None, bool]], enabled: Mapping[str, Mapping[str, Sequence[str]]]
+) -> Iterator[Finding]:
+    """The packages of one extra that is no workshop's, but those with which there is nothing more: they are no loss."""
     for requirement, name, version, fits in found:
-        if ENABLES[name] == NOT_USED_YET:  # which is no loss
+        if name not in enabled:
             continue
-        value = f"{version} ({ENABLES[name]})" if version else ENABLES[name]
+        enables = "; ".join(f"{kind} {', '.join(names)}".strip() for kind, names in enabled[name].items())
+        value = f"{version} ({enables})" if version else enables
         advice = "" if fits else f"pip install '{requirement}'"
         yield Finding(name, "ok" if fits else "note" if version else "absent", value, advice)
 
@@ -169,7 +179,8 @@ def communication(num_gpus: int) -> Iterator[Finding]:
 def operations() -> tuple[list[Finding], dict[str, Any]]:
     """Checks operations that have several backends: which can run here, what `auto` takes, why not the others; and the
     same as data. A child asks, as it imports torch."""
-    command = [sys.executable, "-W", "ignore", "-c", OPERATIONS, str(ROOT), str(ROOT / "kernels")]
+    sources = [str(ROOT), str(ROOT / "kernels")] if IS_CHECKOUT else []  # it need not be installed
+    command = [sys.executable, "-W", "ignore", "-c", OPERATIONS, *sources]
     advice = "see what is broken above"
     try:
         done = subprocess.run(
@@ -275,11 +286,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there too")
     with parser.run() as (arguments, _):
         unchecked = judge(arguments) if arguments.recipe else None
-        found = [*packages(), *machine()]
-        imported, num_gpus = accelerators()
-        found += [*imported, *communication(num_gpus)]
         told, backends = operations()
-        found += told
+        found = [*packages(backends.get("packages", {})), *machine()]
+        imported, num_gpus = accelerators()
+        found += [*imported, *communication(num_gpus), *told]
         variables = launcher_variables()
         seen = ", ".join(f"{name}={value}" for name, value in variables.items()) or "none"
         found.append(Finding("variables", "ok", seen))

@@ -128,7 +128,7 @@ def _attention_cudnn(q: Tensor, k: Tensor, v: Tensor, **rules: Unpack[AttentionR
     return _Joined.apply(q, k, v, "cudnn", rules)
 
 
-@ATTENTION.backend("flash_attn", on_cuda.flash_obstacle)
+@ATTENTION.backend("flash_attn", on_cuda.flash_obstacle, package="flash-attn")
 def _attention_flash(q: Tensor, k: Tensor, v: Tensor, **rules: Unpack[AttentionRules]) -> tuple[Tensor, Tensor]:
     return _Joined.apply(q, k, v, "flash_attn", rules)
 

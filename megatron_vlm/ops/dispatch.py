@@ -98,17 +98,21 @@ class Operation(Generic[F]):
 
     def __init__(self, key: str) -> None:
         self.key = key
-        self._registry: Registry[Backend[F]] = Registry(f"{key} backend")
+        self.registry: Registry[Backend[F]] = Registry(f"{key} backend")
         self._order: list[Backend[F]] = []
         self._announced: set[str] = set()
 
     def backend(
-        self, name: str, obstacle: Obstacle = no_obstacle, objection: Obstacle = no_obstacle
+        self, name: str, obstacle: Obstacle = no_obstacle, objection: Obstacle = no_obstacle, package: str | None = None
     ) -> Callable[[F], F]:
-        """Decorator that registers an implementation; the first registered is the first choice of `auto`."""
+        """Decorator that registers an implementation; the first registered is the first choice of `auto`.
+
+        `package`: what pip must have installed for it; for our kernels that is triton.
+        """
+        needed = TRITON if name == TRITON else package
 
         def store(function: F) -> F:
-            self._order.append(self._registry.register(name)(Backend(name, function, obstacle, objection)))
+            self._order.append(self.registry.register(name, needed)(Backend(name, function, obstacle, objection)))
             return function
 
         return store
@@ -138,7 +142,7 @@ class Operation(Generic[F]):
         """The backend whose function `select` gives; nothing is said. Raises as it does."""
         if requested == AUTO:
             return self._first_able(*inputs)
-        backend = self._registry.get(requested)
+        backend = self.registry.get(requested)
         reason = backend.obstacle(*inputs)
         if reason is not None:
             raise ConfigError(f"{self.key}: {requested!r} cannot run: {reason}; use {AUTO!r} or another backend")

@@ -10,14 +10,50 @@ import torch
 
 from megatron_vlm.cli import doctor
 from megatron_vlm.config import to_yaml
+from megatron_vlm.ops.table import TABLE
+from megatron_vlm.registry import Registry
 from megatron_vlm.runtime.environment import Finding
 from tests.helpers.tiny import tiny_recipe
 
+TO_COME = {"nvidia-dali-cuda130", "deepspeed", "faiss-cpu", "h5py", "pyarrow"}
 
-def test_every_optional_package_is_said_to_be_for_something() -> None:
+
+def test_what_a_package_is_for_is_what_the_registries_have_of_it() -> None:
+    """Every package of an extra is needed by something registered, or its part is still to come."""
     extras = {extra: ranges for extra, ranges in doctor.requirements().items() if extra != "required"}
     listed = {doctor.find(one)[0] for extra, ranges in extras.items() if extra not in doctor.WORKSHOP for one in ranges}
-    assert listed == set(doctor.ENABLES) and set(doctor.WORKSHOP) <= set(extras)
+    enabled = doctor.operations()[1]["packages"]
+    assert listed - set(enabled) == TO_COME and set(doctor.WORKSHOP) <= set(extras)
+    assert enabled["flash-attn"] == {"backend flash_attn of": ["attention"]}
+    with_kernels = {entry.name for entry in TABLE if "triton" in [one.name for one in entry.operation.backends]}
+    assert set(enabled["triton"]["backend triton of"]) == with_kernels and len(with_kernels) > 5
+    assert any("fp8" in reason for reason in enabled["transformer-engine"])
+
+
+def test_a_package_is_told_with_what_is_registered_for_it() -> None:
+    sources: Registry[int] = Registry("data source")
+    sources.register("hdf5", package="h5py")(1)
+    sources.register("llava_json")(2)
+    assert sources.packages == {"hdf5": "h5py"}
+    found = [("h5py>=3.12", "h5py", None, False), ("pyarrow>=18", "pyarrow", None, False)]
+    (told,) = doctor.optional(found, {"h5py": {"data source": ["hdf5"]}})
+    assert told == Finding("h5py", "absent", "data source hdf5", "pip install 'h5py>=3.12'")
+    assert not list(doctor.optional(found, {}))
+
+
+def test_an_installed_package_says_its_ranges_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "IS_CHECKOUT", False)
+    lines = [
+        "torch<2.14,>=2.11",
+        'transformer-engine[pytorch]>=2.9; extra == "gpu"',
+        'triton>=3 ; extra == "kernels"',
+    ]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: {"megatron_vlm": lines}[name])
+    assert doctor.requirements() == {
+        "required": ["torch<2.14,>=2.11"],
+        "gpu": ["transformer-engine[pytorch]>=2.9"],
+        "kernels": ["triton>=3"],
+    }
 
 
 @pytest.mark.parametrize(
