@@ -1,11 +1,11 @@
 """Loading of a recipe file and command-line overrides as a `Config`, and back to YAML.
 
-A recipe may name a `base:` (a path relative to its own folder), which may name another; the child's keys win, sections
-merge, lists are replaced. `section.key=value` overrides come last. Other paths are relative to the working directory,
-whoever names them. A `media_root` belongs to the `path` beside it: whoever names another data file, and no folder of
-its pictures, has them where they are by default, beside the file. One without a `path` beside it is for any file. So
-with `training.steps` and `training.epochs`: whoever names one does without the other. Every violation is reported at
-once and on one line, because a launch on a cluster is too dear to find them one by one.
+A recipe may name a `base:` (a path relative to its own folder, or `megatron_vlm:NAME`), which may name another; the
+child's keys win, sections merge, lists are replaced. `section.key=value` overrides come last. Other paths are relative
+to the working directory, whoever names them. A `media_root` belongs to the `path` beside it: whoever names another data
+file, and no folder of its pictures, has them where they are by default, beside the file. One without a `path` beside it
+is for any file. So with `training.steps` and `training.epochs`: whoever names one does without the other. Every
+violation is reported at once and on one line, because a launch on a cluster is too dear to find them one by one.
 
 Hazards: OmegaConf's resolvers could read the environment (`${oc.env:...}`), which would make a run depend on more than
 its recipe, and put what is secret into what is shared; so of each text, before anything is resolved or merged, only
@@ -30,6 +30,7 @@ from pydantic import ValidationError
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.config.schema.tree import fields
+from megatron_vlm.config.shipped import find_recipe
 from megatron_vlm.errors import ConfigError, RecipeError, one_line, shown
 from megatron_vlm.registry import did_you_mean
 from megatron_vlm.runtime.files import read_text
@@ -59,13 +60,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a recipe.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or `megatron_vlm:NAME` (`shipped`).
         overrides: `section.key=value`, the value in YAML; later ones win.
 
     Raises:
         ConfigError: a file that cannot be read, or all violations of the schema, on one line.
     """
-    return config_from_tree(_read_tree(Path(path), overrides), str(path))
+    return config_from_tree(_read_tree(find_recipe(str(path)), overrides), str(path))
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, RecipeError | None]:
@@ -75,7 +76,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     Raises:
         ConfigError: as `load_config`, where what is left is no recipe.
     """
-    tree = _read_tree(Path(path), overrides)
+    tree = _read_tree(find_recipe(str(path)), overrides)
     try:
         return config_from_tree(tree, str(path)), None
     except RecipeError as error:
@@ -165,7 +166,7 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> DictConfig:
         return tree
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: found {_shortened(base)}, needs the path of one recipe")
-    over = _read_chain(path.parent / base, (*children, resolved))
+    over = _read_chain(find_recipe(base, path.parent), (*children, resolved))
 
     def merge() -> None:
         _forget_what_is_replaced(over, tree, str(path))
