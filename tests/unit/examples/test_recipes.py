@@ -15,6 +15,7 @@ from tests.helpers.public_models import CLIP_B_32, CLIP_L_336, QWEN2_7B, QWEN2_7
 
 RECIPES = ROOT / "examples" / "recipes"
 OF_BENCHMARKS = ROOT / "tools" / "benchmarks" / "recipes"
+SHIPPED = sorted([*RECIPES.glob("*.yaml"), *OF_BENCHMARKS.glob("*.yaml")])
 RANKS = {
     "quickstart": 4,
     "llama3_8b_fp8": 8,
