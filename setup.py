@@ -21,6 +21,7 @@ REQUIRED = [
     "av>=14",  # videos
     "webdataset>=1.0,<2",  # to come: tar shards as a data source
     "pydantic>=2.7,<3",  # the typed recipe
+    "annotated-types>=0.6",  # which of its bounds are rules to print
     "omegaconf>=2.3,<3",  # recipes over their bases, overrides, references to keys
     "pyyaml>=6",  # recipes as text
     "jinja2>=3.1",  # chat templates
