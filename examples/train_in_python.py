@@ -6,7 +6,7 @@
 Every function ends the process group it makes, so they may be called in any order, and again: `run` goes on where its
 last checkpoint is (to more steps with `checkpoint.accept_changes=[training.steps]`). What stays is the process's device
 (on a CPU, torch.cuda leads there from then on) and the state of the random generators. Several ranks need a launcher,
-tools/launch.py.
+megatron-vlm launch.
 """
 
 import json

@@ -64,7 +64,7 @@ for registry in (SOURCES, TEMPLATES, PROJECTORS):
     for name, package in registry.packages.items():
         enabled.setdefault(package, {}).setdefault(registry.kind, []).append(name)
 for package in PACKAGES:
-    enabled.setdefault(package.name.partition(">=")[0], {})[package.reason] = []
+    enabled.setdefault(package.name.partition(">=")[0], {})[package.reason.partition(" (")[0]] = []
 fp8 = {"transformer_engine": transformer_engine_obstacle(device.type), "native": fp8_obstacle(device)}
 print(json.dumps({"device": str(device), "dtype": str(dtype)[6:], "ops": found, "fp8": fp8, "packages": enabled}))
 """
@@ -73,6 +73,7 @@ NO_RUN_USES_IT = {  # operations that are there before what calls them
     "frames": "it comes with decoding on a GPU",
 }
 COLUMNS = 100
+NAMES_SHOWN = 2  # of what a package enables
 NAMED = ("torch", "megatron-core")  # of the required packages, in the line that counts them
 MARKS = {"ok": "ok", "note": "note", "absent": "-", "broken": "BROKEN"}
 
@@ -163,10 +164,16 @@ def optional(
     for requirement, name, version, fits in found:
         if name not in enabled:
             continue
-        enables = "; ".join(f"{kind} {', '.join(names)}".strip() for kind, names in enabled[name].items())
+        enables = "; ".join(f"{kind} {listed(names)}".strip() for kind, names in enabled[name].items())
         value = f"{version} ({enables})" if version else enables
         advice = "" if fits else f"pip install '{requirement}'"
         yield Finding(name, "ok" if fits else "note" if version else "absent", value, advice)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names, or, of many, the first and how many more there are: a line has room for so much."""
+    first = ", ".join(names[:NAMES_SHOWN])
+    return first + (f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else "")
 
 
 def communication(num_gpus: int) -> Iterator[Finding]:

@@ -64,7 +64,7 @@ def test_the_three_commands(tmp_path: Path) -> None:
     programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for line in lines:
         line = line.replace(recipe[0], "twin.yaml").replace("training.steps=500", "training.steps=1")
-        line = re.sub(r"^python tools", f"{sys.executable} {ROOT}/tools", line)
+        line = re.sub(r"^megatron-vlm", f"{sys.executable} -P -m megatron_vlm", line)
         line = line.replace("NPROC_PER_NODE=8 examples", f"env NPROC_PER_NODE=1 PATH={programs} bash {ROOT}/examples")
         done = subprocess.run(
             shlex.split(line), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300, check=False
