@@ -1,1 +1,1 @@
-"""What `megatron-vlm show-layout` draws: a recipe on a number of ranks, without running it."""
+"""The drawing of `megatron-vlm show-layout`: a recipe on a number of ranks, without running it."""
