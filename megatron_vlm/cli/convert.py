@@ -103,7 +103,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
 def _open(arguments: argparse.Namespace) -> "ForeignModel":
     """The model to import. Raises ConfigError for options that it would pass over."""
-    from megatron_vlm.conversion.formats import Places, is_foreign, open_foreign, open_pair
+    from megatron_vlm.conversion.formats import ModelFolder, Places, open_foreign, open_pair
     from megatron_vlm.conversion.weights.sources import resolve_folder
     from megatron_vlm.errors import ConfigError
 
@@ -116,16 +116,17 @@ def _open(arguments: argparse.Namespace) -> "ForeignModel":
         return open_foreign(arguments.source, arguments.format, places)
     if arguments.format is not None:
         raise ConfigError(f"found --format {arguments.format} with --tower, needs one of them: --tower says the format")
-    if not is_foreign(resolve_folder(arguments.source)):
+    found = ModelFolder.of(resolve_folder(arguments.source))
+    if found.format is None:
         if arguments.base is not None:
             raise ConfigError("found --base for a new pair, whose language model is SOURCE; needs none")
         if arguments.format_options:
             raise ConfigError("found --format-option for a new pair, which leaves nothing open; needs none")
-        return open_pair(arguments.source, arguments.tower, **given)
+        return open_pair(arguments.source, arguments.tower, **given, found=found)
     if given:
         raise ConfigError(f"found {options}, which {arguments.source} says itself; needs a language model as SOURCE")
     places = Places(arguments.tower, arguments.base, arguments.format_options or {})
-    return open_foreign(arguments.source, places=places)
+    return open_foreign(arguments.source, places=places, found=found)
 
 
 def _export(arguments: argparse.Namespace) -> None:

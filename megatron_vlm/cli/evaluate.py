@@ -84,16 +84,17 @@ def find_output(arguments: argparse.Namespace) -> Path:
     evaluation that fails leaves nothing behind.
 
     Raises:
-        CheckpointError, ConversionError, ConfigError: no model there, or not as it is asked for.
+        CheckpointError: no model there.
         DataError: the folder cannot be written.
     """
     from megatron_vlm.checkpoint.directory import find_checkpoint
-    from megatron_vlm.generation.load import find_foreign
+    from megatron_vlm.conversion.formats.base import is_on_hub
 
     output: Path | None = arguments.output
     if output is None:
-        is_ours = find_foreign(arguments.checkpoint, arguments.format_options) is None
-        output = (find_checkpoint(arguments.checkpoint).parent if is_ours else Path()) / "evaluation"
+        folder = Path(arguments.checkpoint)
+        is_theirs = is_on_hub(folder) or (folder / "config.json").exists()
+        output = (Path() if is_theirs else find_checkpoint(folder).parent) / "evaluation"
     try:
         nearest = next(folder for folder in (output, *output.parents) if folder.exists())
         with tempfile.TemporaryFile(dir=nearest):

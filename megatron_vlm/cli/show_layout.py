@@ -34,8 +34,8 @@ def main() -> None:
 
         config, world_size = load_config(arguments.recipe, arguments.overrides), arguments.world_size
         prepare("cpu")  # nothing is computed, so no GPU is touched
-        config, _ = resolve_recipe(config, world_size, min(world_size, arguments.ranks_per_node))
-        show(Path(arguments.recipe).stem, config, arguments)
+        resolved = resolve_recipe(config, world_size, min(world_size, arguments.ranks_per_node))
+        show(Path(arguments.recipe).stem, resolved.config, resolved.model, arguments)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import MediaSpan, MediaWindow, StepBatch
@@ -32,7 +32,8 @@ from megatron_vlm.data.video.files import read_pictures
 from megatron_vlm.data.video.sampling import with_frames
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.errors import DataError, one_line
-from megatron_vlm.models.architectures import attention_windows, load_language_config
+from megatron_vlm.models.architectures import attention_windows
+from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.layout import SequenceLayout, padded_length, row_length
 from megatron_vlm.parallel.media_plan import plan_media
@@ -47,7 +48,7 @@ GPU_ROW_MULTIPLE = 64  # of sequences up to 4,096 tokens at most 64 lengths
 def build_loader(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
-    media_spec: MediaSpec,
+    model: ModelDescription,
     sizes: GridSizes,
     rank: int,
     start_step: int,
@@ -57,7 +58,7 @@ def build_loader(
 
     Args:
         tokenizer: knows the image marker (`load_tokenizer`).
-        media_spec: of the recipe's vision tower.
+        model: the recipe's.
         sizes, rank: the layout and this rank's place in it.
 
     Raises:
@@ -65,7 +66,7 @@ def build_loader(
             where a picture cannot be read. Under data.on_bad_sample: skip only where all of them are bad, or the file.
     """
     data = config.data
-    source = _open_source(config, data.path, data.media_root, tokenizer, media_spec, rank)
+    source = _open_source(config, data.path, data.media_root, tokenizer, model.media_spec, rank)
     if rank == 0 and (differing := source.encoder.answers_that_differ()):
         get_logger(__name__).warning(
             "the chat template writes the last answer of a conversation otherwise than earlier ones: of an answer '!' "
@@ -73,7 +74,7 @@ def build_loader(
             "as the last",
             differing[1], differing[0],
         )  # fmt: skip
-    fetcher = StepFetcher(make_plan(config, source.index), source, StepShape.of(config, sizes, rank))
+    fetcher = StepFetcher(make_plan(config, source.index, model.language), source, StepShape.of(config, sizes, rank))
     longest, length = config.training.sequence_length, row_length(config.training.sequence_length, config.parallel)
     if length != longest:
         get_logger(__name__).info(
@@ -83,15 +84,15 @@ def build_loader(
     return OrderedItems(fetcher, range(start_step, start_step + num_steps), data.num_workers, pinning())
 
 
-def count_rows(config: Config, tokenizer: PreTrainedTokenizerBase, media_spec: MediaSpec, rank: int) -> int:
+def count_rows(config: Config, tokenizer: PreTrainedTokenizerBase, model: ModelDescription, rank: int) -> int:
     """Rows of an epoch of a recipe's training data: its samples, or what they are packed into. Arguments and errors as
     `build_loader`."""
-    source = _open_source(config, config.data.path, config.data.media_root, tokenizer, media_spec, rank)
-    return make_plan(config, source.index).num_rows
+    source = _open_source(config, config.data.path, config.data.media_root, tokenizer, model.media_spec, rank)
+    return make_plan(config, source.index, model.language).num_rows
 
 
-def make_plan(config: Config, samples: SampleIndex) -> RowPlan:
-    """The order in which a recipe trains its samples."""
+def make_plan(config: Config, samples: SampleIndex, language: PretrainedConfig) -> RowPlan:
+    """The order in which a recipe trains its samples; packed ones by what the language model's layers see of them."""
     data, seed, training = config.data, config.runtime.seed, config.training
     if data.packing:
         plan = PackedPlan(
@@ -101,7 +102,7 @@ def make_plan(config: Config, samples: SampleIndex) -> RowPlan:
             training.sequence_length,
             training.micro_batch_size,
             data.shuffle,
-            attention_windows(load_language_config(config.model.language)),
+            attention_windows(language),
         )
         get_logger(__name__).info("%s", plan)
         return plan
@@ -111,13 +112,13 @@ def make_plan(config: Config, samples: SampleIndex) -> RowPlan:
 
 
 def build_held_out_loader(
-    config: Config, tokenizer: PreTrainedTokenizerBase, media_spec: MediaSpec, sizes: GridSizes, rank: int
+    config: Config, tokenizer: PreTrainedTokenizerBase, model: ModelDescription, sizes: GridSizes, rank: int
 ) -> OrderedItems[StepBatch]:
     """Every sample of evaluation.path once, in file order, in steps of the training's shape. The rows that fill up the
     last step are copies in which nothing is trained; rows are never packed. Arguments and errors as `build_loader`."""
     evaluation, batch_size = config.evaluation, config.training.global_batch_size
     assert evaluation.path is not None, "validated with the recipe"
-    source = _open_source(config, evaluation.path, evaluation.media_root, tokenizer, media_spec, rank)
+    source = _open_source(config, evaluation.path, evaluation.media_root, tokenizer, model.media_spec, rank)
     num_samples = len(source.index)
     plan = Plan(num_samples, config.runtime.seed, batch_size, shuffle=False)
     fetcher = StepFetcher(plan, source, StepShape.of(config, sizes, rank), num_rows=num_samples)

@@ -130,6 +130,7 @@ def open_checkpoint(
     from megatron_vlm.conversion.formats import fill_model
     from megatron_vlm.data.conversation import TEMPLATES
     from megatron_vlm.generation.assistant import Assistant
+    from megatron_vlm.models.description import describe_model
     from megatron_vlm.models.facts import gather_facts
     from megatron_vlm.models.families import build_model
     from megatron_vlm.parallel.groups import GridSizes, build_grid
@@ -139,18 +140,20 @@ def open_checkpoint(
     foreign = find_foreign(_same_on_all_ranks(path), format_options)
     if foreign is None:
         directory = find_checkpoint(path)
-        config = inference_config(directory, parallel)
+        config, tower = inference_config(directory, parallel)
     else:
         config = _foreign_config(foreign, parallel, dtype)
+        tower = foreign.read_tower()
     config = _as_chosen(config, template, template_arguments, dtype)
     tokenizer = _load_tokenizer(config, path)
     if foreign is not None:
         config = _as_of_today(config, tokenizer)
-    validate_layout(config, gather_facts(config, TEMPLATES.names(), tasks=()), world_size)
+    described = describe_model(config.model, tower=tower)
+    validate_layout(config, gather_facts(config, TEMPLATES.names(), tasks=(), model=described), world_size)
     _forget_grid(parallel)
     grid = build_grid(GridSizes.from_config(config.parallel, world_size))
     model_parallel_cuda_manual_seed(config.runtime.seed)  # on GPUs first weights are drawn from its streams
-    model = build_model(config, grid).train(False)
+    model = build_model(config, described, grid).train(False)
     if foreign is None:
         load_checkpoint(directory, model, optimizer=None, states="model")
     else:
@@ -275,11 +278,12 @@ def find_foreign(
             says, or an option that its format does not take.
         ConfigError: an option for one of our checkpoints.
     """
-    from megatron_vlm.conversion.formats import Places, is_foreign, open_foreign
+    from megatron_vlm.conversion.formats import ModelFolder, Places, open_foreign
     from megatron_vlm.conversion.formats.base import is_on_hub
 
-    if is_on_hub(Path(path)) or is_foreign(Path(path)):
-        return open_foreign(os.fspath(path), places=Places(options=format_options or {}))
+    found = None if is_on_hub(Path(path)) else ModelFolder.of(Path(path))
+    if found is None or found.format is not None:
+        return open_foreign(os.fspath(path), places=Places(options=format_options or {}), found=found)
     if format_options:
         raise ConfigError(
             f"format_options: found {dict(format_options)} for {os.fspath(path)}, which is no directory of another "

@@ -142,18 +142,18 @@ def load_language_config(language: "LanguageConfig") -> "PretrainedConfig":
         ConfigError: unreadable, an unknown model type or key values, or an architecture this package does not build.
     """
     from megatron_vlm.models import hub
-    from megatron_vlm.models.hf_config import config_from_dict, config_from_path, find_directory, with_answer_ends
+    from megatron_vlm.models.hf_config import config_from_dict, config_in, find_directory, with_answer_ends
 
     if language.config is not None:
         hf_config = config_from_dict("model.language.config", language.config)
-    else:
-        assert language.path is not None, "validated with the recipe"
-        hf_config = config_from_path("model.language.path", language.path)
-        folder = find_directory("model.language.path", language.path, hub.CONFIG_FILES)
         check_architecture(hf_config)
-        return with_answer_ends("model.language.path", hf_config, [folder])
+        return hf_config
+    assert language.path is not None, "validated with the recipe"
+    key = "model.language.path"
+    folder = find_directory(key, language.path, hub.CONFIG_FILES)
+    hf_config = config_in(key, language.path, folder)
     check_architecture(hf_config)
-    return hf_config
+    return with_answer_ends(key, hf_config, [folder])
 
 
 def check_architecture(hf_config: "PretrainedConfig") -> None:

@@ -13,18 +13,22 @@ from transformers import PretrainedConfig
 
 from megatron_vlm.config.packages import installed_packages
 from megatron_vlm.config.rules import ModelFacts, names_its_model
-from megatron_vlm.config.schema import Config, ModelConfig, VisionConfig
-from megatron_vlm.errors import ConfigError, RecipeError, together
-from megatron_vlm.models.architectures import context_tokens, example_tensors, load_language_config, parameter_table
+from megatron_vlm.config.schema import Config
+from megatron_vlm.models.architectures import context_tokens, example_tensors, parameter_table
+from megatron_vlm.models.description import ModelDescription, describe_model
 from megatron_vlm.models.families import FAMILIES
 from megatron_vlm.models.projectors import PROJECTORS, build_projector
 from megatron_vlm.models.projectors.base import backend_obstacle
-from megatron_vlm.models.vision.survey import TowerSurvey, load_vision_config, survey_tower
+from megatron_vlm.models.vision.survey import TowerSurvey
 from megatron_vlm.ops.table import obstacles
 
 
 def gather_facts(
-    config: Config, templates: Iterable[str], tasks: Iterable[str], device: torch.device | None = None
+    config: Config,
+    templates: Iterable[str],
+    tasks: Iterable[str],
+    device: torch.device | None = None,
+    model: ModelDescription | None = None,
 ) -> ModelFacts:
     """The facts of a recipe's model.
 
@@ -33,12 +37,14 @@ def gather_facts(
         templates: names of the conversation templates, which the data layer knows.
         tasks: names of the evaluation tasks, which the evaluation layer knows.
         device: what the ranks compute on; None where it is not this machine that they run on.
+        model: its description, where there is one already.
 
     Raises:
         ConfigError: where tower or language model cannot be read, so that nothing more can be said about them.
     """
     assert names_its_model(config.model)
-    language, survey = _read_both(config.model)
+    model = model or describe_model(config.model, is_validated=False)
+    language, survey = model.language, model.survey
     projector = _projector(config.model.projector.type, survey, language.hidden_size)
     return ModelFacts(
         num_layers=language.num_hidden_layers,
@@ -62,22 +68,6 @@ def gather_facts(
         context_tokens=context_tokens(language),
         backend_obstacles=tuple(_backend_obstacles(config, language, projector, device)),
     )
-
-
-def _read_both(model: ModelConfig) -> tuple[PretrainedConfig, TowerSurvey]:
-    """Raises ConfigError for what is wrong with either, or both."""
-    errors: list[ConfigError] = []
-    try:
-        language = load_language_config(model.language)
-    except ConfigError as error:
-        errors.append(error)
-    try:
-        survey = survey_tower(_with_layer_in_range(model.vision), model.projector)
-    except ConfigError as error:
-        errors.append(error)
-    if errors:
-        raise together(errors, RecipeError)
-    return language, survey
 
 
 def language_parameter_names(language: PretrainedConfig) -> tuple[str, ...]:
@@ -104,10 +94,3 @@ def _backend_obstacles(
         yield reason
     if device is not None:
         yield from obstacles(requested, example_tensors(language, config, device))
-
-
-def _with_layer_in_range(vision: VisionConfig) -> VisionConfig:
-    """A `select_layer` out of range is left to validation, which reports it with the recipe's other faults."""
-    num_layers = getattr(load_vision_config(vision), "num_hidden_layers", 0)
-    in_range = min(max(vision.select_layer, -num_layers - 1), num_layers)
-    return vision.model_copy(update={"select_layer": in_range})

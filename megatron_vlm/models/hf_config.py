@@ -85,9 +85,17 @@ def read_settings(key: str, file: Path) -> dict[str, Any]:
     """
     try:
         settings = parse_json(read_text(file, MAX_CONFIG_BYTES))
-        json.dumps(settings, ensure_ascii=False).encode()  # halves of surrogates, which nobody could write again
     except OSError as error:
         raise ConfigError(f"{key}: {str(file)!r} cannot be read: {one_line(error)}") from error
+    except ValueError as error:
+        raise ConfigError(f"{key}: {str(file)!r} is not a valid JSON file: {one_line(error)}") from error
+    return check_settings(key, file, settings)
+
+
+def check_settings(key: str, file: Path, settings: Any) -> dict[str, Any]:
+    """Checks what a JSON file holds, as `read_settings` does and with its errors."""
+    try:
+        json.dumps(settings, ensure_ascii=False).encode()  # halves of surrogates, which nobody could write again
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{key}: {str(file)!r} is not a valid JSON file: {one_line(error)}") from error
     if not isinstance(settings, dict):
@@ -141,14 +149,38 @@ def config_from_path(key: str, path: str) -> PretrainedConfig:
     Raises:
         ConfigError: naming `key`, where there is none, one that cannot be read, or one that wants code of its own run.
     """
-    folder = find_directory(key, path, hub.CONFIG_FILES)
-    what = f"{key}: no usable config in {path!r}"
-    if os.path.lexists(folder / "config.json"):
-        read_settings(what, folder / "config.json")
+    return config_in(key, path, find_directory(key, path, hub.CONFIG_FILES))
+
+
+def config_in(key: str, path: str, folder: Path, settings: Any = None) -> PretrainedConfig:
+    """The config in the directory of `path`, as `config_from_path`.
+
+    Args:
+        path: the directory or hub id as it was named.
+        settings: what its config.json holds, where that has been read.
+
+    Raises:
+        ConfigError: as `config_from_path`.
+    """
+    what, file = f"{key}: no usable config in {path!r}", folder / "config.json"
+    if settings is not None:
+        settings = check_settings(what, file, settings)
+    elif os.path.lexists(file):
+        settings = read_settings(what, file)
     with told(what):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if settings is not None and _is_plain(settings):
+            config = CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
+        else:  # transformers makes of it what it can, or says why it cannot
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.name_or_path = path
     return config
+
+
+def _is_plain(settings: Mapping[str, Any]) -> bool:
+    """Whether transformers would take no other file, and no other model type than the one that is named."""
+    kind = settings.get("model_type")
+    is_known = isinstance(kind, str) and kind in CONFIG_MAPPING and "configuration_files" not in settings
+    return is_known and not (kind == "mistral" and "layer_types" in settings)  # which it takes for a ministral
 
 
 def with_answer_ends(key: str, config: PretrainedConfig, folders: Iterable[Path]) -> PretrainedConfig:

@@ -23,7 +23,6 @@ from megatron_vlm.models.architectures import (
     LANGUAGE_MODELS,
     attention_softcap,
     attention_windows,
-    check_architecture,
     example_tensors,
     head_width,
 )
@@ -66,8 +65,7 @@ class LanguageSpec:
 
     @classmethod
     def from_config(cls, hf_config: PretrainedConfig) -> "LanguageSpec":
-        """Raises ConfigError where the architecture is not one this package builds."""
-        check_architecture(hf_config)
+        """The specification of a config that `check_architecture` accepts."""
         frequencies, scaling = _rope_frequencies(hf_config)
         return cls(
             hf_config=hf_config,

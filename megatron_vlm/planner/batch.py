@@ -16,6 +16,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.data.collate import Document
 from megatron_vlm.data.loader import StepFetcher, StepShape, build_loader
 from megatron_vlm.data.tokenizer import check_vocabulary, load_tokenizer
+from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan, plan_media
@@ -58,31 +59,31 @@ class Batch:
     replicas: tuple[ReplicaBatch, ...]
 
 
-def first_batch(config: Config, spec: MediaSpec, sizes: GridSizes, vocab_size: int) -> Batch:
+def first_batch(config: Config, model: ModelDescription, sizes: GridSizes) -> Batch:
     """The batch of step 0.
 
     Raises:
         DataError, ConfigError: the data are there and cannot be used; what training would say.
     """
     if Path(config.data.path).is_file():
-        return _real_batch(config, spec, sizes, vocab_size)
-    return _made_batch(config, spec, sizes)
+        return _real_batch(config, model, sizes)
+    return _made_batch(config, model.media_spec, sizes)
 
 
-def _real_batch(config: Config, spec: MediaSpec, sizes: GridSizes, vocab_size: int) -> Batch:
+def _real_batch(config: Config, model: ModelDescription, sizes: GridSizes) -> Batch:
     language = config.model.language
     tokenizer = load_tokenizer(language.tokenizer or language.path, config.data.image_token)
-    check_vocabulary(tokenizer, config.data.image_token, vocab_size)
+    check_vocabulary(tokenizer, config.data.image_token, model.language.vocab_size)
     with tempfile.TemporaryDirectory() as folder:  # for an index that cannot be written beside the data
         checkpoint = config.checkpoint.model_copy(update={"directory": folder})
         data = config.data.model_copy(update={"num_workers": 0})
         here = config.model_copy(update={"checkpoint": checkpoint, "data": data})
-        fetcher = build_loader(here, tokenizer, spec, sizes, 0, 0, 1).producer
+        fetcher = build_loader(here, tokenizer, model, sizes, 0, 0, 1).producer
         assert isinstance(fetcher, StepFetcher)
         rows = [[fetcher.source.document(number) for number in row] for row in fetcher.plan.samples_by_row(0)]
         sample_rows = _as_sample_rows(rows, config.data.packing)
         longest = fetcher.plan.packed_length or max(row.num_tokens for row in sample_rows)
-    return _cut(config, spec, sizes, sample_rows, longest, f"the recipe's first step, from {data.path}")
+    return _cut(config, model.media_spec, sizes, sample_rows, longest, f"the recipe's first step, from {data.path}")
 
 
 def _as_sample_rows(rows: Sequence[Sequence[Document]], packs: bool) -> list[SampleRow]:

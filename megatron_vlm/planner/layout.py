@@ -12,7 +12,8 @@ from typing import Any
 
 from megatron_vlm.checkpoint.recipe import without_training
 from megatron_vlm.config.schema import Config, ParallelConfig
-from megatron_vlm.models.architectures import head_width, load_language_config
+from megatron_vlm.models.architectures import head_width
+from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.parallel.layout import Block, Documents, SequenceLayout, ring_blocks
@@ -173,19 +174,18 @@ def _rank_as_json(one: RankView) -> dict[str, Any]:
     }
 
 
-def view_layout(name: str, config: Config, world_size: int) -> LayoutView:
-    """Works out every rank's numbers of a resolved recipe.
+def view_layout(name: str, config: Config, model: ModelDescription, world_size: int) -> LayoutView:
+    """Works out every rank's numbers of a resolved recipe and its model.
 
     Raises:
-        ConfigError: the model's config cannot be read.
-        DataError: the recipe's data are there and cannot be used.
+        ConfigError, DataError: the recipe's data are there and cannot be used.
     """
     if config.training.mode == "eval":
         config = without_training(config)
     sizes = GridSizes.from_config(config.parallel, world_size)
-    spec = LanguageSpec.from_config(load_language_config(config.model.language))
-    encoder = meta_encoder(config, spec.hf_config.hidden_size)
-    batch = first_batch(config, encoder.tower.survey.media_spec, sizes, spec.vocab_size)
+    spec = LanguageSpec.from_config(model.language)
+    encoder = meta_encoder(config, model)
+    batch = first_batch(config, model, sizes)
     recipe = _Recipe(config, sizes, spec, encoder, vision_parameters(encoder), batch)
     whole = language_chunks(config.model_copy(update={"parallel": ParallelConfig()}), spec, GridSizes(), 0)
     return LayoutView(

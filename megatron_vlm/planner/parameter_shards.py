@@ -15,10 +15,10 @@ import torch
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.models.architectures import parameter_table
+from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.models.freezing import trainable_names
 from megatron_vlm.models.language import EMBEDDING, LanguageSpec
 from megatron_vlm.models.vision.encoder import VisionEncoder
-from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.parallel.sizes import GridSizes
 
 
@@ -78,12 +78,10 @@ def language_chunks(config: Config, spec: LanguageSpec, sizes: GridSizes, stage:
     return tuple(chunks)
 
 
-def meta_encoder(config: Config, language_size: int) -> VisionEncoder:
+def meta_encoder(config: Config, model: ModelDescription) -> VisionEncoder:
     """Tower and projector on the meta device: sizes without weights, frozen as the recipe says."""
     with torch.device("meta"):
-        encoder = VisionEncoder(
-            survey_tower(config.model.vision, config.model.projector), config, language_size, rank=0
-        )
+        encoder = VisionEncoder(model.survey, config, model.language.hidden_size, rank=0)
     names = encoder.global_names()
     unreached = {f"vision.{name}" for name in encoder.tower.survey.unreached}
     trained = trainable_names(names.values(), config.model, unreached)

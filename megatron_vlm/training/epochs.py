@@ -15,7 +15,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.data.loader import count_rows
 from megatron_vlm.data.tokenizer import Tokenizer
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.vision.survey import survey_tower
+from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.runtime.collectives import broadcast_object
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.position import HERE
@@ -23,12 +23,13 @@ from megatron_vlm.runtime.position import HERE
 logger = get_logger(__name__)
 
 
-def resolve_epochs(config: Config, tokenizer: Tokenizer, world: dist.ProcessGroup) -> Config:
+def resolve_epochs(config: Config, tokenizer: Tokenizer, model: ModelDescription, world: dist.ProcessGroup) -> Config:
     """The recipe with `training.steps` in the place of `training.epochs`; a collective call.
 
     Args:
         config: a valid recipe. One that only evaluates trains no step, so its training data is not counted.
         tokenizer: knows the image marker.
+        model: the recipe's.
         world: all ranks of the job.
 
     Raises:
@@ -41,8 +42,7 @@ def resolve_epochs(config: Config, tokenizer: Tokenizer, world: dist.ProcessGrou
     if training.mode == "eval":
         return _with_steps(config, 1)
     HERE.phase("index")
-    media_spec = survey_tower(config.model.vision, config.model.projector).media_spec
-    num_rows = broadcast_object(count_rows(config, tokenizer, media_spec, world.rank()), world)
+    num_rows = broadcast_object(count_rows(config, tokenizer, model, world.rank()), world)
     steps = count_steps(epochs, num_rows, training.global_batch_size)
     rows = f"{num_rows:,} {'packed rows' if config.data.packing else 'samples'}"
     if not steps:

@@ -63,9 +63,9 @@ class HeldOut:
     """
 
     def __init__(self, job: Job) -> None:
-        config, spec, grid = job.config, job.model.media_spec, job.grid
+        config, grid = job.config, job.grid
         self.job = job
-        self.batches = build_held_out_loader(config, job.tokenizer, spec, grid.sizes, grid.rank)
+        self.batches = build_held_out_loader(config, job.tokenizer, job.description, grid.sizes, grid.rank)
         assert isinstance(self.batches.producer, StepFetcher)
         self.samples = self.batches.producer.source
         self.questions: Questions | None = None

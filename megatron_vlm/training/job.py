@@ -30,9 +30,8 @@ from megatron_vlm.data.loader import StepFetcher, build_loader
 from megatron_vlm.data.tokenizer import Tokenizer, first_time_token
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.errors import MegatronVlmError
-from megatron_vlm.models.architectures import load_language_config
+from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.models.families import build_model
-from megatron_vlm.models.vision.pixels import write_pixel_format
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.ops.reference import LossRules, SoftTargets
 from megatron_vlm.parallel.groups import Grid, GridSizes, build_grid, vision_process_groups
@@ -42,7 +41,7 @@ from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.seeding import seed_everything
 from megatron_vlm.training.epochs import resolve_epochs
 from megatron_vlm.training.optimizer import build_optimizer
-from megatron_vlm.training.pixels import settle_pixels, take_pixels, with_pixels
+from megatron_vlm.training.pixels import settle_pixels
 from megatron_vlm.training.preflight import settle_run
 from megatron_vlm.training.step import TrainStep
 
@@ -54,6 +53,7 @@ class Job:
     """Everything a training run is made of, on this rank."""
 
     config: Config
+    description: ModelDescription
     grid: Grid
     model: VisionLanguageModel
     language: list[DistributedDataParallel]
@@ -75,8 +75,8 @@ class Job:
             DataError: a sample that cannot be used.
             ConfigError: the samples are not those that the run was started with.
         """
-        sizes, spec = self.grid.sizes, self.model.media_spec
-        items = build_loader(self.config, self.tokenizer, spec, sizes, self.grid.rank, self.start_step, num_steps)
+        at = self.grid.sizes, self.grid.rank
+        items = build_loader(self.config, self.tokenizer, self.description, *at, self.start_step, num_steps)
         assert isinstance(items.producer, StepFetcher)
         self.data = items.producer.source.index
         if self.start is not None:
@@ -99,10 +99,7 @@ class Job:
     def write_sources(self, directory: Path) -> None:
         """Writes into a checkpoint what its weights mean nothing without: tokenizer and Hugging Face configs."""
         self.tokenizer.save_pretrained(directory / "tokenizer")
-        load_language_config(self.config.model.language).save_pretrained(directory / "language")
-        survey = self.model.vision.tower.survey
-        survey.hf_config.save_pretrained(directory / "vision")
-        write_pixel_format(directory / "vision", survey.media_spec, self.config.data.image_mode)
+        self.description.write(directory, self.config.data.image_mode)
         write_sources(directory, self.commits)
         if self.start is not None:  # which `checkpoint.keep` may have removed since: then a later one has it
             before = [*checkpoints(Path(self.config.checkpoint.directory))[:1], self.start.directory][0]
@@ -142,19 +139,18 @@ def build_job(
     claim = Claim(Path(config.checkpoint.directory), grid.world) if owns else None
     start = find_start(config.checkpoint, grid.world, owns) if resumes else start_from(config.checkpoint, grid.world)
     kept = {} if start is None else read_sources(start.directory, start.manifest.files)
-    config = resolve_epochs(config, tokenizer, grid.world)
+    config = resolve_epochs(config, tokenizer, settled.model, grid.world)
     if start is not None and config.training.mode != "eval":
         # before commits were kept, ids stand in the manifest as they were named
         start.check_recipe(config if kept else config.model_copy(update={"model": named.model}))
-    pixels = settle_pixels(config, start)
+    description = settled.model.with_pixels(settle_pixels(config, settled.model.tower, start, settled.pixels))
     if config.training.mode == "eval":
         config = without_training(config)
     elif start is None and resumes and grid.rank == 0:
         for fault in frozen_at_random(config, settled.facts):
             logger.warning("%s", fault)
     seed_everything(config.runtime.seed, grid)
-    model = build_model(with_pixels(config, pixels), grid)
-    take_pixels(model.vision.tower, pixels)
+    model = build_model(config, description, grid)
     for chunk in model.language:
         chunk.train_by(rules)
     if start is None:
@@ -166,8 +162,8 @@ def build_job(
     step = TrainStep(model, language, vision, optimizer)
     start_step = 0 if start is None else _load(start, config, model, optimizer)
     return Job(
-        config, grid, model, language, vision, optimizer, tokenizer, step, start_step, start, ranks_per_node, claim,
-        commits=kept | commits,
+        config, description, grid, model, language, vision, optimizer, tokenizer, step, start_step, start,
+        ranks_per_node, claim, commits=kept | commits,
     )  # fmt: skip
 
 

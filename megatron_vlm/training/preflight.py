@@ -14,7 +14,7 @@ Hazard: everything here is collective, and ends on all ranks with the same error
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
@@ -29,12 +29,11 @@ from megatron_vlm.data.media import MediaReader
 from megatron_vlm.data.sources import SOURCES
 from megatron_vlm.data.tokenizer import Tokenizer, check_vocabulary, first_time_token, load_tokenizer
 from megatron_vlm.errors import MegatronVlmError, RecipeError, SeveralFaults, faults_of, together
-from megatron_vlm.models.vision.preprocessing import PixelFormat
-from megatron_vlm.models.vision.survey import survey_tower
+from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.runtime.collectives import all_gather_objects, broadcast_object
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.training.hub_ids import pin_hub_ids
-from megatron_vlm.training.pixels import foresee_pixels, with_pixels
+from megatron_vlm.training.pixels import KeptPixels, foresee_pixels, with_pixels
 from megatron_vlm.training.recipe import resolve_recipe
 
 
@@ -44,15 +43,19 @@ class Settled:
 
     Args:
         config: the recipe as it runs.
-        facts: of its model.
+        model: its description, whose pixels are settled when it is known what the run starts from.
+        facts: what the rules know of it.
         tokenizer: of its language model, which knows the image marker.
         commits: of the recipe's hub ids, as they were named.
+        pixels: that a checkpoint was trained with, from which the run is to go on.
     """
 
     config: Config
+    model: ModelDescription
     facts: ModelFacts
     tokenizer: Tokenizer
     commits: dict[str, str]
+    pixels: KeptPixels | None
 
 
 @dataclass
@@ -63,8 +66,9 @@ class _Findings:
     errors: list[MegatronVlmError] = field(default_factory=list)
     unknown: frozenset[str] = frozenset()  # sections that are not what the user wrote
     commits: dict[str, str] | None = None  # None, as the others below: it is at fault
+    model: ModelDescription | None = None
     facts: ModelFacts | None = None
-    pixels: PixelFormat | None = None  # that a checkpoint was trained with, from which the run is to go on
+    pixels: KeptPixels | None = None  # that a checkpoint was trained with, from which the run is to go on
     tokenizer: Tokenizer | None = None
     encoder: ConversationEncoder | None = None
 
@@ -126,8 +130,9 @@ def settle_run(
     by_rank = all_gather_objects(found.errors, world)
     if any(by_rank):
         raise _of_ranks(by_rank)
-    assert found.facts is not None and found.tokenizer is not None and found.commits is not None
-    return Settled(found.config, found.facts, found.tokenizer, found.commits)
+    assert found.model is not None and found.facts is not None
+    assert found.tokenizer is not None and found.commits is not None
+    return Settled(found.config, found.model, found.facts, found.tokenizer, found.commits, found.pixels)
 
 
 def _of_ranks(by_rank: Sequence[Sequence[MegatronVlmError]]) -> MegatronVlmError:
@@ -153,9 +158,10 @@ def _look_at_models(found: _Findings, world_size: int, ranks_per_node: int) -> N
         if found.commits is None or not found.knows("model"):
             validate(found.config, None, world_size)
         else:
-            looked_at = with_pixels(found.config, found.pixels)
-            settled, found.facts = resolve_recipe(looked_at, world_size, ranks_per_node, current_device())
-            found.config = settled.model_copy(update={"model": found.config.model})
+            looked_at = with_pixels(found.config, None if found.pixels is None else found.pixels.pixels)
+            resolved = resolve_recipe(looked_at, world_size, ranks_per_node, current_device())
+            found.model, found.facts = resolved.model, resolved.facts
+            found.config = resolved.config.model_copy(update={"model": found.config.model})
     if found.commits is not None and found.knows("model"):
         _read_tokenizer(found)
 
@@ -188,13 +194,10 @@ def _look_at_data(found: _Findings, resumes: bool) -> None:
     config, media = found.config, None
     if config.data.source not in SOURCES or not found.knows("data", "model", "training", "evaluation"):
         return
-    if found.facts is not None:
+    if found.model is not None:
+        model = found.model if found.pixels is None else found.model.with_pixels(found.pixels.pixels)
         with found.noted():
-            model = with_pixels(config, found.pixels).model
-            spec = survey_tower(model.vision, model.projector).media_spec
-            if found.pixels is not None:
-                spec = replace(spec, **vars(found.pixels))
-            media = MediaReader(spec, config.data.image_mode)
+            media = MediaReader(model.media_spec, config.data.image_mode)
     own = checkpoints(Path(config.checkpoint.directory)) if resumes else []
     steps = config.training.steps  # None: as many as there are epochs in the data, which must be counted
     is_done = bool(own) and steps is not None and max(map(step_of, own)) >= steps

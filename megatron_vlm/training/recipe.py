@@ -1,7 +1,9 @@
-"""A recipe made ready for its ranks: facts of its model gathered, what it leaves open chosen, every rule checked.
+"""A recipe made ready for its ranks: its model described, what it leaves open chosen, every rule checked.
 
 Here the layers' knowledge meets (DESIGN D12): validation is pure and knows no model, no template and no task by itself.
 """
+
+from dataclasses import dataclass
 
 import torch
 
@@ -11,31 +13,46 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.data.conversation import TEMPLATES
 from megatron_vlm.errors import ConfigError, RecipeError, together
 from megatron_vlm.evaluation.tasks import TASKS
+from megatron_vlm.models.description import ModelDescription, describe_model
 from megatron_vlm.models.facts import gather_facts
 from megatron_vlm.runtime.logging import get_logger
 
 logger = get_logger(__name__)
 
 
+@dataclass(frozen=True)
+class ResolvedRecipe:
+    """A recipe in which nothing was found wrong.
+
+    Args:
+        config: as it runs, its `parallel.context` null.
+        model: its model.
+        facts: what the rules know of that.
+    """
+
+    config: Config
+    model: ModelDescription
+    facts: ModelFacts
+
+
 def resolve_recipe(
     config: Config, world_size: int, ranks_per_node: int, device: torch.device | None = None
-) -> tuple[Config, ModelFacts]:
-    """Validates a recipe, and splits `parallel.context` into Ulysses and ring ranks, which it tells with its reason.
+) -> ResolvedRecipe:
+    """Describes a recipe's model, checks all its rules, and splits `parallel.context` into Ulysses and ring ranks,
+    which it tells with its reason.
 
     Args:
         ranks_per_node: consecutive ranks that share a machine; equal on all ranks, or they build different grids.
         device: what they compute on, so that backends the recipe names are asked; None where that is not known here.
 
-    Returns:
-        The recipe as it runs, its `parallel.context` null, and what is known of its model.
-
     Raises:
         ConfigError: everything wrong with the recipe, in one error.
     """
-    facts, errors = None, []
+    model, facts, errors = None, None, []
     if names_its_model(config.model):
         try:
-            facts = gather_facts(config, TEMPLATES.names(), TASKS.names(), device)
+            model = describe_model(config.model, is_validated=False)
+            facts = gather_facts(config, TEMPLATES.names(), TASKS.names(), device, model)
         except ConfigError as error:  # the rules that need none are checked all the same
             errors.append(error)
     try:
@@ -44,7 +61,7 @@ def resolve_recipe(
         errors.append(error)
     if errors:
         raise together(errors, RecipeError)
-    assert facts is not None, "validate refuses a recipe that does not name its model"
+    assert model is not None and facts is not None, "validate refuses a recipe that does not name its model"
     if config.parallel.context is not None:
         parallel, reason = split_context(config.parallel, facts.num_attention_heads, ranks_per_node)
         logger.info("%s", reason)
@@ -52,7 +69,7 @@ def resolve_recipe(
         validate(config, facts, world_size)  # again, now that it is known how many ranks are a ring
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         _warn(config, facts, world_size)
-    return config, facts
+    return ResolvedRecipe(config, model, facts)
 
 
 def _warn(config: Config, facts: ModelFacts, world_size: int) -> None:

@@ -222,6 +222,7 @@ def draw_batch(case: Case, generator: torch.Generator) -> Batch:
 def our_logits(case: Case, state: dict[str, Tensor], batch: Batch, fault: str | None) -> Tensor:
     """Our model's logits [b, s, V]; runs on every rank."""
     from megatron_vlm.conversion.weights.loading import load_hf_state
+    from megatron_vlm.models.description import describe_model
     from megatron_vlm.models.families import build_model
     from megatron_vlm.parallel.groups import GridSizes, build_grid
     from megatron_vlm.runtime.seeding import seed_everything
@@ -229,7 +230,7 @@ def our_logits(case: Case, state: dict[str, Tensor], batch: Batch, fault: str | 
     config = our_recipe(case)
     grid = build_grid(GridSizes.from_config(config.parallel, case.tensor), config.parallel.virtual_pipeline)
     seed_everything(0, grid)
-    model = build_model(config, grid).train(False)
+    model = build_model(config, describe_model(config.model), grid).train(False)
     if fault in FUSED_ROWS:
         state = reorder_fused(state, case, fault)
     load_hf_state(model, swap_heads(state, case) if fault == "swapped_heads" else state, grid)

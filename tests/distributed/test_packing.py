@@ -10,6 +10,7 @@ import torch
 from megatron_vlm.config.schema import Config
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.sizes import GridSizes
+from tests.helpers.described import described
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_recipe
 
@@ -33,7 +34,7 @@ def read_steps(config: Config, sizes: GridSizes, start: int, count: int) -> list
     grid = build_grid(sizes)
     tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
     steps = []
-    for batch in build_loader(config, tokenizer, SPEC, sizes, grid.rank, start, count):
+    for batch in build_loader(config, tokenizer, described(config, SPEC), sizes, grid.rank, start, count):
         own: Documents = {}
         for micro_batch in batch.micro_batches:
             names = iter(micro_batch.sample_ids)

@@ -16,7 +16,7 @@ from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.loader import build_loader
 from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.data.tokenizer import load_tokenizer
-from megatron_vlm.models.vision.survey import survey_tower
+from megatron_vlm.models.description import describe_model
 from megatron_vlm.parallel.layout import SequenceLayout
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.training.layout_check.compare import compare
@@ -86,8 +86,7 @@ def reference(ranks: RankPool, recipe: Recipe) -> Reference:
 def steps_of(recipe: Recipe, sizes: GridSizes, rank: int) -> list[StepBatch]:
     config = Config.model_validate(recipe)
     tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
-    spec = survey_tower(config.model.vision, None).media_spec
-    return list(build_loader(config, tokenizer, spec, sizes, rank, 0, config.training.steps))
+    return list(build_loader(config, tokenizer, describe_model(config.model), sizes, rank, 0, config.training.steps))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ def compared(recipe: dict[str, Any]) -> dict[str, Any]:
     sizes, rank = GridSizes.from_config(config.parallel, world_size), job.grid.rank
     spec = LanguageSpec.from_config(load_language_config(config.model.language))
     chunks = language_chunks(config, spec, sizes, sizes.coordinates(rank).pipeline)
-    vision = vision_parameters(meta_encoder(config, spec.hf_config.hidden_size))
+    vision = vision_parameters(meta_encoder(config, job.description))
     states = {
         "language": language_state(config, chunks, sizes, rank), "vision": vision_state(config, vision, sizes, rank)
     }  # fmt: skip

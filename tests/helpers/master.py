@@ -9,6 +9,7 @@ import torch
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data import loader
+from megatron_vlm.models.description import describe_model
 from megatron_vlm.runtime.distributed import Launch
 from megatron_vlm.training.job import Job, build_job
 from megatron_vlm.training.layout_check.check import LayoutReport, check_layout, place_in
@@ -42,7 +43,7 @@ def run_rows(recipe: dict[str, Any], rows: list[list[tuple[int, ...]]], steps: i
     packed_length = recipe["training"]["sequence_length"] if recipe["data"]["packing"] else None
     if packed_length is None:
         rows = [[(sample,) for row in of_step for sample in row] for of_step in rows]
-    with mock.patch.object(loader, "make_plan", lambda config, samples: FixedRows(rows, packed_length)):
+    with mock.patch.object(loader, "make_plan", lambda config, samples, language: FixedRows(rows, packed_length)):
         return run_layout(recipe, steps, fault)
 
 
@@ -65,7 +66,8 @@ class RecordedReference:
 
 def record_reference(recipe: dict[str, Any], num_ranks: int, path: Path) -> None:
     """What the child of a check on `num_ranks` ranks would record, made in this rank, which nothing is wrong with."""
-    small, samples = shrink(Config.model_validate(recipe), num_ranks)
+    config = Config.model_validate(recipe)
+    small, samples = shrink(config, num_ranks, describe_model(config.model))
     small = place_in(small, samples, path.parent)
     torch.save(run_reference(one_process(small)).as_dict(), path)
 

@@ -125,6 +125,7 @@ def logit_differences() -> tuple[float, float]:
     from megatron_vlm.conversion.mappings import canonical_name
     from megatron_vlm.conversion.weights.loading import fill_language
     from megatron_vlm.conversion.weights.sources import StateSource
+    from megatron_vlm.models.description import describe_model
     from megatron_vlm.models.families import build_model
     from tests.helpers.solo import one_rank, small_recipe
 
@@ -141,7 +142,7 @@ def logit_differences() -> tuple[float, float]:
     positions = torch.arange(17).expand(2, 17)
     differences = []
     with one_rank() as grid:
-        language = build_model(recipe, grid).train(False).language
+        language = build_model(recipe, describe_model(recipe.model), grid).train(False).language
         fill_language(language, StateSource("state", reference.state_dict(), canonical_name), grid)
         expected = reference(ids).logits.detach()
         for _ in range(2):

@@ -13,6 +13,7 @@ from megatron_vlm.cli.layout_page.output import attended, needed, show, write
 from megatron_vlm.cli.layout_page.page import page
 from megatron_vlm.config import load_config
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.models.description import describe_model
 from tests.helpers.layouts import layout_of
 from tests.helpers.processes import ROOT
 from tests.helpers.tiny import tiny_recipe
@@ -75,7 +76,7 @@ def test_names_of_a_recipe_are_shown_and_not_obeyed(tmp_path: Path, capsys: pyte
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": odd})})
     os.mkfifo(tmp_path / "page.html")  # would be waited for
     arguments = Namespace(world_size=4, ranks_per_node=8, html=tmp_path / "page.html", json=None)
-    show("[/y]\x1b[1m", config, arguments)
+    show("[/y]\x1b[1m", config, describe_model(config.model), arguments)
     told = capsys.readouterr().out
     assert r"[/x]\x1b]0;owned\x07<script>.json" in told and r"[/y]\x1b[1m" in told and "\x1b" not in told
     check_page(tmp_path / "page.html")

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import ConfigError, one_line, shown
+from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.planner.layout import LayoutView, view_layout
 from megatron_vlm.runtime.logging import stdout_console
 
@@ -17,14 +18,14 @@ from .svg import count, si, size
 PIPED_WIDTH = 120  # columns where there is no terminal
 
 
-def show(name: str, config: Config, arguments: argparse.Namespace) -> None:
-    """Prints a resolved recipe's layout on `arguments.world_size` ranks and writes what was asked for.
+def show(name: str, config: Config, model: ModelDescription, arguments: argparse.Namespace) -> None:
+    """Prints the layout of a resolved recipe on `arguments.world_size` ranks and writes what was asked for.
 
     Raises:
-        ConfigError: a file cannot be written; the model's config cannot be read.
+        ConfigError: a file cannot be written.
         DataError: its data are there and cannot be used.
     """
-    view = view_layout(name, config, arguments.world_size)
+    view = view_layout(name, config, model, arguments.world_size)
     if arguments.html:
         write(arguments.html, page(view))
     if arguments.json:

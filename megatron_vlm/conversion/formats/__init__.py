@@ -2,17 +2,17 @@
 
 from megatron_vlm.conversion.formats import llava as llava
 from megatron_vlm.conversion.formats import llava_hf as llava_hf
-from megatron_vlm.conversion.formats.base import FORMATS, ForeignModel, Places, is_foreign, open_foreign
+from megatron_vlm.conversion.formats.base import FORMATS, ForeignModel, ModelFolder, Places, open_foreign
 from megatron_vlm.conversion.formats.pair import open_pair
 from megatron_vlm.conversion.formats.recipe import config_of, fill_model
 
 __all__ = [
     "FORMATS",
     "ForeignModel",
+    "ModelFolder",
     "Places",
     "config_of",
     "fill_model",
-    "is_foreign",
     "open_foreign",
     "open_pair",
 ]

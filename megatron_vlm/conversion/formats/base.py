@@ -21,8 +21,10 @@ from megatron_vlm.conversion.weights.sources import FolderSource, WeightSource, 
 from megatron_vlm.data.jinja import content_form, render_question
 from megatron_vlm.errors import ConversionError, one_line, shown
 from megatron_vlm.models import hub
+from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.models.hf_config import with_answer_ends
 from megatron_vlm.models.vision.media_spec import MediaSpec
+from megatron_vlm.models.vision.preprocessing import TowerConfigs, read_preprocessor
 from megatron_vlm.registry import Registry
 from megatron_vlm.runtime.files import parse_json, read_text
 from megatron_vlm.runtime.limits import LimitError
@@ -69,6 +71,11 @@ class ForeignModel:
     drops_first_token: bool = False
     commits: Mapping[str, str] = field(default_factory=dict)
 
+    def read_tower(self) -> TowerConfigs:
+        """Reads the preprocessor config, and gives the tower's configs. Raises ConfigError."""
+        path = None if self.vision_path is None else str(self.vision_path)
+        return TowerConfigs(self.vision, {} if path is None else read_preprocessor(path), path)
+
 
 @dataclass(frozen=True)
 class Places:
@@ -93,19 +100,34 @@ class Target:
     Args:
         checkpoint: which is exported; it holds tokenizer/ and vision/.
         config: its recipe.
-        language, vision: configs of the parts.
-        media: pixels and tokens of a picture.
-        num_dropped_tokens: leading tokens of the tower that are not taken (CLS).
+        model: its description.
         image_token_id: of the tokenizer; it may lie outside the vocabulary.
     """
 
     checkpoint: Path
     config: Config
-    language: PretrainedConfig
-    vision: PretrainedConfig
-    media: MediaSpec
-    num_dropped_tokens: int
+    model: ModelDescription
     image_token_id: int
+
+    @property
+    def language(self) -> PretrainedConfig:
+        """The language model's config."""
+        return self.model.language
+
+    @property
+    def vision(self) -> PretrainedConfig:
+        """The tower's config."""
+        return self.model.survey.hf_config
+
+    @property
+    def media(self) -> MediaSpec:
+        """Pixels and tokens of a picture."""
+        return self.model.media_spec
+
+    @property
+    def num_dropped_tokens(self) -> int:
+        """Leading tokens of the tower that are not taken (CLS)."""
+        return self.model.survey.num_dropped_tokens
 
 
 @dataclass(frozen=True)
@@ -131,7 +153,7 @@ class Format:
         name: registered name.
         families: of the product's models.
         recognises: whether a directory with this config.json is one.
-        open: reads configs and headers; the second argument is for formats that name parts.
+        open: reads configs and headers, but for config.json; the second argument is for formats that name parts.
         disk_name: canonical name -> name on the disk; None where models are not written in this format.
         write_extras: writes the configuration of a model beside its tokenizer's files; given what of the language
             model's config differs (vocabulary and dtype as written).
@@ -143,7 +165,7 @@ class Format:
     name: str
     families: tuple[str, ...]
     recognises: Callable[[Path, dict[str, Any]], bool]
-    open: Callable[[Path, Places], ForeignModel]
+    open: Callable[["ModelFolder", Places], ForeignModel]
     disk_name: Callable[[str], str] | None = None
     write_extras: Callable[[Path, Target, dict[str, Any]], None] | None = None
     has_image_token: bool = False
@@ -156,42 +178,65 @@ FORMATS: Registry[Format] = Registry("format")
 MAX_CONFIG_BYTES = 2**26  # far above any real one; Python's objects of it may take thirty times as much
 
 
-def open_foreign(path: str | Path, format: str | None = None, places: Places = Places()) -> ForeignModel:
+@dataclass(frozen=True)
+class ModelFolder:
+    """A directory with its config.json, which is read once.
+
+    Args:
+        path: the directory.
+        settings: what its config.json holds; nothing where there is none, or a checkpoint of ours.
+        format: the one that recognises it; None: no format does.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    format: Format | None
+
+    @classmethod
+    def of(cls, path: Path) -> "ModelFolder":
+        """Looks at a directory. Raises ConversionError for a config.json that cannot be read."""
+        if os.path.lexists(path / MANIFEST) or not os.path.lexists(path / "config.json"):
+            return cls(path, {}, None)
+        settings = read_json(path / "config.json")
+        known = map(FORMATS.get, FORMATS.names())
+        return cls(path, settings, next((one for one in known if one.recognises(path, settings)), None))
+
+    def left_open(self) -> dict[str, FormatOption]:
+        """Options that the directory leaves open, by key; empty where no format recognises it."""
+        options = {} if self.format is None else self.format.options
+        return {key: option for key, option in options.items() if option.is_open(self.settings)}
+
+
+def open_foreign(
+    path: str | Path, format: str | None = None, places: Places = Places(), found: ModelFolder | None = None
+) -> ForeignModel:
     """A model directory of another system.
 
     Args:
         path: the directory, or a hub id, which is fetched.
         format: its registered name; default: the one that recognises it.
         places: where parts lie that the directory only names, and what it leaves open.
+        found: the directory, where it has been looked at.
 
     Raises:
         ConversionError: no directory, none that a format recognises, one that is not whole, or an option that its
             format does not take.
         ConfigError: an unknown format, or a model this package does not build.
     """
-    known = None if format is None else FORMATS.get(format)
-    folder = _folder(path)
-    found = known or _recognised(folder)
-    if found is None:
+    named = None if format is None else FORMATS.get(format)
+    found = found or ModelFolder.of(_folder(path))
+    folder, known = found.path, named or found.format
+    if known is None:
         raise ConversionError(f"{folder}: no format recognises it; known: {', '.join(FORMATS.names())}")
     elsewhere = [part for part in (places.tower, places.base) if part is not None]
-    if elsewhere and not found.names_parts:
+    if elsewhere and not known.names_parts:
         raise ConversionError(
-            f"{folder}: a directory of {found.name} holds all its parts; found {', '.join(elsewhere)}"
+            f"{folder}: a directory of {known.name} holds all its parts; found {', '.join(elsewhere)}"
         )
-    _check_options(found, folder, places.options)
-    foreign = found.open(folder, places)
+    _check_options(known, folder, places.options)
+    foreign = known.open(found, places)
     language = with_answer_ends(str(path), foreign.language, dict.fromkeys((folder, foreign.tokenizer)))
     return replace(foreign, language=language, commits={**hub.commits({str(path): folder}), **foreign.commits})
-
-
-def open_options(folder: Path) -> dict[str, FormatOption]:
-    """Options that a directory leaves open, by key; empty where no format recognises it. Raises ConversionError."""
-    found = _recognised(folder)
-    if found is None or not found.options:
-        return {}
-    settings = read_json(folder / "config.json")
-    return {key: option for key, option in found.options.items() if option.is_open(settings)}
 
 
 def _check_options(format: Format, folder: Path, options: Mapping[str, Any]) -> None:
@@ -205,11 +250,6 @@ def _check_options(format: Format, folder: Path, options: Mapping[str, Any]) -> 
             )
 
 
-def is_foreign(path: str | Path) -> bool:
-    """Whether a format recognises the directory, which is no checkpoint of ours."""
-    return Path(path).is_dir() and _recognised(Path(path)) is not None
-
-
 def is_on_hub(path: str | Path) -> bool:
     """Whether it has the form of a hub id with its owner's name, and nothing is there on this machine."""
     found = hub.parse(path)
@@ -220,19 +260,6 @@ def _folder(path: str | Path) -> Path:
     if not Path(path).is_dir() and not is_on_hub(path):
         raise ConversionError(f"{path}: no such directory")
     return resolve_folder(str(path))
-
-
-def recognised(folder: Path) -> str | None:
-    """The name of the format that recognises a directory."""
-    found = _recognised(folder)
-    return None if found is None else found.name
-
-
-def _recognised(folder: Path) -> Format | None:
-    if os.path.lexists(folder / MANIFEST) or not os.path.lexists(folder / "config.json"):
-        return None
-    settings = read_json(folder / "config.json")
-    return next((f for f in map(FORMATS.get, FORMATS.names()) if f.recognises(folder, settings)), None)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from megatron_vlm.conversion.formats.base import (
     ForeignModel,
     Format,
     FormatOption,
+    ModelFolder,
     Places,
     Target,
     asked_as,
@@ -77,9 +78,9 @@ def recognises(folder: Path, settings: dict[str, Any]) -> bool:
     return "mm_vision_tower" in settings
 
 
-def open_folder(folder: Path, places: Places) -> ForeignModel:
+def open_folder(found: ModelFolder, places: Places) -> ForeignModel:
     """Raises ConversionError, ConfigError as `open_foreign`."""
-    settings = read_json(folder / "config.json")
+    folder, settings = found.path, found.settings
     image_mode, feature = _checked(folder, settings)
     projector = _projector(folder, settings, places.options.get(ORDER_OPTION))
     alone = _is_projector_alone(folder)
@@ -106,9 +107,11 @@ def open_folder(folder: Path, places: Places) -> ForeignModel:
         parts[0] = own
     named = {base_named: base} | ({} if tower_folder is None else {reference: tower_folder})
     source = parts[0] if len(parts) == 1 else JoinedSource(str(folder), parts)
-    language = _language(base, settings, alone)
-    language.tie_word_embeddings = is_tied(bool(language.tie_word_embeddings), source)
     tokenizer = folder if has_tokenizer(folder) else base
+    language = _language(base, settings, alone)
+    if alone and tokenizer != base:  # else `open_foreign` looks there
+        language = with_answer_ends(str(base), language, [base])
+    language.tie_word_embeddings = is_tied(bool(language.tie_word_embeddings), source)
     asked = asked_as(tokenizer, language, image_mode)
     return ForeignModel(
         format=NAME,
@@ -131,9 +134,9 @@ def open_folder(folder: Path, places: Places) -> ForeignModel:
     )
 
 
-def tower_elsewhere(folder: Path) -> str | None:
+def tower_elsewhere(found: ModelFolder) -> str | None:
     """The tower that a directory of whole weights names and that would have to be fetched. Raises as `open_foreign`."""
-    settings = read_json(folder / "config.json")
+    folder, settings = found.path, found.settings
     _checked(folder, settings)
     reference = str(settings["mm_vision_tower"])
     if _is_projector_alone(folder) or _tower_folder(folder, reference) is not None:
@@ -269,7 +272,7 @@ def _base_of(folder: Path, settings: dict[str, Any], place: str | None) -> tuple
 
 def _language(base: Path, settings: dict[str, Any], alone: bool) -> PretrainedConfig:
     if alone:
-        return with_answer_ends(str(base), config_from_path(str(base), str(base)), [base])
+        return config_from_path(str(base), str(base))
     named = str(settings.get("architectures") or settings.get("model_type")).lower()
     languages = {one.llava_name.lower(): kind for kind, one in LANGUAGE_MODELS.items() if one.llava_name is not None}
     found = [part for part in languages if part in named]

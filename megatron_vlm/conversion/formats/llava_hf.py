@@ -15,6 +15,7 @@ from megatron_vlm.conversion.formats.base import (
     FORMATS,
     ForeignModel,
     Format,
+    ModelFolder,
     Places,
     Target,
     asked_as,
@@ -28,7 +29,7 @@ from megatron_vlm.conversion.weights.sources import FolderSource
 from megatron_vlm.conversion.weights.tower_names import TowerNames
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.models.hf_config import config_from_path
+from megatron_vlm.models.hf_config import config_in
 from megatron_vlm.models.vision.pixels import plain_settings
 from megatron_vlm.models.vision.preprocessing import load_processor
 
@@ -44,9 +45,10 @@ def recognises(folder: Path, settings: dict[str, Any]) -> bool:
     return settings.get("model_type") == "llava" and isinstance(settings.get("vision_config"), dict)
 
 
-def open_folder(folder: Path, _: Places) -> ForeignModel:
+def open_folder(found: ModelFolder, _: Places) -> ForeignModel:
     """Raises ConversionError, ConfigError as `open_foreign`."""
-    config = config_from_path(str(folder), str(folder))
+    folder = found.path
+    config = config_in(str(folder), str(folder), folder, found.settings or None)
     if not isinstance(config, LlavaConfig):
         raise ConversionError(f"{folder}/config.json: model_type is {config.model_type!r}, needs llava")
     _check(folder, config)

@@ -7,6 +7,7 @@ from megatron_vlm.conversion.formats.base import (
     FORMATS,
     ForeignModel,
     Format,
+    ModelFolder,
     Places,
     asked_as,
     fitting_vocabulary,
@@ -18,7 +19,7 @@ from megatron_vlm.conversion.weights.sources import FolderSource, JoinedSource, 
 from megatron_vlm.conversion.weights.tower_names import TowerNames
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models import hub
-from megatron_vlm.models.hf_config import config_from_path, with_answer_ends
+from megatron_vlm.models.hf_config import config_from_path, config_in, with_answer_ends
 from megatron_vlm.models.projectors import build_projector
 
 NAME = "pair"
@@ -31,16 +32,19 @@ def open_pair(
     select_layer: int = -2,
     select_feature: str = "patch",
     seed: int = 42,
+    found: ModelFolder | None = None,
 ) -> ForeignModel:
     """A language model and a tower, each a directory or a hub id, and a projector that depends on the seed only.
 
-    Its weights are those that a recipe with these two paths and this `runtime.seed` starts from.
+    Its weights are those that a recipe with these two paths and this `runtime.seed` starts from. `found`: the language
+    model's directory, where it has been looked at.
 
     Raises:
         ConversionError, ConfigError: as `open_foreign`.
     """
     folder, tower_folder = resolve_folder(language), resolve_folder(tower)
-    language_config = with_answer_ends(language, config_from_path(language, str(folder)), [folder])
+    settings = None if found is None else found.settings
+    language_config = with_answer_ends(language, config_in(language, str(folder), folder, settings), [folder])
     vision_config = config_from_path(tower, str(tower_folder))
     vision_config = getattr(vision_config, "vision_config", vision_config)
     own = FolderSource(str(folder), lambda names: canonical_name)
@@ -76,8 +80,8 @@ def open_pair(
     )
 
 
-def _open_folder(folder: Path, _: Places) -> ForeignModel:
-    raise ConversionError(f"{folder}: a pair is two directories; name the tower's too (--tower)")
+def _open_folder(found: ModelFolder, _: Places) -> ForeignModel:
+    raise ConversionError(f"{found.path}: a pair is two directories; name the tower's too (--tower)")
 
 
 def _recognises(folder: Path, settings: dict[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from megatron_vlm.checkpoint.directory import find_checkpoint
 from megatron_vlm.checkpoint.integrity import refuse_damage, refuse_unlisted, sync_directory
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.checkpoint.model_sources import read_sources, write_sources
-from megatron_vlm.checkpoint.recipe import PARTS, former_preprocessor, saved_config
+from megatron_vlm.checkpoint.recipe import PARTS, former_preprocessor, kept_tower, saved_config, tell_former
 from megatron_vlm.config.schema import VisionConfig
 from megatron_vlm.conversion.formats.base import FORMATS, Format, Target, read_json
 from megatron_vlm.conversion.formats.llava import TOWER_INSIDE, told_order
@@ -53,8 +53,8 @@ from megatron_vlm.conversion.weights.files import INDEXES, SAFETENSORS_INDEX
 from megatron_vlm.conversion.weights.tower_names import TowerNames
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConfigError, ConversionError, one_line
+from megatron_vlm.models.description import describe_model
 from megatron_vlm.models.hf_config import config_from_path
-from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.runtime.logging import get_logger
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -176,7 +176,7 @@ def plan_export(path: str | Path, format: str | None = None, dtype: str | None =
     shards = None
     if origin is not None and origin.weights and origin.format == target_format.name:
         pixels = json.loads(target.media.processor)  # as trained, which a checkpoint from before may not say
-        is_same = origin.is_read_as(reading_of(checkpoint, target.config) | {"pixels": pixels})
+        is_same = origin.is_read_as(reading_of(checkpoint, target.config, target.model, pixels))
         source = ExportSource(stored, origin.spare(), target.language.vocab_size if is_same else num_rows)
         shards = plan_returned(origin, source, disk_name, wanted, is_same)
         if shards is not None and is_same:
@@ -218,25 +218,21 @@ def _disk_name(format: Format, target: Target) -> Callable[[str], str]:
 
 def _target(checkpoint: Path, manifest: Manifest) -> Target:
     config = saved_config(checkpoint, manifest)
+    tower = kept_tower(checkpoint)
+    former = former_preprocessor(manifest, tower, config.data.image_mode)
+    if former is not None:
+        tell_former(checkpoint, config.data.image_mode)
     vision = VisionConfig(
-        path=str(checkpoint / "vision"),
-        preprocessor=former_preprocessor(checkpoint, manifest, config.data.image_mode),
+        path=tower.path,
+        preprocessor=former,
         select_layer=config.model.vision.select_layer,
         select_feature=config.model.vision.select_feature,
     )
-    survey = survey_tower(vision, config.model.projector)
-    tokenizer = load_tokenizer(checkpoint / "tokenizer", config.data.image_token)
     language = config_from_path("language", str(checkpoint / "language"))
-    language.name_or_path = survey.hf_config.name_or_path = ""  # no paths of this machine
-    return Target(
-        checkpoint=checkpoint,
-        config=config,
-        language=language,
-        vision=survey.hf_config,
-        media=survey.media_spec,
-        num_dropped_tokens=survey.num_dropped_tokens,
-        image_token_id=tokenizer.get_vocab()[config.data.image_token],
-    )
+    model = describe_model(config.model.model_copy(update={"vision": vision}), language, tower)
+    tokenizer = load_tokenizer(checkpoint / "tokenizer", config.data.image_token)
+    model.language.name_or_path = model.survey.hf_config.name_or_path = ""  # no paths of this machine
+    return Target(checkpoint, config, model, tokenizer.get_vocab()[config.data.image_token])
 
 
 @dataclass(frozen=True)
@@ -277,14 +273,14 @@ def _write_returned(
     had_index = any(str(file) in INDEXES for file in origin.files())
     if not are_returned and (had_index or len(shards) > 1):
         (folder / SAFETENSORS_INDEX).write_text(index_of(shards), encoding="utf-8")
-    settings = read_json(folder / "config.json")
-    settings |= told_order(settings, projector)
+    came = read_json(folder / "config.json")
+    settings = came | told_order(came, projector)
     if dtype is not None:
         own = [key for key in DTYPE_KEYS if key in settings] or [DTYPE_KEYS[0]]
         settings |= dict.fromkeys(own, str(DTYPES[dtype]).removeprefix("torch."))
     if any(shard.file == TOWER_FILE for shard in shards):
         settings |= TOWER_INSIDE
-    if settings != read_json(folder / "config.json"):
+    if settings != came:
         (folder / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     if trained is None:
         return

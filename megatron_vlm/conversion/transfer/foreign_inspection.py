@@ -5,15 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_vlm.conversion.formats import llava
-from megatron_vlm.conversion.formats.base import (
-    FORMATS,
-    Places,
-    is_foreign,
-    open_foreign,
-    open_options,
-    read_json,
-    recognised,
-)
+from megatron_vlm.conversion.formats.base import FORMATS, ModelFolder, Places, open_foreign
 from megatron_vlm.conversion.transfer.inspected import Inspection, count_parts
 from megatron_vlm.conversion.weights.files import WeightFolder
 from megatron_vlm.conversion.weights.sources import FolderSource, vision_rename
@@ -23,15 +15,17 @@ _PARTS = {"vision_tower": "vision", "multi_modal_projector": "projector"}  # by 
 
 def inspect_foreign(folder: Path) -> Inspection:
     """Looks at a directory that is no checkpoint of ours. Raises as `inspection.inspect`."""
-    return _foreign(folder) if is_foreign(folder) else _other(folder)
+    found = ModelFolder.of(folder)
+    return _other(found) if found.format is None else _foreign(found, found.format.name)
 
 
-def _foreign(folder: Path) -> Inspection:
-    if recognised(folder) == llava.NAME and (tower := llava.tower_elsewhere(folder)) is not None:
+def _foreign(found: ModelFolder, format: str) -> Inspection:
+    folder = found.path
+    if format == llava.NAME and (tower := llava.tower_elsewhere(found)) is not None:
         return _without_tower(folder, tower)
-    left_open = open_options(folder)
+    left_open = found.left_open()
     said = {key: option.values[0] for key, option in left_open.items()}
-    foreign = open_foreign(folder, places=Places(options=said))
+    foreign = open_foreign(folder, places=Places(options=said), found=found)
     reads = ((name, foreign.source.read(name)) for name in foreign.source.names())
     tensors = ((_PARTS.get(name.partition(".")[0], "language"), *_told(t)) for name, t in reads)
     notes = [f"tower {foreign.vision.model_type}, language model {foreign.language.model_type}"]
@@ -53,16 +47,15 @@ def _without_tower(folder: Path, tower: str) -> Inspection:
     return Inspection(folder, llava.NAME, family, count_parts(tensors), _sizes(own.weights), notes)
 
 
-def _other(folder: Path) -> Inspection:
+def _other(found: ModelFolder) -> Inspection:
     """A directory of transformers that is half a pair, or nothing to us."""
-    weights = WeightFolder(folder)
-    config = folder / "config.json"
-    model_type = str(read_json(config).get("model_type", "unknown")) if config.is_file() else "unknown"
+    weights = WeightFolder(found.path)
+    model_type = str(found.settings.get("model_type", "unknown"))
     rename = vision_rename(weights.places.keys())
     has_head = any(name.startswith(("model.", "lm_head.")) for name in weights.places)
     reads = ((name, weights.places[name].read(name)) for name in weights.places)
     tensors = (("language" if has_head or rename(name) is None else "vision", *_told(t)) for name, t in reads)
-    return Inspection(folder, "transformers", model_type, count_parts(tensors), _sizes(weights))
+    return Inspection(found.path, "transformers", model_type, count_parts(tensors), _sizes(weights))
 
 
 def _told(tensor: Tensor) -> tuple[int, str]:

@@ -25,8 +25,7 @@ from megatron_vlm.conversion.transfer.origin import write_origin
 from megatron_vlm.conversion.weights.loading import check_fit, check_part
 from megatron_vlm.data.tokenizer import check_vocabulary, load_tokenizer
 from megatron_vlm.models.architectures import check_architecture
-from megatron_vlm.models.vision.pixels import write_pixel_format
-from megatron_vlm.models.vision.survey import survey_tower
+from megatron_vlm.models.description import ModelDescription, describe_model
 from megatron_vlm.parallel.sizes import GridSizes
 
 
@@ -56,8 +55,8 @@ def import_model(
         spare = check_fit(foreign.source, table)
         writer.start(lay_out(table[len(language) :], foreign.source.stored))
         config, partial = _recipe(foreign, destination), writer.directory
-        _write_parts(foreign, config, partial)
-        write_origin(partial, foreign, spare, config)
+        model = _write_parts(foreign, config, partial)
+        write_origin(partial, foreign, spare, config, model)
         write_sources(partial, foreign.commits)
         files = writer.finish()
         others = [path for path in partial.rglob("*") if path.is_file() and str(path.relative_to(partial)) not in files]
@@ -66,19 +65,22 @@ def import_model(
     return final
 
 
-def _write_parts(foreign: ForeignModel, config: Config, partial: Path) -> None:
-    """Tokenizer and configs. Raises ConfigError, ConversionError where they are not this model's."""
+def _write_parts(foreign: ForeignModel, config: Config, partial: Path) -> ModelDescription:
+    """Writes tokenizer and configs; gives the model's description.
+
+    Raises:
+        ConfigError, ConversionError: they are not this model's.
+    """
     tokenizer = load_tokenizer(foreign.tokenizer, foreign.image_token)
     check_vocabulary(tokenizer, foreign.image_token, foreign.language.vocab_size)
-    survey = survey_tower(config.model.vision, config.model.projector)
-    check_selection(foreign, survey)
-    for part in (foreign.language, survey.hf_config):
+    model = describe_model(config.model, foreign.language, foreign.read_tower())
+    check_selection(foreign, model.survey)
+    for part in (model.language, model.survey.hf_config):
         part.name_or_path = ""  # no paths of this machine
         vars(part).pop("auto_map", None)  # nor names of code that is not taken along
     tokenizer.save_pretrained(partial / "tokenizer")
-    foreign.language.save_pretrained(partial / "language")
-    survey.hf_config.save_pretrained(partial / "vision")
-    write_pixel_format(partial / "vision", survey.media_spec, config.data.image_mode)
+    model.write(partial, config.data.image_mode)
+    return model
 
 
 def size_bytes(foreign: ForeignModel) -> int:

@@ -23,13 +23,14 @@ from torch import Tensor
 
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config.schema import Config
-from megatron_vlm.conversion.formats.base import ForeignModel, read_json
+from megatron_vlm.conversion.formats.base import ForeignModel
 from megatron_vlm.conversion.formats.recipe import settings_of
 from megatron_vlm.conversion.transfer.origin_record import FILES, FOLDER, HEADERS, MAX_CARRIED_BYTES, RECORD_FILE, SPARE
 from megatron_vlm.conversion.weights.files import SafetensorsFile
 from megatron_vlm.conversion.weights.sources import FolderSource
 from megatron_vlm.data.tokenizer import load_tokenizer
-from megatron_vlm.models.hf_config import config_from_path
+from megatron_vlm.models.description import ModelDescription
+from megatron_vlm.models.vision.pixels import kept_settings
 from megatron_vlm.runtime.logging import get_logger
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -42,23 +43,25 @@ _OF_A_CALL = ("padding", "truncation")  # what a tokenizer keeps of its last use
 logger = get_logger(__name__)
 
 
-def reading_of(checkpoint: Path, config: Config) -> dict[str, Any]:
+def reading_of(checkpoint: Path, config: Config, model: ModelDescription, pixels: dict[str, Any]) -> dict[str, Any]:
     """Facts of a model beside its weights: while a checkpoint says the same as its origin, the origin's files fit it.
 
     Args:
-        checkpoint: which holds tokenizer/, language/ and vision/.
+        checkpoint: which holds tokenizer/.
         config: its recipe.
+        model: its description.
+        pixels: its preprocessor config.
 
     Raises:
-        ConfigError: one of these cannot be read.
+        ConfigError: the tokenizer cannot be read.
     """
-    parts = {part: settings_of(config_from_path(part, str(checkpoint / part))) for part in ("language", "vision")}
+    parts = {"language": settings_of(model.language), "vision": settings_of(model.survey.hf_config)}
     for settings in parts.values():
         for key in _BESIDE_THE_MODEL:
             settings.pop(key, None)
     reading = {
         **parts,
-        "pixels": read_json(checkpoint / "vision" / "preprocessor_config.json"),
+        "pixels": pixels,
         "select_layer": config.model.vision.select_layer,
         "select_feature": config.model.vision.select_feature,
         "projector": config.model.projector.type,
@@ -82,13 +85,16 @@ def _tokenizer_digest(folder: Path, image_token: str) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def write_origin(checkpoint: Path, foreign: ForeignModel, spare: Iterable[str], config: Config) -> None:
+def write_origin(
+    checkpoint: Path, foreign: ForeignModel, spare: Iterable[str], config: Config, model: ModelDescription
+) -> None:
     """Keeps what an export needs to give the directory back.
 
     Args:
-        checkpoint: which is being written; it has tokenizer/, language/ and vision/ already.
+        checkpoint: which is being written; it has tokenizer/ already.
         spare: canonical names of tensors that no model here has.
         config: the checkpoint's recipe.
+        model: its description.
 
     Raises:
         OSError: the disk.
@@ -96,7 +102,8 @@ def write_origin(checkpoint: Path, foreign: ForeignModel, spare: Iterable[str], 
     own, folder = foreign.own, checkpoint / FOLDER
     (folder / HEADERS).mkdir(parents=True)
     record: dict[str, Any] = {"format": foreign.format, "weights": {}, "referenced": {}}
-    record["reading"] = reading_of(checkpoint, config)
+    pixels = kept_settings(model.media_spec, config.data.image_mode)
+    record["reading"] = reading_of(checkpoint, config, model.as_saved(), pixels)
     if own is None:
         _copy_tokenizer(foreign.tokenizer, folder / FILES)
     else:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_vlm.checkpoint.directory import LATEST
 from megatron_vlm.checkpoint.manifest import FILE_NAME as MANIFEST
-from megatron_vlm.conversion.formats.base import open_options, recognised
+from megatron_vlm.conversion.formats.base import ModelFolder
 from megatron_vlm.conversion.verify.report import Comparison, compare_traces, top1_agreement
 from megatron_vlm.conversion.verify.side import Side, check_fit, coarsest
 from megatron_vlm.conversion.verify.trace import Probe
@@ -98,12 +98,13 @@ def compare(
 
 def _check_options(paths: Sequence[str], options: Mapping[str, Any]) -> None:
     """Raises ConversionError for an option that no directory leaves open."""
-    left_open = {path: open_options(Path(path)) for path in paths}
-    unused = options.keys() - {key for keys in left_open.values() for key in keys}
+    folders = {path: ModelFolder.of(Path(path)) for path in paths}
+    unused = options.keys() - {key for folder in folders.values() for key in folder.left_open()}
     if unused:
         places = "; ".join(
-            f"{path} ({recognised(Path(path)) or 'no format'}): {', '.join(keys) or 'none'}"
-            for path, keys in left_open.items()
+            f"{path} ({'no format' if folder.format is None else folder.format.name}): "
+            f"{', '.join(folder.left_open()) or 'none'}"
+            for path, folder in folders.items()
         )
         raise ConversionError(f"found --format-option {', '.join(sorted(unused))}, needs one that is open. {places}")
 

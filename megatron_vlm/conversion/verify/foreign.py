@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from megatron_vlm.conversion.formats import Places, open_foreign
-from megatron_vlm.conversion.formats.base import AskedAs, has_tokenizer, open_options, read_json
+from megatron_vlm.conversion.formats.base import AskedAs, ModelFolder, has_tokenizer, read_json
 from megatron_vlm.conversion.verify.projectors import plain_projector
 from megatron_vlm.conversion.verify.side import Facts, coarsest, round_weights
 from megatron_vlm.conversion.verify.trace import HEAD, Anatomy, Probe, Trace, traced
@@ -87,13 +87,13 @@ def open_foreign_side(path: str, options: Mapping[str, Any]) -> ForeignSide:
     Raises:
         ConversionError, ConfigError: as `open_foreign`; a format that cannot be run.
     """
-    left_open = open_options(Path(path))
+    found = ModelFolder.of(Path(path))
+    left_open = found.left_open()
     own = {key: value for key, value in options.items() if key in left_open}
-    foreign = open_foreign(path, places=Places(options=own))
+    foreign = open_foreign(path, places=Places(options=own), found=found)
     if foreign.format not in _KINDS:
         raise ConversionError(f"{path}: format {foreign.format} cannot be run, can: {', '.join(_KINDS)}")
-    vision_folder = foreign.vision_path
-    pixels = pixel_format(None if vision_folder is None else str(vision_folder), foreign.vision)
+    pixels = pixel_format(foreign.read_tower())
     return _KINDS[foreign.format](
         origin=path,
         folder=foreign.folder,
@@ -103,7 +103,7 @@ def open_foreign_side(path: str, options: Mapping[str, Any]) -> ForeignSide:
         tokenizer=foreign.tokenizer if has_tokenizer(foreign.tokenizer) else None,
         asked=AskedAs.of(foreign),
         vision=foreign.vision,
-        vision_folder=vision_folder,
+        vision_folder=foreign.vision_path,
         options=own,
     )
 

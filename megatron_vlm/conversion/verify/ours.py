@@ -26,11 +26,10 @@ from megatron_vlm.conversion.native.reading import MODEL_PARTS
 from megatron_vlm.conversion.verify.side import Facts, coarsest, round_weights
 from megatron_vlm.conversion.verify.trace import HEAD, Anatomy, Probe, Trace, traced
 from megatron_vlm.errors import ParallelError
-from megatron_vlm.models.architectures import load_language_config
+from megatron_vlm.models.description import ModelDescription, describe_model
 from megatron_vlm.models.families import build_model
 from megatron_vlm.models.merge import LocalFeatures
 from megatron_vlm.models.vision.preprocessing import PixelFormat, pixel_format
-from megatron_vlm.models.vision.survey import load_vision_config
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.parallel.groups import Grid, GridSizes, build_grid
 from megatron_vlm.runtime.device import current_device
@@ -47,6 +46,7 @@ class OurSide:
     origin: str
     directory: Path
     config: Config  # the recipe, in fp32 on one rank, its parts from inside the checkpoint
+    model: ModelDescription
     facts: Facts
     weights: torch.dtype
     pixels: PixelFormat
@@ -62,17 +62,18 @@ class OurSide:
         """Raises CheckpointError, ConfigError."""
         directory = find_checkpoint(path)
         plain = {"precision": PrecisionConfig(params="fp32"), "ops": OpsConfig()}
-        config = inference_config(directory, ParallelConfig()).model_copy(update=plain)
-        language, vision = load_language_config(config.model.language), load_vision_config(config.model.vision)
-        pixels = pixel_format(config.model.vision.path, vision, config.model.vision.preprocessor)
-        facts = Facts.of(language, vision, config.model.vision.select_layer, pixels)
-        return cls(path, directory, config, facts, _number_format(directory), pixels, directory / "tokenizer")
+        config, tower = inference_config(directory, ParallelConfig())
+        config = config.model_copy(update=plain)
+        model = describe_model(config.model, tower=tower)
+        pixels = pixel_format(tower, config.model.vision.preprocessor)
+        facts = Facts.of(model.language, tower.hf_config, config.model.vision.select_layer, pixels)
+        return cls(path, directory, config, model, facts, _number_format(directory), pixels, directory / "tokenizer")
 
     def trace(self, probe: Probe, weights: torch.dtype) -> Trace:
         """Loads and runs. Raises CheckpointError; ParallelError where this process is part of a job already."""
         with _world() as grid:
             seed_everything(self.config.runtime.seed, grid)
-            model = build_model(self.config, grid).train(False)
+            model = build_model(self.config, self.model, grid).train(False)
             load_checkpoint(self.directory, model, optimizer=None, states="model")
             for module in model.modules():
                 round_weights(module, weights)

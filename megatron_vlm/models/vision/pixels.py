@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import PretrainedConfig
 
 from megatron_vlm.errors import ConfigError, one_line
 from megatron_vlm.models.vision.media_spec import MediaSpec
@@ -27,6 +26,7 @@ from megatron_vlm.models.vision.preprocessing import (
     USUAL,
     USUAL_CLIP,
     PixelFormat,
+    TowerConfigs,
     height_width,
     made_by_class,
     pixel_format,
@@ -78,28 +78,34 @@ def plain_settings(spec: MediaSpec | PixelFormat) -> dict[str, Any]:
 
 
 def write_pixel_format(directory: Path, spec: MediaSpec, image_mode: str) -> None:
-    """Writes the preprocessor config that `pixel_format` reads back, beside a tower's config: the tower's own, or where
-    its geometry was made up and the mode does not follow it, the mode's. Raises OSError."""
+    """Writes `kept_settings` beside a tower's config. Raises OSError."""
+    text = json.dumps(kept_settings(spec, image_mode), indent=1)
+    (directory / "preprocessor_config.json").write_text(text, encoding="utf-8")
+
+
+def kept_settings(spec: MediaSpec, image_mode: str) -> dict[str, Any]:
+    """The preprocessor config of a model in this image mode, of which `pixel_format` makes the same again: the tower's
+    own, or where its geometry was made up and the mode does not follow it, the mode's."""
     settings: dict[str, Any] = json.loads(spec.processor)
     if image_mode != "processor" and spec.is_usual:
         try:
             refuse_unfollowed(replace(spec, is_usual=False), image_mode)
         except ConfigError:
             settings |= plain_settings(spec)
-    (directory / "preprocessor_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    return settings
 
 
-def as_it_was(path: str, tower: PretrainedConfig, image_mode: str) -> dict[str, Any] | None:
+def as_it_was(tower: TowerConfigs, image_mode: str) -> dict[str, Any] | None:
     """Settings in the place of a checkpoint's (`model.vision.preprocessor`), by which its pictures were prepared before
     `pad` and `resize` followed its preprocessor config; None where that is no difference."""
     if image_mode == "processor":
         return None
-    usual = USUAL.get(tower.model_type, USUAL_CLIP)
-    kept: dict[str, Any] = json.loads(pixel_format(path, tower, {"resample": int(Image.Resampling.BICUBIC)}).processor)
+    usual = USUAL.get(tower.hf_config.model_type, USUAL_CLIP)
+    kept: dict[str, Any] = json.loads(pixel_format(tower, {"resample": int(Image.Resampling.BICUBIC)}).processor)
     means = {"image_mean": usual.mean, "image_std": usual.std}
-    then = pixel_format(path, tower, {key: kept.get(key, value) for key, value in means.items()} | {"resample": 3})
+    then = pixel_format(tower, {key: kept.get(key, value) for key, value in means.items()} | {"resample": 3})
     with suppress(ConfigError):  # of what was passed over then
-        now = pixel_format(path, tower)
+        now = pixel_format(tower)
         refuse_unfollowed(now, image_mode)
         if look_alike(now, then, image_mode):
             return None

@@ -82,22 +82,36 @@ class PixelFormat:
     is_usual: bool = False
 
 
-def pixel_format(path: str | None, tower: PretrainedConfig, instead: Mapping[str, Any] | None = None) -> PixelFormat:
+@dataclass(frozen=True)
+class TowerConfigs:
+    """A tower's configs, each file of its directory read once.
+
+    Args:
+        hf_config: of the vision model alone.
+        preprocessor: the preprocessor config beside it; empty where there is none.
+        path: the directory or hub id, None for a tower from a config dictionary.
+    """
+
+    hf_config: PretrainedConfig
+    preprocessor: Mapping[str, Any]
+    path: str | None
+
+
+def pixel_format(tower: TowerConfigs, instead: Mapping[str, Any] | None = None) -> PixelFormat:
     """The pixels the tower takes.
 
     Args:
-        path: directory or hub id of the weights, or None for a tower from a config dictionary.
-        tower: its transformers config.
+        tower: what its directory says.
         instead: what takes the place of keys of the preprocessor config (`model.vision.preprocessor`).
 
     Raises:
         ConfigError: where the preprocessor config or the tower's config gives no usable size, mean, deviation or
             filter.
     """
-    usual = USUAL.get(tower.model_type, USUAL_CLIP)
+    usual = USUAL.get(tower.hf_config.model_type, USUAL_CLIP)
     instead = dict(instead or {})
     _check_keys(instead)
-    stated = _preprocessor_settings(path) if path is not None else {}
+    stated = tower.preprocessor
     settings = {**stated, **instead}
     for key in ("size", "crop_size"):
         _refuse_huge(key, settings.get(key))
@@ -105,8 +119,8 @@ def pixel_format(path: str | None, tower: PretrainedConfig, instead: Mapping[str
     if settings.get("do_center_crop") and settings.get("crop_size") is not None:
         size = settings["crop_size"]
     if size is None:
-        size = getattr(tower, "image_size", None)
-    height, width = height_width(size, path or tower.model_type)
+        size = getattr(tower.hf_config, "image_size", None)
+    height, width = height_width(size, tower.path or tower.hf_config.model_type)
     if not stated:
         settings = {**_usual_settings(usual, height, width), **instead}
     if "feature_extractor_type" in settings:  # as transformers called them until 4.26
@@ -180,8 +194,9 @@ def _usual_settings(usual: Usual, height: int, width: int) -> dict[str, Any]:
     return settings | {"size": {"shortest_edge": edge}, "do_center_crop": True, "crop_size": whole}
 
 
-def _preprocessor_settings(path: str) -> dict[str, Any]:
-    """Settings that transformers would read: a whole processor's config where it has one of images, or else its own.
+def read_preprocessor(path: str) -> dict[str, Any]:
+    """The preprocessor config at a directory or hub id, as transformers would read it: a whole processor's config where
+    it has one of images, else the preprocessor's; empty where there is none.
 
     Raises:
         ConfigError: one that is there and cannot be used.

@@ -21,7 +21,7 @@ from megatron_vlm.models.hf_config import config_from_dict, config_from_path, to
 from megatron_vlm.models.projectors import PROJECTORS, PatchGrid, count_rows
 from megatron_vlm.models.vision.hidden_state import cut, select_hidden
 from megatron_vlm.models.vision.media_spec import MediaSpec
-from megatron_vlm.models.vision.preprocessing import pixel_format
+from megatron_vlm.models.vision.preprocessing import TowerConfigs, pixel_format, read_preprocessor
 from megatron_vlm.parallel.media_plan import MediaCost
 
 LAYER_LIST_NAMES = ("layers", "layer", "blocks")
@@ -79,24 +79,35 @@ def load_vision_config(vision: VisionConfig) -> PretrainedConfig:
     return vision_config
 
 
+def read_tower(vision: VisionConfig) -> TowerConfigs:
+    """Reads a tower's configs, from its directory or the recipe. Raises ConfigError where one cannot be read."""
+    return TowerConfigs(
+        load_vision_config(vision), {} if vision.path is None else read_preprocessor(vision.path), vision.path
+    )
+
+
 def build_hf_tower(hf_config: PretrainedConfig) -> nn.Module:
     """The whole transformers vision model, fp32, random weights. The config is copied: building changes it."""
     with told(f"model.vision: transformers cannot build {hf_config.model_type!r}"):
         return AutoModel.from_config(copy.deepcopy(hf_config), dtype=torch.float32)
 
 
-def survey_tower(vision: VisionConfig, projector: ProjectorConfig | None) -> TowerSurvey:
+def survey_tower(
+    vision: VisionConfig, projector: ProjectorConfig | None, tower: TowerConfigs | None = None
+) -> TowerSurvey:
     """Finds a tower's facts on the meta device.
 
     Args:
         projector: what joins it to a language model, and may make fewer rows of its tokens; None for the tower alone.
+        tower: what its directory says, where that has been read.
 
     Raises:
         ConfigError: the config cannot be read, the layers cannot be found, `select_layer` is out of range, the model
             does not take pixels of one fixed size, or the projector does not take its tokens.
     """
-    hf_config = load_vision_config(vision)
-    pixels = pixel_format(vision.path, hf_config, vision.preprocessor)
+    tower = tower or read_tower(vision)
+    hf_config = tower.hf_config
+    pixels = pixel_format(tower, vision.preprocessor)
     with torch.device("meta"):
         model = build_hf_tower(hf_config)
     names = tuple(name for name, _ in model.named_parameters())

@@ -126,9 +126,11 @@ def check_layout(
     world, store = dist.group.WORLD, _own_store()
     assert world is not None, "there is no default process group"
     ranks_per_node = broadcast_object(launch.local_world_size, world)
-    config, _ = resolve_recipe(config, launch.world_size, ranks_per_node, current_device())
+    resolved = resolve_recipe(config, launch.world_size, ranks_per_node, current_device())
+    config = resolved.config
     sizes = GridSizes.from_config(config.parallel, launch.world_size)
-    small, samples = broadcast_object(shrink(config, launch.world_size) if launch.rank == 0 else None, world)
+    shrunk = shrink(config, launch.world_size, resolved.model) if launch.rank == 0 else None
+    small, samples = broadcast_object(shrunk, world)
     with tempfile.TemporaryDirectory(prefix="check-layout-") as folder:
         small = place_in(small, samples, Path(folder))
         one = reference(small, Path(folder)) if launch.rank == 0 else None

@@ -37,10 +37,10 @@ from megatron_vlm.models.architectures import (
     WINDOW,
     attention_windows,
     head_width,
-    load_language_config,
 )
+from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.models.facts import gather_facts
-from megatron_vlm.models.vision.survey import load_vision_config, survey_tower
+from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.parallel.layout import padded_length
 from megatron_vlm.parallel.sizes import GridSizes
 
@@ -62,11 +62,12 @@ ABOUT_FILES = ("transformers_version", "architectures", "_name_or_path", "dtype"
 Tree = dict[str, Any]
 
 
-def shrink(config: Config, world_size: int) -> tuple[Config, list[Tree]]:
+def shrink(config: Config, world_size: int, described: ModelDescription) -> tuple[Config, list[Tree]]:
     """A small recipe, whose data, checkpoint and log paths mean nothing yet, and the samples for its data file.
 
     Args:
         config: valid for `world_size` ranks.
+        described: its model.
 
     Raises:
         ConfigError, DataError: tokenizer or data file cannot be used.
@@ -76,10 +77,10 @@ def shrink(config: Config, world_size: int) -> tuple[Config, list[Tree]]:
     model, language = tree["model"], config.model.language
     model["language"] |= {
         "path": None,
-        "config": shrink_language(config),
+        "config": shrink_language(config, described.language),
         "tokenizer": language.tokenizer or language.path,
     }
-    tower, select_layer = shrink_tower(config)
+    tower, select_layer = shrink_tower(config, described.survey.hf_config)
     model["vision"] |= {"path": None, "config": tower, "preprocessor": None, "select_layer": select_layer}
     root = config.data.media_root or str(Path(config.data.path).parent)
     tree["data"] |= {"media_root": str(Path(root).resolve()), "num_workers": 0}
@@ -108,9 +109,8 @@ def shrink(config: Config, world_size: int) -> tuple[Config, list[Tree]]:
     return config_from_tree(tree, "the shrunk recipe"), samples
 
 
-def shrink_language(config: Config) -> Tree:
+def shrink_language(config: Config, hf_config: Any) -> Tree:
     """The language model's config: few layers, narrow, with the heads and groups that it has."""
-    hf_config = load_language_config(config.model.language)
     chunks = config.parallel.pipeline * config.parallel.virtual_pipeline
     num_layers = chunks * min(MAX_LAYERS_PER_CHUNK, hf_config.num_hidden_layers // chunks)
     settings = _settings(hf_config, num_layers)
@@ -140,9 +140,8 @@ def _shrunk_windows(hf_config: Any, num_layers: int) -> Tree:
     return short | {LAYER_TYPES: [kinds[number.bit_count() % 2] for number in range(num_layers)]}
 
 
-def shrink_tower(config: Config) -> tuple[Tree, int]:
+def shrink_tower(config: Config, hf_config: Any) -> tuple[Tree, int]:
     """The tower's config and `select_layer`: few layers, of which as many are left out at the end as before, or one."""
-    hf_config = load_vision_config(config.model.vision)
     selected = config.model.vision.select_layer % (hf_config.num_hidden_layers + 1)
     kept = min(selected, MAX_TOWER_LAYERS)
     num_layers = max(1, kept + min(1, hf_config.num_hidden_layers - selected))

@@ -10,7 +10,6 @@ from PIL import Image
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.media import MediaReader
-from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.training.recipe import resolve_recipe
 from tests.fuzz import hostile
 from tests.fuzz.kind import Kind, Read
@@ -96,8 +95,8 @@ def _read(recipe: dict[str, Any]) -> None:
     from megatron_vlm.config import config_from_tree
 
     config: Config = config_from_tree(recipe, "recipe.yaml")
-    config, _ = resolve_recipe(config, 1, 1)
-    survey = survey_tower(config.model.vision, config.model.projector)
+    resolved = resolve_recipe(config, 1, 1)
+    config, survey = resolved.config, resolved.model.survey
     reader = MediaReader(survey.media_spec, config.data.image_mode)
     Image.new("RGB", (33, 24)).save("a.png")
     reader.read(Path("a.png"), "a sample")

@@ -65,6 +65,12 @@ def facts(**changes: Any) -> ModelFacts:
     return replace(FACTS, **changes)
 
 
+def knows(monkeypatch: pytest.MonkeyPatch, known: ModelFacts) -> None:
+    """Has a recipe resolved by these facts, its model not looked at."""
+    monkeypatch.setattr("megatron_vlm.training.recipe.describe_model", lambda *_, **__: "described")
+    monkeypatch.setattr("megatron_vlm.training.recipe.gather_facts", lambda *_: known)
+
+
 def write(path: Path, content: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))

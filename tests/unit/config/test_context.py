@@ -10,7 +10,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.training import recipe as module
 from megatron_vlm.training.recipe import resolve_recipe
-from tests.unit.config.recipes import FACTS, facts, recipe
+from tests.unit.config.recipes import FACTS, facts, knows, recipe
 
 
 @pytest.mark.parametrize(
@@ -39,20 +39,21 @@ def test_it_is_told_once_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     listener = logging.Handler()
     listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     monkeypatch.setattr(get_logger(module.__name__), "handlers", [listener])
-    monkeypatch.setattr(module, "gather_facts", lambda *_: FACTS)
-    settled, facts = resolve_recipe(recipe(parallel__context=4, parallel__tensor=2), 8, ranks_per_node=4)
-    assert facts is FACTS and (settled.parallel.ulysses, settled.parallel.ring) == (2, 2)
+    knows(monkeypatch, FACTS)
+    resolved = resolve_recipe(recipe(parallel__context=4, parallel__tensor=2), 8, ranks_per_node=4)
+    settled = resolved.config
+    assert resolved.facts is FACTS and (settled.parallel.ulysses, settled.parallel.ring) == (2, 2)
     assert said == [
         "parallel.context 4 is taken as ulysses 2 x ring 2: 2 is its largest divisor that divides the 4 query heads "
         "per tensor rank and keeps the group within a node of 4 ranks"
     ]
-    assert resolve_recipe(settled, 8, ranks_per_node=8) == (settled, FACTS) and len(said) == 1
+    assert resolve_recipe(settled, 8, ranks_per_node=8) == resolved and len(said) == 1
 
 
 def test_cudnn_is_refused_where_the_split_has_a_ring(monkeypatch):
-    monkeypatch.setattr(module, "gather_facts", lambda *_: FACTS)
+    knows(monkeypatch, FACTS)
     asked = recipe(parallel__context=4, data__packing=True, ops__attention="cudnn")
-    settled, _ = resolve_recipe(asked, 4, ranks_per_node=4)
+    settled = resolve_recipe(asked, 4, ranks_per_node=4).config
     assert (settled.parallel.ulysses, settled.parallel.ring) == (4, 1)
     with pytest.raises(ConfigError, match="ops.attention: found cudnn with parallel.ring 2 and data.packing true"):
         resolve_recipe(asked, 4, ranks_per_node=2)
@@ -60,7 +61,7 @@ def test_cudnn_is_refused_where_the_split_has_a_ring(monkeypatch):
 
 def test_fp8_keys_that_do_nothing_are_told_in_one_line(monkeypatch):
     said = []
-    monkeypatch.setattr("megatron_vlm.training.recipe.gather_facts", lambda *_: FACTS)
+    knows(monkeypatch, FACTS)
     monkeypatch.setattr("megatron_vlm.training.recipe.logger.warning", lambda text, *parts: said.append(text % parts))
     resolve_recipe(recipe(precision={"fp8_backend": "native", "fp8_gradients": "e5m2"}), 1, ranks_per_node=1)
     assert said == ["precision.fp8_backend, precision.fp8_gradients: without effect, as precision.fp8 is null"]
@@ -71,7 +72,7 @@ def test_fp8_keys_that_do_nothing_are_told_in_one_line(monkeypatch):
 @pytest.mark.parametrize(("known", "told"), [(None, False), (2048, False), (2047, True)])
 def test_rows_longer_than_the_models_context_are_told(monkeypatch, known, told):
     said = []
-    monkeypatch.setattr("megatron_vlm.training.recipe.gather_facts", lambda *_: facts(context_tokens=known))
+    knows(monkeypatch, facts(context_tokens=known))
     monkeypatch.setattr("megatron_vlm.training.recipe.logger.warning", lambda text, *parts: said.append(text % parts))
     resolve_recipe(recipe(training__sequence_length=2048), 1, ranks_per_node=1)
     assert [text.partition(":")[0] for text in said] == ["training.sequence_length 2048"] * told

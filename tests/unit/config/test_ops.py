@@ -28,5 +28,6 @@ def test_a_checkpoint_is_used_with_what_the_machine_at_hand_has(tmp_path: Path, 
         (tmp_path / part).mkdir()
     trained = small_recipe(sections={"ops": {"rope": "triton", "loss_chunk_tokens": 7}}).model_dump(mode="json")
     monkeypatch.setattr(recipe.Manifest, "read", lambda directory: SimpleNamespace(config=trained, files={}))
-    config = recipe.inference_config(tmp_path, ParallelConfig())
+    monkeypatch.setattr(recipe, "kept_tower", lambda directory: SimpleNamespace(path=str(directory / "vision")))
+    config, _ = recipe.inference_config(tmp_path, ParallelConfig())
     assert config.ops == OpsConfig(loss_chunk_tokens=7)

@@ -5,7 +5,7 @@ import pytest
 from megatron_vlm.config.rules import frozen_at_random, unused_keys
 from megatron_vlm.config.rules.precision import unused_fp8_keys
 from megatron_vlm.training.recipe import resolve_recipe
-from tests.unit.config.recipes import FACTS, facts, recipe
+from tests.unit.config.recipes import FACTS, facts, knows, recipe
 
 FULL = "training.recompute.vision full: without effect, as no parameter of the tower trains"
 ENCODER = "training.recompute.vision encoder: without effect, as no parameter of the tower and the projector trains"
@@ -78,7 +78,7 @@ def test_sharing_with_nobody_is_told(parallel, world_size, told):
 @pytest.mark.parametrize(("ranks_per_node", "told"), [(4, [RING]), (2, [])])
 def test_the_ring_is_the_one_that_context_is_split_into_and_is_told_once(monkeypatch, ranks_per_node, told):
     said = []
-    monkeypatch.setattr("megatron_vlm.training.recipe.gather_facts", lambda *_: FACTS)
+    knows(monkeypatch, FACTS)
     monkeypatch.setattr("megatron_vlm.training.recipe.logger.warning", lambda text, *parts: said.append(text % parts))
     resolve_recipe(recipe(parallel={"context": 4, "ring_mode": "all_gather"}), 4, ranks_per_node)
     assert said == told

@@ -20,11 +20,12 @@ from megatron_vlm.data.media import FAULTS, MediaReader
 from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import DataError
+from megatron_vlm.models.description import describe_model
 from megatron_vlm.models.vision.media_spec import MediaSpec
-from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.parallel.layout import Documents
 from megatron_vlm.parallel.sizes import GridSizes
 from tests.helpers import bad_media
+from tests.helpers.described import described
 from tests.helpers.tiny import tiny_dataset, tiny_recipe
 from tests.unit.data.tokenizers import QWEN3
 
@@ -44,7 +45,7 @@ def steps_of(
     config: Config, sizes: GridSizes = ONE_RANK, rank: int = 0, start: int = 0, count: int = 4
 ) -> list[StepBatch]:
     tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
-    return list(build_loader(config, tokenizer, SPEC, sizes, rank, start, count))
+    return list(build_loader(config, tokenizer, described(config, SPEC), sizes, rank, start, count))
 
 
 def equal(first: Any, second: Any) -> bool:
@@ -89,7 +90,7 @@ def test_rows_are_padded_to_a_multiple(folder: Path, monkeypatch: pytest.MonkeyP
 def test_an_epoch_has_as_many_rows_as_train_every_sample_once(folder: Path, data: dict[str, Any]) -> None:
     config = tiny_recipe(folder, data=data, training={"global_batch_size": 1})
     tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
-    num_rows = count_rows(config, tokenizer, SPEC, 0)
+    num_rows = count_rows(config, tokenizer, described(config, SPEC), 0)
     seen = [sample for step in steps_of(config, count=num_rows) for sample in step.sample_ids]
     assert len(seen) == len(set(seen)) == 24 and (num_rows < 24) == ("packing" in data)
 
@@ -211,7 +212,7 @@ def test_a_last_answer_that_is_written_otherwise_is_told_once(
     for render_turns, rank, times in (("whole", 0, 1), ("whole", 1, 0), ("apart", 0, 0)):
         sections = {"data": {"render_turns": render_turns}, "training": {"sequence_length": 2048}}
         config = tiny_recipe(tmp_path, **sections)
-        (step,) = build_loader(config, tokenizer, SPEC, GridSizes(data=2), rank, 0, 1)
+        (step,) = build_loader(config, tokenizer, described(config, SPEC), GridSizes(data=2), rank, 0, 1)
         assert step.sample_ids
         assert " ".join(capsys.readouterr().out.split()).count(told) == times
 
@@ -242,7 +243,7 @@ def test_picture_lost_during_the_run(tmp_path: Path, num_workers: int) -> None:
 def test_file_changed_during_the_run(tmp_path: Path) -> None:
     config = tiny_recipe(tmp_path, data={"shuffle": False})
     tokenizer = load_tokenizer(config.model.language.tokenizer, "<image>")
-    loader = build_loader(config, tokenizer, SPEC, GridSizes(), 0, 0, 1)
+    loader = build_loader(config, tokenizer, described(config, SPEC), GridSizes(), 0, 0, 1)
     text = Path(config.data.path).read_text()
     answer = json.loads(text)[0]["conversations"][1]["value"]
     Path(config.data.path).write_text(text.replace(f'"{answer}"', '"' + "?" * len(answer) + '"', 1))
@@ -252,7 +253,7 @@ def test_file_changed_during_the_run(tmp_path: Path) -> None:
 
 def held_out_of(config: Config, sizes: GridSizes = ONE_RANK, rank: int = 0) -> list[StepBatch]:
     tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
-    loader = build_held_out_loader(config, tokenizer, SPEC, sizes, rank)
+    loader = build_held_out_loader(config, tokenizer, described(config, SPEC), sizes, rank)
     assert len(loader) == len(list(loader))  # every pass is a whole one
     return list(loader)
 
@@ -349,8 +350,7 @@ def test_pixels_of_the_towers_own_processor(folder: Path) -> None:
     """Workers get the processor too."""
     config = tiny_recipe(folder, data={"image_mode": "processor", "num_workers": 1})
     tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
-    spec = survey_tower(config.model.vision, None).media_spec
-    (batch,) = build_loader(config, tokenizer, spec, ONE_RANK, 0, 0, 1)
+    (batch,) = build_loader(config, tokenizer, describe_model(config.model), ONE_RANK, 0, 0, 1)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     window = batch.windows[0]
     assert len(window.own_spans) > 3
@@ -486,7 +486,7 @@ def test_pictures_are_pinned_on_cuda_only(folder: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(loader, "is_on_gpu", lambda: True)
     monkeypatch.setattr(loader, "current_device", lambda: torch.device("cuda", 3))
     tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
-    prepare = build_loader(config, tokenizer, SPEC, ONE_RANK, 0, 0, 1).prepare
+    prepare = build_loader(config, tokenizer, described(config, SPEC), ONE_RANK, 0, 0, 1).prepare
     assert prepare is not None and not pinned
     copy = prepare(batch)
     assert devices == [torch.device("cuda", 3)] and equal(copy, batch)

@@ -15,6 +15,7 @@ from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.media_plan import UNKNOWN
 from megatron_vlm.parallel.sizes import GridSizes
+from tests.helpers.described import described
 from tests.helpers.tiny import tiny_recipe
 
 SPEC = MediaSpec(16, 16, 28, 28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -25,7 +26,7 @@ def steps_of(folder: Path, sizes: GridSizes, rank: int, count: int = 2, **sectio
     sections["parallel"] = {"media_group": "world", **sections.get("parallel", {})}
     config = tiny_recipe(folder, **sections)
     tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
-    return list(build_loader(config, tokenizer, SPEC, sizes, rank, 0, count))
+    return list(build_loader(config, tokenizer, described(config, SPEC), sizes, rank, 0, count))
 
 
 @pytest.fixture(scope="module")

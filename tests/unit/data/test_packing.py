@@ -13,6 +13,7 @@ from megatron_vlm.data import packing
 from megatron_vlm.data.loader import make_plan
 from megatron_vlm.data.packing import attention_work, deal_work, first_fit_decreasing, pack_rows
 from megatron_vlm.data.plan import PackedPlan, RowPlan
+from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.parallel.layout import Documents, SequenceLayout, work
 from tests.helpers.tiny import tiny_llama, tiny_recipe
 from tools.benchmarks.media.draws import SEQUENCE_LENGTH, SHARES, draw
@@ -192,7 +193,7 @@ def test_a_recipe_packs_by_its_models_windows(tmp_path: Path) -> None:
     }
     mistrals = ({**tiny_llama(1000), "model_type": "mistral", "sliding_window": window} for window in (None, 16))
     recipes = [tiny_recipe(tmp_path, model={"language": {"config": config}}, **changes) for config in mistrals]
-    plans = [make_plan(recipe, samples) for recipe in recipes]
+    plans = [make_plan(recipe, samples, load_language_config(recipe.model.language)) for recipe in recipes]
     uneven, even = (
         np.mean([shares(work_of_rows(plan, step, samples.tokens, (16,)), 6, 2) for step in range(5)]) for plan in plans
     )

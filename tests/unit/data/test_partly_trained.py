@@ -19,6 +19,7 @@ from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.training.layout_check.shrink import pick_samples
+from tests.helpers.described import described
 from tests.helpers.tiny import tiny_recipe
 from tests.unit.data import tokenizers
 from tests.unit.data.conversations import (
@@ -202,7 +203,7 @@ def test_a_step_trains_what_the_records_say(tmp_path: Path, packing: bool) -> No
     training = {"global_batch_size": 1 if packing else 3, "micro_batch_size": 1, "sequence_length": 512}
     config = tiny_recipe(tmp_path, data=data, training=training)
     tokenizer = load_tokenizer(config.model.language.tokenizer, "<image>")
-    (step,) = build_loader(config, tokenizer, SPEC, GridSizes(), 0, 0, 1)
+    (step,) = build_loader(config, tokenizer, described(config, SPEC), GridSizes(), 0, 0, 1)
     labels = torch.cat([batch.labels.flatten() for batch in step.micro_batches])
     trained = labels[labels != IGNORE].tolist()
     encoder = ConversationEncoder.of(config.data, tokenizer, 16)

@@ -20,6 +20,7 @@ from megatron_vlm.data.video.sampling import frame_numbers
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.sizes import GridSizes
+from tests.helpers.described import described
 from tests.helpers.tiny import tiny_recipe
 from tests.helpers.videos import SIDE, make_folder, make_video, number_of
 
@@ -60,7 +61,7 @@ def recipe(folder: Path, training: dict[str, Any] | None = None, **data: Any) ->
 
 def first_step(config: Config, sizes: GridSizes | None = None, rank: int = 0) -> StepBatch:
     tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
-    (batch,) = build_loader(config, tokenizer, SPEC, sizes or GridSizes(), rank, 0, 1)
+    (batch,) = build_loader(config, tokenizer, described(config, SPEC), sizes or GridSizes(), rank, 0, 1)
     return batch
 
 

@@ -37,10 +37,11 @@ def make_pair(config: Any, grid: Any) -> Pair:
     from megatron_vlm.data.tokenizer import load_tokenizer
     from megatron_vlm.generation.assistant import Assistant
     from megatron_vlm.models.architectures import load_language_config
+    from megatron_vlm.models.description import describe_model
     from megatron_vlm.models.families import build_model
 
     theirs = hf_llava(config)
-    model = build_model(config, grid)
+    model = build_model(config, describe_model(config.model), grid)
     load_hf_state(model, theirs.state_dict(), grid)
     image_token = config.data.image_token
     tokenizer = load_tokenizer(config.model.language.tokenizer, image_token)

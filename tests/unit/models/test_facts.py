@@ -69,13 +69,14 @@ def test_parameter_names_are_those_of_the_real_model(language: dict, ranks: Rank
 
 def names_of_built_model(config: Config) -> dict[str, set[str]]:
     """Runs in a rank: global names of all parameters and of the tower's unreached ones."""
+    from megatron_vlm.models.description import describe_model
     from megatron_vlm.models.families import build_model
     from megatron_vlm.parallel.groups import GridSizes, build_grid
     from megatron_vlm.runtime.seeding import seed_everything
 
     grid = build_grid(GridSizes.from_config(config.parallel, 1), config.parallel.virtual_pipeline)
     seed_everything(0, grid)
-    model = build_model(config, grid)
+    model = build_model(config, describe_model(config.model), grid)
     unused = {f"vision.{name}" for name in model.vision.tower.survey.unreached}
     return {"all": {name for name, _ in model.named_parameters()}, "unused": unused}
 

@@ -19,7 +19,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.pixels import as_it_was, plain_settings, write_pixel_format
 from megatron_vlm.models.vision.preprocessing import pixel_format
-from megatron_vlm.models.vision.survey import survey_tower
+from megatron_vlm.models.vision.survey import read_tower, survey_tower
 from tests.helpers.videos import make_video
 from tests.unit.models.recipes import SMALL_TOWER, small_tower
 
@@ -191,9 +191,8 @@ def test_settings_that_their_own_class_refuses_are_told(name: str, size: Any, mo
 
 
 def test_checkpoints_from_before_are_read_as_they_were_trained(tmp_path: Path) -> None:
-    config = CLIPVisionConfig(**SMALL_TOWER)
     bicubic = {"image_processor_type": "CLIPImageProcessor", "size": 28, "crop_size": 28, "resample": 3}
-    assert as_it_was(str(tower(tmp_path, bicubic)), config, "pad") is None
+    assert as_it_was(read_tower(VisionConfig(path=str(tower(tmp_path, bicubic)))), "pad") is None
     for differs in (
         {"resample": 2},
         {"resample": "cubic"},
@@ -201,10 +200,11 @@ def test_checkpoints_from_before_are_read_as_they_were_trained(tmp_path: Path) -
         {"size": 40, "do_center_crop": True},
     ):
         path = str(tower(tmp_path, {**bicubic, **differs, "image_mean": [0.1, 0.2, 0.3]}))
-        assert as_it_was(path, config, "processor") is None
-        then = as_it_was(path, config, "pad")
+        kept = read_tower(VisionConfig(path=path))
+        assert as_it_was(kept, "processor") is None
+        then = as_it_was(kept, "pad")
         assert then is not None
-        pixels = pixel_format(path, config, then)
+        pixels = pixel_format(kept, then)
         assert (pixels.height, pixels.resample, pixels.mean) == (28, Image.Resampling.BICUBIC, (0.1, 0.2, 0.3))
         MediaReader(MediaSpec(4, 4, **vars(pixels)), "pad")
         assert json.loads(pixels.processor).items() >= plain_settings(pixels).items()

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from megatron_vlm.config.schema import Config
+from megatron_vlm.models.description import describe_model
 from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.planner.memory import Pictures, activation_bytes, lay_out, picture_bytes, stage_layers
@@ -91,7 +92,7 @@ def test_what_the_encoder_keeps_is_near(train: dict[str, bool], recompute: str) 
 
 def test_what_is_computed_again_from_pixels_is_one_batch() -> None:
     """Phase 3 holds of a batch what would else be held of all."""
-    survey = meta_encoder(small_recipe(), 32).tower.survey
+    survey = meta_encoder(small_recipe(), describe_model(small_recipe().model)).tower.survey
 
     def bytes_of(pictures: int, recompute: str, media_batch: int | None = None) -> tuple[int, int]:
         """What is kept from phase 1 to phase 3, and what is held in passing."""
@@ -107,7 +108,7 @@ def test_what_is_computed_again_from_pixels_is_one_batch() -> None:
 
 def test_nothing_is_kept_where_the_encoder_is_frozen() -> None:
     recipe = training({"vision": False, "projector": False}, {})
-    survey = meta_encoder(recipe, 32).tower.survey
+    survey = meta_encoder(recipe, describe_model(recipe.model)).tower.survey
     features, kept, encoding = picture_bytes(recipe, survey, 32, Pictures(2, 10))
     element = 4
     assert kept == 0 and encoding > 0

@@ -183,6 +183,7 @@ def _ours(config: Config) -> Generate:
     from megatron_vlm.generation.prompts import PromptBatch
     from megatron_vlm.generation.sampling import Sampler, Sampling
     from megatron_vlm.generation.stopping import Stopping
+    from megatron_vlm.models.description import describe_model
     from megatron_vlm.models.families import build_model
     from megatron_vlm.parallel.groups import GridSizes, build_grid
     from megatron_vlm.runtime.device import prepare
@@ -192,7 +193,7 @@ def _ours(config: Config) -> Generate:
 
     init_world(Launch(), prepare(config.runtime.device), config.runtime.timeout_seconds)
     grid = build_grid(GridSizes())
-    model = build_model(config, grid).train(False)
+    model = build_model(config, describe_model(config.model), grid).train(False)
     load_weights(model, config, grid)
     transpose_weights_for_decoding(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -209,15 +210,14 @@ def _ours(config: Config) -> Generate:
 def _theirs(config: Config) -> Generate:
     import torch
 
-    from megatron_vlm.models.architectures import load_language_config
-    from megatron_vlm.models.vision.survey import survey_tower
+    from megatron_vlm.models.description import describe_model
     from megatron_vlm.runtime.device import current_device, prepare
 
     from ..training.llava import build_llava
 
     prepare(config.runtime.device)
-    language = load_language_config(config.model.language)
-    model = build_llava(config, language, survey_tower(config.model.vision, config.model.projector), 0).train(False)
+    described = describe_model(config.model)
+    model = build_llava(config, described.language, described.survey, 0).train(False)
     model.config.text_config.use_cache = True  # off for training
     model.generation_config.eos_token_id = None
 

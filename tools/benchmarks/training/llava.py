@@ -25,8 +25,8 @@ from megatron_vlm.data.loader import build_loader
 from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.architectures import load_language_config
-from megatron_vlm.models.vision.survey import TowerSurvey, survey_tower
+from megatron_vlm.models.description import describe_model
+from megatron_vlm.models.vision.survey import TowerSurvey
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.launch import Launch
@@ -49,16 +49,14 @@ class LlavaSide:
     def __init__(self, config: Config, launch: Launch, num_batches: int) -> None:
         _refuse_other_training(config, launch.world_size)
         self.config, self.launch = config, launch
-        language, survey = (
-            load_language_config(config.model.language),
-            survey_tower(config.model.vision, config.model.projector),
-        )
+        described = describe_model(config.model)
+        language, survey = described.language, described.survey
         started = time.perf_counter()
         tokenizer = load_tokenizer(
             config.model.language.tokenizer or config.model.language.path, config.data.image_token
         )
         sizes = GridSizes(data=launch.world_size)
-        loader = build_loader(config, tokenizer, survey.media_spec, sizes, launch.rank, 0, num_batches)
+        loader = build_loader(config, tokenizer, described, sizes, launch.rank, 0, num_batches)
         self.batches = list(loader)
         self.data_seconds = (time.perf_counter() - started) / num_batches
         image_token = _unused_id(self.batches, language.vocab_size)

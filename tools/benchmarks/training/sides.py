@@ -163,8 +163,7 @@ def _with_data(request: SideRequest, scratch: Path) -> Config:
     """The recipe on its own data, or on a data set made for it where its data file is not there."""
     from torch.distributed import barrier
 
-    from megatron_vlm.models.architectures import load_language_config
-    from megatron_vlm.models.vision.survey import survey_tower
+    from megatron_vlm.models.description import describe_model
 
     from . import synthetic
 
@@ -177,10 +176,11 @@ def _with_data(request: SideRequest, scratch: Path) -> Config:
     if is_first:
         shutil.rmtree(scratch, ignore_errors=True)
         if not Path(config.data.path).exists():
+            model = describe_model(config.model)
             shape = synthetic.Shape(
                 sequence_length=config.training.sequence_length,
-                vocab_size=load_language_config(config.model.language).vocab_size,
-                spec=survey_tower(config.model.vision, config.model.projector).media_spec,
+                vocab_size=model.language.vocab_size,
+                spec=model.media_spec,
                 answers=request.answers,
             )
             num_samples = config.training.global_batch_size * request.num_batches

@@ -31,9 +31,11 @@ def llava():
 
 
 def build(grid, **language):
+    from megatron_vlm.models.description import describe_model
     from megatron_vlm.models.families.llava import build_model
 
-    return build_model(small_recipe(language), grid)
+    config = small_recipe(language)
+    return build_model(config, describe_model(config.model), grid)
 
 
 def tensors(model):

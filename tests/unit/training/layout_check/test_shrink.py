@@ -18,6 +18,7 @@ from megatron_vlm.data.tokenizer import load_tokenizer
 from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.architectures import attention_windows, load_language_config
+from megatron_vlm.models.description import describe_model
 from megatron_vlm.models.facts import gather_facts
 from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.parallel.layout import SequenceLayout, padded_length
@@ -48,16 +49,20 @@ def large_recipe(directory: Path, **sections: Any) -> Config:
     return Config.model_validate(tree | sections)
 
 
+def shrunk(recipe: Config, world_size: int) -> tuple[Config, list[dict[str, Any]]]:
+    return shrink(recipe, world_size, describe_model(recipe.model))
+
+
 def test_epochs_are_not_counted_for_a_check(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, training={"steps": None, "epochs": 3.0})
-    small, _ = shrink(recipe, 2)
+    small, _ = shrunk(recipe, 2)
     assert (small.training.steps, small.training.epochs) == (NUM_STEPS, None)
 
 
 def test_a_large_recipe_without_weights(tmp_path: Path) -> None:
     parallel = {"tensor": 4, "pipeline": 2, "virtual_pipeline": 2, "sequence": True, "overlap_grad_reduce": True}
     recipe = large_recipe(tmp_path, parallel=parallel)
-    small, samples = shrink(recipe, 8)
+    small, samples = shrunk(recipe, 8)
     validate(small, gather_facts(small, TEMPLATES.names(), TASKS.names()), 8)
     language = small.model.language.config
     assert language is not None and small.model.language.path is None
@@ -80,14 +85,14 @@ def test_a_large_recipe_without_weights(tmp_path: Path) -> None:
 def test_fp8_and_the_layers_left_out_of_it_stay_behind(tmp_path: Path, precision: dict[str, Any]) -> None:
     """One at each end would be all there are."""
     precision = {**precision, "fp8_exclude": {"first": 1, "last": 1}}
-    small, _ = shrink(large_recipe(tmp_path, precision=precision), 1)
+    small, _ = shrunk(large_recipe(tmp_path, precision=precision), 1)
     assert small.precision == PrecisionConfig(params="fp32", grad_reduce="fp32")
     validate(small, gather_facts(small, TEMPLATES.names(), TASKS.names()), 1)
 
 
 def test_a_small_recipe_keeps_its_sizes(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, parallel={"tensor": 2})
-    small, samples = shrink(recipe, 2)
+    small, samples = shrunk(recipe, 2)
     before, after = recipe.model.language.config, small.model.language.config
     assert before is not None and after is not None
     assert [after[k] for k in before if k != "num_hidden_layers"] == [
@@ -112,7 +117,7 @@ def test_sliding_windows_stay_and_are_short(tmp_path: Path, kind: str) -> None:
     recipe = tiny_recipe(tmp_path, parallel={"pipeline": 2, "virtual_pipeline": 2})
     assert recipe.model.language.config is not None
     language = recipe.model.language.model_copy(update={"config": recipe.model.language.config | own})
-    small, _ = shrink(recipe.model_copy(update={"model": recipe.model.model_copy(update={"language": language})}), 2)
+    small, _ = shrunk(recipe.model_copy(update={"model": recipe.model.model_copy(update={"language": language})}), 2)
     windows = attention_windows(load_language_config(small.model.language))
     assert {window for window in windows if window is not None} == {5} and small.training.sequence_length > 10
     chunks = [windows[start : start + 2] for start in range(0, 8, 2)]
@@ -151,7 +156,7 @@ def test_the_fewest_rows_that_do_all_the_schedule_does(
 def test_regexes_for_layers_that_are_gone_are_dropped(tmp_path: Path) -> None:
     freeze = [r"decoder\.layers\.27\.", r"\.input_layernorm\.", r"vision\..*layers\.20\."]
     model = large_recipe(tmp_path).model.model_dump() | {"freeze": freeze}
-    small, _ = shrink(large_recipe(tmp_path, model=model), 1)
+    small, _ = shrunk(large_recipe(tmp_path, model=model), 1)
     assert small.model.freeze == (r"\.input_layernorm\.",)
 
 
@@ -185,7 +190,7 @@ def test_no_usable_sample_is_the_users_error(tmp_path: Path) -> None:
 def test_trained_tokens_stand_at_the_cuts_of_the_first_step(tmp_path: Path, parallel: dict[str, int]) -> None:
     """At all of them but those that the question of the longest text stands at: what a cut spoils is seen at once."""
     recipe = tiny_recipe(tmp_path, parallel=parallel | {"sequence": "tensor" in parallel})
-    small, samples = shrink(recipe, GridSizes(**parallel).world)
+    small, samples = shrunk(recipe, GridSizes(**parallel).world)
     path = tmp_path / "picked.json"
     path.write_text(json.dumps(samples[: small.training.global_batch_size]))
     encoder = ConversationEncoder(load_tokenizer(tiny_tokenizer(tmp_path), "<image>"), "auto", "<image>", 16)
