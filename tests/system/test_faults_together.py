@@ -64,14 +64,14 @@ CASES = {
     "recipe and template": (
         endless,
         [
-            r"model\.freeze: .*nowhere.*",
+            r"model\.freeze\[0\]: found 'nowhere', which matches no parameter, .*",
             r"FOLDER/train\.json element 0: sample 'sample-0': the chat template refuses it: never .*",
         ],
     ),
     "recipe and pictures": (
         lambda folder: [*spoiling.missing_picture(folder), "model.freeze=[nowhere]"],
         [
-            r"model\.freeze: .*nowhere.*",
+            r"model\.freeze\[0\]: found 'nowhere', which matches no parameter, .*",
             r"FOLDER/train\.json element 2: sample 'sample-2': image FOLDER/images/2-1\.png does not exist .*",
         ],
     ),
