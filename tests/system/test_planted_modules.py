@@ -66,7 +66,8 @@ def test_workers_and_the_writer_of_a_checkpoint(hostile: Path, tmp_path: Path) -
     config = tiny_recipe(tmp_path, training={"steps": 2}, data={"num_workers": 1}, logging={"tensorboard": False})
     (tmp_path / "recipe.yaml").write_text(to_yaml(config))
     run_in(hostile, tool("train"), tmp_path / "recipe.yaml")
-    run_in(hostile, "-m", "megatron_vlm", "train", tmp_path / "recipe.yaml", "training.steps=3")
+    elsewhere = f"checkpoint.directory={tmp_path / 'again'}"
+    run_in(hostile, "-m", "megatron_vlm", "train", tmp_path / "recipe.yaml", elsewhere)
     ranks = ["--local", "--max-restarts", "0", "--ranks", "2", "--", tool("train")]
     run_in(hostile, tool("launch"), *ranks, tmp_path / "recipe.yaml", "--check-layout")
 
