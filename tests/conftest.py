@@ -97,10 +97,19 @@ def toy_family(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     del sys.modules[TOY_FAMILY]
 
 
+SET_BY_COMMANDS = (  # for their children: the path, and libraries that are to be quiet
+    "PYTHONSAFEPATH", "PYTHONWARNINGS", "TORCH_CPP_LOG_LEVEL", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS",
+    "TOKENIZERS_PARALLELISM",
+)  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
-def own_search_path() -> Iterator[None]:
-    """A tool's main part, called in this process, keeps its children off the working directory: not later tests'."""
-    before = os.environ.get("PYTHONSAFEPATH")
+def own_environment() -> Iterator[None]:
+    """A command that is called in this process sets variables for its children: not for those of later tests."""
+    before = {name: os.environ.get(name) for name in SET_BY_COMMANDS}
     yield
-    if before is None:
-        os.environ.pop("PYTHONSAFEPATH", None)
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -140,7 +140,7 @@ def main(words: list[str]) -> int:
     if name not in (*PARTS, "all"):
         print(f"error: PART: found {name!r}, needs one of {', '.join(sorted(PARTS))} or all", file=sys.stderr)
         return 2
-    return max(run(part, options) for part in (PARTS if name == "all" else [name]))
+    return max((run(part, options) for part in (PARTS if name == "all" else [name])), key=abs)  # killed: below 0
 
 
 if __name__ == "__main__":

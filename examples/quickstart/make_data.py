@@ -108,7 +108,7 @@ def choose_pairs(pictures: list[int], count: int, seed: int) -> list[tuple[int, 
 
 
 def digit_sample(picture: int, labels: list[int], suffix: str = "") -> dict[str, Any]:
-    """A question which digit one picture shows."""
+    """A question about which digit one picture shows."""
     return sample("digit", f"{picture:04d}{suffix}", [picture], DIGIT_QUESTION, NAMES[labels[picture]])
 
 
@@ -119,7 +119,7 @@ def parity_sample(picture: int, labels: list[int], suffix: str = "") -> dict[str
 
 
 def pair_sample(first: int, second: int, labels: list[int]) -> dict[str, Any]:
-    """A question which of two pictures shows the larger digit."""
+    """A question about which of two pictures shows the larger digit."""
     difference = labels[first] - labels[second]
     answer = "the first" if difference > 0 else "the second" if difference < 0 else "they are equal"
     return sample("pair", f"{first:04d}-{second:04d}", [first, second], PAIR_QUESTION, answer)

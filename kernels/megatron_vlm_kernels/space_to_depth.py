@@ -214,7 +214,7 @@ def _plan(num_channels: int, factor: int, row_major: bool) -> dict[str, Any]:
 
 
 def _num_shares(num_tokens: int, num_column_programs: int, device: torch.device) -> int:
-    """Number of shares of the squares in the second pass; two under the interpreter, so that sums are added too."""
+    """Number of shares of the squares in the second pass; two under the interpreter, to add partial sums too."""
     most = triton.cdiv(num_tokens, SUM_TOKENS)
     if device.type != "cuda":
         return min(most, 2)

@@ -96,7 +96,7 @@ class Manifest:
 
     @property
     def lacks(self) -> str | None:
-        """Lack of a checkpoint of an earlier format, in a line; None where it is of this one."""
+        """Parts that a checkpoint of an earlier format lacks, in a line; None where it is of this one."""
         return None if self.format == FORMAT else f"it is of format {self.format}: damage to its manifest is not found"
 
     def _check(self, directory: Path) -> None:

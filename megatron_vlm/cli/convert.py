@@ -92,8 +92,10 @@ def _add_inspect(parser: CommandLine) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     _prepare()
+    from megatron_vlm.conversion.transfer.destination import refuse_taken_checkpoints
     from megatron_vlm.conversion.transfer.importing import import_model, size_bytes
 
+    refuse_taken_checkpoints(arguments.destination)  # before anything is fetched
     foreign = _open(arguments)
     with _Bytes() as written:
         written.show(f"importing {arguments.source}", size_bytes(foreign))

@@ -32,6 +32,8 @@ def refuse_recipe_changes(saved: Config, config: Config, checkpoint: str) -> Non
     """
     before, now = dict(leaves(saved.model_dump(mode="json"))), dict(leaves(config.model_dump(mode="json")))
     accepted = config.checkpoint.accept_changes
+    if "training.epochs" in accepted:
+        accepted = (*accepted, "training.steps")  # which a run by epochs is compared by
     changed = [
         key
         for key in sorted(before.keys() | now.keys())

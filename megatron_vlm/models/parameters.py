@@ -51,7 +51,7 @@ class ParameterRow:
         after: of a row that Llama has not: ours that it follows in the forward pass; empty: the last of its layer.
 
     Raises:
-        ConfigError: shapes that are not one for each source, or in other letters.
+        ConfigError: shapes that are not one for each source, or in other letters; an unknown condition.
     """
 
     ours: str
@@ -62,6 +62,11 @@ class ParameterRow:
     after: str = ""
 
     def __post_init__(self) -> None:
+        if self.only not in ("", QKV_BIAS, UNTIED):
+            raise ConfigError(
+                f"row {self.ours!r} of a language model's parameters: only is {self.only!r}, needs {QKV_BIAS!r}, "
+                f"{UNTIED!r} or nothing"
+            )
         dimensions = [dimension for shape in self._shapes for dimension in shape]
         if len(self._shapes) != len(self.sources) or not all(one and set(one) <= set(LETTERS) for one in dimensions):
             raise ConfigError(
@@ -188,7 +193,7 @@ class ParameterTable:
     @property
     def num_norms(self) -> int:
         """Number of a layer's norms over the hidden width."""
-        return sum(row.is_in_layer and row.shapes == "[h]" for row in self.rows)
+        return sum(row.is_in_layer and row.shapes == "[h]" and row.ours.endswith(".weight") for row in self.rows)
 
     @property
     def _first_in_layer(self) -> int:

@@ -311,7 +311,7 @@ def _message(flat: Tensor, requests: Iterable[KeyRequest], k: Tensor, v: Tensor)
 
 
 def _pairs(local: KeyValues, message: KeyValues, requests: Iterable[KeyRequest]) -> Iterator[tuple[Tensor, Tensor]]:
-    """(where the owner has some of the requests' keys or values, where a message has them): [rows, n, kv_heads, d]."""
+    """Yields some of the requests' keys or values, the owner's and the message's: [rows, n, kv_heads, d]."""
     start = 0
     for request in requests:
         num_rows, at = request.stop_row - request.first_row, start
@@ -323,7 +323,7 @@ def _pairs(local: KeyValues, message: KeyValues, requests: Iterable[KeyRequest])
 
 
 def _places(request: KeyRequest) -> Iterator[tuple[slice, slice]]:
-    """(where the owner has an interval of the request's keys, where the request has it)."""
+    """Yields the place of an interval of the request's keys at its owner, and its place in the request."""
     start = 0
     for interval in request.keys:
         yield slice(interval.start, interval.stop), slice(start, start + len(interval))

@@ -283,8 +283,8 @@ def _in_fp8(config: Config, spec: LanguageSpec, number: int) -> bool:
 
 
 def loss_head_bytes(config: Config, spec: LanguageSpec, sizes: GridSizes) -> int:
-    """Memory of the last stage's loss, the most at a time: the head's input, of all and of trained tokens, their
-    gradient, and what the loss holds besides.
+    """Memory of the last stage's loss, the most at a time: the head's gathered input, of all tokens and of trained
+    ones, the gradient of the latter, and what the loss holds besides.
 
     Where the weight trains into mcore's fp32 buffer, autograd makes zeros for it when the loss is done. A narrower
     buffer takes a gradient that is there in fp32 from the loss's beginning, and rounded at its end.

@@ -43,6 +43,7 @@ def resolve_epochs(config: Config, tokenizer: Tokenizer, model: ModelDescription
         return _with_steps(config, 1)
     HERE.phase("index")
     num_rows = broadcast_object(count_rows(config, tokenizer, model, world.rank()), world)
+    HERE.phase("build")
     steps = count_steps(epochs, num_rows, training.global_batch_size)
     rows = f"{num_rows:,} {'packed rows' if config.data.packing else 'samples'}"
     if not steps:

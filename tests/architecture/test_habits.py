@@ -43,7 +43,7 @@ def half_sentences(path: Path, tree: ast.Module) -> Iterator[str]:
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         text = ast.get_docstring(node)
-        if text and (first := text.split()[0].strip(",.;:")) in RELATIVE:
+        if text and (first := text.split()[0].strip(",.;:([")) in RELATIVE:
             yield f"{path}:{node.body[0].lineno} opens with {first!r}; a verb or a noun stands alone in a tooltip"
 
 

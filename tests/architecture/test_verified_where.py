@@ -64,12 +64,17 @@ def test_a_file_that_ran_again_or_has_gone_leaves_no_old_result(tmp_path: Path) 
     assert json.loads(record.read_text()) == {"test_kept.py": {"passed": 3, "failed": 0, "skipped": 1, "commit": "2"}}
 
 
+def test_each_file_of_the_record_is_there() -> None:
+    assert not [name for name in json.loads((ROOT / RECORD).read_text()) if not (ROOT / name).exists()]
+
+
 def test_a_run_records_what_it_has_shown(tmp_path: Path) -> None:
-    """Failures while setting up too; and each file of the record is a file of the tests."""
+    """Failures while setting up too, and a file that cannot be imported."""
     recorder = Recorder(tmp_path / "record.json")
     for when, outcome in (("setup", "failed"), ("setup", "passed"), ("call", "passed"), ("call", "failed")):
         report = pytest.TestReport("README.md::x", ("", 0, ""), {}, outcome, None, when)
         recorder.pytest_runtest_logreport(report)
+    recorder.pytest_collectreport(pytest.CollectReport("README.md", "failed", None, []))
     recorder.pytest_sessionfinish()
     (found,) = json.loads((tmp_path / "record.json").read_text()).values()
-    assert (found["passed"], found["failed"], found["skipped"]) == (1, 2, 0) and found["commit"] and found["machine"]
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 3, 0) and found["commit"] and found["machine"]

@@ -259,6 +259,18 @@ def test_nothing_is_overwritten(whole, tmp_path):
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["file"]
 
 
+def test_a_taken_destination_is_told_before_anything_is_opened(tmp_path, monkeypatch, capsys):
+    from megatron_vlm.cli import convert
+
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    monkeypatch.setattr("sys.argv", ["convert", "import", str(tmp_path / "no_source"), str(tmp_path / "taken")])
+    with pytest.raises(SystemExit):
+        convert.main()
+    told = f"error: {tmp_path}/taken exists already; name a directory that does not, or is empty\n"
+    assert capsys.readouterr().err == told
+
+
 def test_what_a_killed_import_left_is_no_obstacle(whole, tmp_path, monkeypatch):
     partial = tmp_path / "ours" / ".partial_step_0000000"
     partial.mkdir(parents=True)

@@ -48,7 +48,7 @@ def test_epochs_are_as_many_steps(ranks: RankPool, tmp_path: Path) -> None:
     longer = {"epochs": 2.0}
     with pytest.raises(RankFailure, match=r"training\.steps: found 6, it was trained with 4; .*accept_changes"):
         ranks.run(2, train_in_pool, a_recipe(tmp_path, "epochs", longer))
-    accepted = {"accept_changes": ["training.steps"]}
+    accepted = {"accept_changes": ["training.epochs"]}
     ranks.run(2, train_in_pool, a_recipe(tmp_path, "epochs", longer, checkpoint=accepted))
     assert [line["step"] for line in read_metrics(tmp_path / "epochs")] == [1, 2, 3, 4, 5, 6]
 

@@ -83,7 +83,9 @@ class Counter:
 
     def __init__(self) -> None:
         command = [sys.executable, "-S", "-E", __file__, str(os.getpid())]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(  # a session of its own: Ctrl-C is pytest's
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
 
     def numbers(self) -> dict[str, float]:
         """Ends it; see `Census.numbers`."""

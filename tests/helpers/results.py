@@ -1,8 +1,8 @@
 """The record of what tests have shown on CPUs: docs/benchmarks/cpu_tests.json, from which tables are made.
 
 `pytest --record FILE` adds what a run has shown, test file by test file: how many passed, failed and were skipped, on
-which machine, at which commit, when. A file that runs again takes its own place; one that is gone is taken out. Runs
-beside each other take turns.
+which machine, at which commit (with `+` where files differ from it), when. A file that runs again takes its own place;
+one that is gone is taken out. Runs beside each other take turns.
 """
 
 import fcntl
@@ -36,6 +36,10 @@ class Recorder:
             counts = self.counts.setdefault(report.nodeid.partition("::")[0], Counter())
             counts[report.outcome] += 1
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.outcome == "failed":  # a file that cannot be imported
+            self.counts.setdefault(report.nodeid, Counter())["failed"] += 1
+
     def pytest_sessionfinish(self) -> None:
         add(self.path, self.counts, circumstances(), ROOT)
 
@@ -43,11 +47,12 @@ class Recorder:
 def circumstances() -> dict[str, Any]:
     """Of this run: commit, day, machine, versions."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
     models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")]
     from importlib.metadata import version
 
     return {
-        "commit": commit.stdout.strip(),
+        "commit": commit.stdout.strip() + ("+" if changed.strip() else ""),  # files differ from it
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "machine": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),

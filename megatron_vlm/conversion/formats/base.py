@@ -338,7 +338,7 @@ def asked_as(folder: Path, language: PretrainedConfig, image_mode: str) -> Asked
 
 
 def recorded_in(folder: Path) -> AskedAs | None:
-    """The content of a directory's record; None where there is none. Raises ConversionError for a file that is none."""
+    """The content of a directory's record; None where there is none. Raises ConversionError for no record."""
     file = folder / RECORD_FILE
     if not os.path.lexists(file):
         return None

@@ -16,6 +16,11 @@ def refuse_taken(destination: Path, but: Path | None = None) -> None:
         raise ConversionError(f"{destination} exists already; name a directory that does not, or is empty")
 
 
+def refuse_taken_checkpoints(destination: Path) -> None:
+    """Raises ConversionError where a directory of checkpoints to be holds more than what a killed import left."""
+    refuse_taken(destination, but=partial_path(checkpoint_path(destination, 0)))
+
+
 @contextlib.contextmanager
 def first_checkpoint(destination: Path, advance: Callable[[int], None]) -> Iterator[NativeWriter]:
     """A writer of `destination/step_0000000`, beside its place; an error inside removes what was written.
@@ -28,7 +33,7 @@ def first_checkpoint(destination: Path, advance: Callable[[int], None]) -> Itera
         ConversionError: the destination is taken, or the disk refuses.
     """
     final = checkpoint_path(destination, 0)
-    refuse_taken(destination, but=partial_path(final))
+    refuse_taken_checkpoints(destination)
     new = [folder for folder in (destination, *destination.parents) if not folder.exists()]  # innermost first
     try:
         with refusals_of_the_disk(final):

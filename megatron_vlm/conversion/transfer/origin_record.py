@@ -115,8 +115,8 @@ class Origin:
         return cls(folder, known.format, weights, known.referenced, known.reading)
 
     def header(self, file: str) -> bytes | None:
-        """Header of a safetensors file; None for one that was a pickle. Raises CheckpointError where it is not the
-        file's tensors."""
+        """Header of a safetensors file; None for one that was a pickle. Raises CheckpointError where it is not that
+        of the file's tensors."""
         path = self.folder / HEADERS / file
         if not os.path.lexists(path):
             return None

@@ -60,7 +60,7 @@ class Parameters:
         return Comparison("initial weights", tuple(found))
 
     def gradients(self) -> Comparison:
-        """Compares the first step's gradients, in the order of the backward pass; `rounding` names those of no size."""
+        """Compares the first step's gradients, in the order of the backward pass; `rounding` names mere rounding."""
         total = math.sqrt(sum(float(g.square().sum()) for g in self.one.gradients.values()))
         rounding: list[str] = []
 

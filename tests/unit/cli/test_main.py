@@ -86,7 +86,11 @@ def test_nothing_that_takes_time_is_imported(arguments: list[str], code: int, tm
 
 
 def test_no_module_of_the_working_directory_is_imported(tmp_path: Path) -> None:
-    for name in ("logging", "socket", "json", "argparse"):
+    loaded = [sys.executable, "-c", "import runpy, sys; print(*sys.modules)"]  # by Python itself, before -m's module
+    known = subprocess.run(loaded, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True).stdout
+    planted = sys.stdlib_module_names - set(known.split()) - set(sys.builtin_module_names)
+    assert {"logging", "typing", "argparse"} <= planted
+    for name in planted:
         (tmp_path / f"{name}.py").write_text("1 / 0\n")
     clean = {name: value for name, value in environment().items() if name != "PYTHONSAFEPATH"}
     command = [sys.executable, "-m", "megatron_vlm", "train", "--help"]
@@ -97,7 +101,10 @@ def test_no_module_of_the_working_directory_is_imported(tmp_path: Path) -> None:
 def processor_seconds(*arguments: str) -> float:
     """What a Python process of these arguments takes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *arguments], env=environment(), capture_output=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment(), capture_output=True, timeout=300, check=False
+    )
+    assert done.returncode == (1 if arguments[-1] == "trian" else 0)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

@@ -29,6 +29,17 @@ def test_a_row_whose_shapes_do_not_fit_is_refused(shapes):
         ParameterRow("*.a", "b", shapes, Replicated)
 
 
+def test_a_row_under_an_unknown_condition_is_refused():
+    with pytest.raises(ConfigError, match=r"only is 'qk_norm', needs 'qkv_bias', 'untied' or nothing"):
+        ParameterRow("*.a", "*.a", "[h]", Replicated, only="qk_norm")
+
+
+def test_a_bias_of_the_hidden_width_is_no_norm():
+    bias = ParameterRow("*.mlp.linear_fc2.bias", "*.mlp.down_proj.bias", "[h]", Replicated)
+    letters = dict.fromkeys("hfHGdV", 2)
+    assert [ParameterTable(with_rows(LLAMA, rows), letters, 1).num_norms for rows in ([], [bias], [NORM])] == [2, 2, 3]
+
+
 def test_own_rows_take_the_place_of_their_name_or_follow_another():
     norm = ParameterRow("*.pre_mlp_layernorm.weight", "*.pre_feedforward_layernorm.weight", "[h]", Replicated)
     q, k = (ParameterRow(f"*.self_attention.{x}_norm.weight", f"*.{x}", "[d]", Replicated, after=QKV) for x in "qk")
