@@ -9,14 +9,13 @@ Everything follows from fixed seeds: the same files on every machine.
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+
+from megatron_vlm.data.new_tokenizer import train_tokenizer
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_QUESTION = "What digit is this?"
@@ -28,16 +27,6 @@ IMAGE_PIXELS = 28  # a side
 # Questions per training picture: the mix is 4 digit : 2 parity : 4 pair, every one of the pairs another.
 DIGIT_REPEATS, PARITY_REPEATS, PAIRS_PER_IMAGE = 4, 2, 4
 VOCABULARY_SIZE = 354  # at most; 256 bytes, 3 special tokens, the rest merges
-# In the template a generation block marks what the assistant says; it has no effect on the text.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}"
-    " ASSISTANT:{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}"
-    "{% elif message['role'] == 'user' %}USER: {{ message['content'] }}"
-    "{% else %}{{ message['content'] + ' ' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
-)
 
 
 def main() -> None:
@@ -137,36 +126,6 @@ def sample(form: str, name: str, pictures: list[int], question: str, answer: str
             {"from": "gpt", "value": answer},
         ],
     }
-
-
-def train_tokenizer(
-    texts: Iterable[str], vocabulary_size: int, directory: Path, extra_special: Sequence[str] = ("<image>",)
-) -> int:
-    """A byte-level BPE tokenizer trained on `texts`, saved as a Hugging Face directory with the chat template.
-
-    Args:
-        extra_special: special tokens beside padding and end.
-
-    Returns:
-        Its number of tokens, special ones included: at most `vocabulary_size`.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
-        special_tokens=["<pad>", "</s>", *extra_special],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    spoken = [f"USER: {text} ASSISTANT: {text}" for text in texts]
-    tokenizer.train_from_iterator(spoken, trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", additional_special_tokens=[*extra_special]
-    )
-    wrapped.chat_template = CHAT_TEMPLATE
-    wrapped.save_pretrained(directory)
-    return len(wrapped)
 
 
 if __name__ == "__main__":

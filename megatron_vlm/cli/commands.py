@@ -8,6 +8,7 @@ COMMANDS = {
     "evaluate": "asks a checkpoint a file of questions and scores the answers",
     "convert": "moves weights between formats, compares models, says what a directory holds",
     "show-layout": "shows what a recipe does on a number of ranks, without running it",
+    "data": "makes a tokenizer of a data file, for a model from random weights",
     "launch": "runs a command on several ranks, with restarts, here or through SLURM",
     "config": "prints the keys of a recipe: type, default, meaning, rules",
     "doctor": "says what this machine can do, what is missing and what would mend it",

@@ -54,7 +54,7 @@ def test_home_and_caches_can_be_written_and_are_off_the_users_mount() -> None:
     assert not any(folder.startswith("/workspace") for folder in folders.values())
     made = re.search(r"mkdir -p (.*) && chmod -R a\+rwX (.*)", DOCKERFILE)
     assert made and made[1] == made[2] == '/workspace "$HOME" "$HF_HOME"'
-    mounts = re.findall(r"-v \S+?:(/[^\"]+)", (ROOT / "README.md").read_text())
+    mounts = re.findall(r"-v \S+?:(/[^\"]+)", (ROOT / "docs" / "running.md").read_text())
     assert mounts and set(mounts) == {"/workspace", folders["HF_HOME"]}
 
 

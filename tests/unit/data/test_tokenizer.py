@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from examples.quickstart.make_data import train_tokenizer
 from megatron_vlm.config.schema import TimeTokensConfig
+from megatron_vlm.data.new_tokenizer import train_tokenizer
 from megatron_vlm.data.tokenizer import check_vocabulary, first_time_token, load_tokenizer
 from megatron_vlm.errors import ConfigError
 

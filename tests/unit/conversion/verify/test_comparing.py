@@ -113,7 +113,7 @@ def test_notes_say_what_differs(tokenizer, tmp_path):
         "pixels are normalised by other means and deviations; both were given A's",
         "B has no tokenizer",
     ]
-    from examples.quickstart.make_data import train_tokenizer
+    from megatron_vlm.data.new_tokenizer import train_tokenizer
 
     train_tokenizer(["other words altogether"], 300, tmp_path / "other", extra_special=())
     assert list(_notes(same, Stub(tokenizer=tmp_path / "other"))) == ["the tokenizers differ"]
