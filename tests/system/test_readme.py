@@ -2,6 +2,7 @@
 but in its vocabulary, whose rows must be those of the published weights.
 """
 
+import json
 import os
 import re
 import shlex
@@ -71,3 +72,26 @@ def test_the_three_commands(tmp_path: Path) -> None:
         )
         assert done.returncode == 0 and done.stderr == "", f"{line}\n{done.stderr}"
     assert done.stdout.count("\n") == 1, done.stdout  # an answer; rows beyond the tokenizer's tokens have no text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_your_own_data_from_nothing(tmp_path: Path) -> None:
+    """A step's worth of records, and one pass over them instead of ten."""
+    block = re.search(r"not yet run there\):\n\n((?:    .*\n)+)", README)
+    assert block
+    lines = [line.strip() for line in block[1].splitlines()]
+    assert [line.split()[1] for line in lines] == ["data", "train", "generate"]
+    Image.new("RGB", (20, 16), (200, 10, 10)).save(tmp_path / "cat.jpg")
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]
+    records = [{"id": str(number), "image": "cat.jpg", "conversations": turns} for number in range(40)]
+    (tmp_path / "mine.json").write_text(json.dumps(records))
+    for line in lines:
+        line = re.sub(r"^megatron-vlm", f"{sys.executable} -P -m megatron_vlm", line)
+        line = line.replace("training.epochs=10", "training.epochs=1 runtime.device=cpu")
+        done = subprocess.run(
+            shlex.split(line), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0 and done.stderr == "", f"{line}\n{done.stderr}"
+    assert (tmp_path / "runs" / "mine" / "step_0000001").is_dir()
+    assert done.stdout.count("\n") == 1, done.stdout
