@@ -18,13 +18,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[], help="section.key=value")
     parser.add_argument("--check-layout", action="store_true", help="compare this layout with one process instead")
     with parser.run() as (arguments, launch), StopSignals(launch) as signals:
-        from megatron_vlm.config import load_config, validate
+        from megatron_vlm.config import load_config
         from megatron_vlm.runtime.device import prepare
         from megatron_vlm.runtime.distributed import init_world, teardown
 
-        config = load_config(arguments.recipe, arguments.overrides)
-        if not arguments.check_layout:  # which changes the recipe first
-            validate(config, None, launch.world_size)  # what needs no model, before torch is imported for seconds
+        config = load_config(arguments.recipe, arguments.overrides)  # tells unreadable keys, before torch is imported
         device = prepare(config.runtime.device, launch.local_world_size)
         init_world(launch, device, config.runtime.timeout_seconds)
         if arguments.check_layout:

@@ -1,6 +1,6 @@
 """Faults of a run, found before a weight is built or read, all of them at once and in seconds.
 
-    error: RECIPE.yaml: optimizer.lrr: unknown key, did you mean 'lr'?
+    error: parallel.virtual_pipeline: found 2 with parallel.pipeline 1, needs 1, or several stages
     error: model.language.tokenizer: found 'gone/tokenizer', which is not there, needs a directory or a hub id
     error: data file gone.json cannot be read: No such file or directory
 

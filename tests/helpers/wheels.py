@@ -6,9 +6,8 @@ import subprocess
 import sys
 import venv
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
-
-import torch
 
 from tests.helpers.processes import ROOT, environment
 
@@ -57,12 +56,15 @@ def install(wheel: Path, folder: Path) -> Installation:
     """A new environment with the wheel, and with the packages of the running one that are not ours."""
     venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python3*/site-packages")
-    (site / "others.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # its own .pth files are not followed
-    _pip("--python", folder / "bin" / "python", "install", "--no-deps", "--no-index", wheel)
+    others = Path(str(distribution("torch").locate_file("")))  # whose own .pth files are not followed
+    (site / "others.pth").write_text(f"{others}\n")
+    # Ignored, since an editable install of the checkout may be among what `others` has.
+    _pip("--python", folder / "bin" / "python", "install", "--ignore-installed", "--no-deps", "--no-index", wheel)
     return Installation(folder)
 
 
 def _pip(*arguments: str | Path) -> None:
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, arguments)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+    variables = {name: value for name, value in environment().items() if not name.startswith("PYTHON")}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr

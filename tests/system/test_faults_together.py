@@ -1,4 +1,4 @@
-"""What is wrong with a run in several places is told together, before a weight exists; what needs no model, first."""
+"""What is wrong with a run in several places is told together, once, before a weight exists; unreadable keys come first."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def endless(folder: Path) -> list[str]:
     program = "{% if messages|length > 1 %}{{ raise_exception('never') }}{% endif %}{{ messages[0]['content'] }}"
     (folder / "tokenizer" / "chat_template.jinja").unlink(missing_ok=True)
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": program}))
-    return ["model.freeze=[nowhere]"]
+    return ["parallel.tensor=3"]
 
 
 def all_at_once(folder: Path) -> list[str]:
@@ -41,14 +41,15 @@ def keys(folder: Path) -> list[str]:
 
 
 def rules(folder: Path) -> list[str]:
-    """So are rules that are broken whatever the model is: nothing needs to be imported to see them."""
-    return ["parallel.tensor=3", "checkpoint.load_states=model", "runtime.device=cuda", f"data.path={folder}/gone.json"]
+    """All rules that are broken, whether they need the model or not, and the data."""
+    return ["parallel.tensor=3", "checkpoint.load_states=model", f"data.path={folder}/gone.json"]
 
 
 def nothing_to_read(folder: Path) -> list[str]:
-    """Neither tower nor language model."""
+    """Neither tower nor language model; the rules that need none of them speak."""
     model = ["model.language.config=null", "model.vision.config=null"]
-    return [*model, f"model.language.path={folder}/no/llm", f"model.vision.path={folder}/no/tower"]
+    paths = [f"model.language.path={folder}/no/llm", f"model.vision.path={folder}/no/tower"]
+    return [*model, *paths, "checkpoint.load_states=model"]
 
 
 CASES = {
@@ -64,14 +65,15 @@ CASES = {
     "recipe and template": (
         endless,
         [
-            r"model\.freeze\[0\]: found 'nowhere', which matches no parameter, .*",
+            r"parallel\.tensor \* parallel\.pipeline: found 3 \* 1 = 3, the world size . allows .*",
+            r"parallel\.tensor: found 3, which does not divide .*",
             r"FOLDER/train\.json element 0: sample 'sample-0': the chat template refuses it: never .*",
         ],
     ),
     "recipe and pictures": (
-        lambda folder: [*spoiling.missing_picture(folder), "model.freeze=[nowhere]"],
+        lambda folder: [*spoiling.missing_picture(folder), "parallel.virtual_pipeline=2"],
         [
-            r"model\.freeze\[0\]: found 'nowhere', which matches no parameter, .*",
+            r"parallel\.virtual_pipeline: found 2 with parallel\.pipeline 1, .*",
             r"FOLDER/train\.json element 2: sample 'sample-2': image FOLDER/images/2-1\.png does not exist .*",
         ],
     ),
@@ -85,15 +87,18 @@ CASES = {
     "rules": (
         rules,
         [
-            r"checkpoint\.load_states: found model with checkpoint\.load null, .*; "
+            r"checkpoint\.load_states: found model with checkpoint\.load null, .*",
             r"parallel\.tensor \* parallel\.pipeline: found 3 \* 1 = 3, the world size . allows .*",
+            r"parallel\.tensor: found 3, which does not divide .*",
+            r"data file FOLDER/gone\.json cannot be read: No such file or directory",
         ],
     ),
     "no models": (  # all of it the recipe's, which is one line
         nothing_to_read,
         [
             r"model\.language\.path: found 'FOLDER/no/llm', which is not there, .*; "
-            r"model\.vision\.path: found 'FOLDER/no/tower', which is not there, .*",
+            r"model\.vision\.path: found 'FOLDER/no/tower', which is not there, .*; "
+            r"checkpoint\.load_states: found model with checkpoint\.load null, .*",
         ],
     ),
 }

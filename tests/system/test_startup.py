@@ -19,7 +19,6 @@ LIGHT = {  # what is told without a model; words after the command -> code it en
     ("config", "data.packing"): 0,
     ("convert", "inspect", "no/such/directory"): 1,
     ("train", QUICKSTART, "data.pakcing=true"): 1,
-    ("train", QUICKSTART, "parallel.tensor=3"): 1,
 }
 LOG = """\
 import time: self [us] | imported package
