@@ -1,4 +1,4 @@
-"""What is wrong with a run in several places is told together, once, before a weight exists; unreadable keys come first."""
+"""What is wrong with a run in several places is told together, before a weight exists; unreadable keys come first."""
 
 import json
 import re
