@@ -18,6 +18,7 @@ OF_BENCHMARKS = ROOT / "tools" / "benchmarks" / "recipes"
 SHIPPED = sorted([*RECIPES.glob("*.yaml"), *OF_BENCHMARKS.glob("*.yaml")])
 RANKS = {
     "quickstart": 4,
+    "from_scratch": 1,
     "llama3_8b_fp8": 8,
     "llava15_7b_8gpu": 8,
     "llava_qwen2_7b": 8,
