@@ -128,9 +128,9 @@ for path in Path(sys.argv[1]).glob("*_gpu.*"):
     elif path.suffix == ".md":
         path.write_text(f"**{SAYS}**\n{path.read_text()}")
     elif path.suffix == ".png":
-        picture = Image.open(path).convert("RGB")
-        ImageDraw.Draw(picture).text((8, 8), SAYS, fill="red")
-        picture.save(path)
+        image = Image.open(path).convert("RGB")
+        ImageDraw.Draw(image).text((8, 8), SAYS, fill="red")
+        image.save(path)
 for name in ("gpu_suite.md", "gpu_suite.log"):
     path = Path(sys.argv[1]) / name
     path.write_text(f"**{SAYS}**\n\n{path.read_text()}")
@@ -155,7 +155,7 @@ if [ -z "$rehearsal" ]; then
   tests=() device=cuda
   kernels=(--device cuda)
   attention=(--lengths 131072 --ranks 2 4 8 --heads 32 --kv-heads 8 --width 128)
-  step=(runtime.device=cuda) step_options=(--pictures 8 --rounds 3 --steps 2)
+  step=(runtime.device=cuda) step_options=(--images 8 --rounds 3 --steps 2)
   throughput=(precision.params=bf16) throughput_options=()
   quickstart=("$python" examples/quickstart/run.py --ranks 1 runtime.device=cuda precision.params=bf16
     parallel.tensor=1 parallel.pipeline=1 parallel.sequence=false)
@@ -173,7 +173,7 @@ else
     "$tiny.num_attention_heads=4" "$tiny.num_key_value_heads=2" "$tiny.max_position_embeddings=128"
     model.vision.config.hidden_size=32 model.vision.config.intermediate_size=64 model.vision.config.num_hidden_layers=2
     model.vision.config.num_attention_heads=2 model.vision.config.image_size=70)
-  step_options=(--pictures 2 --rounds 1 --steps 1)
+  step_options=(--images 2 --rounds 1 --steps 1)
   throughput=() throughput_options=(--rounds 1 --steps 1)
   quickstart_files="$out/quickstart"
   # Three steps of the first phase, and the questions about single digits, which they do not teach.
@@ -187,7 +187,7 @@ else
       --output "$1/evaluation"
     "$0" -c "
 import json, pathlib, sys
-from examples.quickstart.pictures import draw_loss
+from examples.quickstart.drawings import draw_loss
 root = pathlib.Path(sys.argv[1])
 lines = (root / \"phase1\" / \"metrics.jsonl\").read_text().splitlines()
 draw_loss({\"phase1\": [json.loads(line) for line in lines]}, root / \"loss.png\")" "$1"' "$python" "$quickstart_files")

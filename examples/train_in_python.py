@@ -43,7 +43,7 @@ def losses(config: Config) -> list[float]:
 
 
 def ask(checkpoint: str | Path, *prompt: str) -> str:
-    """The model's answer to a prompt of picture files and text. `checkpoint`: one, or the folder of a run's."""
+    """The model's answer to a prompt of image files and text. `checkpoint`: one, or the folder of a run's."""
     try:
         return megatron_vlm.load(str(checkpoint)).generate(list(prompt))
     finally:

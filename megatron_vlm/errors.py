@@ -55,7 +55,7 @@ class SeveralFaults(ConfigError):
 
 
 class DataError(MegatronVlmError):
-    """A data file, sample or picture is wrong."""
+    """A data file, sample or image is wrong."""
 
 
 class CheckpointError(MegatronVlmError):

@@ -80,7 +80,7 @@ def step(title: str, *command: str) -> None:
 
 def draw() -> None:
     """loss.png and contact_sheet.png from the files the steps left behind."""
-    from pictures import draw_contact_sheet, draw_loss
+    from drawings import draw_contact_sheet, draw_loss
 
     phases = {f"{phase}, {name}": read_lines(OUTPUT / phase / "metrics.jsonl") for name, phase in PHASES.items()}
     draw_loss(phases, ROOT / OUTPUT / "loss.png")

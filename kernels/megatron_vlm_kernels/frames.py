@@ -1,4 +1,4 @@
-"""uint8 frames -> resized, tiled and normalised patches, in two passes as Pillow resizes 8-bit pictures.
+"""uint8 frames -> resized, tiled and normalised patches, in two passes as Pillow resizes 8-bit images.
 
     u[n, y, x, c] = clip((2^21 + sum over k of across[x, k] * frame[n, y, first_x[x] + k, c]) >> 22)          uint8
     v[n, y, x, c] = clip((2^21 + sum over k of down[y, k] * u[n, first_y[y] + k, x, c]) >> 22)                0..255

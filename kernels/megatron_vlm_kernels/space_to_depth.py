@@ -12,7 +12,7 @@ input, the mean and r.
 
 Hazard: a square is one tile of at most 65,536 numbers, a row of patches padded to a power of two each.
 
-n pictures, t patches of a picture, c channels.
+n images, t patches of an image, c channels.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 
 @triton.jit
 def _square(token, out_h, out_w, FACTOR: tl.constexpr, ROW_MAJOR: tl.constexpr):
-    """Number of a square -> its picture, and the row and column of its first patch."""
+    """Number of a square -> its image, and the row and column of its first patch."""
     image = token // (out_h * out_w)
     at = token % (out_h * out_w)
     if ROW_MAJOR:

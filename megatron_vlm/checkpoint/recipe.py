@@ -68,10 +68,10 @@ def former_preprocessor(manifest: Manifest, tower: TowerConfigs, image_mode: str
 
 
 def tell_former(directory: Path, image_mode: str) -> None:
-    """Rank 0 says that a checkpoint's pictures are prepared by `former_preprocessor`."""
+    """Rank 0 says that a checkpoint's images are prepared by `former_preprocessor`."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         get_logger(__name__).warning(
-            "%s was saved before data.image_mode %s followed the tower's preprocessor config; pictures are prepared as "
+            "%s was saved before data.image_mode %s followed the tower's preprocessor config; images are prepared as "
             "they were in its training, resized by bicubic", directory, image_mode,
         )  # fmt: skip
 

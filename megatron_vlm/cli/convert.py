@@ -77,7 +77,7 @@ def _add_verify(parser: CommandLine) -> None:
     parser.add_argument(
         "--prompt",
         default="",
-        help="what both are asked; <image> marks a picture (default: random tokens)",
+        help="what both are asked; <image> marks an image (default: random tokens)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_format_options()

@@ -3,7 +3,7 @@
 megatron-vlm show-layout examples/recipes/quickstart_phase2.yaml --world-size 8 --html layout.html
 megatron-vlm show-layout RECIPE [section.key=value ...] --world-size N [--html FILE] [--json FILE]
 
-Which rank owns which tokens, who encodes which picture, what travels between ranks, the pipeline's timeline, the memory
+Which rank owns which tokens, who encodes which image, what travels between ranks, the pipeline's timeline, the memory
 each rank will need: as tables here, and drawn as one page that needs nothing else. No process group, no weights.
 """
 

@@ -3,7 +3,7 @@
 A recipe may name a `base:` (a path relative to its own folder, or `megatron_vlm:NAME`), which may name another; the
 child's keys win, sections merge, lists are replaced. `section.key=value` overrides come last. Other paths are relative
 to the working directory, whoever names them. A `media_root` belongs to the `path` beside it: whoever names another data
-file, and no folder of its pictures, has them where they are by default, beside the file. One without a `path` beside it
+file, and no folder of its images, has them where they are by default, beside the file. One without a `path` beside it
 is for any file. So with `training.steps` and `training.epochs`: whoever names one does without the other. Every
 violation is reported at once and on one line, because a launch on a cluster is too dear to find them one by one.
 
@@ -51,7 +51,7 @@ _LARGEST_INTEGER_BITS = 64
 _LONGEST_CHAIN = 100  # of bases
 _SHOWN_CHARACTERS = 300  # of a value in an error
 _LENGTHS = {"steps": "epochs", "epochs": "steps"}  # of training: whoever names one does without the other
-_SECTIONS_WITH_MEDIA = ("data", "evaluation")  # with a `path` and the `media_root` of its pictures
+_SECTIONS_WITH_MEDIA = ("data", "evaluation")  # with a `path` and the `media_root` of its images
 
 logger = get_logger(__name__)
 
@@ -198,7 +198,7 @@ def _forget_what_is_replaced(below: DictConfig, above: Any, origin: str) -> None
             root = below[name].pop("media_root")
             logger.info(
                 "%s.media_root %s is left out: it is of another file than %s.path %s, which %s names without one; its "
-                "pictures are looked for beside it", name, shown(root), name, shown(new["path"]), shown(origin),
+                "images are looked for beside it", name, shown(root), name, shown(new["path"]), shown(origin),
             )  # fmt: skip
 
 

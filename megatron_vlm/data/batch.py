@@ -3,7 +3,7 @@
 All of it is made by a data worker; the plan of the media exchange comes along, so the training process computes nothing
 but the step.
 
-b rows of a micro-batch; s tokens of every row of the step; n pictures this rank encodes; H W pixels.
+b rows of a micro-batch; s tokens of every row of the step; n images this rank encodes; H W pixels.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_vlm.data.sample import IGNORE, Picture
+from megatron_vlm.data.sample import IGNORE, ImageRef
 from megatron_vlm.parallel.layout import Documents, Interval
 from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan, Route
 
@@ -71,18 +71,18 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """A picture of the window: whose it is, its file or frame, and the tokens it was given."""
+    """An image of the window: whose it is, its file or frame, and the tokens it was given."""
 
     sample_id: str
-    path: Picture
+    path: ImageRef
     item: MediaItem
 
 
 @dataclass(frozen=True)
 class MediaWindow:
-    """Consecutive micro-batches whose pictures are encoded together.
+    """Consecutive micro-batches whose images are encoded together.
 
-    `spans` are all pictures of this replica's window, in plan order; `own_spans` those this rank encodes, in the order
+    `spans` are all images of this replica's window, in plan order; `own_spans` those this rank encodes, in the order
     of `pixels` [n, 3, H, W]. `faults` says of each of the latter why it could not be read and is blank instead (an
     index into `media.FAULTS`), 0 where it was; all 0 under `data.on_bad_sample: error`. `route` is this rank's of the
     plan: for long videos it takes a while, which is spent here, ahead of the step.
@@ -113,18 +113,18 @@ class StepBatch:
     micro_batches: tuple[MicroBatch, ...]
     windows: tuple[MediaWindow, ...]
     sample_ids: tuple[str, ...]  # in row order, in a row in document order
-    sample_tokens: tuple[int, ...]  # of each of them, pictures included
+    sample_tokens: tuple[int, ...]  # of each of them, images included
     row_tokens: tuple[int, ...]  # by row: the sum of its samples', so padding left out
     num_media: int
     num_trained_tokens_local: int  # of this data-parallel rank
     faults_tolerated: bool = False  # equal on all ranks: whether any window may have faults
 
     def pinned(self) -> "StepBatch":
-        """The same, its pictures copied to page-locked memory: from there a `non_blocking` copy to the GPU waits for
+        """The same, its images copied to page-locked memory: from there a `non_blocking` copy to the GPU waits for
         nothing. Needs CUDA. Tokens stay: the step cuts each micro-batch, into new memory, before it moves it.
 
         Hazard: torch keeps page-locked memory for reuse and rounds it up to a power of two; a job needs room on the
-        host for two steps' pictures (four where held-out data is evaluated in training), each up to doubled.
+        host for two steps' images (four where held-out data is evaluated in training), each up to doubled.
         """
         return replace(self, windows=tuple(replace(w, pixels=w.pixels.pin_memory()) for w in self.windows))
 

@@ -51,11 +51,11 @@ def collate_rows(rows: Sequence[Sequence[Document]], length: int, packed: bool =
 def list_spans(
     rows: Sequence[Sequence[Document]], micro_batch: int, tokens_per_image: int, cost: float
 ) -> list[MediaSpan]:
-    """The pictures of one micro-batch, in row, document and text order.
+    """The images of one micro-batch, in row, document and text order.
 
     Args:
         micro_batch: its index in the step.
-        cost: of encoding one picture.
+        cost: of encoding one image.
     """
     spans = []
     for number, row in enumerate(rows):

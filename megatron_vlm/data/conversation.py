@@ -37,7 +37,7 @@ from megatron_vlm.config.schema import DataConfig
 from megatron_vlm.data.answers import AnswerSpan, Surroundings, find_surroundings, locate, marked_tokens, recognise
 from megatron_vlm.data.borders import BorderTokenizer, Tokens
 from megatron_vlm.data.chat_template import ChatTemplate
-from megatron_vlm.data.sample import IGNORE, BadSample, Sample, Turn, marks_picture
+from megatron_vlm.data.sample import IGNORE, BadSample, Sample, Turn, marks_image
 from megatron_vlm.data.templates import TEMPLATES
 from megatron_vlm.errors import ConfigError, one_line
 
@@ -47,12 +47,12 @@ PLACEHOLDER_ID = 0  # valid in every vocabulary; the merge replaces the row
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """Token ids with the pictures' placeholders in place.
+    """Token ids with the images' placeholders in place.
 
     Args:
         ids: one per token; a placeholder has PLACEHOLDER_ID.
         labels: the id where the token is trained, else IGNORE; not shifted.
-        image_starts: index of each picture's first placeholder; of the sample's first ones, where it is truncated.
+        image_starts: index of each image's first placeholder; of the sample's first ones, where it is truncated.
         num_cut: tokens that were cut off its end.
     """
 
@@ -79,9 +79,9 @@ class ConversationEncoder:
     Args:
         tokenizer: knows `image_token` as one special token (`load_tokenizer`).
         template: a registered name; `auto` is the tokenizer's chat template.
-        image_token: the marker of a picture in a text.
+        image_token: the marker of an image in a text.
         tokens_per_image: placeholders a marker becomes.
-        max_tokens: what is trained is truncated to at most so many, without cutting a picture in two; default: never.
+        max_tokens: what is trained is truncated to at most so many, without cutting an image in two; default: never.
         arguments: variables of the tokenizer's chat template (`data.template_arguments`).
         apart: train the last answer only, behind earlier ones as the template tells them (`data.render_turns: apart`).
 
@@ -166,7 +166,7 @@ class ConversationEncoder:
 
         Raises:
             BadSample: the template refuses the turns, does not repeat the answers as they are or begins otherwise than
-                it asks for one, the number of markers is not that of the pictures, no answer is to be trained, or
+                it asks for one, the number of markers is not that of the images, no answer is to be trained, or
                 nothing that is trained is left of a truncated one.
         """
         if not any(turn.role == "assistant" and turn.trained for turn in sample.turns):
@@ -283,7 +283,7 @@ class ConversationEncoder:
 
     def _tokenize(self, text: str, borders: Sequence[int], sample: Sample) -> tuple[Tokens, list[int]]:
         try:
-            if not sample.images and self.image_token in text and not self._lacks_pictures(sample):
+            if not sample.images and self.image_token in text and not self._lacks_images(sample):
                 self.borders_of_text = self.borders_of_text or BorderTokenizer(self.tokenizer, self.image_token)
                 return self.borders_of_text.tokenize(text, borders)
             return self.borders.tokenize(text, borders)
@@ -296,8 +296,8 @@ class ConversationEncoder:
                 "tokenizer",
             ) from error
 
-    def _lacks_pictures(self, sample: Sample) -> bool:
-        return any(marks_picture(turn, self.image_token) for turn in sample.turns)
+    def _lacks_images(self, sample: Sample) -> bool:
+        return any(marks_image(turn, self.image_token) for turn in sample.turns)
 
     def _check_template(self) -> None:
         """Raises ConfigError where it takes no arguments, or cannot be rendered."""
@@ -435,7 +435,7 @@ class ConversationEncoder:
         )
 
     def _expand(self, ids: list[int], labels: list[int], sample: Sample) -> EncodedSample:
-        """Replaces each marker by its placeholders. Raises BadSample where markers and pictures differ in number."""
+        """Replaces each marker by its placeholders. Raises BadSample where markers and images differ in number."""
         found = ids.count(self.marker_id)
         if found != len(sample.images):
             raise BadSample(
@@ -455,7 +455,7 @@ class ConversationEncoder:
         return encoded
 
     def _truncate(self, encoded: EncodedSample, sample: Sample) -> EncodedSample:
-        """Cuts between two tokens of text, or before the first picture that does not fit as a whole."""
+        """Cuts between two tokens of text, or before the first image that does not fit as a whole."""
         num_tokens = len(encoded.ids)
         if self.max_tokens is None or num_tokens <= self.max_tokens:
             return encoded
@@ -463,7 +463,7 @@ class ConversationEncoder:
         end = min([self.max_tokens, *encoded.image_starts[len(whole) :]])
         if all(label == IGNORE for label in encoded.labels[1:end]):
             raise BadSample(
-                f"{sample.origin}: sample {sample.id!r} has {num_tokens} tokens, pictures included; the {end} to "
+                f"{sample.origin}: sample {sample.id!r} has {num_tokens} tokens, images included; the {end} to "
                 f"which it is truncated hold no answer (training.sequence_length {self.max_tokens}, "
                 "data.on_long_sample truncate)",
                 "truncated",

@@ -1,7 +1,7 @@
 """A look at the first records of a data file before anything is built, in about a second.
 
 The index tells everything that is wrong with a file (`index.py`), but only when there is a model, and one fault at a
-time. What is wrong with all records (the folder of their pictures, a template that cannot write them, markers) is
+time. What is wrong with all records (the folder of their images, a template that cannot write them, markers) is
 wrong with the first ones, so a newcomer hears of it at once, with all else that is wrong (`training/preflight.py`).
 
 Hazard: under `data.on_bad_sample: skip` bad samples are no fault, so of the file is asked only that it is there.
@@ -29,9 +29,9 @@ def look_at(
     Args:
         config: the recipe.
         path: the data file, of a source that is known.
-        media_root: folder of its pictures; default: the file's own.
+        media_root: folder of its images; default: the file's own.
         encoder: of the run's tokenizer and template; None where these are at fault already.
-        media: for the tower's pictures; None where the tower is at fault already.
+        media: for the tower's images; None where the tower is at fault already.
 
     Raises:
         DataError: the file cannot be read, or the first of its records that cannot be used.

@@ -1,4 +1,4 @@
-"""The index of a data file: per sample its place, its length in tokens and its number of pictures.
+"""The index of a data file: per sample its place, its length in tokens and its number of images.
 
 Built at first use, by reading and encoding every sample once, and kept beside the data file in
 `<data file>.index/<fingerprint>/`, so lengths are known before any batch is made and a bad sample is told before the
@@ -14,7 +14,7 @@ A record is one sample, or several where each answer is one (`data.render_turns:
     contents.json   fingerprint, counts, remarks (`Sample.remarks`) with the number of their records
     dropped.jsonl   what was left out: id, place, reason, message, images
 
-Hazard: pictures come and go without a trace in the fingerprint. What was left out for want of one that is there by now
+Hazard: images come and go without a trace in the fingerprint. What was left out for want of one that is there by now
 is refused, not indexed anew: ranks that open the index meanwhile would train on other samples than the rest.
 """
 
@@ -66,7 +66,7 @@ RECORD = np.dtype(
 class SampleIndex:
     """A published index, mapped from disk; pickled as its folder.
 
-    `tokens` [n] int32: length of each sample, pictures included; `images` [n] int32: its pictures. `dropped`: how many
+    `tokens` [n] int32: length of each sample, images included; `images` [n] int32: its images. `dropped`: how many
     samples were left out, by reason; `num_truncated`: how many are cut to the most tokens allowed; `remarks`: what is
     to be told of the `num_records` records (`Sample.remarks`), each with the number of those it is true of.
     `fingerprint_of_contents`: numbers of samples, tokens and images, hex digests of ids, lengths and contents; the same
@@ -123,7 +123,7 @@ class SampleIndex:
 
 @dataclass(frozen=True)
 class BadSamplePolicy:
-    """`data.on_bad_sample: skip`: bad samples are left out, and a sample is bad also where a picture's header says so
+    """`data.on_bad_sample: skip`: bad samples are left out, and a sample is bad also where an image's header says so
     (`media`) or where it is longer than `max_tokens`."""
 
     media: MediaReader
@@ -232,7 +232,7 @@ class Measurer:
 def describe_length(num_tokens: int, frames: Sequence[int], tokens_per_frame: int) -> str:
     """A sample's length in words. `frames`: of each of its videos."""
     if not frames:
-        return f"{num_tokens} tokens, pictures included"
+        return f"{num_tokens} tokens, images included"
     frame_tokens = sum(frames) * tokens_per_frame
     return (
         f"{num_tokens} tokens, of which {sum(frames)} frames (data.video.num_frames) x {tokens_per_frame} tokens are "
@@ -260,7 +260,7 @@ def open_index(
 
     Raises:
         DataError: the file or, without `skip`, a sample in it is bad; with it: all of them are, more than half of
-            those with pictures lack one, or one was left out for want of pictures that are there now.
+            those with images lack one, or one was left out for want of images that are there now.
     """
     sampling = sampling or VideoConfig()
     fingerprint = _fingerprint(file, encoder, media_root, skip, sampling)
@@ -303,27 +303,27 @@ def _open(folder: Path, with_check: bool) -> SampleIndex:
 
 
 def _refuse_mended(folder: Path) -> None:
-    """Raises DataError where pictures that were missing at indexing are there now."""
+    """Raises DataError where images that were missing at indexing are there now."""
     with open_regular(folder / "dropped.jsonl") as lines:
         dropped = [Dropped(**parse_json(line)) for line in lines]
     missing = [one for one in dropped if one.reason == "missing"]
     mended = [one for one in missing if all(map(os.path.isfile, one.images)) and all(map(os.path.exists, one.videos))]
     if mended:
         raise DataError(
-            f"the index {folder} lacks {len(mended)} samples whose pictures were missing when it was built and are "
+            f"the index {folder} lacks {len(mended)} samples whose images were missing when it was built and are "
             f"there now (the first: {mended[0].place}, sample {mended[0].id!r}); remove the folder: it is built again, "
             "with them"
         )
 
 
 def _refuse_media_root(media_root: Path, path: Path, num_found: int, dropped: Sequence[Dropped]) -> None:
-    """Raises DataError where more than half of the samples with pictures lack one: then it is not the samples that are
-    bad. `num_found`: samples whose pictures are there."""
+    """Raises DataError where more than half of the samples with images lack one: then it is not the samples that are
+    bad. `num_found`: samples whose images are there."""
     missing = [sample for sample in dropped if sample.reason == "missing"]
     num_with_images = num_found + sum(bool(sample.images or sample.videos) for sample in dropped)
     if 2 * len(missing) > num_with_images:
         raise DataError(
-            f"data.media_root: found {media_root}, where {len(missing)} of {num_with_images} samples with pictures of "
+            f"data.media_root: found {media_root}, where {len(missing)} of {num_with_images} samples with images of "
             f"{path} lack one, so it looks unmounted or wrong; needs the folder that the file's paths are relative to "
             f"(the first: {missing[0].message})"
         )
@@ -413,7 +413,7 @@ def _build(measurer: Measurer, folder: Path) -> None:
     dropped: list[Dropped] = []
     frames: list[int] = []
     remarks: Counter[str] = Counter()
-    id_end = num_truncated = num_read = with_pictures = 0
+    id_end = num_truncated = num_read = with_images = 0
     with Progress(f"indexing {file.path.name}", total=len(extents)) as progress:
         for chunk in OrderedItems(measurer, range(num_chunks), num_processes if num_processes > 1 else 0):
             rows: list[tuple[int, ...]] = []
@@ -423,7 +423,7 @@ def _build(measurer: Measurer, folder: Path) -> None:
                 if isinstance(found, Dropped):
                     dropped.append(found)
                     continue
-                with_pictures += any(one.images for one in found)
+                with_images += any(one.images for one in found)
                 remarks.update(one for one in found[0].remarks if one in remarks or len(remarks) < MOST_REMARKS)
                 for one in found:
                     ids.append(one.id.encode())
@@ -434,7 +434,7 @@ def _build(measurer: Measurer, folder: Path) -> None:
                     rows.append((*extent, *numbers))
             records.append(np.array(rows, RECORD))
             progress.advance(len(chunk))
-    _refuse_media_root(measurer.media_root, file.path, with_pictures, dropped)
+    _refuse_media_root(measurer.media_root, file.path, with_images, dropped)
     if not ids:
         counts = _list_counts(Counter(sample.reason for sample in dropped))
         raise DataError(

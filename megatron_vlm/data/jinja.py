@@ -71,11 +71,11 @@ PLAIN_JINJA = """\
   {%- endif -%}
 {%- endfor -%}
 """
-# Of a message the pictures and texts in the order given, on lines of their own unless blanks part them already; where a
-# text holds the marker itself, pictures put none: the rule of `join_parts`. Its last line break is trimmed with the
+# Of a message the images and texts in the order given, on lines of their own unless blanks part them already; where a
+# text holds the marker itself, images put none: the rule of `join_parts`. Its last line break is trimmed with the
 # block, so that the program behind it stands as at the beginning of a file.
 _TYPED_PARTS = """\
-{#- Content is a text, or a list of texts and pictures. -#}
+{#- Content is a text, or a list of texts and images. -#}
 {%- set given = namespace(messages=[]) -%}
 {%- for message in messages -%}
   {%- set content = message['content'] -%}

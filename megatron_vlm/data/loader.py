@@ -2,7 +2,7 @@
 
 One item of the stream is one step's whole input on this rank, made by a worker process. It is a pure function of the
 step's number, so a resumed run, on any layout, goes on with exactly the batches it would have had; every rank of a
-replica reads the replica's texts, and only the pictures it encodes itself.
+replica reads the replica's texts, and only the images it encodes itself.
 
 All rows of one step have one length, on all ranks: training.sequence_length where they are packed, else the longest row
 of the global batch, known from the index; rounded up to what the layout can cut. On a GPU rows that are not packed are
@@ -28,7 +28,7 @@ from megatron_vlm.data.media_windows import SamplePlace, WorldSharing
 from megatron_vlm.data.plan import GroupedPlan, PackedPlan, Plan, RowPlan
 from megatron_vlm.data.sample import IGNORE, BadSample, Frame, Sample, told_of
 from megatron_vlm.data.sources import SOURCES, RecordFile
-from megatron_vlm.data.video.files import read_pictures
+from megatron_vlm.data.video.files import read_images
 from megatron_vlm.data.video.sampling import with_frames
 from megatron_vlm.data.workers import OrderedItems
 from megatron_vlm.errors import DataError, one_line
@@ -63,7 +63,7 @@ def build_loader(
 
     Raises:
         DataError: at once, where a sample cannot be used or is longer than training.sequence_length; from iterating,
-            where a picture cannot be read. Under data.on_bad_sample: skip only where all of them are bad, or the file.
+            where an image cannot be read. Under data.on_bad_sample: skip only where all of them are bad, or the file.
     """
     data = config.data
     source = _open_source(config, data.path, data.media_root, tokenizer, model.media_spec, rank)
@@ -226,14 +226,14 @@ class StepShape:
 
 @dataclass(frozen=True)
 class SampleSource:
-    """Samples by number, read and encoded, and their pictures."""
+    """Samples by number, read and encoded, and their images."""
 
     file: RecordFile
     index: SampleIndex
     encoder: ConversationEncoder
     media: MediaReader
     media_root: Path
-    skips_bad: bool  # a picture that cannot be read is blanked
+    skips_bad: bool  # an image that cannot be read is blanked
 
     def sample(self, number: int) -> Sample:
         """One sample, with its videos' frames. Raises DataError where the file is gone, or this is no longer in it."""
@@ -263,8 +263,8 @@ class SampleSource:
             f"(its index is {self.index.folder})"
         )
 
-    def pictures(self, spans: Sequence[MediaSpan]) -> tuple[Tensor, tuple[int, ...]]:
-        """Pixels [n, 3, H, W] of the given pictures (n may be 0), and their faults. Frames of one video that stand
+    def pixels(self, spans: Sequence[MediaSpan]) -> tuple[Tensor, tuple[int, ...]]:
+        """Pixels [n, 3, H, W] of the given images (n may be 0), and their faults. Frames of one video that stand
         together are read together. Raises BadSample where the first that cannot be read is not to be blanked."""
         spec = self.media.spec
         pixels = torch.empty(len(spans), 3, spec.height, spec.width)
@@ -274,9 +274,9 @@ class SampleSource:
             stop = number + len(run)
             HERE.sample(run[0].sample_id)
             try:
-                pictures = [span.path for span in run]
-                for picture in read_pictures(self.media, pictures, self.media_root, f"sample {run[0].sample_id!r}"):
-                    pixels[number] = picture
+                paths = [span.path for span in run]
+                for image in read_images(self.media, paths, self.media_root, f"sample {run[0].sample_id!r}"):
+                    pixels[number] = image
                     number += 1
             except BadSample as error:
                 if not self.skips_bad:
@@ -289,7 +289,7 @@ class SampleSource:
 
 
 def _runs(spans: Sequence[MediaSpan]) -> Iterator[list[MediaSpan]]:
-    """Pictures one by one, and frames of one video, ascending, together."""
+    """Images one by one, and frames of one video, ascending, together."""
     run: list[MediaSpan] = []
     for span in spans:
         last = run[-1].path if run else None
@@ -364,7 +364,7 @@ class StepFetcher:
             plan = plan_media([span.item for span in spans], layout, shape.sizes)
             own = tuple(spans[item] for item in plan.items_of(plan.media_rank(shape.at)))
         route = plan.route(plan.media_rank(shape.at))
-        return MediaWindow(first, len(rows), tuple(spans), own, plan, route, *self.source.pictures(own))
+        return MediaWindow(first, len(rows), tuple(spans), own, plan, route, *self.source.pixels(own))
 
     def _places(self, micro_batches: range, numbers: Sequence[tuple[int, ...]]) -> list[SamplePlace]:
         """Places of the samples of some micro-batches of all replicas."""

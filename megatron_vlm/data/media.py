@@ -1,12 +1,12 @@
 """Image files made the pixels that a tower takes.
 
-PIL only, as LLaVA prepares its pictures: `pad` sets the picture on a square of the tower's mean colour before the
+PIL only, as LLaVA prepares its images: `pad` sets the image on a square of the tower's mean colour before the
 resize, `resize` lets the aspect ratio go, `processor` does what the tower's own preprocessor config says, and the
-former two follow its numbers (`models/vision/pixels.py`). Only the rank that encodes a picture opens its file.
+former two follow its numbers (`models/vision/pixels.py`). Only the rank that encodes an image opens its file.
 
 As there, an alpha channel is dropped and EXIF's rotation is not applied. Hazards: Pillow clips wide grey values to 8
 bits, which makes a 16-bit scan all white, so those are scaled first, by what the file says is white. A file of some
-bytes may declare a picture that fills the memory, and a picture that is small by itself may do so on its square or
+bytes may declare an image that fills the memory, and an image that is small by itself may do so on its square or
 while it is resized: all are refused from the header. Pillow would take a file for what it begins like, whatever its
 name, and start Ghostscript for a PostScript one: `FORMATS` are all that it may open.
 """
@@ -32,11 +32,11 @@ from megatron_vlm.models.vision.preprocessing import load_processor
 from megatron_vlm.runtime.files import FileKindError, check_regular, open_regular
 from megatron_vlm.runtime.limits import bounded
 
-FAULTS = ("none", "missing", "not an image", "damaged", "bomb", "not a video")  # of a picture; 0: it can be read
+FAULTS = ("none", "missing", "not an image", "damaged", "bomb", "not a video")  # of an image; 0: it can be read
 MAX_SIDE_PIXELS = 2**24  # of either side: the weights of Pillow's widest filter take 48 bytes for each, 0.75 GiB here
-MAX_PREPARED_PIXELS = 2 * 89_478_485  # of a picture while it is prepared; Pillow's own bound of what may be read, twice
+MAX_PREPARED_PIXELS = 2 * 89_478_485  # of an image while it is prepared; Pillow's own bound of what may be read, twice
 
-# What pictures that are trained on come in; no reader among them starts a program. JPEG's reads MPO too.
+# What images that are trained on come in; no reader among them starts a program. JPEG's reads MPO too.
 FORMATS: tuple[str, ...] = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "DIB", "JPEG2000")
 if find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
     FORMATS += ("AVIF",)
@@ -44,18 +44,18 @@ if find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
 SIXTEEN_BITS = ("PNG", "PPM")  # the formats whose mode I has no more; PPM's is scaled to them by Pillow
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # TIFF's tags
 _OF_TIFF = "compression"  # what Pillow notes of every TIFF, and of no other wide grey; a copy keeps it
-_INSTEAD_OF_A_COPY = "instead of a copy the path of its file, the picture as it was opened or one of 8 bits is needed"
+_INSTEAD_OF_A_COPY = "instead of a copy the path of its file, the image as it was opened or one of 8 bits is needed"
 
 ImageMode = Literal["pad", "resize", "processor"]
 
 
 class MediaReader:
-    """Reads pictures for one tower.
+    """Reads images for one tower.
 
     Args:
         spec: size and statistics of the tower's pixels.
         image_mode: `pad`, `resize` or `processor`.
-        blank: every picture becomes the mean colour, unread: what a model answers then, it does not owe to the picture.
+        blank: every image becomes the mean colour, unread: what a model answers then, it does not owe to the image.
 
     Raises:
         ConfigError: `processor`, and the tower's own cannot be used; another mode, which does not follow all it says.
@@ -70,7 +70,7 @@ class MediaReader:
         self._processor = load_processor(spec) if image_mode == "processor" else None
 
     def read(self, path: str | Path, sample: str) -> Tensor:
-        """A picture file -> pixels [3, H, W], fp32, normalised.
+        """An image file -> pixels [3, H, W], fp32, normalised.
 
         Raises:
             BadSample: it cannot be read; names it and `sample`. The reason is one of `FAULTS`.
@@ -81,16 +81,16 @@ class MediaReader:
             return self.prepare(to_rgb(file))
 
     def check_header(self, path: str | Path, sample: str) -> None:
-        """Raises as `read` does, of what can be told without decoding the picture."""
+        """Raises as `read` does, of what can be told without decoding the image."""
         with self._opened(path, sample):
             pass
 
     def blank_pixels(self) -> Tensor:
-        """Pixels [3, H, W] of a picture that shows the mean colour."""
+        """Pixels [3, H, W] of an image that shows the mean colour."""
         return self.prepare(Image.new("RGB", (self.spec.width, self.spec.height), self.mean_colour))
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """An RGB picture -> pixels [3, H, W], fp32, normalised. Raises DecompressionBombError as `refuse_size`."""
+        """An RGB image -> pixels [3, H, W], fp32, normalised. Raises DecompressionBombError as `refuse_size`."""
         self.refuse_size(*image.size)
         if self._processor is not None:
             return torch.from_numpy(np.array(self._processor(image)["pixel_values"][0], dtype=np.float32))
@@ -105,7 +105,7 @@ class MediaReader:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 check_file(path, "image", sample)
-                with open_regular(path) as bytes_of_it, open_picture(bytes_of_it) as file:
+                with open_regular(path) as bytes_of_it, open_image(bytes_of_it) as file:
                     self.refuse_size(*file.size)
                     yield file
         except BadSample:
@@ -146,8 +146,8 @@ class MediaReader:
             raise Image.DecompressionBombError(f"it has {width} x {height} pixels, a side may have {MAX_SIDE_PIXELS}")
 
 
-def open_picture(file: BinaryIO) -> Image.Image:
-    """A picture with its header read. The only door to Pillow: formats that are trained on, no notes of a PNG, and no
+def open_image(file: BinaryIO) -> Image.Image:
+    """An image with its header read. The only door to Pillow: formats that are trained on, no notes of a PNG, and no
     more time for the header than any takes.
 
     Raises:
@@ -158,7 +158,7 @@ def open_picture(file: BinaryIO) -> Image.Image:
 
 
 def check_file(path: str | Path, kind: Literal["image", "video"], owner: str, advice: str = "") -> None:
-    """Raises BadSample where a picture's or video's path leads to nothing, or to what is no file (of a video: and no
+    """Raises BadSample where an image's or video's path leads to nothing, or to what is no file (of a video: and no
     folder either); a named pipe would be waited for, for ever."""
     try:
         check_regular(path, or_directory=kind == "video")
@@ -172,7 +172,7 @@ def check_file(path: str | Path, kind: Literal["image", "video"], owner: str, ad
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode as 8-bit RGB; wide grey is scaled by what the file calls white.
+    """An image of any mode as 8-bit RGB; wide grey is scaled by what the file calls white.
 
     Args:
         image: as opened from a file; or one in memory (made, or a copy, part or change of an opened one), which no
@@ -211,7 +211,7 @@ def _white(image: Image.Image) -> int:
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """The picture centred on a square of its longer side (LLaVA's expand2square)."""
+    """The image centred on a square of its longer side (LLaVA's expand2square)."""
     width, height = image.size
     if width == height:
         return image

@@ -1,8 +1,8 @@
-"""Pictures shared out over the world: a plan of all replicas' items, made of metadata (`parallel.media_group: world`).
+"""Images shared out over the world: a plan of all replicas' items, made of metadata (`parallel.media_group: world`).
 
-That a sample has pictures, and how many rows each becomes, is known from the index on every rank; where its tokens
+That a sample has images, and how many rows each becomes, is known from the index on every rank; where its tokens
 stand, and its file, only from the sample's text. A rank has its own replica's texts anyway. Of the others it needs
-those whose pictures it encodes: so the pictures are shared out first, by what the index knows, and these few texts are
+those whose images it encodes: so the images are shared out first, by what the index knows, and these few texts are
 read then. Reading all texts everywhere would cost as many times the work as there are replicas, and asking their owners
 a message per step between data workers.
 
@@ -27,7 +27,7 @@ class SamplePlace:
 
     Args:
         number: in the index.
-        num_images: its pictures, by the index.
+        num_images: its images, by the index.
         data: data-parallel rank whose row it is in.
         micro_batch: index in the step.
         row: of that micro-batch.
@@ -48,7 +48,7 @@ class WorldSharing:
 
     Args:
         sizes, at: the layout and this rank's place in it.
-        tokens, cost: of every picture.
+        tokens, cost: of every image.
         read: a sample by its number; may raise DataError.
     """
 
@@ -61,7 +61,7 @@ class WorldSharing:
     def share(
         self, own: Sequence[MediaSpan], places: Sequence[SamplePlace], layout: SequenceLayout
     ) -> tuple[MediaPlan, tuple[MediaSpan, ...]]:
-        """Shares out the pictures of a window.
+        """Shares out the images of a window.
 
         Args:
             own: those of this replica.
@@ -69,22 +69,22 @@ class WorldSharing:
             layout: of every row.
 
         Returns:
-            The plan, and the pictures that this rank encodes, in plan order.
+            The plan, and the images that this rank encodes, in plan order.
         """
-        pictures = [(place, number) for place in places for number in range(place.num_images)]
-        items = [MediaItem(self.cost, self.tokens, at.micro_batch, at.row, UNKNOWN, at.data) for at, _ in pictures]
+        asked = [(place, number) for place in places for number in range(place.num_images)]
+        items = [MediaItem(self.cost, self.tokens, at.micro_batch, at.row, UNKNOWN, at.data) for at, _ in asked]
         stubs = plan_media(items, layout, self.sizes, over_world=True)
         spans: dict[int, MediaSpan] = {}
         known = iter(own)
-        for item, (place, _) in enumerate(pictures):
+        for item, (place, _) in enumerate(asked):
             if place.data == self.at.data:
                 span = next(known)
                 spans[item] = replace(span, item=replace(span.item, data=place.data))
-        assert next(known, None) is None, "the index counts other pictures than the texts have"
+        assert next(known, None) is None, "the index counts other images than the texts have"
         mine, read = stubs.items_of(self.sizes.rank(self.at)), cache(self.read)
         for item in mine:
             if item not in spans:
-                place, number = pictures[item]
+                place, number = asked[item]
                 sample, encoded = read(place.number)
                 start = place.start + encoded.image_starts[number]
                 spans[item] = MediaSpan(sample.id, sample.images[number], replace(items[item], start=start))

@@ -10,7 +10,7 @@ step need no history: packed anew in each epoch, step t would stand wherever the
 it. A step is then `global_batch_size` rows and as many samples as these hold; an epoch is over when all rows were
 trained once, and with them all samples. Samples that share a row share it in every epoch, which they do not notice.
 
-`GroupedPlan` orders each epoch as LLaVA's sampler does (`group_by_modality_length`): a batch has either pictures in all
+`GroupedPlan` orders each epoch as LLaVA's sampler does (`group_by_modality_length`): a batch has either images in all
 of its samples or in none, and samples of similar length, so that little of a step is padding.
 
 A permutation sorts the raw output of a bit generator, which numpy promises never to change; `Generator.permutation`
@@ -103,7 +103,7 @@ class GroupedPlan(Plan):
     and ends inside a step. The rows of a batch are ordered so that data-parallel ranks get even shares (`deal_evenly`).
 
     Args:
-        samples: their lengths and pictures.
+        samples: their lengths and images.
         seed, global_batch_size: as `Plan`.
     """
 
@@ -187,9 +187,9 @@ class PackedPlan:
 def group_epoch(samples: Lengths, seed_and_epoch: tuple[int, int], head: int, batch_size: int) -> np.ndarray:
     """One epoch's order [n], int64: `head` leftover samples, then whole batches, then the other leftovers."""
     permutation = _permutation(len(samples.tokens), *seed_and_epoch)
-    pictured = samples.images[permutation] > 0
+    imaged = samples.images[permutation] > 0
     grouped, left = [], []
-    for members in (permutation[pictured], permutation[~pictured]):
+    for members in (permutation[imaged], permutation[~imaged]):
         num_grouped = len(members) - len(members) % batch_size
         pool = max(1, min(POOL_BATCHES, len(members) // batch_size // 4)) * batch_size
         for start in range(0, num_grouped, pool):

@@ -1,4 +1,4 @@
-"""A PNG file without its notes: what is no part of the picture is not shown to Pillow.
+"""A PNG file without its notes: what is no part of the image is not shown to Pillow.
 
 Pillow unpacks a PNG's texts and colour profile when it opens the file, and refuses the file where one of them is larger
 than a limit of its own (1 MiB), unpacked with a method it does not know, or has a wrong checksum. Generators write

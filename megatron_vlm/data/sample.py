@@ -1,4 +1,4 @@
-"""One training conversation, as every source gives it: turns of text and the pictures and videos they mention."""
+"""One training conversation, as every source gives it: turns of text and the images and videos they mention."""
 
 import contextlib
 import re
@@ -25,12 +25,12 @@ class Turn:
     trained: bool = True
 
 
-def marks_picture(turn: Turn, marker: str, *others: str) -> bool:
-    """Whether a turn holds the marker where loaders put pictures: at its beginning, or as its last line. If its sample
-    has no pictures, they are lost; elsewhere, and in answers, such a sample speaks of the marker as of any word.
+def marks_image(turn: Turn, marker: str, *others: str) -> bool:
+    """Whether a turn holds the marker where loaders put images: at its beginning, or as its last line. If its sample
+    has no images, they are lost; elsewhere, and in answers, such a sample speaks of the marker as of any word.
 
     Args:
-        marker: of pictures, or of videos.
+        marker: of images, or of videos.
         others: markers beside which it may stand there, as an image's before a video's.
     """
     if turn.role == "assistant" or marker not in turn.text:
@@ -46,12 +46,12 @@ def marks_picture(turn: Turn, marker: str, *others: str) -> bool:
 
 def lacks_video(turns: Sequence[Turn], image_token: str) -> bool:
     """Whether, in turns of a sample without videos, a video's marker stands where one would be."""
-    return image_token != VIDEO_TOKEN and any(marks_picture(turn, VIDEO_TOKEN, image_token) for turn in turns)
+    return image_token != VIDEO_TOKEN and any(marks_image(turn, VIDEO_TOKEN, image_token) for turn in turns)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture out of a video: one of `count` that are spread evenly over it (`video.sampling`).
+    """An image out of a video: one of `count` that are spread evenly over it (`video.sampling`).
 
     Args:
         video: the file, or folder of frames, as written in the record.
@@ -70,7 +70,7 @@ class Frame:
         return f"{self.video} frame {self.number + 1} of {self.count}"
 
 
-Picture = str | Frame  # a path as written in the record, or a frame
+ImageRef = str | Frame  # a path as written in the record, or a frame
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Sample:
 
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[Picture, ...]
+    images: tuple[ImageRef, ...]
     origin: str
     form: str = ""
     videos: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 The named ones give LLaVA's and VILA's strings, character by character, with these differences:
 
 - a sample's own system turn takes the place of the template's system text (there it is dropped);
-- `plain` keeps a marker for every picture (there one, however many pictures the sample has);
+- `plain` keeps a marker for every image (there one, however many images the sample has);
 - an empty answer still gets its end (there it and its end are left out, and the model never learns to say nothing);
 - what is trained are the tokens behind those of the prompt (`conversation.py`). LLaVA adds up lengths of separately
   tokenised parts, and trains nothing of a sample where the sum is off by one ("tokenization mismatch").

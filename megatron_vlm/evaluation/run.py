@@ -28,7 +28,7 @@ from megatron_vlm.evaluation.report import NO_FORM, Record, Report, make_report
 from megatron_vlm.evaluation.tasks import TASKS, Scorer
 from megatron_vlm.generation.assistant import Assistant
 from megatron_vlm.generation.prompts import Question
-from megatron_vlm.generation.videos import PictureReader
+from megatron_vlm.generation.videos import ImageReader
 from megatron_vlm.parallel.groups import Grid
 from megatron_vlm.runtime.collectives import all_gather_objects
 from megatron_vlm.runtime.logging import get_logger
@@ -216,19 +216,19 @@ def _refuse_untrue(sample: Sample) -> None:
 
 def _question(number: int, asked: Asked, reader: MediaReader, faults: Faults | None) -> Question:
     sample = asked.sample
-    pictures = PictureReader(reader, sample.images, f"{sample.origin}: sample {sample.id!r}", asked.folder)
-    return Question(sample, [partial(_read, pictures, place, number, faults) for place in range(len(sample.images))])
+    images = ImageReader(reader, sample.images, f"{sample.origin}: sample {sample.id!r}", asked.folder)
+    return Question(sample, [partial(_read, images, place, number, faults) for place in range(len(sample.images))])
 
 
-def _read(pictures: PictureReader, place: int, number: int, faults: Faults | None) -> Tensor:
+def _read(images: ImageReader, place: int, number: int, faults: Faults | None) -> Tensor:
     """Pixels [3, H, W]; where they cannot be read and `faults` are noted, of a blank image."""
     try:
-        return pictures.read(place)
+        return images.read(place)
     except BadSample as error:
         if faults is None:
             raise
         faults[number] = error.reason
-        return pictures.reader.blank_pixels()
+        return images.reader.blank_pixels()
 
 
 def _record(number: int, sample: Sample, answer: str, scorer: Scorer) -> Record:

@@ -36,7 +36,7 @@ from megatron_vlm.generation.prompts import (
 from megatron_vlm.generation.sampling import Sampler, Sampling, SamplingOptions, check_integer
 from megatron_vlm.generation.scoring import score
 from megatron_vlm.generation.stopping import Stopping
-from megatron_vlm.generation.videos import PictureReader, show_frames
+from megatron_vlm.generation.videos import ImageReader, show_frames
 from megatron_vlm.models.architectures import context_tokens
 from megatron_vlm.models.vlm import VisionLanguageModel
 from megatron_vlm.runtime.logging import get_logger, quietly
@@ -181,7 +181,7 @@ class Assistant:
             )
 
     def questions(self, prompts: Sequence[Prompt]) -> list[Question]:
-        """Prompts read, with frames in the places of videos; pictures are not. Raises DataError as `generate`."""
+        """Prompts read, with frames in the places of videos; images are not. Raises DataError as `generate`."""
         read = [
             show_frames(*read_prompt(prompt, self.image_token, number), self.video, self.image_token)
             for number, prompt in enumerate(prompts, start=1)
@@ -189,7 +189,7 @@ class Assistant:
         return [Question(sample, self._lazy(images, sample)) for sample, images in read]
 
     def _lazy(self, images: Sequence[ImageSource | Frame], sample: Sample) -> list[LazyPixels]:
-        frames = PictureReader(self.reader, images, sample.origin)
+        frames = ImageReader(self.reader, images, sample.origin)
         return [
             partial(frames.read, place) if isinstance(image, Frame) else partial(self._pixels, image, sample)
             for place, image in enumerate(images)

@@ -210,7 +210,7 @@ def collate(
 
 
 def _classify(part: object, origin: str) -> str | ImageSource:
-    """A text stays a string; an image becomes a path or stays a picture."""
+    """A text stays a string; an image becomes a path or stays an image."""
     if isinstance(part, Image.Image):
         return part
     if isinstance(part, str) and not _looks_like_image(part):

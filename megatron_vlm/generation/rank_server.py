@@ -36,7 +36,7 @@ def main(connection_handle: int, lifeline: int) -> None:
                 assistant = _load(path, options)
             else:
                 method, prompts, arguments, options = request
-                _check_pictures(assistant, prompts)
+                _check_images(assistant, prompts)
                 answers = getattr(assistant, method)(prompts, *arguments, **options)
                 reply = answers if read_launch().rank == 0 else None
         except MegatronVlmError as error:
@@ -52,16 +52,16 @@ def _load(path: str, options: dict[str, Any]) -> Any:
     return load(path, **options)
 
 
-def _check_pictures(assistant: Any, prompts: list[Any]) -> None:
+def _check_images(assistant: Any, prompts: list[Any]) -> None:
     """Reads every image and frame, each rank its share, so that one that cannot be read is told by all ranks, and none
     waits for another that found out alone while encoding. A collective. Raises DataError."""
     from megatron_vlm.runtime.collectives import all_gather_objects
 
     world, fault = assistant.model.grid.world, None
     try:
-        pictures = [read for question in assistant.questions(prompts) for read in question.images]
-        first, stop = (len(pictures) * rank // world.size() for rank in (world.rank(), world.rank() + 1))
-        for read in pictures[first:stop]:
+        reads = [read for question in assistant.questions(prompts) for read in question.images]
+        first, stop = (len(reads) * rank // world.size() for rank in (world.rank(), world.rank() + 1))
+        for read in reads[first:stop]:
             read()
     except DataError as error:
         fault = error

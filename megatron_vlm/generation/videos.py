@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.media import MediaReader
-from megatron_vlm.data.sample import VIDEO_TOKEN, Frame, Picture, Sample
-from megatron_vlm.data.video.files import count_frames, read_pictures
+from megatron_vlm.data.sample import VIDEO_TOKEN, Frame, ImageRef, Sample
+from megatron_vlm.data.video.files import count_frames, read_images
 from megatron_vlm.data.video.sampling import with_frames
 from megatron_vlm.generation.prompts import VIDEO_SUFFIXES, ImageSource
 
@@ -39,38 +39,38 @@ def show_frames(
 
     turns = tuple(replace(turn, text=re.sub(re.escape(image_token), mark, turn.text)) for turn in sample.turns)
     videos = tuple(str(image) for image in images if is_video(image))
-    pictures = [image for image in images if not is_video(image)]
-    marked = replace(sample, turns=turns, images=("",) * len(pictures), videos=videos)
+    stills = [image for image in images if not is_video(image)]
+    marked = replace(sample, turns=turns, images=("",) * len(stills), videos=videos)
     shown = with_frames(marked, count_frames(marked, Path(), sampling), image_token)
-    others = iter(pictures)
+    others = iter(stills)
     sources = [image if isinstance(image, Frame) else next(others) for image in shown.images]
     return replace(shown, images=tuple(map(str, sources))), sources
 
 
-class PictureReader:
+class ImageReader:
     """Reads files and frames of a conversation when they are asked for: frames asked for in order in one pass through
     their video.
 
     Args:
         reader: prepares them.
-        pictures: of the conversation, in order; others than files and frames are not asked for.
+        images: of the conversation, in order; others than files and frames are not asked for.
         owner: whom errors name.
         root: where relative paths begin.
     """
 
     def __init__(
-        self, reader: MediaReader, pictures: Sequence[Picture | ImageSource], owner: str, root: Path = Path()
+        self, reader: MediaReader, images: Sequence[ImageRef | ImageSource], owner: str, root: Path = Path()
     ) -> None:
-        self.reader, self.pictures, self.owner, self.root = reader, pictures, owner, root
+        self.reader, self.images, self.owner, self.root = reader, images, owner, root
         self._pass: Generator[Tensor, None, None] | None = None
         self._next: int | None = None  # the place whose pixels the pass under way gives next
         self._stop = 0  # the place behind its last
 
     def read(self, place: int) -> Tensor:
-        """Pixels [3, H, W] of the picture at a place. Raises BadSample as `read_pictures`."""
+        """Pixels [3, H, W] of the image at a place. Raises BadSample as `read_images`."""
         if place != self._next:
-            pictures = self._from(place)
-            self._pass, self._stop = read_pictures(self.reader, pictures, self.root, self.owner), place + len(pictures)
+            images = self._from(place)
+            self._pass, self._stop = read_images(self.reader, images, self.root, self.owner), place + len(images)
         self._next = None  # a pass that fails is over
         assert self._pass is not None
         pixels = next(self._pass)
@@ -80,16 +80,16 @@ class PictureReader:
             self._pass.close()  # and with it the file
         return pixels
 
-    def _from(self, place: int) -> list[Picture]:
-        """The picture there; if it is a frame, also those of the same video right behind it."""
-        last = self.pictures[place]
+    def _from(self, place: int) -> list[ImageRef]:
+        """The image there; if it is a frame, also those of the same video right behind it."""
+        last = self.images[place]
         assert isinstance(last, str | Path | Frame)
         if not isinstance(last, Frame):
             return [str(last)]
-        pictures: list[Picture] = [last]
-        for picture in self.pictures[place + 1 :]:
-            if not (isinstance(picture, Frame) and picture.follows(last)):
+        together: list[ImageRef] = [last]
+        for image in self.images[place + 1 :]:
+            if not (isinstance(image, Frame) and image.follows(last)):
                 break
-            pictures.append(picture)
-            last = picture
-        return pictures
+            together.append(image)
+            last = image
+        return together

@@ -196,7 +196,7 @@ class LanguageModel(GPTModel):
         if features is not None:
             embeddings = merge_features(embeddings, features)
         if self.training and torch.is_grad_enabled() and not embeddings.requires_grad:
-            # Frozen embedding and no trained picture: mcore's schedules still call backward on this stage's output.
+            # Frozen embedding and no trained image: mcore's schedules still call backward on this stage's output.
             embeddings.requires_grad_()
         return embeddings
 

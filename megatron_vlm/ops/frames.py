@@ -1,7 +1,7 @@
 """Decoded frames -> a tower's patches where they were decoded: resize, pad, tile, normalise. Forward only.
 
 * triton     two kernels: Pillow's first pass to uint8, then its second one, normalisation and patch layout in one
-* reference  the plain twin, `reference_frames`, on whole pictures; any device
+* reference  the plain twin, `reference_frames`, on whole images; any device
 
 No run uses it yet: training decodes and resizes with Pillow in its data workers, and this comes with decoding on a GPU.
 Both give Pillow's pixels, and so those of transformers' `...ImageProcessorPil` before they are normalised, to the bit.
@@ -55,7 +55,7 @@ def resize_plan(
 
     Args:
         frame, size: (height, width) of the frame and of the tower's pixels.
-        patch: default: the whole picture, `pixel_values`.
+        patch: default: the whole image, `pixel_values`.
     """
     patch, down = patch or size, pillow_goes_down_first(frame, size)
     return FramePlan(frame, (0, 0), size, size, (0, 0), size, patch, (0, 0, 0), filter, mean, std, down)

@@ -1,4 +1,4 @@
-"""SQ-LLaVA's prototype extractor: soft clusters of a picture's tokens, each token told what its cluster holds.
+"""SQ-LLaVA's prototype extractor: soft clusters of an image's tokens, each token told what its cluster holds.
 
 * torch      matrix products and one softmax; the largest tensors are [n, p, t] and [n, t, c]
 * reference  the published formulation, with two [n, p, t, c] products
@@ -11,11 +11,11 @@ add in no fixed order; the matrix product is deterministic. For the same reason 
 matrix.
 
 Hazard: prototypes grow alike, so that which one is nearest hangs on the last digits. Up to that choice the torch form
-computes in a wider dtype than the features', half of them in fp32: in bf16 nearly every token of a picture would take
+computes in a wider dtype than the features', half of them in fp32: in bf16 nearly every token of an image would take
 another prototype. For fp32 it is fp64, as the gradients of the values are small sums of large terms, whose last digits
 would be another on each processor (twice as far off as the published form's on some).
 
-n pictures, t tokens, c the tower's width, p prototypes.
+n images, t tokens, c the tower's width, p prototypes.
 """
 
 from collections.abc import Callable

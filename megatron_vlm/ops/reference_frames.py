@@ -1,9 +1,9 @@
 """The plain twin of `ops.frames`, and the resampling weights that all its backends share: Pillow's, in integers.
 
-Pillow resizes 8-bit pictures in two passes, along the rows and along the columns, and rounds to 8 bits after each, so
+Pillow resizes 8-bit images in two passes, along the rows and along the columns, and rounds to 8 bits after each, so
 that their order shows: until Pillow 12 along the rows first, since 13 not where the height shrinks much more.
 An output pixel is a weighted sum of the input pixels in the filter's support, which grows with the ratio where a
-picture shrinks (that is its antialiasing); the weights are normalised, rounded to 22 binary places, and summed in
+image shrinks (that is its antialiasing); the weights are normalised, rounded to 22 binary places, and summed in
 integers.
 """
 
@@ -23,7 +23,7 @@ Colour = tuple[float, float, float]
 
 WEIGHT_BITS = 22
 HALF = 1 << (WEIGHT_BITS - 1)
-MAX_RESAMPLINGS = 256  # kept: one per side of a picture, and a data set may have as many sizes as pictures
+MAX_RESAMPLINGS = 256  # kept: one per side of an image, and a data set may have as many sizes as images
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def resize_pass(pixels: Tensor, dim: int, num_out: int, filter: Filter) -> Tenso
 
 
 def frames_to_patches(frames: Tensor, plan: FramePlan, dtype: torch.dtype) -> Tensor:
-    """Step by step, each on whole pictures; see `ops.frames.frames_to_patches`."""
+    """Step by step, each on whole images; see `ops.frames.frames_to_patches`."""
     num_frames, height, width, _ = frames.shape
     canvas = _filled(num_frames, plan.canvas, plan.fill, frames)
     top, left = plan.frame_at

@@ -1,6 +1,6 @@
 """The plain-torch twins of the projector's operations (`ops.projector`, `ops.prototypes`): readable, obviously right.
 
-n pictures, t tokens of a picture, c the tower's width, k = factor^2 c, p prototypes.
+n images, t tokens of an image, c the tower's width, k = factor^2 c, p prototypes.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Blocks:
 
     @property
     def num_tokens(self) -> int:
-        """Squares of a picture."""
+        """Squares of an image."""
         return self.out_h * self.out_w
 
 

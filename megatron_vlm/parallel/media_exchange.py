@@ -1,7 +1,7 @@
 """Feature rows to the owners of their tokens, and gradients back (DESIGN D3): one uneven all-to-all each way.
 
 The plan says what goes where; here it is only carried out. Features end as leaves on stage 0, so neither direction is
-part of an autograd graph. A rank that encoded nothing, or owns no picture's token, takes part all the same: a
+part of an autograd graph. A rank that encoded nothing, or owns no image's token, takes part all the same: a
 collective that it skips hangs the others.
 """
 

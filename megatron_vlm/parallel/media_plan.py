@@ -8,7 +8,7 @@ windows, and a replica with little to encode works for the others.
 
 Over the world every rank must know of every item its cost, rows and replica, which are metadata; where an item's tokens
 stand is known from its sample's text, and a rank reads only the texts that concern it: its replica's, and those of the
-pictures it encodes. `start` is UNKNOWN for the others, whose rows neither leave nor reach this rank.
+images it encodes. `start` is UNKNOWN for the others, whose rows neither leave nor reach this rank.
 
 With Megatron sequence parallelism a token has one owner and the way back is the exact transpose. Without it the tensor
 ranks all hold the token, each gets the row, and each ends up with the row's whole gradient: returning all of them would
@@ -35,7 +35,7 @@ UNKNOWN = -1  # a place that does not concern this rank
 
 @dataclass(frozen=True)
 class MediaItem:
-    """One picture of a window.
+    """One image of a window.
 
     Args:
         cost: of encoding it, in any unit (`MediaCost`).

@@ -1,6 +1,6 @@
 """One global batch to look at: the recipe's own first step where its data are there, else a made-up one, which says so.
 
-No picture is opened: token counts are known from metadata (DESIGN D4). The data file's index is built where it is
+No image is opened: token counts are known from metadata (DESIGN D4). The data file's index is built where it is
 missing, as training would build it.
 """
 
@@ -22,13 +22,13 @@ from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan, plan_media
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 
-PICTURES_OF_ROWS = (1, 1, 2, 0, 1, 3, 1, 1)  # drawn from for a made-up batch, as far as they fit
+IMAGES_OF_ROWS = (1, 1, 2, 0, 1, 3, 1, 1)  # drawn from for a made-up batch, as far as they fit
 SHORTEST_SHARE = 0.35  # of a made-up row's room for text
 
 
 @dataclass(frozen=True)
 class SampleRow:
-    """One row: tokens, pictures included and padding not; the first token of each picture; where rows are packed, the
+    """One row: tokens, images included and padding not; the first token of each image; where rows are packed, the
     tokens of each document."""
 
     num_tokens: int
@@ -99,7 +99,7 @@ def _as_sample_rows(rows: Sequence[Sequence[Document]], packs: bool) -> list[Sam
 
 
 def _made_batch(config: Config, spec: MediaSpec, sizes: GridSizes) -> Batch:
-    """Rows of up to training.sequence_length tokens, the first of them full, with 0 to 3 pictures each; or packed with
+    """Rows of up to training.sequence_length tokens, the first of them full, with 0 to 3 images each; or packed with
     such samples until they are full."""
     random = np.random.default_rng(config.runtime.seed)
     length, each = config.training.sequence_length, spec.tokens_per_image
@@ -115,7 +115,7 @@ def _made_batch(config: Config, spec: MediaSpec, sizes: GridSizes) -> Batch:
 
 def _made_sample(random: np.random.Generator, length: int, each: int, fills: bool) -> SampleRow:
     """A sample of `length` tokens, or of up to so many."""
-    num_images = min(int(random.choice(PICTURES_OF_ROWS)), (length - 1) // each)
+    num_images = min(int(random.choice(IMAGES_OF_ROWS)), (length - 1) // each)
     room = length - num_images * each
     num_text = room if fills else max(1, int(room * random.uniform(SHORTEST_SHARE, 1.0)))
     before = num_text // (4 * max(1, num_images))

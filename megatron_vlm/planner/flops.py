@@ -14,7 +14,7 @@ and four backward (values, probabilities, queries, keys):
     backward          8 p a, where queries, keys or values, or anything before them, train
 
 A causal row of T tokens has p = T (T + 1) / 2 pairs, in a layer with a window of fewer tokens W the fewer
-p = W (W + 1) / 2 + (T - W) W, a picture of T tokens T^2. A language layer of width h with H
+p = W (W + 1) / 2 + (T - W) W, an image of T tokens T^2. A language layer of width h with H
 heads and G key-value groups of width d and an MLP of width f has w = h (H + 2 G) d + H d h + 3 h f (gated: three
 matrices), a = H d. A tower's matrices are those of its linear layers and of its patch embedding, through which only
 patches go; the projector sees the rows that become tokens; the output matrix, h V, only the trained tokens, because no
@@ -67,7 +67,7 @@ class Block:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A vision-language model as matrices, in the order data goes through them; tokens are per picture."""
+    """A vision-language model as matrices, in the order data goes through them; tokens are per image."""
 
     patches: int  # through the patch embedding
     tower_tokens: int  # through the tower's layers
@@ -84,9 +84,9 @@ def step_flops(shape: ModelShape, sample_tokens: Sequence[int], num_trained_toke
 
     Args:
         shape: from `model_shape`.
-        sample_tokens: tokens of each sample of the global batch, pictures included.
+        sample_tokens: tokens of each sample of the global batch, images included.
         num_trained_tokens: of the global batch.
-        num_media: its pictures.
+        num_media: its images.
     """
     num_tokens, windows = sum(sample_tokens), {block.window for block in shape.language}
     pairs_within = {window: sum(causal_pairs(tokens, window) for tokens in sample_tokens) for window in windows}

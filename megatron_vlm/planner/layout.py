@@ -21,7 +21,7 @@ from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 from megatron_vlm.parallel.ulysses import HeadSplit
 from megatron_vlm.planner import memory, traffic
 from megatron_vlm.planner.batch import Batch, ReplicaBatch, SampleRow, first_batch
-from megatron_vlm.planner.memory import MemoryEstimate, Pictures
+from megatron_vlm.planner.memory import Images, MemoryEstimate
 from megatron_vlm.planner.parameter_shards import (
     HeldChunk,
     LocalParameter,
@@ -42,7 +42,7 @@ class RankView:
     at: Coordinates
     chunks: tuple[HeldChunk, ...]
     num_parameters: int
-    num_pictures: int  # it encodes in the step
+    num_images: int  # it encodes in the step
     tokens: tuple[tuple[int, int], ...]
     memory: MemoryEstimate
     traffic: Traffic
@@ -155,7 +155,7 @@ def fullest(replica: ReplicaBatch) -> SampleRow:
 
 
 def shares_all(config: Config) -> bool:
-    """Whether the world shares the encoding of its pictures, and not each replica that of its own."""
+    """Whether the world shares the encoding of its images, and not each replica that of its own."""
     return config.parallel.media_group == "world"
 
 
@@ -167,7 +167,7 @@ def _rank_as_json(one: RankView) -> dict[str, Any]:
         "embedding": any(chunk.first for chunk in one.chunks),
         "head": any(chunk.last for chunk in one.chunks),
         "parameters": one.num_parameters,
-        "pictures_encoded": one.num_pictures,
+        "images_encoded": one.num_images,
         "tokens_owned": one.tokens,
         "memory_bytes": {**asdict(one.memory), "model": one.memory.model, "peak": one.memory.peak},
         "sent_bytes": {**asdict(one.traffic), "total": one.traffic.total},
@@ -224,7 +224,7 @@ class _Recipe:
             at=at,
             chunks=chunks,
             num_parameters=_count(self.vision) + sum(_count(chunk.parameters) for chunk in chunks),
-            num_pictures=sum(len(plan.items_of(plan.media_rank(at))) for plan in plans),
+            num_images=sum(len(plan.items_of(plan.media_rank(at))) for plan in plans),
             tokens=tuple(_runs(positions.tolist())),
             memory=self._memory(rank, chunks),
             traffic=self._traffic(at, chunks),
@@ -235,8 +235,8 @@ class _Recipe:
         at, survey, hidden = sizes.coordinates(rank), self.encoder.tower.survey, self.spec.hf_config.hidden_size
         replica = self.batch.replicas[at.data]
         by_window = [
-            memory.picture_bytes(
-                config, survey, hidden, Pictures(len(plan.items_of(place)), sum(plan.route(place).recv_splits))
+            memory.image_bytes(
+                config, survey, hidden, Images(len(plan.items_of(place)), sum(plan.route(place).recv_splits))
             )
             for plan, place in ((plan, plan.media_rank(at)) for plan in replica.plans)
         ]

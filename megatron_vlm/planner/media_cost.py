@@ -1,10 +1,10 @@
 """Cost of encoding an image on this machine: a and b of a*patches + b*patches^2, measured (DESIGN D3).
 
-The tower and the projector encode blank pictures of a few sizes, some at a time, forward only (a backward pass costs
+The tower and the projector encode blank images of a few sizes, some at a time, forward only (a backward pass costs
 about twice as much in both terms), and the fastest of some repetitions counts. Rank 0 measures, alone, and tells the
 others: ranks with coefficients of their own would make different plans, and hang.
 
-A tower that takes one size only is measured there, and b is 0: then all pictures cost the same, and so does any
+A tower that takes one size only is measured there, and b is 0: then all images cost the same, and so does any
 cost they could be given. Where plans shall be the same in every run, `model.vision.cost` gives the coefficients.
 """
 
@@ -24,7 +24,7 @@ from megatron_vlm.runtime.collectives import broadcast_object
 from megatron_vlm.runtime.logging import get_logger
 
 SIZES = (0.5, 1.0, 1.5)  # sides measured, in the tower's own
-PICTURES = 4  # of one call
+IMAGES = 4  # of one call
 REPETITIONS = 3
 LONG_SECONDS = 0.5  # of all runs of a size: what takes longer is told well enough by fewer
 RESIZES = "interpolate_pos_encoding"  # the argument by which transformers' towers take other sizes than their own
@@ -39,7 +39,7 @@ def set_measured_cost(encoder: VisionEncoder, world: torch.distributed.ProcessGr
     encoder.tower.survey = replace(survey, media_spec=replace(survey.media_spec, cost=cost))
     patches = survey.media_spec.num_patches
     logger.info(
-        "encoding a picture of %d patches takes %.3g ms on rank 0 (a = %.3g, b = %.3g s per patch and its square); "
+        "encoding an image of %d patches takes %.3g ms on rank 0 (a = %.3g, b = %.3g s per patch and its square); "
         "model.vision.cost fixes them",
         patches, 1e3 * cost.of(patches), cost.linear, cost.quadratic,
     )  # fmt: skip
@@ -56,16 +56,16 @@ def measure_encoder(encoder: VisionEncoder) -> MediaCost:
         height, width = (round(scale * side) for side in (survey.media_spec.height, survey.media_spec.width))
         if not count_patches(survey.hf_config, height, width):
             continue  # half of a tower's only patch
-        pixels = torch.zeros(PICTURES, 3, height, width, device=device)
-        seconds = fastest_seconds(partial(encode_pictures, encoder, pixels, resizes), device)
-        points.append((count_patches(survey.hf_config, height, width), seconds / PICTURES))
+        pixels = torch.zeros(IMAGES, 3, height, width, device=device)
+        seconds = fastest_seconds(partial(encode_images, encoder, pixels, resizes), device)
+        points.append((count_patches(survey.hf_config, height, width), seconds / IMAGES))
     encoder.train(was_training)
     return fit_cost(points)
 
 
 @torch.no_grad()
-def encode_pictures(encoder: VisionEncoder, pixels: torch.Tensor, resizes: bool) -> torch.Tensor:
-    """pixels [n, 3, H, W] -> [n, tokens, h]. `resizes`: the tower takes pictures of any size."""
+def encode_images(encoder: VisionEncoder, pixels: torch.Tensor, resizes: bool) -> torch.Tensor:
+    """pixels [n, 3, H, W] -> [n, tokens, h]. `resizes`: the tower takes images of any size."""
     survey, model = encoder.tower.survey, encoder.tower.model
     options = {RESIZES: True} if resizes else {}
     pixels = pixels.to(next(model.parameters()).dtype)

@@ -65,7 +65,7 @@ class ModelState:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Images:
     """Cost of the images of the fullest window to a rank: images it encodes, rows it receives."""
 
     encoded: int
@@ -307,17 +307,17 @@ def loss_head_bytes(config: Config, spec: LanguageSpec, sizes: GridSizes) -> int
     return states + in_fp32 + max(held, element * rows * hidden)
 
 
-def picture_bytes(config: Config, survey: TowerSurvey, hidden: int, pictures: Pictures) -> tuple[int, int, int]:
+def image_bytes(config: Config, survey: TowerSurvey, hidden: int, images: Images) -> tuple[int, int, int]:
     """(features, vision activations, encoding) of a window, as in `MemoryEstimate`."""
     element, spec, train = ELEMENT_BYTES[config.precision.params], survey.media_spec, config.model.train
     trains = train.vision or train.projector
-    features = element * hidden * (pictures.encoded * spec.tokens_per_image + pictures.received_rows * (1 + trains))
+    features = element * hidden * (images.encoded * spec.tokens_per_image + images.received_rows * (1 + trains))
     tower_tokens = survey.num_tokens + survey.num_dropped_tokens
     states = element * tower_tokens * survey.hidden_size  # one hidden state
     in_projector = survey.num_tokens * survey.hidden_size + spec.tokens_per_image * hidden  # of an MLP: pre-activations
     projected = element * in_projector if train.projector else 0
-    recompute, at_once = config.training.recompute.vision, config.training.media_batch or pictures.encoded
-    at_once, kept = min(at_once, pictures.encoded), projected
+    recompute, at_once = config.training.recompute.vision, config.training.media_batch or images.encoded
+    at_once, kept = min(at_once, images.encoded), projected
     if train.vision:
         ffn = getattr(survey.hf_config, "intermediate_size", 4 * survey.hidden_size)
         full = element * tower_tokens * (9 * survey.hidden_size + 3 * ffn)  # its norms, attention and MLP
@@ -326,12 +326,12 @@ def picture_bytes(config: Config, survey: TowerSurvey, hidden: int, pictures: Pi
     pixels = FP32_BYTES * 3 * spec.height * spec.width
     cast = element * 3 * spec.height * spec.width
     encoding = cast + (survey.num_kept_layers + 1) * states + 2 * element * tower_tokens * hidden
-    passing = pictures.encoded * pixels + at_once * encoding
+    passing = images.encoded * pixels + at_once * encoding
     if recompute != "encoder" or not trains:
-        return features, pictures.encoded * kept if trains else 0, passing
+        return features, images.encoded * kept if trains else 0, passing
     if train.vision:
-        return features, pictures.encoded * pixels, at_once * max(encoding, kept)
-    return features, pictures.encoded * states, max(passing, at_once * kept)  # the projector's input
+        return features, images.encoded * pixels, at_once * max(encoding, kept)
+    return features, images.encoded * states, max(passing, at_once * kept)  # the projector's input
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -1,6 +1,6 @@
 """A step in time: how long each rank encodes, runs its passes and waits, in matrix FLOPs.
 
-FLOPs stand for time because they are known without a machine: on ranks of equal speed the picture is the step's, less
+FLOPs stand for time because they are known without a machine: on ranks of equal speed the drawing is the step's, less
 what is not a matrix product and what messages cost. Each text token is taken to train, padding counts as computed.
 """
 
@@ -65,10 +65,10 @@ def step_times(
 ) -> tuple[StepTime, ...]:
     """Times of a step by replica."""
     shape = model_shape(encoder, spec, config.model)
-    picture = _picture(config, shape)
+    image = _image(config, shape)
     return tuple(
         StepTime(
-            tuple(_window(config, sizes, shape, batch, data, number, picture) for number in range(len(replica.windows)))
+            tuple(_window(config, sizes, shape, batch, data, number, image) for number in range(len(replica.windows)))
         )
         for data, replica in enumerate(batch.replicas)
     )
@@ -81,12 +81,12 @@ def _window(
     batch: Batch,
     data: int,
     number: int,
-    picture: tuple[float, float],
+    image: tuple[float, float],
 ) -> WindowTime:
     replica = batch.replicas[data]
     window, plan = replica.windows[number], replica.plans[number]
     ranks = sizes.replica_ranks(data)
-    pictures = [len(plan.items_of(plan.media_rank(sizes.coordinates(rank)))) for rank in ranks]
+    images = [len(plan.items_of(plan.media_rank(sizes.coordinates(rank)))) for rank in ranks]
     num_tokens = sum(row.num_tokens - len(row.image_starts) * batch.tokens_per_image
                      for m in window for row in replica.micro_batches[m])  # fmt: skip
     forward, backward = _stage_flops(config, sizes, shape, batch.layout.length, num_tokens / len(window))
@@ -94,14 +94,14 @@ def _window(
         backward = [0.0] * len(backward)
     return WindowTime(
         window,
-        tuple(count * picture[0] for count in pictures),
+        tuple(count * image[0] for count in images),
         simulate(len(window), sizes.pipeline, forward, backward),
-        tuple(count * picture[1] for count in pictures),
+        tuple(count * image[1] for count in images),
     )
 
 
-def _picture(config: Config, shape: ModelShape) -> tuple[float, float]:
-    """FLOPs of one picture, forward and backward."""
+def _image(config: Config, shape: ModelShape) -> tuple[float, float]:
+    """FLOPs of one image, forward and backward."""
     chain: list[tuple[Sequence[Block], int, int]] = [
         ((shape.embedding,), shape.patches, 0),
         (shape.tower, shape.tower_tokens, shape.tower_tokens**2),

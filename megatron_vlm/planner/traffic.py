@@ -13,7 +13,7 @@ states:
     pipeline  hidden states forward, their gradients backward, over every border between stages that a rank has; where
               the head is the embedding, that table's gradient, summed over the first and the last stage
     data      gradients reduced; the distributed optimizer scatters them and gathers the parameters
-    pictures  feature rows to the owners of their tokens and gradients back, as the media plan says
+    images  feature rows to the owners of their tokens and gradients back, as the media plan says
 
 Mode eval goes forward only. Left out: scalars, the loss's per-token sums, the gradient norm, checkpoints.
 """

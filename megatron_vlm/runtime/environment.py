@@ -24,7 +24,7 @@ from megatron_vlm.runtime.launch import environment_of_child
 
 State = Literal["ok", "note", "absent", "broken"]
 GIB = 2**30
-MIN_SHARED_GIB = 1.0  # docker gives 64 MiB unless told; a step's pictures of several workers are more
+MIN_SHARED_GIB = 1.0  # docker gives 64 MiB unless told; a step's images of several workers are more
 MIN_OPEN_FILES = 4096
 CHILD_SECONDS = 120
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_", "VILA_SLURM_", "TORCHELASTIC_")
@@ -191,7 +191,7 @@ def _shared_memory() -> Finding:
     try:
         size = shutil.disk_usage("/dev/shm")
     except OSError as error:
-        return Finding("/dev/shm", "broken", error.strerror or str(error), "data workers hand pictures over through it")
+        return Finding("/dev/shm", "broken", error.strerror or str(error), "data workers hand images over through it")
     small = size.total < MIN_SHARED_GIB * GIB
     advice = "docker run --shm-size 16g (or --ipc host), or data.num_workers=0" if small else ""
     return Finding(

@@ -36,7 +36,7 @@ class EvaluationReport:
     loss: float | None
     num_samples: int  # that count: without those left out
     num_tokens: int  # trained ones
-    left_out: dict[str, int] = field(default_factory=dict)  # samples, while indexing or for a picture, by reason
+    left_out: dict[str, int] = field(default_factory=dict)  # samples, while indexing or for an image, by reason
     task: str | None = None  # this and the rest where evaluation.task is named
     score: float | None = None  # mean over all questions, 0..1
     forms: dict[str, float] | None = None  # the same by question form
@@ -83,7 +83,7 @@ class HeldOut:
                 returned.
 
         Raises:
-            DataError: a picture that cannot be read, where data.on_bad_sample is error.
+            DataError: an image that cannot be read, where data.on_bad_sample is error.
         """
         try:
             return self._evaluate(updates, is_stopped)

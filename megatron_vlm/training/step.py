@@ -1,12 +1,12 @@
 """One global batch in three phases (DESIGN D2).
 
 1. *encode*: every rank of a replica (of the world, with `parallel.media_group: world`) encodes its share of the
-   window's pictures; the rows travel to the stage-0 ranks that own their tokens.
+   window's images; the rows travel to the stage-0 ranks that own their tokens.
 2. *pipeline*: megatron-core's schedule runs the language model; the visual rows are leaves merged on stage 0.
 3. *encoder backward*: the rows' gradients travel back, and the encoder's and projector's backward runs where they were
    encoded.
 
-So the language pipeline is homogeneous and no rank waits for another's pictures. The gradient of every parameter is the
+So the language pipeline is homogeneous and no rank waits for another's images. The gradient of every parameter is the
 sum over the global batch divided by the global number of trained tokens, whatever the layout.
 
 Hazards kept here: every window but the last runs without gradient synchronisation (megatron-core's own leaving of
@@ -51,17 +51,17 @@ class StepResult:
     grad_norm: float | None  # before clipping
     num_trained_tokens: int
     updated: bool  # False where a gradient was not finite, or nothing was trained: no state of the optimizer changed
-    blanked: dict[str, int]  # samples left untrained because of a picture, by reason
+    blanked: dict[str, int]  # samples left untrained because of an image, by reason
     phase_seconds: dict[str, float]  # of this rank
 
 
 @dataclass
 class EncodedMedia:
-    """A window's pictures between phase 1 and phase 3.
+    """A window's images between phase 1 and phase 3.
 
     encoded: rows this rank encoded, [n_enc, h] in parts that have a graph each; features: per micro-batch, the received
-    rows, leaves; faulty: (micro-batch, row, first token) of each document with a picture that could not be read, and
-    the first such picture's FAULTS index.
+    rows, leaves; faulty: (micro-batch, row, first token) of each document with an image that could not be read, and
+    the first such image's FAULTS index.
     """
 
     encoded: list[Tensor]
@@ -137,7 +137,7 @@ class TrainStep:
         sums.add(media, self._run_pipeline(batch, window, media, forward_only=True))
 
     def _encode(self, batch: StepBatch, window: MediaWindow, clock: PhaseClock) -> EncodedMedia:
-        """Phase 1. A rank with no picture still joins the exchange."""
+        """Phase 1. A rank with no image still joins the exchange."""
         with clock.phase("encode"), torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
             encoded = self.model.encode(window.pixels.to(current_device(), non_blocking=True), window.own_spans)
         with clock.phase("exchange"):

@@ -21,7 +21,7 @@ NAMES = {  # import name -> name in setup.py, where it is not the same with othe
     "pydantic_core": "pydantic",  # its other half, which it pins
     "flash_attn": "flash-attn",
 }
-OURS = {"megatron_vlm", "megatron_vlm_kernels", "tools", "tests", "pictures", "benchmarks"}
+OURS = {"megatron_vlm", "megatron_vlm_kernels", "tools", "tests", "drawings", "benchmarks"}
 NOT_IMPORTED = {"flash-attn"}  # its library is called through torch.ops, see megatron_vlm/ops/attention_cuda.py
 WORKSHOP = ("test", "dev")  # extras of programs that the Makefile starts
 

@@ -2,12 +2,14 @@
 they are."""
 
 import ast
+import io
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.architecture.sources import TOP_FOLDERS, imports, python_files, tree_of
+from tests.architecture.sources import ROOT, TOP_FOLDERS, imports, python_files, tree_of
 
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
 
@@ -66,6 +68,40 @@ def test_docstrings_open_with_what_stands_alone() -> None:
 )
 def test_half_a_sentence_is_found(source: str, count: int) -> None:
     assert len(list(half_sentences(Path("x.py"), ast.parse(source)))) == count
+
+
+FOREIGN_KEYS = "megatron_vlm/data/sources/record_keys.py"  # names that other people's records have for an image
+
+
+def other_names_of_images(path: Path, source: str) -> Iterator[str]:
+    """The glossary's "image" by another word: in names and comments, and outside tests in texts."""
+    if "picture" not in source.lower():
+        return
+    kinds = {tokenize.NAME, tokenize.COMMENT} | ({tokenize.STRING} if path.parts[0] != "tests" else set())
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in kinds and "picture" in token.string.lower():
+            yield f"{path}:{token.start[0]} says picture; a still image is an image, a drawing a drawing"
+
+
+def test_an_image_has_one_name() -> None:
+    files = [path for path in python_files(*TOP_FOLDERS) if str(path) != FOREIGN_KEYS]
+    found = [line for path in files for line in other_names_of_images(path, (ROOT / path).read_text(encoding="utf-8"))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "count"),
+    [
+        ("megatron_vlm/x.py", "def read_pictures(path): ...", 1),
+        ("megatron_vlm/x.py", "raise ValueError(f'{path}: the picture is damaged')", 1),
+        ("megatron_vlm/x.py", "size = 3  # of a Picture", 1),
+        ("megatron_vlm/x.py", "image = read(path)  # of an image", 0),
+        ("tests/x.py", "PICTURE = 3", 1),
+        ("tests/x.py", "ask('which picture shows it?')", 0),
+    ],
+)
+def test_another_name_of_an_image_is_found(path: str, source: str, count: int) -> None:
+    assert len(list(other_names_of_images(Path(path), source))) == count
 
 
 OWN_FILES = (  # what they open was written by this process or its child a moment ago

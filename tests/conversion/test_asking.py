@@ -151,7 +151,7 @@ def test_arguments_and_image_mode_come_back_as_a_recipe_s_words(tmp_path):
         assert data.template_arguments == {"style": ["long", "!"]} and data.image_mode == "resize"
 
 
-def test_verify_shows_pictures_as_training_did_and_tells_what_is_asked_otherwise(tmp_path):
+def test_verify_shows_images_as_training_did_and_tells_what_is_asked_otherwise(tmp_path):
     from megatron_vlm.conversion.verify.comparing import compare, make_probe, open_side
 
     checkpoint = checkpoint_of(tmp_path, lambda f: of_bytes(f, CHATML), template="vicuna_v1", image_mode="resize")

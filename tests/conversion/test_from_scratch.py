@@ -21,14 +21,14 @@ from tests.helpers.tiny import tiny_recipe
 
 
 def build_and_save(recipe: dict[str, Any]) -> tuple[str, torch.Tensor]:
-    """A new job saves its first weights; returns the checkpoint and the pixels it makes of a picture."""
+    """A new job saves its first weights; returns the checkpoint and the pixels it makes of an image."""
     from megatron_vlm.config.schema import Config
     from megatron_vlm.data.media import MediaReader
     from megatron_vlm.training.job import build_job
     from tests.helpers.jobs import save
 
     job = build_job(Config.model_validate(recipe), torch.distributed.get_world_size())
-    pixels = MediaReader(job.model.media_spec, "pad").prepare(picture())
+    pixels = MediaReader(job.model.media_spec, "pad").prepare(image())
     return str(save(job, 0)), pixels
 
 
@@ -37,7 +37,7 @@ def recipe(directory: Path, **parallel: int) -> dict[str, Any]:
     return tiny_recipe(directory, parallel=parallel, checkpoint={"async_save": False}).model_dump(mode="json")
 
 
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(1).integers(0, 256, (19, 40, 3), dtype=np.uint8))
 
 
@@ -52,7 +52,7 @@ def test_transformers_loads_and_feeds_it(ranks, tmp_path):
     model, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
-    batch = processor(text="<image>\nWhat is this?", images=picture(), return_tensors="pt")
+    batch = processor(text="<image>\nWhat is this?", images=image(), return_tensors="pt")
     assert (batch["input_ids"] == model.config.image_token_id).sum() == 16
     # transformers pads and resizes in numbers of 8 bits of its own order: within two steps of 255 of ours
     assert (batch["pixel_values"][0] - pixels).abs().max() < 2 / 255 / 0.25
@@ -80,7 +80,7 @@ def test_the_patches_of_a_tower_without_leading_token_are_all_taken(tmp_path):
     import_model(open_pair(*parts, select_feature="patch"), tmp_path / "ours")
     plan_export(tmp_path / "ours", "llava-hf").write(tmp_path / "out")
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
-    batch = AutoProcessor.from_pretrained(tmp_path / "out")(text="<image>", images=picture(), return_tensors="pt")
+    batch = AutoProcessor.from_pretrained(tmp_path / "out")(text="<image>", images=image(), return_tensors="pt")
     assert (batch["input_ids"] == model.config.image_token_id).sum() == 16
     with torch.no_grad():
         assert torch.isfinite(model(**batch).logits).all()  # it counts features and markers itself

@@ -37,7 +37,7 @@ def no_world_left() -> Iterator[None]:
 
 
 def train(folder: Path, template: str, program: str | None, eos: str) -> Path:
-    """A model that knows the two pictures' answers by heart; returns its checkpoint."""
+    """A model that knows the two images' answers by heart; returns its checkpoint."""
     from megatron_vlm.runtime.device import prepare
     from megatron_vlm.runtime.distributed import Launch, init_world, teardown
     from megatron_vlm.training.loop import train as run
@@ -45,7 +45,7 @@ def train(folder: Path, template: str, program: str | None, eos: str) -> Path:
     tokenizer = of_bytes(folder / "chat", program, bos=LLAMA_3[0], eos=eos)
     records = []
     for colour, answer in ANSWERS.items():
-        picture(colour).save(folder / f"{colour}.png")
+        image(colour).save(folder / f"{colour}.png")
         talk = [{"from": "human", "value": "<image>\nColour?"}, {"from": "gpt", "value": answer}]
         records.append({"image": f"{colour}.png", "conversations": talk})
     (folder / "talks.json").write_text(json.dumps(records))
@@ -66,7 +66,7 @@ def train(folder: Path, template: str, program: str | None, eos: str) -> Path:
     return Path(recipe.checkpoint.directory) / "step_0000080"
 
 
-def picture(colour: str) -> Image.Image:
+def image(colour: str) -> Image.Image:
     """Not square, so that the image mode counts."""
     pixels = np.random.default_rng(3).integers(0, 60, (20, 34, 3), dtype=np.uint8)
     return Image.blend(Image.fromarray(pixels), Image.new("RGB", (34, 20), colour), 0.8)
@@ -74,12 +74,12 @@ def picture(colour: str) -> Image.Image:
 
 def answers_here(path: Path) -> dict[str, str]:
     assistant: Any = megatron_vlm.load(str(path), device="cpu")
-    prompts = [[picture(colour), "Colour?"] for colour in ANSWERS]
+    prompts = [[image(colour), "Colour?"] for colour in ANSWERS]
     return dict(zip(ANSWERS, assistant.generate(prompts, max_new_tokens=MAX_NEW_TOKENS), strict=True))
 
 
 def chat(colour: str) -> list[dict[str, Any]]:
-    content = [{"type": "image", "image": picture(colour)}, {"type": "text", "text": "Colour?"}]
+    content = [{"type": "image", "image": image(colour)}, {"type": "text", "text": "Colour?"}]
     return [{"role": "user", "content": content}]
 
 

@@ -25,7 +25,7 @@ FAULTS = ("swapped_heads", "rope_off_by_one", "shifted_features")
 
 @dataclass(frozen=True)
 class Case:
-    """One random model and batch. `images`: pictures in each row of the batch."""
+    """One random model and batch. `images`: images in each row of the batch."""
 
     seed: int
     text: dict[str, Any]

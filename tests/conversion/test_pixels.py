@@ -1,4 +1,4 @@
-"""What a tower's preprocessor config makes of a picture is what its run, its checkpoints and its exports make of it."""
+"""What a tower's preprocessor config makes of an image is what its run, its checkpoints and its exports make of it."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_recipe
 
 BILINEAR, BICUBIC = 2, 3
-PICTURE = Image.fromarray(np.random.default_rng(4).integers(0, 256, (90, 71, 3), dtype=np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(4).integers(0, 256, (90, 71, 3), dtype=np.uint8))
 TEXTS_OR_PARTS = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['content'] is string %}{{ m['content'] }}"
     "{% else %}{% for p in m['content'] %}{{ p['text'] if p['type'] == 'text' else '<image>' }}{% endfor %}{% endif %}"
@@ -55,7 +55,7 @@ def recipe(folder: Path, mode: str, **settings: Any) -> dict[str, Any]:
 
 
 def run(recipe: dict[str, Any], saves: bool = True) -> tuple[str | None, Tensor, list[str]]:
-    """A job's checkpoint after one update, what it makes of the picture, and what it was told."""
+    """A job's checkpoint after one update, what it makes of the image, and what it was told."""
     from megatron_vlm.config.schema import Config
     from megatron_vlm.data.media import MediaReader
     from megatron_vlm.training.job import build_job
@@ -71,12 +71,12 @@ def run(recipe: dict[str, Any], saves: bool = True) -> tuple[str | None, Tensor,
         )
     finally:
         logging.getLogger("megatron_vlm").removeHandler(handler)
-    pixels = MediaReader(job.model.media_spec, job.config.data.image_mode).prepare(PICTURE)
+    pixels = MediaReader(job.model.media_spec, job.config.data.image_mode).prepare(IMAGE)
     return str(save(job, job.start_step + 1)) if saves else None, pixels, told
 
 
 def loaded(path: str) -> tuple[Tensor, list[str]]:
-    """What `load` makes of the picture."""
+    """What `load` makes of the image."""
     from megatron_vlm.generation.load import open_checkpoint
 
     told: list[str] = []
@@ -84,7 +84,7 @@ def loaded(path: str) -> tuple[Tensor, list[str]]:
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("megatron_vlm").addHandler(handler)
     try:
-        return open_checkpoint(path).reader.prepare(PICTURE), told
+        return open_checkpoint(path).reader.prepare(IMAGE), told
     finally:
         logging.getLogger("megatron_vlm").removeHandler(handler)
 
@@ -116,7 +116,7 @@ def test_a_bilinear_tower_s_pixels_are_its_exports(ranks: RankPool, tmp_path: Pa
         plan_export(checkpoint, format).write(tmp_path / format)
         again, told = ranks.run(1, loaded, str(tmp_path / format))[0]
         assert torch.equal(again, pixels) and not told
-    theirs = AutoProcessor.from_pretrained(tmp_path / "llava-hf")(text="<image>", images=PICTURE, return_tensors="pt")
+    theirs = AutoProcessor.from_pretrained(tmp_path / "llava-hf")(text="<image>", images=IMAGE, return_tensors="pt")
     torch.testing.assert_close(theirs["pixel_values"][0], pixels, atol=1e-5, rtol=0)
     _, others, _ = ranks.run(1, run, recipe(tmp_path / "b", mode, resample=BICUBIC), False)[0]
     assert (others - pixels).abs().max() > 0.05, "the filter shows"

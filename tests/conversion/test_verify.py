@@ -166,7 +166,7 @@ def test_weights_of_other_formats_are_rounded_alike(models: Models, tmp_path: Pa
     assert comparison.notes == ("A's weights are float32, B's bfloat16",)
 
 
-def test_pictures_and_prompt_are_the_users(models: Models, tmp_path: Path) -> None:
+def test_images_and_prompt_are_the_users(models: Models, tmp_path: Path) -> None:
     paths = [tmp_path / "red.png", tmp_path / "wide.png"]
     Image.new("RGB", (12, 12), "red").save(paths[0])
     Image.new("RGB", (40, 9), "blue").save(paths[1])
@@ -216,9 +216,9 @@ def test_other_architectures_are_an_error_that_says_in_what(models: Models, tmp_
         run(models.get("llama", "ours"), other)
 
 
-def test_another_number_of_tokens_per_picture_is_an_error(models: Models, tmp_path: Path) -> None:
+def test_another_number_of_tokens_per_image_is_an_error(models: Models, tmp_path: Path) -> None:
     other = save_llava_hf(draw(Shape(feature="full")), tmp_path / "other")
-    with pytest.raises(ConversionError, match="makes 9 tokens of a picture, .* makes 10"):
+    with pytest.raises(ConversionError, match="makes 9 tokens of an image, .* makes 10"):
         run(models.get("llama", "ours"), other)
 
 

@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_split_by_picture(folder: Path) -> None:
+def test_split_by_image(folder: Path) -> None:
     order = np.random.default_rng(0).permutation(1797)
     train, held_out = ({f"images/{i:04d}.png" for i in part} for part in (order[:1437], order[1437:]))
     seen = {path for sample in LlavaFile(folder / "train.json", "<image>").read_all() for path in sample.images}
@@ -58,7 +58,7 @@ def test_mix_and_answers(folder: Path) -> None:
             assert answer == {1: "the first", -1: "the second", 0: "they are equal"}[int(np.sign(first - second))]
 
 
-def test_pictures(folder: Path) -> None:
+def test_images(folder: Path) -> None:
     with Image.open(folder / "images/0000.png") as image:
         assert image.mode == "RGB" and image.size == (28, 28) and np.asarray(image).std() > 50
     assert len(list((folder / "images").iterdir())) == 1797

@@ -1,10 +1,10 @@
-"""A data set of which 5% of the samples have a picture that cannot be used trains as if they were not in it.
+"""A data set of which 5% of the samples have an image that cannot be used trains as if they were not in it.
 
-Under `data.on_bad_sample: skip` the pictures that are missing, no images or bombs are left out while indexing; those
+Under `data.on_bad_sample: skip` the images that are missing, no images or bombs are left out while indexing; those
 that only decoding shows to be damaged are blanked and their samples masked. The reference run reads a file that lacks
 the former, and leaves the micro-batches of the latter out of its steps. Losses and gradient norms of all steps of an
 epoch must be equal, in one process and in layouts; labels that are not masked, on all ranks or on those that did not
-read the picture themselves, must be found out.
+read the image themselves, must be found out.
 """
 
 from collections import Counter

@@ -16,7 +16,7 @@ import torch
 from tests.helpers import faults
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny import tiny_recipe
-from tests.unit.generation.conftest import draw_pictures, hf_llava, write_prompts
+from tests.unit.generation.conftest import draw_images, hf_llava, write_prompts
 
 NUM_NEW = 8
 NUM_IMAGES = 5  # of all prompts
@@ -65,7 +65,7 @@ def decode_in_job(
         read.append(image)
         return assistant.reader.prepare(image)
 
-    for number, prompt in enumerate(write_prompts(draw_pictures())):
+    for number, prompt in enumerate(write_prompts(draw_images())):
         sample, images = read_prompt(prompt, assistant.image_token, number)
         questions.append(Question(sample, [partial(pixels, image) for image in images]))
     before = flags(job.model.train())

@@ -98,8 +98,8 @@ def raw_prompts(batch: list[tuple[int, int]], vocabulary: int, seed: int) -> Any
         for text_before in sorted(below(num_text + 1) for _ in range(num_images)):
             item = MediaItem(1.0, TOKENS_PER_IMAGE, 0, row, start + text_before)
             spans.append(MediaSpan(f"{row}", "image", item))
-            picture = torch.randn(3, 28, 28, generator=random)
-            images.append(lambda picture=picture: picture)
+            image = torch.randn(3, 28, 28, generator=random)
+            images.append(lambda image=image: image)
             ids[row, item.start : item.start + TOKENS_PER_IMAGE] = 0
             start += TOKENS_PER_IMAGE
         num_answered = min(length - 1, 1 + below(4))

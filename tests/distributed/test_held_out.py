@@ -37,7 +37,7 @@ def letters(answer: str, truth: str) -> float:
 
 
 def start(recipe: dict[str, Any], stack: contextlib.ExitStack, fault: str | None = None) -> tuple[Any, Any]:
-    """A job of weights that make it look at pictures, and its evaluation with the task `letters`; maybe a fault."""
+    """A job of weights that make it look at images, and its evaluation with the task `letters`; maybe a fault."""
     from megatron_vlm.config.schema import Config
     from megatron_vlm.conversion.weights.loading import load_hf_state
     from megatron_vlm.data.batch import MicroBatch
@@ -141,11 +141,11 @@ def test_bad_samples_that_may_be_skipped_are_as_if_they_were_not_there(ranks, tm
     assert without.num_samples == NUM_HELD_OUT - 2
     del samples[1]["conversations"]
     file.write_text(json.dumps(samples))
-    picture = tmp_path / samples[2]["image"][1]
-    picture.write_bytes(picture.read_bytes()[:-200])  # its header stays: found when it is decoded
+    image = tmp_path / samples[2]["image"][1]
+    image.write_bytes(image.read_bytes()[:-200])  # its header stays: found when it is decoded
     recipe["parallel"]["tensor"] = 2
     for report in ranks.run(2, evaluate_once, recipe):
-        assert report.left_out == {"malformed": 1, "damaged": 1}, "one by the index, one for its picture"
+        assert report.left_out == {"malformed": 1, "damaged": 1}, "one by the index, one for its image"
         assert_same(replace(report, left_out={}), without)
 
 

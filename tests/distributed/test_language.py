@@ -1,6 +1,6 @@
 """The language model cut over ranks equals transformers': logits, per-token losses, gradients of weights and features.
 
-The layouts are run by mcore's schedules, two micro-batches of two rows, pictures' rows merged on the first stage. The
+The layouts are run by mcore's schedules, two micro-batches of two rows, images' rows merged on the first stage. The
 vocabulary (61) and, at four tensor ranks, the kv heads (2) do not divide, so padding and mcore's gathering of groups
 are part of it.
 """

@@ -1,7 +1,7 @@
-"""The master test where pictures are cut, and packed rows against the same samples, each in a row of its own.
+"""The master test where images are cut, and packed rows against the same samples, each in a row of its own.
 
-The rows are chosen by hand, so that pictures stand across every seam between ranks and at documents' ends, where
-another document follows, or padding; that they do is asserted. A picture comes to stand last in a document by
+The rows are chosen by hand, so that images stand across every seam between ranks and at documents' ends, where
+another document follows, or padding; that they do is asserted. An image comes to stand last in a document by
 truncation in front of the next one. All layouts, packed or not, are held against one process that does not pack, value
 by value.
 """
@@ -57,10 +57,10 @@ SLOW: dict[str, Layout] = {
 
 
 def write_samples(directory: Path) -> Path:
-    """The tiny samples, three of a few words, and three that are truncated between their last two pictures."""
+    """The tiny samples, three of a few words, and three that are truncated between their last two images."""
     random = np.random.default_rng(3)
     samples = json.loads(tiny_dataset(directory).read_text())
-    pictures = [sample["image"] for sample in samples if isinstance(sample.get("image"), str)]
+    images = [sample["image"] for sample in samples if isinstance(sample.get("image"), str)]
 
     def spoken(num_words: int) -> str:
         return " ".join(random.choice(WORDS, num_words))
@@ -69,13 +69,13 @@ def write_samples(directory: Path) -> Path:
         samples.append({"id": f"short-{number}", "conversations": turns("no?", " ".join(["yes"] * (number + 1)))})
     first_rounds = [
         ("what?", spoken(62)),
-        ("what?", spoken(31), "<image>", spoken(16)),  # a picture in the middle of the row
+        ("what?", spoken(31), "<image>", spoken(16)),  # an image in the middle of the row
         ("what?", spoken(62)),
     ]
     for number, first_round in enumerate(first_rounds):
         said = turns(*first_round, "<image><image>", "no")
         num_images = 2 if len(first_round) == 2 else 3
-        samples.append({"id": f"ending-{number}", "image": pictures[number:][:num_images], "conversations": said})
+        samples.append({"id": f"ending-{number}", "image": images[number:][:num_images], "conversations": said})
     path = directory / "seams.json"
     path.write_text(json.dumps(samples))
     return path
@@ -133,28 +133,28 @@ def as_packed(alone: Record) -> Record:
     return replace(alone, values=values, row_tokens=row_tokens)
 
 
-def pictures(record: Record) -> list[tuple[int, range]]:
-    """Row and positions of each picture of the first step."""
+def images(record: Record) -> list[tuple[int, range]]:
+    """Row and positions of each image of the first step."""
     features = [(key, value) for key, value in record.values.items() if key[0] == FEATURES]
     return [(row, range(start, start + len(value))) for (_, row, start), value in features]
 
 
 def check_coverage(one: Record, records: list[Record], config: Config) -> None:
-    """In the first step, between any two ranks that share a sequence by one axis, some picture is cut."""
+    """In the first step, between any two ranks that share a sequence by one axis, some image is cut."""
     sizes = GridSizes.from_config(config.parallel, len(records))
     cut = {"ring": sizes.ring, "ulysses": sizes.ulysses, "tensor": sizes.tensor if config.parallel.sequence else 1}
     first = next(record for record in records if any(key[0] == MERGED for key in record.values))
     num_ranks = cut["ring"] * cut["ulysses"] * cut["tensor"]
     layout = SequenceLayout(len(first.positions[MERGED]) * num_ranks, *cut.values())
-    owners = [torch.stack(layout.owners(torch.tensor(at))) for _, at in pictures(one)]  # [3, tokens] of each
+    owners = [torch.stack(layout.owners(torch.tensor(at))) for _, at in images(one)]  # [3, tokens] of each
     for axis, (name, size) in enumerate(cut.items()):
-        assert size == 1 or any(len(of_one[axis].unique()) > 1 for of_one in owners), f"no picture is cut by {name}"
+        assert size == 1 or any(len(of_one[axis].unique()) > 1 for of_one in owners), f"no image is cut by {name}"
 
 
-def test_pictures_end_documents(alone: Record) -> None:
+def test_images_end_documents(alone: Record) -> None:
     """One in front of another document of its row, one in front of padding."""
     samples = [sample for row in ROWS[0] for sample in row]
-    last = {samples[row] for row, at in pictures(alone) if at.stop == alone.row_tokens[row]}
+    last = {samples[row] for row, at in images(alone) if at.stop == alone.row_tokens[row]}
     assert last == {ENDING, ENDING + 1}
     assert ROWS[0][0][0] == ENDING and len(ROWS[0][0]) > 1
     assert ROWS[0][-1] == (ENDING + 1,) and alone.row_tokens[-1] < 128

@@ -70,7 +70,7 @@ def counting(calls: list[Call]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def counted_by_phase() -> Iterator[dict[str, list[Call]]]:
-    """Every collective of the steps inside, in the phases that are about pictures: phase -> what was called."""
+    """Every collective of the steps inside, in the phases that are about images: phase -> what was called."""
     calls: dict[str, list[Call]] = {name: [] for name in MEDIA_PHASES}
 
     @contextlib.contextmanager

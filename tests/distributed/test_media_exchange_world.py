@@ -1,6 +1,6 @@
 """Encoding shared out over the world gives the losses, gradients and updates of one process (the master test's terms).
 
-Costs are all equal in these recipes, so replicas with few pictures encode for the others; the batches have replicas
+Costs are all equal in these recipes, so replicas with few images encode for the others; the batches have replicas
 with none.
 """
 

@@ -79,7 +79,7 @@ def test_it_changes_nothing(
         assert all(isinstance(loss, float) and loss > 0 for loss in losses)
 
 
-def test_a_run_of_damaged_pictures_tells_no_loss(ranks: RankPool, tmp_path: Path) -> None:
+def test_a_run_of_damaged_images_tells_no_loss(ranks: RankPool, tmp_path: Path) -> None:
     recipe = tiny_recipe(
         tmp_path,
         data={"on_bad_sample": "skip"},
@@ -88,12 +88,12 @@ def test_a_run_of_damaged_pictures_tells_no_loss(ranks: RankPool, tmp_path: Path
         logging={"tensorboard": False, "ranks_every_steps": 0},
     )
     records = json.loads(Path(recipe.data.path).read_text())
-    with_pictures = [record for record in records if record.get("image")]
-    for record in with_pictures:
+    with_images = [record for record in records if record.get("image")]
+    for record in with_images:
         images = record["image"] if isinstance(record["image"], list) else [record["image"]]
         for image in images:
             bad_media.truncated(Path(recipe.data.path).parent / image)
-    Path(recipe.data.path).write_text(json.dumps(with_pictures))
+    Path(recipe.data.path).write_text(json.dumps(with_images))
     ranks.run(2, train_in_pool, recipe.model_dump(mode="json"))
     lines = read_metrics(tmp_path / "run")
     assert len(lines) == 2

@@ -1,6 +1,6 @@
 """Batches that a layout could stumble over, in the master test's manner: equal to one process to its tolerances.
 
-Rows of a prime length that no layout can cut; videos, whose frames several ranks encode; a step without any picture, in
+Rows of a prime length that no layout can cut; videos, whose frames several ranks encode; a step without any image, in
 which three of four ranks that share a sequence hold no trained token; a video of 2,048 frames.
 """
 
@@ -91,14 +91,14 @@ def steps_of(recipe: Recipe, sizes: GridSizes, rank: int) -> list[StepBatch]:
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """Four rows a step: the first step has videos and pictures, the second long questions with a word of an answer."""
+    """Four rows a step: the first step has videos and images, the second long questions with a word of an answer."""
     folder = tmp_path_factory.mktemp("unusual")
     make_video(folder / "clip.mp4", 40, g="10", bf="2", crf="10")
     make_folder(folder / "frames", 11)
-    base_recipe(folder)  # makes pictures, too
+    base_recipe(folder)  # makes images, too
     seen = [
         record("clip", "<video>\nwhich small square", "yes near", video="clip.mp4"),
-        record("picture", "<image>\nhow many", "no", image="images/1-0.png"),
+        record("image", "<image>\nhow many", "no", image="images/1-0.png"),
         record("both", "<image> then <video> far", "red", image="images/1-0.png", video=["frames"]),
         record("text", "what is this", "the picture shows"),
     ]

@@ -66,12 +66,12 @@ def test_rope_of_rows_far_apart() -> None:
     assert grad.data_ptr() == given.data_ptr() and torch.equal(grad, expected)
 
 
-def test_space_to_depth_of_pictures_far_apart() -> None:
+def test_space_to_depth_of_images_far_apart() -> None:
     x, weight, bias = near(2, 16, 32), near(128), near(128)
     blocks = Blocks(4, 4, 2, "row")
     found = []
-    for pictures in (x.clone(), far(x)):
-        inputs = pictures.requires_grad_(), weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    for images in (x.clone(), far(x)):
+        inputs = images.requires_grad_(), weight.clone().requires_grad_(), bias.clone().requires_grad_()
         out = space_to_depth_norm(inputs[0], blocks, *inputs[1:], 1e-5, backend="triton")
         found.append([out, *torch.autograd.grad(out, inputs, torch.ones_like(out))])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -53,7 +53,7 @@ def grow(base: Path, num_rows: int) -> None:
 
 
 def conversations(template: str, count: int) -> list[tuple[list[Turn], int]]:
-    """Turns, and the number of their pictures: 0 to 3, in the first question or in later ones."""
+    """Turns, and the number of their images: 0 to 3, in the first question or in later ones."""
     random, found = Random(5), []
     for number in range(count):
         num_images, system = number % 4, random.random() < 0.3
@@ -70,7 +70,7 @@ def conversations(template: str, count: int) -> list[tuple[list[Turn], int]]:
 
 
 def messages_of(turns: list[Turn], typed: bool) -> list[dict[str, Any]]:
-    """As transformers' users write them; pictures first, then the text."""
+    """As transformers' users write them; images first, then the text."""
     messages: list[dict[str, Any]] = []
     for turn in turns:
         text, count = turn.text.replace("<image>\n", ""), turn.text.count("<image>")

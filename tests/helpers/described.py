@@ -8,6 +8,6 @@ from megatron_vlm.models.vision.media_spec import MediaSpec
 
 
 def described(config: Config, spec: MediaSpec) -> ModelDescription:
-    """The recipe's model, with other pixels and tokens per picture than its tower's."""
+    """The recipe's model, with other pixels and tokens per image than its tower's."""
     model = describe_model(config.model)
     return replace(model, survey=replace(model.survey, media_spec=spec))

@@ -57,7 +57,7 @@ def local_token_count() -> list[Any]:
 
 
 def swapped_feature_rows() -> list[Any]:
-    """Two rows of the first picture received change places."""
+    """Two rows of the first image received change places."""
     from megatron_vlm.models import vlm
 
     original = vlm.send_features

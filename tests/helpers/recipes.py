@@ -44,7 +44,7 @@ FAULTS = {
     "ring_block_gradient_dropped": ("ring_block_gradient_dropped", parallel(2, ring=2)),
     "window_too_wide": ("window_too_wide", layout(2, parallel={"ring": 2}, model=WINDOWS)),
     "windows_of_local_layers": ("windows_of_local_layers", layout(2, parallel={"pipeline": 2}, model=WINDOWS)),
-    HANGING_FAULT: (  # windows with fewer pictures than ranks
+    HANGING_FAULT: (  # windows with fewer images than ranks
         HANGING_FAULT,
         layout(4, parallel={"tensor": 2, "pipeline": 2}, training={"media_window": 2}),
     ),

@@ -103,23 +103,23 @@ def malformed_line(folder: Path) -> list[str]:
     return [f"data.path={folder}/lines.jsonl"]
 
 
-def truncated_picture(folder: Path) -> list[str]:
-    """A picture without its end: only decoding it tells."""
+def truncated_image(folder: Path) -> list[str]:
+    """An image without its end: only decoding it tells."""
     os.truncate(folder / "images" / "2-1.png", 200)
     return ["data.num_workers=2"]
 
 
-def missing_picture(folder: Path) -> list[str]:
-    """A picture that is not there."""
+def missing_image(folder: Path) -> list[str]:
+    """An image that is not there."""
     (folder / "images" / "2-1.png").unlink()
     return []
 
 
-def pipe_for_a_picture(folder: Path) -> list[str]:
+def pipe_for_an_image(folder: Path) -> list[str]:
     """Nobody writes to it."""
-    picture = folder / "images" / "2-1.png"
-    picture.unlink()
-    os.mkfifo(picture)
+    image = folder / "images" / "2-1.png"
+    image.unlink()
+    os.mkfifo(image)
     return []
 
 

@@ -1,4 +1,4 @@
-"""A whole job in miniature: tokenizer, conversations with pictures, and a recipe of a small CLIP and a small Llama.
+"""A whole job in miniature: tokenizer, conversations with images, and a recipe of a small CLIP and a small Llama.
 
 Everything is made from fixed seeds under a directory of the test's own, with nothing downloaded. The tokenizer does not
 know the image marker and the vocabulary is just its length made odd, so the marker's id lies outside the model's
@@ -18,7 +18,7 @@ from megatron_vlm.data.tokenizer import load_tokenizer
 
 WORDS = "the picture shows red green blue square circle near far which how many small large yes no".split()
 VOCABULARY_SIZE = 331
-PICTURE_SIZES = ((28, 28), (40, 28), (20, 33))  # width, height
+IMAGE_SIZES = ((28, 28), (40, 28), (20, 33))  # width, height
 
 
 def tiny_tokenizer(directory: Path) -> Path:
@@ -30,7 +30,7 @@ def tiny_tokenizer(directory: Path) -> Path:
 
 
 def tiny_dataset(directory: Path, num_samples: int = 24, name: str = "train.json") -> Path:
-    """A LLaVA JSON list: text only, one picture, three pictures, and several turns with a system turn, by turns."""
+    """A LLaVA JSON list: text only, one image, three images, and several turns with a system turn, by turns."""
     path = directory / name
     if not path.exists():
         random = np.random.default_rng(7)
@@ -41,7 +41,7 @@ def tiny_dataset(directory: Path, num_samples: int = 24, name: str = "train.json
 
 def _conversation(number: int, directory: Path, random: np.random.Generator) -> dict[str, Any]:
     num_images, num_rounds = ((0, 1), (1, 1), (3, 1), (1, 2))[number % 4]
-    images = [_picture(directory, f"images/{number}-{i}.png", random) for i in range(num_images)]
+    images = [_image(directory, f"images/{number}-{i}.png", random) for i in range(num_images)]
     turns = [{"from": "system", "value": "Answer in words."}] if num_rounds > 1 else []
     for round_number in range(num_rounds):
         markers = "<image>\n" * num_images if round_number == 0 else ""
@@ -57,8 +57,8 @@ def _words(random: np.random.Generator, count: int) -> str:
     return " ".join(random.choice(WORDS, count))
 
 
-def _picture(directory: Path, name: str, random: np.random.Generator) -> str:
-    width, height = PICTURE_SIZES[int(random.integers(len(PICTURE_SIZES)))]
+def _image(directory: Path, name: str, random: np.random.Generator) -> str:
+    width, height = IMAGE_SIZES[int(random.integers(len(IMAGE_SIZES)))]
     (directory / name).parent.mkdir(parents=True, exist_ok=True)
     coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     coarse.resize((width, height), Image.Resampling.BICUBIC).save(directory / name)
@@ -108,7 +108,7 @@ def tiny_llama(vocab_size: int) -> dict[str, Any]:
 
 
 def tiny_clip() -> dict[str, Any]:
-    """A CLIP tower of 3 layers; a picture is 16 patches."""
+    """A CLIP tower of 3 layers; an image is 16 patches."""
     return {
         "model_type": "clip_vision_model",
         "image_size": 28,

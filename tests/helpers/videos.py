@@ -1,4 +1,4 @@
-"""Videos whose every picture tells its number, as grey levels that survive lossy coding."""
+"""Videos whose every frame tells its number, as grey levels that survive lossy coding."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ SIDE = 32  # pixels
 SQUARE = 16  # a digit's side
 
 
-def picture(number: int) -> Image.Image:
+def numbered(number: int) -> Image.Image:
     """The number's four base-8 digits, a square each."""
     digits = [number >> shift & 7 for shift in (9, 6, 3, 0)]
     levels = np.array(digits, dtype=np.uint8).reshape(2, 2) * 32 + 16
@@ -23,7 +23,7 @@ def picture(number: int) -> Image.Image:
 
 
 def number_of(image: Image.Image) -> int:
-    """The number that a picture tells."""
+    """The number that a frame tells."""
     grey = np.asarray(image.convert("L"), dtype=np.float32)
     means = grey.reshape(2, SQUARE, 2, SQUARE)[:, 4:-4, :, 4:-4].mean((1, 3)).flatten()
     digits = [round(float(mean - 16) / 32) for mean in means]
@@ -31,14 +31,14 @@ def number_of(image: Image.Image) -> int:
 
 
 def make_video(path: Path, num_frames: int, rate: int = 25, codec: str = "libx264", **options: str) -> Path:
-    """A video of numbered pictures; its container by its suffix."""
+    """A video of numbered frames; its container by its suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options={"threads": "1", **options})
         stream.width = stream.height = SIDE
         stream.pix_fmt = "yuv420p"
         for number in range(num_frames):
-            frame = av.VideoFrame.from_image(picture(number))
+            frame = av.VideoFrame.from_image(numbered(number))
             frame.pts = number
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -46,10 +46,10 @@ def make_video(path: Path, num_frames: int, rate: int = 25, codec: str = "libx26
 
 
 def make_folder(path: Path, num_frames: int) -> Path:
-    """A folder with a picture file per frame, their numbers without leading zeros."""
+    """A folder with an image file per frame, their numbers without leading zeros."""
     path.mkdir(parents=True)
     for number in range(num_frames):
-        picture(number).save(path / f"{number}.png")
+        numbered(number).save(path / f"{number}.png")
     return path
 
 
@@ -58,5 +58,5 @@ READER = MediaReader(SPEC, "resize")
 
 
 def told(pixels: Tensor) -> int:
-    """The number that a picture tells."""
+    """The number that a frame tells."""
     return number_of(Image.fromarray((pixels * 255).round().numpy().astype(np.uint8).transpose(1, 2, 0)))

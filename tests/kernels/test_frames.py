@@ -141,7 +141,7 @@ def test_weights_that_sum_to_less_than_one_are_found(device, monkeypatch):
 @pytest.mark.parametrize("size", [(20, 31), (33, 14)], ids=str)
 def test_equals_transformers_processors(size, backend, device):
     (pixels,) = frames(1, *size)
-    picture = Image.fromarray(pixels.numpy())
+    image = Image.fromarray(pixels.numpy())
     settings = {"image_mean": MEAN, "image_std": STD, "resample": Image.Resampling.BICUBIC}
     clip = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 14, "width": 14}, **settings)
     siglip = SiglipImageProcessorPil(size={"height": 12, "width": 16}, **settings)
@@ -149,7 +149,7 @@ def test_equals_transformers_processors(size, backend, device):
         (clip, crop_plan(size, 16, (14, 14), MEAN, STD)),
         (siglip, resize_plan(size, (12, 16), MEAN, STD)),
     ):
-        theirs = torch.from_numpy(np.array(processor(picture)["pixel_values"][0])).float()
+        theirs = torch.from_numpy(np.array(processor(image)["pixel_values"][0])).float()
         ours = frames_to_patches(pixels[None].to(device), plan, torch.float32, backend=backend)
         error = (as_pixels(ours, plan)[0].cpu() - theirs).abs().max()
         assert error < TOLERANCE, f"{type(processor).__name__}: {error}"
@@ -157,8 +157,8 @@ def test_equals_transformers_processors(size, backend, device):
 
 
 @pytest.mark.parametrize("mode", ["pad", "resize"])
-def test_equals_how_pictures_are_read(mode, device):
-    """`data.media` prepares pictures from files; frames must come out alike."""
+def test_equals_how_images_are_read(mode, device):
+    """`data.media` prepares images from files; frames must come out alike."""
     (pixels,) = frames(1, 20, 31)
     reader = MediaReader(MediaSpec(16, 16, 12, 12, MEAN, STD), mode)
     plan = {"pad": pad_plan, "resize": resize_plan}[mode]((20, 31), (12, 12), MEAN, STD)
@@ -172,9 +172,9 @@ def test_patches_times_a_convolution_s_weight_are_the_convolution(device):
     pixels = frames(2, 9, 14).to(device)
     patches = frames_to_patches(pixels, plan, torch.float32, backend="triton")
     whole = dataclasses.replace(plan, patch=plan.tile)
-    pictures = as_pixels(frames_to_patches(pixels, whole, torch.float32, backend="triton"), whole)
+    images = as_pixels(frames_to_patches(pixels, whole, torch.float32, backend="triton"), whole)
     weight = torch.randn(5, 3, 4, 2, generator=torch.Generator().manual_seed(0)).to(device)
-    expected = torch.nn.functional.conv2d(pictures, weight, stride=(4, 2)).flatten(2).transpose(1, 2)
+    expected = torch.nn.functional.conv2d(images, weight, stride=(4, 2)).flatten(2).transpose(1, 2)
     torch.testing.assert_close(patches[:, 0] @ weight.flatten(1).T, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -186,7 +186,7 @@ def test_no_frames(device):
 
 
 def test_what_is_kept_between_calls_is_bounded(monkeypatch):
-    """Pictures of many sizes; and the package's version is read once."""
+    """Images of many sizes; and the package's version is read once."""
     asked = []
     reference_frames._pillow_major.cache_clear()
     monkeypatch.setattr(reference_frames, "version", lambda name: asked.append(name) or "13.1")

@@ -9,7 +9,7 @@ from megatron_vlm.ops.reference_projector import PrototypeWeights
 from tests.kernels.accuracy import assert_as_exact, error
 
 DTYPES = [torch.float32, torch.bfloat16]
-CASES = [(2, 9, 8, 4), (1, 18, 12, 8), (2, 4, 6, 7), (1, 1, 3, 2)]  # pictures, tokens, width, prototypes
+CASES = [(2, 9, 8, 4), (1, 18, 12, 8), (2, 4, 6, 7), (1, 1, 3, 2)]  # images, tokens, width, prototypes
 
 
 def draw(case, seed=0):

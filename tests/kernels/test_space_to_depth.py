@@ -10,7 +10,7 @@ from tests.kernels.accuracy import assert_as_exact
 
 EPS = 1e-5
 DTYPES = [torch.float32, torch.bfloat16]
-CASES = [  # pictures, grid, factor, order, channels
+CASES = [  # images, grid, factor, order, channels
     (2, (4, 4), 2, "row", 16),
     (2, (3, 3), 2, "column", 12),
     (1, (4, 4), 3, "row", 20),
@@ -133,7 +133,7 @@ def test_a_lost_share_of_the_weights_gradient_is_found(device, monkeypatch):
 
 
 def test_features_behind_a_dropped_token(device):
-    """As a tower gives them: a slice, whose pictures do not follow each other without a gap."""
+    """As a tower gives them: a slice, whose images do not follow each other without a gap."""
     blocks, (x, weight, bias, _) = draw((2, (4, 4), 2, "row", 16))
     whole = torch.cat([torch.full((2, 1, 16), 9.0), x.float()], dim=1).to(device)
     weight, bias = weight.float().to(device), bias.float().to(device)
@@ -142,7 +142,7 @@ def test_features_behind_a_dropped_token(device):
     torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
 
 
-def test_no_pictures_and_frozen_parameters(device):
+def test_no_images_and_frozen_parameters(device):
     blocks, (x, weight, bias, _) = draw(CASES[0])
     x, weight, bias = (t.float().to(device) for t in (x, weight, bias))
     nothing = x[:0].requires_grad_()

@@ -119,18 +119,18 @@ CASES = [
     ),
     Case("malformed line", spoiling.malformed_line, r"FOLDER/lines\.jsonl line 4 is not JSON: .*", fast=(1,)),
     Case(
-        "missing picture",
-        spoiling.missing_picture,
+        "missing image",
+        spoiling.missing_image,
         r"FOLDER/train\.json element 2: sample 'sample-2': image FOLDER/images/2-1\.png does not exist .*",
     ),
     Case(
-        "truncated picture",
-        spoiling.truncated_picture,
+        "truncated image",
+        spoiling.truncated_image,
         r".*sample 'sample-2': image FOLDER/images/2-1\.png cannot be read: .*truncated.*",
         fast=(1,),
     ),
     Case(
-        "more placeholders than pictures",
+        "more placeholders than images",
         with_records(markers),
         r"FOLDER/train\.json element 1 has 1 image\(s\) and 2 <image> in its text; .*",
     ),
@@ -145,8 +145,8 @@ CASES = [
         r"model\.projector\.type: found 'mlp2x_gelo', did you mean 'mlp2x_gelu'\?",
     ),
     Case(
-        "named pipe for a picture",
-        spoiling.pipe_for_a_picture,
+        "named pipe for an image",
+        spoiling.pipe_for_an_image,
         r"FOLDER/train\.json element 2: sample 'sample-2': image FOLDER/images/2-1\.png cannot be read: is a named .*",
     ),
     Case(
@@ -367,7 +367,7 @@ def test_command_lines_of_training(line: str, expected: str, untrained: Path, tm
 
 
 QUESTIONS = "--task exact_match --data FOLDER/train.json"
-ANSWER_LINES = [  # checkpoints/ is whole, damaged/ is not, and a picture is gone
+ANSWER_LINES = [  # checkpoints/ is whole, damaged/ is not, and an image is gone
     ("generate.py nowhere --prompt ?", r"no checkpoint at nowhere: nowhere is not a directory"),
     ("generate.py FOLDER/damaged --prompt ?", r"FOLDER/damaged/step_0000002 is damaged: __0_0\.distcp is not what .*"),
     ("generate.py FOLDER/checkpoints --prompt ? --media gone.png", r"prompt 1: image 'gone\.png' does not exist"),
@@ -396,7 +396,7 @@ def test_command_lines_that_ask_a_checkpoint(trained: Path, tmp_path: Path) -> N
     folder = copy_job(trained, tmp_path / "job")
     shutil.copytree(folder / "checkpoints", folder / "damaged")
     spoiling.flip_byte(spoiling.tensors_file(folder / "damaged" / "step_0000002"))
-    spoiling.missing_picture(folder)
+    spoiling.missing_image(folder)
     before = contents(folder)
 
     def check(number: int) -> None:

@@ -37,7 +37,7 @@ def snippet(name: str) -> dict[str, Any]:
 
 
 def write_tsv(folder: Path) -> None:
-    """The tiny data set's shape in the own source's format: with and without a picture."""
+    """The tiny data set's shape in the own source's format: with and without an image."""
     lines = [f"images/{i}-0.png\tWhich is near?\tred" if i % 4 in (1, 2, 3) else "\tHow many?\tno" for i in range(24)]
     (folder / "train.tsv").write_text("\n".join(lines) + "\n")
 
@@ -70,8 +70,8 @@ def test_all_three_train_in_one_process_and_answer(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, *NAMES)
     found = losses(tmp_path, tool("train.py", recipe))
     assert len(found) == 4 and found[-1] < found[0] - 0.1, found
-    picture = tmp_path / "images" / "1-0.png"
-    ask = ["generate.py", tmp_path / "checkpoints", "--media", picture, "--prompt", "Far?", "--max-new-tokens", 2]
+    image = tmp_path / "images" / "1-0.png"
+    ask = ["generate.py", tmp_path / "checkpoints", "--media", image, "--prompt", "Far?", "--max-new-tokens", 2]
     done = tool(*ask)
     assert done.code == 1 and done.stderr.count("\n") == 1, done.stderr
     assert all(f"--extensions examples.extensions.{name}" in done.stderr for name in NAMES)

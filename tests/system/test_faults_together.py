@@ -70,8 +70,8 @@ CASES = {
             r"FOLDER/train\.json element 0: sample 'sample-0': the chat template refuses it: never .*",
         ],
     ),
-    "recipe and pictures": (
-        lambda folder: [*spoiling.missing_picture(folder), "parallel.virtual_pipeline=2"],
+    "recipe and images": (
+        lambda folder: [*spoiling.missing_image(folder), "parallel.virtual_pipeline=2"],
         [
             r"parallel\.virtual_pipeline: found 2 with parallel\.pipeline 1, .*",
             r"FOLDER/train\.json element 2: sample 'sample-2': image FOLDER/images/2-1\.png does not exist .*",
@@ -103,7 +103,7 @@ CASES = {
     ),
 }
 ALONE = {
-    "a picture that is cut off": (spoiling.truncated_picture, r".*sample 'sample-2': image .* cannot be read: .*"),
+    "an image that is cut off": (spoiling.truncated_image, r".*sample 'sample-2': image .* cannot be read: .*"),
     "a sample that is too long": (
         with_overrides("training.sequence_length=40"),
         r"FOLDER/train\.json element 19: sample 'sample-19' has 78 tokens, .*; training\.sequence_length is 40 .*",

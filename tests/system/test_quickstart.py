@@ -1,4 +1,4 @@
-"""The quickstart's parts that need no training: its recipes, its promise, its pictures."""
+"""The quickstart's parts that need no training: its recipes, its promise, its drawings."""
 
 import copy
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from examples.quickstart import run
+from examples.quickstart.drawings import draw_contact_sheet, draw_loss, moving_mean
 from examples.quickstart.make_data import make_data
-from examples.quickstart.pictures import draw_contact_sheet, draw_loss, moving_mean
 from megatron_vlm.config import load_config, validate
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"

@@ -106,9 +106,9 @@ def test_tensor_2_pipeline_2_data_2_on_a_seven_billion_model(tmp_path: Path) -> 
         assert sorted({layer for one in replica for layer in one["layers"]}) == list(range(32))
         assert [one["tokens_owned"] for one in replica] == [[[0, 1024]], [[1024, 2048]]] * 2
         sent = found["feature_rows_sent"][data]
-        assert [sum(row) for row in sent] == [576 * one["pictures_encoded"] for one in replica]
-        pictures = [one["pictures_encoded"] for one in replica]
-        assert max(pictures) - min(pictures) <= 1
+        assert [sum(row) for row in sent] == [576 * one["images_encoded"] for one in replica]
+        images = [one["images_encoded"] for one in replica]
+        assert max(images) - min(images) <= 1
     assert ranks[0]["memory_bytes"]["loss_head"] == 0 < ranks[4]["memory_bytes"]["loss_head"]
     assert 0 < found["pipeline_bubble"] < 0.1
     assert not (tmp_path / ".page.html.partial").exists()
@@ -119,7 +119,7 @@ SHARED = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_pipeline
           "data.group_by_modality_length=false", "training.global_batch_size=32"]  # fmt: skip
 
 
-def test_ranks_that_share_packed_rows_and_a_world_that_shares_pictures() -> None:
+def test_ranks_that_share_packed_rows_and_a_world_that_shares_images() -> None:
     view = layout_of("shared", load_config(LLAVA, SHARED), 8, ranks_per_node=2)
     assert (view.sizes.ulysses, view.sizes.ring, view.sizes.data) == (2, 2, 2)
     length = view.batch.layout.length
@@ -132,10 +132,10 @@ def test_ranks_that_share_packed_rows_and_a_world_that_shares_pictures() -> None
     assert len(row["documents"]) > 2 and row["documents"][0] == 0
     lengths = [b - a for a, b in zip(row["documents"], [*row["documents"][1:], length], strict=True)]
     assert sum(map(sum, row["pairs"])) == sum(n * (n + 1) // 2 for n in lengths)  # every pair once, no other
-    pictures = [one.num_pictures for one in view.ranks]
-    assert max(pictures) - min(pictures) <= 1 < sum(pictures)
+    images = [one.num_images for one in view.ranks]
+    assert max(images) - min(images) <= 1 < sum(images)
     (sent,) = found["feature_rows_sent"]  # one media group, all ranks
-    assert len(sent) == 8 and [sum(line) for line in sent] == [576 * number for number in pictures]
+    assert len(sent) == 8 and [sum(line) for line in sent] == [576 * number for number in images]
     replicas = [
         sum(len(row.image_starts) for batch in one.micro_batches for row in batch) for one in view.batch.replicas
     ]

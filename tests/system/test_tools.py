@@ -130,19 +130,19 @@ def test_bad_arguments_cost_one_line_on_several_ranks(tmp_path):
 
 
 def odd_conversations(folder: Path) -> Path:
-    """JSONL as Windows writes it (byte order mark, CRLF), one id for all, and pictures of every mode."""
-    pictures = {
+    """JSONL as Windows writes it (byte order mark, CRLF), one id for all, and images of every mode."""
+    images = {
         "alpha.png": Image.new("RGBA", (30, 20)),
         "palette.gif": Image.new("P", (28, 28), 3),
         "print.jpg": Image.new("CMYK", (20, 30)),
         "scan.png": Image.fromarray(np.full((28, 28), 40_000, np.uint16)),
         "fax.png": Image.new("1", (28, 28)),
     }
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     turns = [{"from": "human", "value": "Was ist dás? ☃"}, {"from": "gpt", "value": "漢字 😀"}]
     records: list[dict[str, object]] = [{"conversations": turns}]
-    for name, picture in pictures.items():
-        picture.save(folder / "pictures" / name)
+    for name, image in images.items():
+        image.save(folder / "images" / name)
         records.append({"id": "same", "image": name, "conversations": turns})
     text = "\r\n".join(json.dumps(record, ensure_ascii=False) for record in records)
     (folder / "odd.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n")
@@ -154,7 +154,7 @@ def test_a_users_own_data_and_every_key_the_other_tests_leave_alone(run, tmp_pat
     done = tool(
         "train.py", run / "recipe.yaml", f"checkpoint.directory={tmp_path}/own", "checkpoint.every_steps=2",
         "training.steps=3", "training.media_window=4", f"data.path={odd_conversations(tmp_path)}",
-        f"data.media_root={tmp_path}/pictures", "data.num_workers=2", "data.image_mode=resize", "data.shuffle=false",
+        f"data.media_root={tmp_path}/images", "data.num_workers=2", "data.image_mode=resize", "data.shuffle=false",
         "precision.params=bf16", "precision.grad_reduce=bf16", "optimizer.clip_norm=0", "ops.loss_chunk_tokens=7",
         "logging.progress=true", "logging.every_steps=3", "logging.curves=true",
     )  # fmt: skip

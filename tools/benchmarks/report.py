@@ -1,4 +1,4 @@
-"""Measurements, told: one dictionary, and from it a table, a JSON file, a picture, a section for docs/benchmarks.
+"""Measurements, told: one dictionary, and from it a table, a JSON file, a drawing, a section for docs/benchmarks.
 
 Times are medians over the rounds, with the least and the most beside them; a side's rates follow from its median time.
 The ratio is the other side's median time over ours. The sides took turns, so what disturbed the machine for longer than
@@ -192,7 +192,7 @@ def lines(result: dict[str, Any]) -> list[str]:
     step, ours = result["step"], result["sides"][PRODUCT]
     told = [
         f"a step: {step['samples']} samples, {step['tokens']:,.0f} tokens of which {step['trained_tokens']:,.0f} are "
-        f"trained, {step['media']:.0f} pictures; {result['world_size']} rank(s) of {result['threads_per_rank']} "
+        f"trained, {step['media']:.0f} images; {result['world_size']} rank(s) of {result['threads_per_rank']} "
         f"thread(s); median of {result['rounds']} rounds of {result['steps_per_round']} steps",
         "megatron_vlm's step by phase, s: "
         + ", ".join(f"{name} {seconds:.3f}" for name, seconds in ours["phase_seconds"].items() if name != "data")

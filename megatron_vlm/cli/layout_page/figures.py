@@ -1,4 +1,4 @@
-"""The grid, the tokens and the pictures, drawn."""
+"""The grid, the tokens and the images, drawn."""
 
 from collections.abc import Iterator
 
@@ -96,20 +96,20 @@ def _sample(view: LayoutView, sample: SampleRow, y: float, scale: float) -> Iter
     for start in sample.documents(length).starts[1:]:
         yield line(LABELS + start * scale, y - 4, LABELS + start * scale, y + STRIP + 2, "seam")
     for number, start in enumerate(sample.image_starts):
-        title = f"picture {number + 1}: tokens {start:,} to {start + each - 1:,}"
-        yield rect(LABELS + start * scale, y, each * scale, STRIP - 2, "picture", title, 3)
+        title = f"image {number + 1}: tokens {start:,} to {start + each - 1:,}"
+        yield rect(LABELS + start * scale, y, each * scale, STRIP - 2, "image", title, 3)
         if each * scale > 60:
-            yield text(LABELS + (start + each / 2) * scale, y + 14.5, "picture", "inside", "middle")
+            yield text(LABELS + (start + each / 2) * scale, y + 14.5, "image", "inside", "middle")
 
 
-def pictures(view: LayoutView) -> str:
+def images(view: LayoutView) -> str:
     """Left what each rank encodes in a step, right where the rows go: one column per owner of tokens."""
     rows, bottom = place(view, top=40)
     shapes = list(labels(view, rows))
-    most = max(row.rank.num_pictures for row in rows)
+    most = max(row.rank.num_images for row in rows)
     room = WIDTH - LABELS - SENT - 120
     step = min(22.0, room / max(1, most))
-    shapes.append(text(LABELS, 14, "pictures it encodes", "head"))
+    shapes.append(text(LABELS, 14, "images it encodes", "head"))
     left = WIDTH - SENT
     shapes.append(text(left, 14, "feature rows it sends to each owner of tokens", "head"))
     owners = view.owners(0)
@@ -122,7 +122,7 @@ def pictures(view: LayoutView) -> str:
     for row in rows:
         shapes += _tiles(view, row, step)
         shapes += _cells(view, row, left, cell)
-    return figure(shapes, bottom + 2, "who encodes which picture")
+    return figure(shapes, bottom + 2, "who encodes which image")
 
 
 def _owner_name(view: LayoutView, owner: RankView) -> str:
@@ -146,13 +146,13 @@ def _tiles(view: LayoutView, row: Row, step: float) -> Iterator[str]:
             item = plan.items[number]
             whose = "" if item.data == row.rank.at.data else f"replica {item.data}'s "
             title = (
-                f"a picture of {whose}micro-batch {item.micro_batch}, row {item.row}: tokens {item.start:,} to "
+                f"an image of {whose}micro-batch {item.micro_batch}, row {item.row}: tokens {item.start:,} to "
                 f"{item.start + item.num_tokens - 1:,} (window {window})"
             )
             faint = " faint" if window % 2 else ""
             yield rect(x, row.y + 3, step - min(2.0, step / 4), ROW - 6, css + faint, title)
             x += step
-    yield text(x + 8, row.y + 16.5, str(row.rank.num_pictures), "quiet")
+    yield text(x + 8, row.y + 16.5, str(row.rank.num_images), "quiet")
 
 
 def _cells(view: LayoutView, row: Row, left: float, cell: float) -> Iterator[str]:

@@ -49,17 +49,17 @@ def write(path: Path, contents: str) -> None:
 
 
 def held(view: LayoutView) -> Table:
-    """Rank, place, layers, tokens, pictures."""
+    """Rank, place, layers, tokens, images."""
     shares = view.sizes.context > 1
     table = _table(f"{view.name} on {view.sizes.world} ranks", "replica", "stage", *["ring", "Ulysses"] * shares,
-                   "tensor", "layers", "parameters", "tokens", "pictures")  # fmt: skip
+                   "tensor", "layers", "parameters", "tokens", "images")  # fmt: skip
     for one in view.ranks:
         ends = ["embedding"] * any(c.first for c in one.chunks) + ["head"] * any(c.last for c in one.chunks)
         tokens = ", ".join(f"{first:,}\u2013{end - 1:,}" for first, end in one.tokens)
         layers = " + ".join([one.layers, *ends])
         context = [str(one.at.ring), str(one.at.ulysses)] * shares
         table.add_row(str(one.rank), str(one.at.data), str(one.at.pipeline), *context, str(one.at.tensor), layers,
-                      count(one.num_parameters), tokens, str(one.num_pictures))  # fmt: skip
+                      count(one.num_parameters), tokens, str(one.num_images))  # fmt: skip
     return table
 
 

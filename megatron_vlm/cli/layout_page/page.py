@@ -48,12 +48,12 @@ def _product(view: LayoutView) -> str:
 
 def _tiles(view: LayoutView) -> Iterator[tuple[str, str]]:
     fullest = max(view.ranks, key=lambda one: one.memory.peak)
-    pictures = sum(one.num_pictures for one in view.ranks)
-    busiest = max(one.num_pictures for one in view.ranks)
+    images = sum(one.num_images for one in view.ranks)
+    busiest = max(one.num_images for one in view.ranks)
     yield count(view.num_parameters), "parameters"
     yield size(fullest.memory.peak), f"needed by rank {fullest.rank}, the fullest"
     yield f"{view.times[0].bubble:.1%}", "pipeline bubble"
-    yield f"{pictures:,}", f"pictures a step, at most {busiest:,} per rank"
+    yield f"{images:,}", f"images a step, at most {busiest:,} per rank"
     yield size(max(one.traffic.total for one in view.ranks)), "sent per rank and step, at most"
 
 
@@ -64,12 +64,12 @@ def _sections(view: LayoutView) -> Iterator[tuple[str, str, str]]:
     if sizes.ring > 1 or config.data.packing:
         yield "Who computes which attention", attention_figure.words(view), attention_figure.attention(view)
     of_all = " of all replicas" if shares_all(config) and sizes.data > 1 else ""
-    picture_words = (
-        f"A picture is encoded once, by the rank{of_all} that has the least to do; its feature rows then travel "
-        "straight to the ranks that own their tokens. One box is one picture; a darker cell is more rows, over a whole "
+    image_words = (
+        f"An image is encoded once, by the rank{of_all} that has the least to do; its feature rows then travel "
+        "straight to the ranks that own their tokens. One box is one image; a darker cell is more rows, over a whole "
         "step."
     )
-    yield "Who encodes which picture", picture_words + left_out(view), figures.pictures(view)
+    yield "Who encodes which image", image_words + left_out(view), figures.images(view)
     yield (
         "A step in time",
         _time_words(view) + timeline_figure.note(view),
@@ -136,7 +136,7 @@ def _time_words(view: LayoutView) -> str:
 
 
 def _token_legend() -> str:
-    return legend([("picture", "picture"), ("text", "text"), ("padding", "padding")])
+    return legend([("image", "image"), ("text", "text"), ("padding", "padding")])
 
 
 def _time_legend(view: LayoutView) -> str:

@@ -37,7 +37,7 @@ def line(x1: float, y1: float, x2: float, y2: float, css: str = "rule") -> str:
 
 
 def figure(shapes: Iterable[str], height: float, name: str) -> str:
-    """The picture, as an element of the page, in a box of its own that scrolls where a screen is too narrow to read it;
+    """The drawing, as an element of the page, in a box of its own that scrolls where a screen is too narrow to read it;
     `name` is read out to those who do not see it."""
     drawn = f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(name)}">{"".join(shapes)}</svg>'
     return f'<div class="figure">{drawn}</div>'

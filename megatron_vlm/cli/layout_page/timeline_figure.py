@@ -42,7 +42,7 @@ def num_windows_drawn(view: LayoutView) -> int:
 
 
 def note(view: LayoutView) -> str:
-    """The note on what is left out of the picture, as sentences."""
+    """The note on what is left out of the drawing, as sentences."""
     drawn, all_windows = num_windows_drawn(view), len(view.times[0].windows)
     window = "" if drawn == all_windows else f" Drawn: the first of {all_windows} media windows."
     return window + left_out(view, MOST_ROWS)

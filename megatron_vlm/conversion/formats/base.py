@@ -121,7 +121,7 @@ class Target:
 
     @property
     def media(self) -> MediaSpec:
-        """Pixels and tokens of a picture."""
+        """Pixels and tokens of an image."""
         return self.model.media_spec
 
     @property

@@ -309,7 +309,7 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
     model, data = target.config.model, target.config.data
     modes = {ours: theirs for theirs, ours in IMAGE_MODES.items() if theirs is not None}
     if data.image_mode not in modes:
-        raise ConversionError(f"{NAME} prepares pictures by {' or '.join(modes)}; this model has {data.image_mode}")
+        raise ConversionError(f"{NAME} prepares images by {' or '.join(modes)}; this model has {data.image_mode}")
     name = LANGUAGE_MODELS.get(target.language.model_type).llava_name
     if name is None:
         raise ConversionError(f"{NAME} has no name for a language model of type {target.language.model_type}")

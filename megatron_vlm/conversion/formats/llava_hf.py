@@ -152,7 +152,7 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
 
 
 def _image_processor(target: Target) -> Any:
-    """One that prepares pictures as the checkpoint's `data.image_mode` does."""
+    """One that prepares images as the checkpoint's `data.image_mode` does."""
     from transformers import LlavaImageProcessorPil
 
     mode = target.config.data.image_mode

@@ -41,7 +41,7 @@ class Asking:
 
     Args:
         checkpoint: it holds tokenizer/.
-        encoder: of its tokenizer and template, one placeholder per picture.
+        encoder: of its tokenizer and template, one placeholder per image.
         stop_ids: what ends an answer.
         config: its recipe.
     """
@@ -166,12 +166,12 @@ def write_stops(folder: Path, tokenizer: Tokenizer, stop_ids: Collection[int]) -
 
 
 def write_record(folder: Path, data: DataConfig) -> None:
-    """The recipe's words for prompts and pictures. Raises OSError."""
+    """The recipe's words for prompts and images. Raises OSError."""
     (folder / RECORD_FILE).write_text(_record_of(data).model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def is_recorded(folder: Path, data: DataConfig) -> bool:
-    """Whether a directory whose own files fit the recipe's prompts and pictures leads to the recipe's words: by its
+    """Whether a directory whose own files fit the recipe's prompts and images leads to the recipe's words: by its
     record, or without one by what no other file says, which is then the default. Raises ConversionError."""
     record, said = _record_of(data), recorded_in(folder)
     return record.video == VideoConfig() if said is None else said == record

@@ -18,7 +18,7 @@ _HERE = """\
 ```python
 from megatron_vlm import load
 
-answer = load("THIS_DIRECTORY").generate(["picture.png", "What is shown here?"])
+answer = load("THIS_DIRECTORY").generate(["image.png", "What is shown here?"])
 ```
 """
 _LLAVA_HF = """\
@@ -29,7 +29,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 processor = AutoProcessor.from_pretrained("THIS_DIRECTORY")
 model = AutoModelForImageTextToText.from_pretrained("THIS_DIRECTORY", dtype="auto")
-content = [{"type": "image", "path": "picture.png"}, {"type": "text", "text": "What is shown here?"}]
+content = [{"type": "image", "path": "image.png"}, {"type": "text", "text": "What is shown here?"}]
 inputs = processor.apply_chat_template(
     [{"role": "user", "content": content}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
@@ -101,13 +101,13 @@ def _facts(target: Target, manifest: Manifest) -> dict[str, str]:
         "language model": f"{language.model_type}, {language.num_hidden_layers} layers of width {language.hidden_size}",
         "vision tower": f"{vision.model_type}, hidden state {config.model.vision.select_layer} "
         f"(`{config.model.vision.select_feature}`), {target.media.height} x {target.media.width} pixels",
-        "projector": f"`{config.model.projector.type}`, {target.media.tokens_per_image} tokens per picture",
+        "projector": f"`{config.model.projector.type}`, {target.media.tokens_per_image} tokens per image",
         "trained parts": _trained_parts(config),
         "updates": f"{manifest.step}, of {config.training.global_batch_size} samples each",
         "longest sequence": f"{config.training.sequence_length} tokens",
         "learning rate": f"{config.optimizer.lr:g}, `{config.optimizer.name}`, schedule `{config.schedule.name}`",
         "conversation template": f"`{config.data.template}`, in `chat_template.jinja` for transformers",
-        "pictures": f"`{config.data.image_mode}`: {mode[config.data.image_mode]}",
+        "images": f"`{config.data.image_mode}`: {mode[config.data.image_mode]}",
         "recipe's hash": f"`{manifest.config_hash}`",
         "versions": _versions(manifest.versions),
     }

@@ -38,7 +38,7 @@ from megatron_vlm.runtime.device import DeviceRequest, prepare
 from megatron_vlm.runtime.logging import get_logger
 
 IMAGE_TOKEN = "<image>"
-NUM_RANDOM_TOKENS = 24  # before the picture, and after it
+NUM_RANDOM_TOKENS = 24  # before the image, and after it
 SENTENCE = "What is shown here? There are 12 red squares."  # cut by both tokenizers
 _SEED = 20240229
 
@@ -55,8 +55,8 @@ def compare(
 
     Args:
         a, b: a checkpoint of ours (or a directory of them: its latest), a `llava-hf` or an original LLaVA directory.
-        media: pictures; none: one of random pixels.
-        prompt: the text, with `<image>` where a picture belongs (default: all of them first); empty: random tokens.
+        media: images; none: one of random pixels.
+        prompt: the text, with `<image>` where an image belongs (default: all of them first); empty: random tokens.
         device: where this process has not chosen already.
         format_options: what a directory of another system leaves open, by its format's keys; each of the two is told
             what it leaves open.
@@ -65,7 +65,7 @@ def compare(
         ConversionError: a directory that is none of these or not whole, or two models of different architectures or
             vocabularies, or an option that neither leaves open.
         CheckpointError, ConfigError: a checkpoint that is damaged or not one this version reads.
-        DataError: a picture that cannot be read, or another number of pictures than of markers in the prompt.
+        DataError: an image that cannot be read, or another number of images than of markers in the prompt.
         ParallelError: this process is a rank of a job.
     """
     prepare(device)
@@ -82,7 +82,7 @@ def compare(
         notes = tuple(_notes(side_a, side_b))
     if trace_a.tokens_per_image != trace_b.tokens_per_image:
         raise ConversionError(
-            f"{a} makes {trace_a.tokens_per_image} tokens of a picture, {b} makes {trace_b.tokens_per_image}"
+            f"{a} makes {trace_a.tokens_per_image} tokens of an image, {b} makes {trace_b.tokens_per_image}"
         )
     return Comparison(
         a=a,
@@ -135,7 +135,7 @@ def make_probe(a: Side, b: Side, media: Sequence[Path], prompt: str) -> Probe:
 
 
 def _read_pixels(wanted: PixelFormat, mode: ImageMode, media: Sequence[Path]) -> Tensor:
-    """[n, 3, H, W]; one picture of random pixels where none is given."""
+    """[n, 3, H, W]; one image of random pixels where none is given."""
     if not media:
         return torch.randn(1, 3, wanted.height, wanted.width, generator=torch.Generator().manual_seed(_SEED))
     # the numbers of tokens and patches are not needed
@@ -145,14 +145,14 @@ def _read_pixels(wanted: PixelFormat, mode: ImageMode, media: Sequence[Path]) ->
 
 
 def _random_pieces(vocabulary: int, num_images: int) -> tuple[tuple[int, ...], ...]:
-    """Text around every picture; one id of the vocabulary is left for the placeholder."""
+    """Text around every image; one id of the vocabulary is left for the placeholder."""
     generator = torch.Generator().manual_seed(_SEED)
     ids = torch.randint(1, vocabulary, (num_images + 1, NUM_RANDOM_TOKENS), generator=generator)
     return tuple(tuple(piece) for piece in ids.tolist())
 
 
 def _cut(a: Side, b: Side, prompt: str, num_images: int) -> tuple[tuple[int, ...], ...]:
-    """The prompt's ids by A's tokenizer, or B's where A has none, cut at the pictures."""
+    """The prompt's ids by A's tokenizer, or B's where A has none, cut at the images."""
     folder = a.tokenizer or b.tokenizer
     if folder is None:
         raise ConversionError(f"neither {a.origin} nor {b.origin} has a tokenizer for the prompt; leave it out")
@@ -192,7 +192,7 @@ def _notes(a: Side, b: Side) -> Iterator[str]:
         yield "pixels are normalised by other means and deviations; both were given A's"
     if a.pixels.resample != b.pixels.resample:
         filters = [side.pixels.resample.name.lower() for side in (a, b)]
-        yield f"A's pictures are resized by {filters[0]}, B's by {filters[1]}; both were given A's"
+        yield f"A's images are resized by {filters[0]}, B's by {filters[1]}; both were given A's"
     for name in type(a.asked).model_fields:
         if (found := getattr(a.asked, name)) != (other := getattr(b.asked, name)):
             yield f"A is asked with data.{name} {found!r}, B with {other!r}"

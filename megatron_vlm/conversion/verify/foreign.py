@@ -2,7 +2,7 @@
 
 None of this goes through the tables of `mappings`: a wrong table would make both sides wrong alike. transformers loads
 a `llava-hf` directory whole. Of LLaVA's own directories it loads language model and tower, whose tensors have LLaVA's
-prefixes taken off; the projector is plain layers (`projectors`), and pictures are put in by hand.
+prefixes taken off; the projector is plain layers (`projectors`), and images are put in by hand.
 
 Hazard: transformers fills what it finds no tensor for with random numbers and passes over what it has no place for;
 both are errors here.

@@ -1,6 +1,6 @@
 """A checkpoint of ours as one side of a comparison: the product's own model, in one process.
 
-The pictures' rows go straight to their places: the exchange between ranks moves rows, and no weight has a part in it.
+The images' rows go straight to their places: the exchange between ranks moves rows, and no weight has a part in it.
 
 Hazard: megatron-core knows one arrangement of ranks per process; the world made here ends with the run.
 """

@@ -1,7 +1,7 @@
 """The projectors of LLaVA's, VILA's and SQ-LLaVA's directories in plain layers, for what verifies a conversion.
 
 Written from the papers and the published tensors' names, and apart from `models.projectors` and `ops`: a mistake there
-must not be here too. n pictures, t tokens, c the tower's width, h the language model's, p prototypes.
+must not be here too. n images, t tokens, c the tower's width, h the language model's, p prototypes.
 """
 
 import math

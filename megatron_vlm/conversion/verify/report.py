@@ -71,10 +71,10 @@ class Comparison:
     Args:
         a, b: whose, as the caller named them.
         weights: number format both were rounded to ("bfloat16").
-        num_images: pictures of the question.
+        num_images: images of the question.
         places: in the order of the forward pass; the head is last.
         top1: share of positions where both hold the same token for the likeliest.
-        num_positions: of the question, pictures' tokens included.
+        num_positions: of the question, images' tokens included.
         notes: what differs and is no error.
     """
 

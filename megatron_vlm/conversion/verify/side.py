@@ -42,7 +42,7 @@ class Side(Protocol):
     """A model on the disk.
 
     origin: as the user named it. weights: the number format with the fewest digits among its tensors'. pixels: how its
-    pictures are prepared. tokenizer: a directory, None where it has none. asked: its prompts and pictures in training.
+    images are prepared. tokenizer: a directory, None where it has none. asked: its prompts and images in training.
     """
 
     @property

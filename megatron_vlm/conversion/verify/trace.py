@@ -8,7 +8,7 @@ Hazards: hooks see activations in the layout of their model, [s, 1, h] here and 
 row of tokens, so both flatten to the same [s, h]. What a hook sees may be added to in place by the next line of the
 model (megatron-core adds the residual so), therefore values are copied at once.
 
-Letters: n pictures, t tokens of a picture, s tokens in all, h width of a place, V vocabulary.
+Letters: n images, t tokens of an image, s tokens in all, h width of a place, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,12 +30,12 @@ TOWER_EMBEDDINGS, PROJECTOR, EMBEDDING, FINAL_NORM, HEAD = (
 
 @dataclass(frozen=True)
 class Probe:
-    """One question: text in pieces, with a picture between each two of them.
+    """One question: text in pieces, with an image between each two of them.
 
     Args:
-        pieces: token ids; one more than there are pictures.
+        pieces: token ids; one more than there are images.
         pixels: [n, 3, H, W] fp32, n > 0.
-        placeholder: the id that stands for a picture's tokens; in no piece.
+        placeholder: the id that stands for an image's tokens; in no piece.
     """
 
     pieces: tuple[tuple[int, ...], ...]

@@ -36,7 +36,7 @@ class RecordFile(ABC):
 
     Args:
         path: of the file.
-        image_token: the marker of a picture in a text.
+        image_token: the marker of an image in a text.
     """
 
     unit = "line"  # what a record's number counts, in error messages
@@ -56,10 +56,10 @@ class RecordFile(ABC):
 
     @abstractmethod
     def parse(self, raw: bytes, origin: str, default_id: str) -> Sample:
-        """A record's bytes -> its sample, with as many image markers in the users' turns as pictures, and as many video
+        """A record's bytes -> its sample, with as many image markers in the users' turns as images, and as many video
         markers as videos, whose frames are counted and put in their places afterwards. Of one with neither the image
         marker, and of one without videos the video marker, is a text; but a sample is refused later that has one where
-        a picture or video would stand (`sample.marks_picture`), as it has lost that.
+        an image or video would stand (`sample.marks_image`), as it has lost that.
 
         Args:
             origin: what to call the record in errors, and the sample's own.

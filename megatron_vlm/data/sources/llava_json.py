@@ -3,9 +3,9 @@
     {"id": "7", "image": "a.png" | ["a.png", "b.png"],
      "conversations": [{"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}
 
-A video is named in "video" (a file, or a folder with a picture file per frame) and stands where its <video> stands.
-In a record without either, the image marker is a text as any other, but where a picture would stand
-(`sample.marks_picture`); so is <video> in one without videos. What other keys do, `record_keys.py` says.
+A video is named in "video" (a file, or a folder with an image file per frame) and stands where its <video> stands.
+In a record without either, the image marker is a text as any other, but where an image would stand
+(`sample.marks_image`); so is <video> in one without videos. What other keys do, `record_keys.py` says.
 
 A file is scanned once for the place of every object; after that one object's bytes are read and parsed at a time, so a
 list of gigabytes costs its memory once, at indexing, and never in a worker. The scan decodes as Latin-1, in which a
@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, Role, Sample, Turn, lacks_video, marks_picture
+from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, Role, Sample, Turn, lacks_video, marks_image
 from megatron_vlm.data.sources.base import SOURCES, Extent, RecordFile
 from megatron_vlm.data.sources.record_keys import check_record, check_turn, few, given, is_trained, system_text
 from megatron_vlm.errors import DataError, one_line
@@ -147,9 +147,9 @@ def _scan_lines(text: str, position: int) -> Iterator[Extent]:
 
 
 def parse_record(raw: bytes, origin: str, default_id: str, image_token: str) -> Sample:
-    """One object's bytes -> a sample whose markers and pictures agree in number, where it has pictures.
+    """One object's bytes -> a sample whose markers and images agree in number, where it has images.
 
-    Where pictures are given and no text has a marker, the markers go in front of the first user turn, one line each, as
+    Where images are given and no text has a marker, the markers go in front of the first user turn, one line each, as
     LLaVA does. Raises BadSample naming `origin` and what is wrong.
     """
     record = _read_object(raw, origin)
@@ -157,12 +157,12 @@ def parse_record(raw: bytes, origin: str, default_id: str, image_token: str) -> 
     remarks = list(check_record(keys, origin))
     images, videos = _paths(keys.get("image"), "image", origin), _paths(keys.get("video"), "video", origin)
     turns = _turns(record, origin, image_token, remarks)
-    lacks = lacks_video(turns, image_token) or any(marks_picture(turn, image_token) for turn in turns)
+    lacks = lacks_video(turns, image_token) or any(marks_image(turn, image_token) for turn in turns)
     if images or videos or lacks:
         turns = _mark(turns, len(images), len(videos), image_token, origin)
     asked = [turn.text for turn in turns if turn.role != "assistant"]
-    for marker, kind, media in ((image_token, "pictures", images or videos), (VIDEO_TOKEN, "videos", videos)):
-        if not media and any(marker in text for text in asked) and (kind == "pictures" or marker != image_token):
+    for marker, kind, media in ((image_token, "images", images or videos), (VIDEO_TOKEN, "videos", videos)):
+        if not media and any(marker in text for text in asked) and (kind == "images" or marker != image_token):
             remarks.append(f"{marker} in what is asked is a text, as the record has no {kind}")
     id_ = record.get("id")
     name = default_id if id_ is None else str(id_)
@@ -234,7 +234,7 @@ def _turn(entry: Any, origin: str, remarks: list[str]) -> Turn:
 
 
 def _mark(turns: list[Turn], num_images: int, num_videos: int, image_token: str, origin: str) -> list[Turn]:
-    """Each picture and video marked in the texts. Raises BadSample where more or fewer are marked than there are."""
+    """Each image and video marked in the texts. Raises BadSample where more or fewer are marked than there are."""
     if num_videos or lacks_video(turns, image_token):
         turns = _mark_videos(turns, num_videos, num_images, image_token, origin)
     found = sum(turn.text.count(image_token) for turn in turns)

@@ -30,7 +30,7 @@ BOOKKEEPING = frozenset(
     "text_num timestamp title token_num topic turn_id type url uuid width width_list".split()
 )  # of a turn as well
 
-_MEDIA = "pictures are named in 'image', videos in 'video'"
+_MEDIA = "images are named in 'image', videos in 'video'"
 _TURNS = "what is said stands in 'conversations'"
 _TRAINED = "of a turn of the assistant 'weight' or 'loss' says whether it is trained"
 _OF_RECIPE = "the recipe's data section says it for all records"
@@ -53,7 +53,7 @@ NEUTRAL: dict[str, Any] = {  # values that ask for nothing: of tools as LLaMA-Fa
     **dict.fromkeys(("tools", "functions"), "[]"),
     **dict.fromkeys(("weight", "loss", "train", "loss_weight", "sample_weight"), 1),
 }
-OTHER_NAMES = frozenset(  # of pictures; beside 'image' or 'video' they say once more what is there
+OTHER_NAMES = frozenset(  # of images; beside 'image' or 'video' they say once more what is there
     "image_file image_files image_path image_paths image_url image_urls img img_path imgs photo picture pictures "
     "image_list video_file video_url".split()
 )

@@ -1,1 +1,1 @@
-"""Videos: which frames of one are pictures of its sample (`sampling`), and how those are read (`files`)."""
+"""Videos: which frames of one are images of its sample (`sampling`), and how those are read (`files`)."""

@@ -1,12 +1,12 @@
-"""Reads frames: of a container (mp4, mkv, webm, whatever PyAV opens) or of a folder with a picture file for each.
+"""Reads frames: of a container (mp4, mkv, webm, whatever PyAV opens) or of a folder with an image file for each.
 
 Frames that are wanted together are decoded together: the container is first asked for the keyframe before each, which
 decodes nothing, and then read once from every keyframe that any of them needs. So a rank that encodes some frames of an
-hour of video decodes the groups of pictures around these, none of them twice.
+hour of video decodes the groups of frames around these, none of them twice.
 
-Hazards: which picture a frame's number means must not depend on what else is read with it, else two layouts train on
+Hazards: what a frame's number means must not depend on what else is read with it, else two layouts train on
 different pixels. It is the first one shown at or after the number's time, less half a frame; and reading starts at a
-keyframe shown before that time, which is not what a container's own search by decoding time gives. As with pictures, a
+keyframe shown before that time, which is not what a container's own search by decoding time gives. As with images, a
 rotation that the container asks for is not applied. A file may also be a list of other files or of addresses in the
 network (HLS, DASH, concat, SDP), whatever its name, and libav would open those: `CONTAINERS` are all that it may read,
 and nothing but the file itself.
@@ -28,14 +28,14 @@ from torch import Tensor
 
 from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.media import MAX_PREPARED_PIXELS, MediaReader, check_file
-from megatron_vlm.data.sample import BadSample, Frame, Picture, Sample
+from megatron_vlm.data.sample import BadSample, Frame, ImageRef, Sample
 from megatron_vlm.data.video.sampling import VideoFacts, frame_numbers, num_sampled, place
 from megatron_vlm.errors import one_line
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 CONTAINERS = (
     "mov mp4 m4a 3gp 3g2 mj2 matroska webm avi mpeg mpegts mpegvideo ogg flv asf mxf nut gif apng h264 hevc m4v mjpeg "
-    "obu av1 ivf dv yuv4mpegpipe wtv rm wav mp3 flac aac"  # the last without pictures, which is told then
+    "obu av1 ivf dv yuv4mpegpipe wtv rm wav mp3 flac aac"  # the last without images, which is told then
 ).split()
 ONLY_THIS_FILE = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
 MISSING_SECONDS = 1.0  # at a video's end, where headers overstate its length: the last frame stands for what is missing
@@ -61,40 +61,40 @@ def survey(path: Path, owner: str) -> VideoFacts:
         BadSample: there is no such file, it is no video or its header is damaged; names it and `owner`.
     """
     if os.path.isdir(path):
-        return VideoFacts(len(_list_pictures(path, owner)), None)
+        return VideoFacts(len(_list_images(path, owner)), None)
     with _opened(path, owner) as (container, stream):
         return _read_facts(container, stream)
 
 
-def read_pictures(
-    reader: MediaReader, pictures: Sequence[Picture], root: Path, owner: str
+def read_images(
+    reader: MediaReader, images: Sequence[ImageRef], root: Path, owner: str
 ) -> Generator[Tensor, None, None]:
-    """Pixels [3, H, W] of pictures: of one image file, or of any frames of one video in ascending order.
+    """Pixels [3, H, W] of images: of one image file, or of any frames of one video in ascending order.
 
     Raises:
         BadSample: where the first that cannot be read comes; its reason is one of `media.FAULTS`.
     """
-    first = pictures[0]
+    first = images[0]
     path = place(first, root)
     if not isinstance(first, Frame):
-        yield from (reader.read(path, owner) for _ in pictures)
+        yield from (reader.read(path, owner) for _ in images)
     elif reader.blank:
-        yield from (reader.blank_pixels() for _ in pictures)
+        yield from (reader.blank_pixels() for _ in images)
     else:
-        numbers = [picture.number for picture in pictures if isinstance(picture, Frame)]
+        numbers = [image.number for image in images if isinstance(image, Frame)]
         if os.path.isdir(path):
-            files = _list_pictures(path, owner)
+            files = _list_images(path, owner)
             places = _frames_of(len(files), first, path, owner)
             yield from (reader.read(files[places[number]], owner) for number in numbers)
         else:
-            for image in _decode(path, first, numbers, owner):
+            for decoded in _decode(path, first, numbers, owner):
                 with _told(path, owner, "damaged"):
-                    pixels = reader.prepare(image)
+                    pixels = reader.prepare(decoded)
                 yield pixels
 
 
 def _decode(path: Path, video: Frame, numbers: Sequence[int], owner: str) -> Iterator[Image.Image]:
-    """RGB pictures of some of the video's sampled frames, ascending."""
+    """RGB images of some of the video's sampled frames, ascending."""
     with _opened(path, owner) as (container, stream):
         facts = _read_facts(container, stream)
         frames = _frames_of(facts.num_frames, video, path, owner)
@@ -172,15 +172,15 @@ def _frames_of(num_frames: int, video: Frame, path: Path, owner: str) -> list[in
     return frame_numbers(num_frames, video.count)
 
 
-def _list_pictures(folder: Path, owner: str) -> list[Path]:
-    """A folder's picture files, by name, numbers in it by their value."""
+def _list_images(folder: Path, owner: str) -> list[Path]:
+    """A folder's image files, by name, numbers in it by their value."""
     try:
-        names = [name for name in os.listdir(folder) if name.lower().endswith(PICTURE_SUFFIXES)]
+        names = [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_SUFFIXES)]
     except OSError as error:
         raise BadSample(f"{owner}: video {folder} cannot be read: {error.strerror}", "damaged") from error
     if not names:
-        wanted = ", ".join(PICTURE_SUFFIXES)
-        raise BadSample(f"{owner}: video {folder} is a folder without pictures ({wanted})", "not a video")
+        wanted = ", ".join(IMAGE_SUFFIXES)
+        raise BadSample(f"{owner}: video {folder} is a folder without images ({wanted})", "not a video")
     return [folder / name for name in sorted(names, key=_natural_order)]
 
 

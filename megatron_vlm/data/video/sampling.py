@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_vlm.config.schema import VideoConfig
-from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, Frame, Picture, Sample, Turn, lacks_video
+from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, Frame, ImageRef, Sample, Turn, lacks_video
 
 
 class VideoFacts(NamedTuple):
@@ -38,7 +38,7 @@ def frame_numbers(num_frames: int, count: int) -> list[int]:
 
 
 def with_frames(sample: Sample, counts: Sequence[int], image_token: str) -> Sample:
-    """The sample with each video's frames among its pictures, and in its texts an image marker for each, a line each,
+    """The sample with each video's frames among its images, and in its texts an image marker for each, a line each,
     in the place of the video's marker.
 
     Args:
@@ -58,30 +58,30 @@ def with_frames(sample: Sample, counts: Sequence[int], image_token: str) -> Samp
             "marker count",
         )
     videos, images = iter(zip(sample.videos, counts, strict=True)), iter(sample.images)
-    pictures: list[Picture] = []
-    turns = [replace(turn, text="".join(_expand(turn, videos, images, image_token, pictures))) for turn in sample.turns]
-    return replace(sample, turns=tuple(turns), images=(*pictures, *images), videos=())
+    shown: list[ImageRef] = []
+    turns = [replace(turn, text="".join(_expand(turn, videos, images, image_token, shown))) for turn in sample.turns]
+    return replace(sample, turns=tuple(turns), images=(*shown, *images), videos=())
 
 
 def _expand(
     turn: Turn,
     videos: Iterator[tuple[str, int]],
-    images: Iterator[Picture],
+    images: Iterator[ImageRef],
     image_token: str,
-    pictures: list[Picture],
+    shown: list[ImageRef],
 ) -> Iterator[str]:
-    """The pieces of a turn's text; what its markers stand for is added to `pictures`."""
+    """The pieces of a turn's text; what its markers stand for is added to `shown`."""
     for piece in re.split(f"({re.escape(image_token)}|{re.escape(VIDEO_TOKEN)})", turn.text):
         if piece == VIDEO_TOKEN:
             video, count = next(videos)
-            pictures += [Frame(video, number, count) for number in range(count)]
+            shown += [Frame(video, number, count) for number in range(count)]
             yield "\n".join([image_token] * count)
             continue
         if piece == image_token:
-            pictures += [image for image in [next(images, None)] if image is not None]
+            shown += [image for image in [next(images, None)] if image is not None]
         yield piece
 
 
-def place(picture: Picture, root: Path) -> Path:
-    """The file (or folder) that a picture is read from."""
-    return root / (picture.video if isinstance(picture, Frame) else picture)
+def place(image: ImageRef, root: Path) -> Path:
+    """The file (or folder) that an image is read from."""
+    return root / (image.video if isinstance(image, Frame) else image)

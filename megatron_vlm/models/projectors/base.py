@@ -24,8 +24,8 @@ PROJECTORS: Registry[ProjectorBuilder] = Registry("projector")
 class OpsProjector(nn.Module):
     """A projector made of operations that have backends.
 
-    `backend` is the recipe's `ops.projector`; `grid` the patches of a picture along its height and width, None where
-    nobody said (weights are only moved, or the picture is square).
+    `backend` is the recipe's `ops.projector`; `grid` the patches of an image along its height and width, None where
+    nobody said (weights are only moved, or the image is square).
     """
 
     backend: str = AUTO
@@ -64,7 +64,7 @@ def backend_obstacle(projector: nn.Module, name: str, backend: str) -> str | Non
 
 
 def count_rows(name: str, num_tokens: int, vision_size: int, grid: PatchGrid | None = None) -> int:
-    """Rows that a picture of so many tokens becomes. `grid`: as `build_projector` takes it.
+    """Rows that an image of so many tokens becomes. `grid`: as `build_projector` takes it.
 
     Raises:
         ConfigError: as `build_projector`, or the projector does not take that number of tokens.

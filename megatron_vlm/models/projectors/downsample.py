@@ -74,7 +74,7 @@ class DownsampleProjector(OpsProjector):
             needed = "a square number of them" if self.grid is None else f"{height} x {width}"
             raise ConfigError(
                 f"model.projector.type: found one that joins {self.factor} x {self.factor} patches, with a tower of "
-                f"{num_tokens} tokens a picture, needs {needed}: the patches alone (model.vision.select_feature: patch)"
+                f"{num_tokens} tokens an image, needs {needed}: the patches alone (model.vision.select_feature: patch)"
             )
         return Blocks(height, width, self.factor, self.order)
 

@@ -60,7 +60,7 @@ class VisionEncoder(MegatronModule):
         return rows
 
     def in_batches(self, pixels: Tensor) -> list[Tensor]:
-        """`forward`, `training.media_batch` pictures at a time. Each result has a graph of its own: joined, they would
+        """`forward`, `training.media_batch` images at a time. Each result has a graph of its own: joined, they would
         have autograd hold all parameters' gradients of the batches so far, and add them in the parameters' dtype."""
         return [self(batch) for batch in pixels.split(self.media_batch or max(1, len(pixels)))]
 

@@ -21,9 +21,9 @@ class MediaSpec:
         mean, std: per RGB channel, of values in 0..1.
         processor: the tower's own preprocessor config as JSON, naming its `image_processor_type`; what image mode
             `processor` follows, and what a checkpoint keeps.
-        resample: the filter by which `pad` and `resize` bring a picture to height and width.
-        is_usual: nobody stated in the preprocessor config how a picture becomes the tower's square.
-        cost: of encoding a picture by its patches, by which pictures are shared out over ranks.
+        resample: the filter by which `pad` and `resize` bring an image to height and width.
+        is_usual: nobody stated in the preprocessor config how an image becomes the tower's square.
+        cost: of encoding an image by its patches, by which images are shared out over ranks.
     """
 
     tokens_per_image: int

@@ -1,9 +1,9 @@
 """Pixels of the image modes `pad` and `resize`, which follow a tower's preprocessor config.
 
-They have their own way to a picture's shape: a square of the mean colour, or the aspect ratio let go. All else is the
+They have their own way to an image's shape: a square of the mean colour, or the aspect ratio let go. All else is the
 config's: the filter of the resize, means and deviations. What it says beside that is refused by its name: a crop, no
 normalisation, another scale. A class of transformers may have settings and steps that are its own, so the class is
-asked too: of a picture that is a square already it must make these pixels.
+asked too: of an image that is a square already it must make these pixels.
 
 Checkpoints from before are read as they were trained (`as_it_was`): always bicubic, all else passed over.
 """
@@ -38,7 +38,7 @@ _TOLERANCE = 1e-4  # of a trial, in parts of the largest value: far above fp32's
 
 
 def to_pixels(image: Image.Image, spec: MediaSpec | PixelFormat) -> NDArray[np.float32]:
-    """An RGB picture -> pixels [3, H, W], normalised; its aspect ratio is let go."""
+    """An RGB image -> pixels [3, H, W], normalised; its aspect ratio is let go."""
     image = image.resize((spec.width, spec.height), spec.resample)
     values = np.asarray(image, dtype=np.float32) / np.float32(255)  # [H, W, 3]
     mean, std = (np.asarray(channels, dtype=np.float32) for channels in (spec.mean, spec.std))
@@ -96,7 +96,7 @@ def kept_settings(spec: MediaSpec, image_mode: str) -> dict[str, Any]:
 
 
 def as_it_was(tower: TowerConfigs, image_mode: str) -> dict[str, Any] | None:
-    """Settings in the place of a checkpoint's (`model.vision.preprocessor`), by which its pictures were prepared before
+    """Settings in the place of a checkpoint's (`model.vision.preprocessor`), by which its images were prepared before
     `pad` and `resize` followed its preprocessor config; None where that is no difference."""
     if image_mode == "processor":
         return None
@@ -113,7 +113,7 @@ def as_it_was(tower: TowerConfigs, image_mode: str) -> dict[str, Any] | None:
 
 
 def look_alike(a: MediaSpec | PixelFormat, b: MediaSpec | PixelFormat, image_mode: str) -> bool:
-    """Whether both make the same pixels of every picture, in one image mode."""
+    """Whether both make the same pixels of every image, in one image mode."""
     if image_mode == "processor":
         return a.processor == b.processor
     return all(getattr(a, name) == getattr(b, name) for name in ("height", "width", "resample", "mean", "std"))
@@ -142,12 +142,12 @@ def _tried(settings: dict[str, Any], spec: MediaSpec | PixelFormat) -> Iterator[
     """Yields what is said by others: its class gets an image of which both make the same, if it says nothing else.
     Raises ConfigError where the class refuses."""
     noise = np.random.default_rng(0).integers(0, 256, (2 * spec.height, 2 * spec.width, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
-    theirs, ours = made_by_class(settings, picture), to_pixels(picture, spec)
+    image = Image.fromarray(noise)
+    theirs, ours = made_by_class(settings, image), to_pixels(image, spec)
     if theirs is None:
         return
-    name, seen = settings["image_processor_type"], f"{picture.width} x {picture.height}"
+    name, seen = settings["image_processor_type"], f"{image.width} x {image.height}"
     if theirs.shape != ours.shape:
-        yield f"settings by which {name} makes pixels {theirs.shape} of a picture of {seen}, not {ours.shape}"
+        yield f"settings by which {name} makes pixels {theirs.shape} of an image of {seen}, not {ours.shape}"
     elif (off := float(np.abs(theirs - ours).max())) > _TOLERANCE * max(1.0, float(np.abs(ours).max())):
-        yield f"settings by which {name} makes other pixels of a picture of {seen}, off by {off:.2g}"
+        yield f"settings by which {name} makes other pixels of an image of {seen}, off by {off:.2g}"

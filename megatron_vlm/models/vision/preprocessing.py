@@ -1,4 +1,4 @@
-"""The pixels a tower was trained on: size, filter, mean, standard deviation, and how a picture is brought to them.
+"""The pixels a tower was trained on: size, filter, mean, standard deviation, and how an image is brought to them.
 
 They come from the preprocessor config beside the weights, and from nowhere else; `model.vision.preprocessor` of the
 recipe may change single keys of it. A key that it lacks is the one of the transformers class that it names, as
@@ -41,7 +41,7 @@ Channels = tuple[float, float, float]
 _KEY = "model.vision"
 KEYS = ("image_processor_type", "do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size",
         "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_pad")  # fmt: skip
-GEOMETRY = ("size", "do_center_crop", "crop_size")  # how a picture becomes the tower's square
+GEOMETRY = ("size", "do_center_crop", "crop_size")  # how an image becomes the tower's square
 _EDGES = ("height", "width", "shortest_edge")
 
 
@@ -149,7 +149,7 @@ def _processor_class(settings: Mapping[str, Any]) -> Any:
 
 
 def load_processor(spec: MediaSpec | PixelFormat) -> Any:
-    """The transformers image processor the tower's preprocessor config names, from Pillow pictures to pixels.
+    """The transformers image processor the tower's preprocessor config names, from Pillow images to pixels.
 
     Raises:
         ConfigError: there is no form of it that works on Pillow alone, its settings are refused, or what it makes is
@@ -167,19 +167,19 @@ def load_processor(spec: MediaSpec | PixelFormat) -> Any:
         found = tuple(processor(oblong)["pixel_values"][0].shape)
     if found != (3, spec.height, spec.width):
         raise ConfigError(
-            f"{key} image processor {name} makes pixels {found} of a picture of {oblong.width} x {oblong.height}; "
+            f"{key} image processor {name} makes pixels {found} of an image of {oblong.width} x {oblong.height}; "
             f"the tower takes {(3, spec.height, spec.width)} of every one, so needs pad or resize"
         )
     return processor
 
 
-def made_by_class(settings: Mapping[str, Any], picture: Image.Image) -> Any:
+def made_by_class(settings: Mapping[str, Any], image: Image.Image) -> Any:
     """Pixels that the class of a preprocessor config makes of one image; None where it has no form for Pillow.
-    Raises ConfigError where it refuses its settings, or the picture."""
+    Raises ConfigError where it refuses its settings, or the image."""
     if (class_ := _processor_class(settings)) is None:
         return None
     with told(f"{_KEY}: image processor {class_.__name__} refuses its own settings"):
-        return np.asarray(class_.from_dict(dict(settings))(picture)["pixel_values"][0], dtype=np.float32)
+        return np.asarray(class_.from_dict(dict(settings))(image)["pixel_values"][0], dtype=np.float32)
 
 
 def _usual_settings(usual: Usual, height: int, width: int) -> dict[str, Any]:

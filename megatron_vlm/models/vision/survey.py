@@ -200,7 +200,7 @@ def count_patches(hf_config: PretrainedConfig, height: int, width: int) -> int:
 
 
 def patch_grid(hf_config: PretrainedConfig, height: int, width: int) -> PatchGrid:
-    """The patches (along the height, along the width) of a picture of that many pixels.
+    """The patches (along the height, along the width) of an image of that many pixels.
 
     Raises:
         ConfigError: the config has no patch size.

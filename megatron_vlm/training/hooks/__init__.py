@@ -1,6 +1,6 @@
 """Hooks watch a run and change nothing.
 
-On rank 0: metrics, TensorBoard, console, pictures, summary. On every rank: the model's memory, and the guard against
+On rank 0: metrics, TensorBoard, console, drawings, summary. On every rank: the model's memory, and the guard against
 numbers that are not finite.
 """
 

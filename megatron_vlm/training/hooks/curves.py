@@ -38,7 +38,7 @@ logger = get_logger(__name__)
 
 
 class CurvesHook(Hook):
-    """Draws both pictures into `directory`, from the lines there and from the last compared step."""
+    """Draws both curves into `directory`, from the lines there and from the last compared step."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -63,7 +63,7 @@ class CurvesHook(Hook):
             draw_curves(self.directory)
             if self.compared is not None and self.compared.ranks is not None:
                 draw_ranks(self.compared.ranks, self.compared.step, self.directory / RANKS)
-        except Exception as error:  # whatever it is, a picture is not worth a run
+        except Exception as error:  # whatever it is, a drawing is not worth a run
             logger.warning("%s could not be drawn: %s", self.directory / CURVES, one_line(error))
         ended = time.monotonic()
         self.due = ended + max(DRAWING_SECONDS, (ended - started) / DRAWING_SHARE)

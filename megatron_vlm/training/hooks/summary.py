@@ -90,7 +90,7 @@ class SummaryHook(Hook):
 
 def _log(summary: dict[str, Any]) -> None:
     logger.info(
-        "%d steps to step %d of %d in %.1f s: %s tokens, %s samples, %s pictures; %.1f%% padding; loss %s",
+        "%d steps to step %d of %d in %.1f s: %s tokens, %s samples, %s images; %.1f%% padding; loss %s",
         summary["steps"],
         summary["step"],
         summary["of_steps"],

@@ -1,6 +1,6 @@
 """Record of a rank's values in a few steps, tensor by tensor: its part of the master test and of `--check-layout`.
 
-The first step leaves everything behind that a wrong layout could change: each picture's features, the embeddings they
+The first step leaves everything behind that a wrong layout could change: each image's features, the embeddings they
 are merged into, every layer's output, the loss of every token, and the final gradients. The weights before it and what
 all steps together did to them are kept too. Everything is a plain copy on the CPU, this rank's part only; `compare`
 puts the parts together.
@@ -30,7 +30,7 @@ from megatron_vlm.training import schedule
 from megatron_vlm.training.job import Job
 
 Tensors = dict[str, Tensor]
-ValueKey = tuple[str, int, int]  # what, global row, first token of the picture (0 where it is no picture)
+ValueKey = tuple[str, int, int]  # what, global row, first token of the image (0 where it is no image)
 
 FEATURES = "vision features"
 MERGED = "language.embedding"
@@ -160,11 +160,11 @@ def first_forward(job: Job, batch: StepBatch, record: Record) -> Iterator[None]:
         for row, value in enumerate(rows.detach().cpu()):
             record.values[what, global_row(micro_batch, row), 0] = value.clone()
 
-    pictures = iter([(window, span.item) for window in batch.windows for span in window.own_spans])
+    images = iter([(window, span.item) for window in batch.windows for span in window.own_spans])
 
     def keep_features(_encoder: nn.Module, _inputs: Any, features: Tensor) -> None:
-        for value in features.detach().cpu():  # of a batch of the window's pictures
-            window, item = next(pictures)
+        for value in features.detach().cpu():  # of a batch of the window's images
+            window, item = next(images)
             data = item.data if window.plan.over_world else place.data
             record.values[FEATURES, global_row(item.micro_batch, item.row, data), item.start] = value.clone()
 
@@ -173,7 +173,7 @@ def first_forward(job: Job, batch: StepBatch, record: Record) -> Iterator[None]:
         for chunk in job.model.language:
             watch_chunk(chunk, keep_rows, stack)
         yield
-        assert next(pictures, None) is None, "a picture was not encoded"
+        assert next(images, None) is None, "an image was not encoded"
 
 
 def watch_chunk(chunk: LanguageModel, keep: Callable[[str, int, Tensor], None], stack: contextlib.ExitStack) -> None:

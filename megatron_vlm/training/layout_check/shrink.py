@@ -2,13 +2,13 @@
 
 Kept: everything that decides how ranks share the work (sizes, sequence parallelism, windows, overlap, recompute,
 distributed optimizer), what trains, heads and groups, tied weights and biases, the kinds of attention that layers have,
-the vocabulary with its padding, the tokenizer and its template. Reduced: layers, sliding windows, widths, the pictures'
+the vocabulary with its padding, the tokenizer and its template. Reduced: layers, sliding windows, widths, the images'
 size, frames, rows, steps. Weights are random, with a spread at which attention is not flat, even where the recipe names
 some: none of the user's is needed to see whether a layout computes what one process does. Arithmetic is fp32, and rates
 are high enough for updates to show. FP8 is off, as bf16 is: a shard's own scale rounds it otherwise than one process
 rounds the whole, so a right layout would differ.
 
-The samples are the shortest real ones of each kind: one picture, several, text alone. Short answers at the ends of rows
+The samples are the shortest real ones of each kind: one image, several, text alone. Short answers at the ends of rows
 would leave the cuts between ranks to tokens that are not trained, and what goes wrong there to later steps: so one of
 the first step's samples has its answer lengthened until it is as long as the longest.
 """
@@ -87,7 +87,7 @@ def shrink(config: Config, world_size: int, described: ModelDescription) -> tupl
     tree["data"] |= {
         "shuffle": False,
         "group_by_modality_length": False,
-    }  # the picked order: pictures in the first step
+    }  # the picked order: images in the first step
     tree["data"]["video"]["num_frames"] = min(config.data.video.num_frames, MAX_FRAMES)
     if config.data.image_mode == "processor":
         tree["data"]["image_mode"] = "pad"  # the processor's settings stay behind with the tower's path
@@ -184,7 +184,7 @@ def shrink_batch(training: TrainingConfig, sizes: GridSizes) -> Tree:
         number = 2 * window
     return {
         "media_window": window,
-        "media_batch": training.media_batch and 1,  # a rank has few pictures
+        "media_batch": training.media_batch and 1,  # a rank has few images
         "micro_batch_size": rows,
         "global_batch_size": number * rows * sizes.data,
     }
@@ -203,10 +203,10 @@ def matching_patterns(tree: Tree) -> list[str]:
 
 
 def pick_samples(config: Config, tokens_per_image: int, num_rows: int) -> tuple[list[Tree], int]:
-    """The shortest samples with one, several and no pictures, by turns, and the longest one's tokens.
+    """The shortest samples with one, several and no images, by turns, and the longest one's tokens.
 
     Args:
-        num_rows: of a step. Among the first so many samples, the first of those with the fewest pictures is lengthened.
+        num_rows: of a step. Among the first so many samples, the first of those with the fewest images is lengthened.
 
     Raises:
         DataError: none can be used; the first one's fault.
@@ -229,7 +229,7 @@ def pick_samples(config: Config, tokens_per_image: int, num_rows: int) -> tuple[
             kinds[min(len(sample.images), 2)].append((length, extent))
     picked = list(_by_turns([sorted(kind) for kind in kinds.values()]))[: num_rows * NUM_STEPS]
     if not picked:
-        raise fault or DataError(f"{data.path}: none of its first samples has all its pictures in {data.media_root}")
+        raise fault or DataError(f"{data.path}: none of its first samples has all its images in {data.media_root}")
     samples, longest = [file.read(extent) for _, extent in picked], max(length for length, _ in picked)
     number = min(range(min(num_rows, len(samples))), key=lambda number: len(samples[number].images))
     samples[number] = lengthen(samples[number], longest - picked[number][0], encoder)

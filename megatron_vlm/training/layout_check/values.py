@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_vlm.training.layout_check.difference import TOLERANCE, Allowance, Comparison, Difference
 from megatron_vlm.training.layout_check.record import FEATURES, MERGED, TOKEN_LOSS, Record, ValueKey
 
-TITLES = {FEATURES: "features of each picture", MERGED: "embeddings, features merged", TOKEN_LOSS: "loss of each token"}
+TITLES = {FEATURES: "features of each image", MERGED: "embeddings, features merged", TOKEN_LOSS: "loss of each token"}
 LAYERS = "outputs of the layers"
 
 
@@ -39,7 +39,7 @@ def _value(name: str, one: Record, many: Sequence[Record]) -> Difference:
 
 
 def _row(key: ValueKey, one: Record, record: Record) -> Difference:
-    """One row's value, or one picture's, as far as this rank holds it."""
+    """One row's value, or one image's, as far as this rank holds it."""
     name, row, start = key
     wanted, found = one.values[key], record.values[key]
     positions = torch.arange(start, start + len(found))
@@ -62,15 +62,15 @@ def _row(key: ValueKey, one: Record, record: Record) -> Difference:
 
 
 def _phase_of_embeddings(one: Record, row: int, positions: Tensor, distances: Tensor) -> str:
-    """`exchange` where what is wrong stands in a picture's place, else the embedding itself is."""
-    in_picture = torch.zeros_like(positions, dtype=torch.bool)
-    for start, length in _pictures(one, row):
-        in_picture |= (positions >= start) & (positions < start + length)
-    return "exchange" if distances[in_picture].sum() > distances[~in_picture].sum() else "language forward"
+    """`exchange` where what is wrong stands in an image's place, else the embedding itself is."""
+    in_image = torch.zeros_like(positions, dtype=torch.bool)
+    for start, length in _images(one, row):
+        in_image |= (positions >= start) & (positions < start + length)
+    return "exchange" if distances[in_image].sum() > distances[~in_image].sum() else "language forward"
 
 
-def _pictures(one: Record, row: int) -> Iterator[tuple[int, int]]:
-    """First token and number of tokens of each picture of a row."""
+def _images(one: Record, row: int) -> Iterator[tuple[int, int]]:
+    """First token and number of tokens of each image of a row."""
     for (name, of_row, start), features in one.values.items():
         if name == FEATURES and of_row == row:
             yield start, len(features)

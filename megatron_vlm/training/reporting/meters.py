@@ -30,11 +30,11 @@ class StepReport:
     grad_norm: float | None
     learning_rates: dict[str, float]  # per component
     trained_tokens: int
-    tokens: int  # all but padding, pictures' included
+    tokens: int  # all but padding, images' included
     padding_tokens: int  # which fill up the rows
-    media: int  # pictures
+    media: int  # images
     samples: int
-    blanked: dict[str, int]  # samples left untrained because of a picture, by reason
+    blanked: dict[str, int]  # samples left untrained because of an image, by reason
     seconds: float  # loading included
     updated: bool
     tokens_per_second: float

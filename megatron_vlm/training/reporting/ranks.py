@@ -2,7 +2,7 @@
 
 Most phases tell of the whole job, not of a rank: whoever is late to a collective makes all the others wait in theirs,
 so a slow rank's own pipeline time is even the shortest. Only phases in which a rank waits for nobody can name it:
-waiting for its own data workers, and tower and projector over its own pictures.
+waiting for its own data workers, and tower and projector over its own images.
 
 Hazard: on a GPU a phase's time is its own only where the device is waited for at its end; the steps compared do so.
 """

@@ -1,4 +1,4 @@
-"""Pictures of every format and mode Pillow writes, with headers that lie, and what is no picture at all."""
+"""Images of every format and mode Pillow writes, with headers that lie, and what is no image at all."""
 
 import io
 import struct
@@ -45,7 +45,7 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\n%%EndComments\
 
 @dataclass(frozen=True)
 class Base:
-    """Good pictures by format, and a reader for each way to prepare them."""
+    """Good images by format, and a reader for each way to prepare them."""
 
     files: dict[str, list[bytes]]
     readers: list[MediaReader]
@@ -54,10 +54,10 @@ class Base:
 def prepare(folder: Path) -> Base:
     survey = survey_tower(VisionConfig.model_validate({"config": tiny_clip()}), None)
     readers = [MediaReader(survey.media_spec, mode) for mode in ("pad", "resize", "processor")]
-    return Base({name: [_picture(name, mode) for mode in modes] for name, modes in FORMATS.items()}, readers)
+    return Base({name: [_image(name, mode) for mode in modes] for name, modes in FORMATS.items()}, readers)
 
 
-def _picture(format: str, mode: str) -> bytes:
+def _image(format: str, mode: str) -> bytes:
     noise = np.random.default_rng(3).integers(0, 256, (24, 33, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     if mode == "I;16":

@@ -1,4 +1,4 @@
-"""LLaVA's conversation files: JSON lists and lines, with pictures and videos; up to index, samples and pixels."""
+"""LLaVA's conversation files: JSON lists and lines, with images and videos; up to index, samples and pixels."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from megatron_vlm.data.index import BadSamplePolicy, open_index
 from megatron_vlm.data.media import MediaReader
 from megatron_vlm.data.sources.llava_json import LlavaFile
 from megatron_vlm.data.tokenizer import load_tokenizer
-from megatron_vlm.data.video.files import read_pictures
+from megatron_vlm.data.video.files import read_images
 from megatron_vlm.data.video.sampling import with_frames
 from megatron_vlm.models.vision.survey import survey_tower
 from tests.fuzz import hostile
@@ -87,8 +87,8 @@ def _read(base: Base, path: Path, skip: BadSamplePolicy | None, folder: Path) ->
         index.sample_id(number)
         sample = with_frames(file.read(index.extent(number)), index.frame_counts(number), "<image>")
         base.encoder.encode(sample)
-        for picture in sample.images:
-            for _ in read_pictures(base.reader, [picture], folder, sample.id):
+        for image in sample.images:
+            for _ in read_images(base.reader, [image], folder, sample.id):
                 pass
 
 

@@ -45,10 +45,10 @@ MINE = {"path": "mine.json"}
         ([MINE | {"media_root": "ours"}, {}], [], "ours"),
     ],
 )
-def test_a_folder_of_pictures_goes_with_its_file(
+def test_a_folder_of_images_goes_with_its_file(
     tmp_path: Path, section: str, children: list[dict[str, Any]], overrides: list[str], root: str | None
 ) -> None:
-    """A base's does not send the pictures of a file that the child, or the command line, names elsewhere."""
+    """A base's does not send the images of a file that the child, or the command line, names elsewhere."""
     keys = {f"{section}__path": "train.json", f"{section}__media_root": "theirs"}
     path = write(tmp_path / "r.yaml", tree(**keys))
     for number, child in enumerate(children):
@@ -57,17 +57,17 @@ def test_a_folder_of_pictures_goes_with_its_file(
     assert getattr(config, section).media_root == root
 
 
-def test_a_folder_of_pictures_without_a_file_is_for_any(tmp_path: Path) -> None:
+def test_a_folder_of_images_without_a_file_is_for_any(tmp_path: Path) -> None:
     """A cluster's, say."""
-    write(tmp_path / "cluster.yaml", {"data": {"media_root": "/pictures"}})
+    write(tmp_path / "cluster.yaml", {"data": {"media_root": "/images"}})
     mine = {section: keys for section, keys in tree().items() if section != "data"}
     path = write(tmp_path / "mine.yaml", {**mine, "base": "cluster.yaml", "data": {"path": "mine.json"}})
-    assert load_config(path).data.media_root == "/pictures"
+    assert load_config(path).data.media_root == "/images"
     path = write(tmp_path / "no_data.yaml", {**mine, "base": "cluster.yaml"})
-    assert load_config(path, ["data.path=mine.json"]).data.media_root == "/pictures"
+    assert load_config(path, ["data.path=mine.json"]).data.media_root == "/images"
 
 
-def test_a_folder_of_pictures_that_is_left_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_images_that_is_left_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr("megatron_vlm.config.loading.logger.info", lambda text, *parts: said.append(text % parts))
     path = write(tmp_path / "r.yaml", tree(data__media_root="theirs"))

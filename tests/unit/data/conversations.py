@@ -66,7 +66,7 @@ def encoder_of(
 
 
 def random_conversation(draw: random.Random, rounds: int) -> Sample:
-    """Texts with all that tokenizers join at their ends, pictures among them, empty answers too."""
+    """Texts with all that tokenizers join at their ends, images among them, empty answers too."""
 
     def words(most: int) -> str:
         return "".join(draw.choice((*tokenizers.GREEDY, "x", " y")) for _ in range(draw.randint(0, most)))
@@ -99,8 +99,8 @@ def check(encoder: ConversationEncoder, sample: Sample, ends: tuple[str, str]) -
     assert all(label in (IGNORE, id_) for id_, label in zip(whole.ids, whole.labels, strict=True))
     for number, run in zip(turns, runs, strict=True):
         before = sample.turns[:number]
-        pictures = sum(turn.text.count("<image>") for turn in before)
-        prompt = encoder.encode_prompt(replace(sample, turns=before, images=sample.images[:pictures]))
+        num_images = sum(turn.text.count("<image>") for turn in before)
+        prompt = encoder.encode_prompt(replace(sample, turns=before, images=sample.images[:num_images]))
         assert whole.ids[: len(prompt.ids)] == prompt.ids
         assert run.start == len(prompt.ids)
         end = ends[number == len(sample.turns) - 1]

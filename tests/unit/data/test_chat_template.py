@@ -154,7 +154,7 @@ def test_an_index_is_of_the_day_that_its_template_sees(tmp_path: Path) -> None:
 
 
 def test_an_index_of_answers_apart(tmp_path: Path) -> None:
-    """Every answer of a record is a sample, with the pictures that stand before it."""
+    """Every answer of a record is a sample, with the images that stand before it."""
     file = LlavaFile(tiny_dataset(tmp_path), "<image>")
     tokenizer = tokenizers.byte_level(tmp_path / "tokenizer", tokenizers.QWEN3)
     encoder = ConversationEncoder(tokenizer, "auto", "<image>", 5, apart=True)

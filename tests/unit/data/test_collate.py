@@ -1,4 +1,4 @@
-"""Rows: shifted labels, padding that is never trained, pictures in their places."""
+"""Rows: shifted labels, padding that is never trained, images in their places."""
 
 import random
 

@@ -149,7 +149,7 @@ def test_marker_outside_the_vocabulary(vicuna: PreTrainedTokenizerBase) -> None:
 
 
 @pytest.mark.parametrize(("images", "text"), [(1, "no marker"), (0, "<image> one"), (1, "<image> <image>")])
-def test_markers_and_pictures_differ(vicuna: PreTrainedTokenizerBase, images: int, text: str) -> None:
+def test_markers_and_images_differ(vicuna: PreTrainedTokenizerBase, images: int, text: str) -> None:
     found = text.count("<image>")
     with pytest.raises(DataError, match=rf"test.json element 0: sample 's' has {images} image\(s\) and {found} "):
         encoder_of(vicuna).encode(conversation(text, "answer", images=images))
@@ -186,8 +186,8 @@ def test_a_broken_template_is_a_config_error(tmp_path: Path, template: str) -> N
 
 
 @pytest.mark.parametrize("with_images", [False, True])
-def test_truncation_keeps_a_prefix_and_no_half_picture(chatml: PreTrainedTokenizerBase, with_images: bool) -> None:
-    """At every length: as long as allowed, but for the placeholders of a picture that does not fit."""
+def test_truncation_keeps_a_prefix_and_no_half_image(chatml: PreTrainedTokenizerBase, with_images: bool) -> None:
+    """At every length: as long as allowed, but for the placeholders of an image that does not fit."""
     marker = "<image>" if with_images else ""
     sample = conversation(f"one {marker}?", "yes", f"{marker}two {marker}?", "no", images=3 * with_images)
     whole = encoder_of(chatml).encode(sample)

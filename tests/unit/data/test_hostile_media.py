@@ -1,4 +1,4 @@
-"""Pictures and videos that would block, start a program, fill the memory or lead elsewhere are one sample's fault."""
+"""Images and videos that would block, start a program, fill the memory or lead elsewhere are one sample's fault."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from PIL import Image
 from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.media import FAULTS, FORMATS, MediaReader
 from megatron_vlm.data.sample import BadSample, Frame
-from megatron_vlm.data.video.files import read_pictures, survey
+from megatron_vlm.data.video.files import read_images, survey
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.runtime.limits import bounded
 from tests.helpers.odd_files import ODD
@@ -44,7 +44,7 @@ def test_what_is_no_file_is_neither_image_nor_video_nor_frame(tmp_path: Path, ki
     assert expected in str(caught.value) and caught.value.reason in FAULTS
     if os.path.lexists(frame):
         with pytest.raises(BadSample, match=expected):
-            list(read_pictures(READER, [Frame("frames", 0, 1)], tmp_path, "s"))
+            list(read_images(READER, [Frame("frames", 0, 1)], tmp_path, "s"))
 
 
 def strip(path: Path, width: int, height: int) -> Path:
@@ -77,7 +77,7 @@ def test_a_side_whose_weights_of_a_resize_fill_the_memory(tmp_path: Path) -> Non
     assert READER.read(strip(tmp_path / "b.png", 1_000_000, 1), "s").shape == (3, 28, 28)
 
 
-def test_memory_that_a_picture_lacks_is_the_pictures_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_an_image_lacks_is_the_images_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lacks(*_: object) -> None:
         raise MemoryError
 
@@ -86,18 +86,18 @@ def test_memory_that_a_picture_lacks_is_the_pictures_fault(tmp_path: Path, monke
     monkeypatch.setattr(Image.Image, "resize", lacks)
     assert refused(tmp_path / "a.png").reason == "damaged"
     with pytest.raises(BadSample, match=r"s: video .*a\.mp4 cannot be read: MemoryError"):
-        list(read_pictures(READER, [Frame("a.mp4", 0, 3)], tmp_path, "s"))
+        list(read_images(READER, [Frame("a.mp4", 0, 3)], tmp_path, "s"))
 
 
 def test_frames_that_grow_while_they_are_resized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_video(tmp_path / "a.mp4", 3)
     monkeypatch.setattr("megatron_vlm.data.media.MAX_PREPARED_PIXELS", 28 * 28)  # 28 x 32 between the passes
     with pytest.raises(BadSample, match="too large to be decoded: its 32 x 32 pixels become 896") as caught:
-        list(read_pictures(READER, [Frame("a.mp4", 0, 3)], tmp_path, "s"))
+        list(read_images(READER, [Frame("a.mp4", 0, 3)], tmp_path, "s"))
     assert caught.value.reason == "bomb"
 
 
-def test_no_picture_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_image_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow takes whatever begins with %!PS to Ghostscript."""
     ghostscript = tmp_path / "gs"
     ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
@@ -120,7 +120,7 @@ def test_formats_that_are_trained_on(tmp_path: Path, format: str) -> None:
     assert red > 0.9 and green < -0.9
 
 
-def test_a_camera_s_jpeg_of_several_pictures(tmp_path: Path) -> None:
+def test_a_camera_s_jpeg_of_several_images(tmp_path: Path) -> None:
     red = Image.new("RGB", (40, 40), (255, 0, 0))
     red.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (40, 40))])
     assert READER.read(tmp_path / "a.jpg", "s")[0].mean() > 0.9
@@ -173,4 +173,4 @@ def test_a_name_is_only_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     made.rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert survey(Path(name), "s").num_frames == 5
-    assert len(list(read_pictures(READER, [Frame(name, 0, VideoConfig().num_frames - 3)], Path(), "s"))) == 1
+    assert len(list(read_images(READER, [Frame(name, 0, VideoConfig().num_frames - 3)], Path(), "s"))) == 1

@@ -75,7 +75,7 @@ def test_unicode_ids(tmp_path: Path) -> None:
     assert [open_tiny(tmp_path).sample_id(i) for i in range(4)] == ["ü", "", "漢字", "plain"]
 
 
-def test_missing_picture_is_told_at_indexing(tmp_path: Path) -> None:
+def test_missing_image_is_told_at_indexing(tmp_path: Path) -> None:
     tiny_dataset(tmp_path)
     (tmp_path / "images/2-1.png").unlink()
     with pytest.raises(
@@ -241,8 +241,8 @@ def test_nothing_left(tmp_path: Path) -> None:
     assert published(tmp_path) == [] and "\n" not in str(caught.value)
 
 
-def test_a_media_root_without_its_pictures(tmp_path: Path) -> None:
-    """Half of 18 samples with pictures may lack one; with one more it is the folder that is bad."""
+def test_a_media_root_without_its_images(tmp_path: Path) -> None:
+    """Half of 18 samples with images may lack one; with one more it is the folder that is bad."""
     path = tiny_dataset(tmp_path)
     with_images = [number for number in range(24) if number % 4]
     for number in with_images[:10]:
@@ -256,8 +256,8 @@ def test_a_media_root_without_its_pictures(tmp_path: Path) -> None:
     assert skip_bad(path, tmp_path).dropped == {"missing": 9}
 
 
-def test_pictures_that_are_back_are_not_left_out_silently(tmp_path: Path) -> None:
-    """Until the user has the index built again; where a sample lacks another picture still, nothing has changed."""
+def test_images_that_are_back_are_not_left_out_silently(tmp_path: Path) -> None:
+    """Until the user has the index built again; where a sample lacks another image still, nothing has changed."""
     path = tiny_dataset(tmp_path)
     for name in ("2-0", "2-2", "5-0"):
         (tmp_path / f"images/{name}.png").rename(tmp_path / name)
@@ -296,7 +296,7 @@ def edited(record: dict[str, Any], answer: str) -> dict[str, Any]:
         (lambda rs: [edited(rs[0], "yes"), *rs[1:]], {"contents"}),
         (lambda rs: [*rs[:2], {**rs[2], "image": rs[2]["image"][::-1]}, *rs[3:]], {"contents"}),
     ],
-    ids=["nothing", "id", "order", "fewer", "longer answer", "answer of equal length", "pictures reversed"],
+    ids=["nothing", "id", "order", "fewer", "longer answer", "answer of equal length", "images reversed"],
 )
 def test_fingerprint_of_contents(tmp_path: Path, change: Callable[[list[Any]], list[Any]], differing: set[str]) -> None:
     """Of what is trained on, wherever and whenever written."""
@@ -333,7 +333,7 @@ def test_untrained_answers_are_part_of_the_fingerprint(tmp_path: Path, key: str)
 
 
 def test_truncated_samples_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """An index of its own, with the tokens and pictures that are left; one without an answer is a bad sample."""
+    """An index of its own, with the tokens and images that are left; one without an answer is a bad sample."""
     whole, file = open_tiny(tmp_path), LlavaFile(tiny_dataset(tmp_path), "<image>")
     labels = [encoder_in(tmp_path).encode(sample).labels for sample in file.read_all()]
     first_answers = [next(at for at, label in enumerate(row) if label != IGNORE) for row in labels]

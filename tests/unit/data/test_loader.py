@@ -1,4 +1,4 @@
-"""The stream of steps: the same global batches in every layout, every picture read by one rank of its replica."""
+"""The stream of steps: the same global batches in every layout, every image read by one rank of its replica."""
 
 import contextlib
 import json
@@ -135,7 +135,7 @@ def test_every_layout_has_the_same_global_batch(folder: Path, sizes: GridSizes, 
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("sizes", LAYOUTS)
-def test_each_picture_is_read_by_one_rank_of_its_replica(folder: Path, sizes: GridSizes, window: int | None) -> None:
+def test_each_image_is_read_by_one_rank_of_its_replica(folder: Path, sizes: GridSizes, window: int | None) -> None:
     config = tiny_recipe(folder, training={"media_window": window})
     reader = MediaReader(SPEC, "pad")
     ranks = [steps_of(config, sizes, rank) for rank in range(sizes.world)]
@@ -220,7 +220,7 @@ def test_a_last_answer_that_is_written_otherwise_is_told_once(
 def test_too_long_a_sample_is_named_before_the_first_step(folder: Path) -> None:
     config = tiny_recipe(folder, training={"sequence_length": 60})
     message = (
-        r"train.json element \d+: sample 'sample-\d+' has \d+ tokens, pictures included; "
+        r"train.json element \d+: sample 'sample-\d+' has \d+ tokens, images included; "
         r"training.sequence_length is 60 \(\d+ of 24 samples are longer\)"
     )
     with pytest.raises(DataError, match=message):
@@ -228,7 +228,7 @@ def test_too_long_a_sample_is_named_before_the_first_step(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_picture_lost_during_the_run(tmp_path: Path, num_workers: int) -> None:
+def test_image_lost_during_the_run(tmp_path: Path, num_workers: int) -> None:
     """The error of a worker arrives as one line that names sample and file."""
     config = tiny_recipe(tmp_path, data={"num_workers": num_workers})
     steps_of(tiny_recipe(tmp_path), count=1)
@@ -301,7 +301,7 @@ def test_bad_samples_dropped_while_indexing_change_nothing_else(tmp_path: Path) 
         assert equal(one, other)
 
 
-def test_pictures_that_cannot_be_decoded_are_blank(tmp_path: Path) -> None:
+def test_images_that_cannot_be_decoded_are_blank(tmp_path: Path) -> None:
     path, _, blanked = bad_media.spoil(tmp_path)
     batches = steps_of(skipping(tmp_path, path), count=20)
     faulty: list[str] = []
@@ -316,7 +316,7 @@ def test_pictures_that_cannot_be_decoded_are_blank(tmp_path: Path) -> None:
     assert set(faulty) == blanked and len(faulty) >= bad_media.BLANKED["damaged"]
 
 
-def test_a_picture_lost_during_the_run_is_blank_under_skip(tmp_path: Path) -> None:
+def test_an_image_lost_during_the_run_is_blank_under_skip(tmp_path: Path) -> None:
     config = skipping(tmp_path, tiny_dataset(tmp_path), shuffle=False)
     steps_of(config, count=1)
     (tmp_path / "images/1-0.png").unlink()
@@ -327,8 +327,8 @@ def test_a_picture_lost_during_the_run_is_blank_under_skip(tmp_path: Path) -> No
 
 def test_bombs_are_one_line_under_error(tmp_path: Path) -> None:
     config = tiny_recipe(tmp_path)
-    for picture in (tmp_path / "images").iterdir():
-        bad_media.bomb(picture)
+    for image in (tmp_path / "images").iterdir():
+        bad_media.bomb(image)
     with pytest.raises(DataError, match=r"^sample 'sample-.*png is too large to be decoded: .*pixels") as caught:
         steps_of(config, count=1)
     assert "\n" not in str(caught.value)
@@ -343,7 +343,7 @@ def test_grouped_steps_resume_exactly_on_any_layout(folder: Path, sizes: GridSiz
     epoch = [name for batch in whole[:3] for name in batch.sample_ids]
     assert sorted(epoch) == sorted(f"sample-{i}" for i in range(24))
     mixed = [len({span.sample_id for span in batch.windows[0].spans}) not in (0, 8) for batch in whole[:3]]
-    assert sum(mixed) == 1  # 18 samples with pictures, 6 without: two whole batches, and one of leftovers
+    assert sum(mixed) == 1  # 18 samples with images, 6 without: two whole batches, and one of leftovers
 
 
 def test_pixels_of_the_towers_own_processor(folder: Path) -> None:
@@ -383,7 +383,7 @@ def documents_of(batch: StepBatch) -> dict[str, list[list[int]]]:
 
 
 def test_packed_documents_are_the_unpacked_samples(folder: Path) -> None:
-    """Ids, labels and positions of every sample, wherever it stands; rows of one length; pictures in their places."""
+    """Ids, labels and positions of every sample, wherever it stands; rows of one length; images in their places."""
     alone: dict[str, list[list[int]]] = {}
     for batch in steps_of(tiny_recipe(folder), count=3):
         for micro_batch, tokens in zip(batch.micro_batches, batch.row_tokens, strict=True):
@@ -407,8 +407,8 @@ def test_packed_documents_are_the_unpacked_samples(folder: Path) -> None:
             item, micro_batch = span.item, batch.micro_batches[span.item.micro_batch]
             at = item.start - micro_batch.document(item.row, item.start).start
             assert all(id_ == 0 for id_ in found[span.sample_id][0][at : at + item.num_tokens])
-            picture = Path(span.path).stem.partition("-")
-            assert span.sample_id == f"sample-{picture[0]}"
+            image = Path(span.path).stem.partition("-")
+            assert span.sample_id == f"sample-{image[0]}"
     assert seen == set(alone)
 
 
@@ -439,7 +439,7 @@ def test_held_out_rows_are_not_packed(tmp_path: Path) -> None:
 
 
 def test_long_samples_are_truncated_where_that_is_asked(tmp_path: Path) -> None:
-    """A picture that is cut off is neither counted nor read."""
+    """An image that is cut off is neither counted nor read."""
     config = tiny_recipe(tmp_path, data={"on_long_sample": "truncate"}, training={"sequence_length": 60})
     with pytest.raises(DataError, match="hold no answer"):
         steps_of(config)
@@ -463,10 +463,10 @@ def test_long_samples_are_truncated_where_that_is_asked(tmp_path: Path) -> None:
     assert changed and all(cut[name] == whole[name] for name in whole.keys() - changed)
     for name in changed:
         assert cut[name][0] <= 60 and whole[name][1] == 2 and cut[name][1] in (1, 2)
-    assert {cut[name][1] for name in changed} & {1}, "some lost a picture"
+    assert {cut[name][1] for name in changed} & {1}, "some lost an image"
 
 
-def test_pictures_are_pinned_on_cuda_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_pinned_on_cuda_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With stand-ins for CUDA: which tensors, on which device, and that nothing else of a step changes."""
     config = tiny_recipe(folder)
     assert pinning() is None  # on the CPU, and where the device is not decided yet

@@ -24,7 +24,7 @@ PROCESSOR = CLIPImageProcessorPil(
 )
 
 
-def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
     values = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(values).convert(mode)
 
@@ -36,7 +36,7 @@ def theirs(image: Image.Image) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(28, 28), (64, 64), (40, 20), (7, 100), (1, 1)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
 def test_resize_equals_transformers(tmp_path: Path, size: tuple[int, int], mode: str) -> None:
-    image = picture(*size, mode)
+    image = noise(*size, mode)
     image.save(tmp_path / "a.png")
     pixels = MediaReader(SPEC, "resize").read(tmp_path / "a.png", "sample 's'")
     assert pixels.shape == (3, 28, 28) and pixels.dtype == torch.float32 and pixels.is_contiguous()
@@ -46,7 +46,7 @@ def test_resize_equals_transformers(tmp_path: Path, size: tuple[int, int], mode:
 @pytest.mark.parametrize("size", [(64, 64), (41, 20), (20, 41)])
 def test_pad_equals_expand_to_square(size: tuple[int, int]) -> None:
     width, height = size
-    side, image = max(size), picture(*size)
+    side, image = max(size), noise(*size)
     square = np.full((side, side, 3), [int(m * 255) for m in MEAN], np.uint8)
     top, left = (side - height) // 2, (side - width) // 2
     square[top : top + height, left : left + width] = np.asarray(image)
@@ -57,7 +57,7 @@ def test_pad_equals_expand_to_square(size: tuple[int, int]) -> None:
 
 def test_size_of_the_spec_is_height_then_width() -> None:
     spec = MediaSpec(4, 4, height=14, width=42, mean=MEAN, std=STD)
-    assert MediaReader(spec, "resize").prepare(picture(30, 30)).shape == (3, 14, 42)
+    assert MediaReader(spec, "resize").prepare(noise(30, 30)).shape == (3, 14, 42)
 
 
 def test_blank_is_the_mean_colour_and_reads_nothing(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ PROCESSORS: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_processor_mode_is_the_towers_processor(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
     class_, settings = PROCESSORS[name]
     settings = {"image_processor_type": class_.__name__.removesuffix("Pil"), "image_mean": MEAN, **settings}
-    image = picture(*size)
+    image = noise(*size)
     image.save(tmp_path / "a.png")
     reader = MediaReader(replace(SPEC, processor=json.dumps(settings)), "processor")
     pixels = reader.read(tmp_path / "a.png", "sample 's'")
@@ -100,20 +100,20 @@ def test_processor_mode_is_the_towers_processor(tmp_path: Path, name: str, size:
 def test_bad_files_name_sample_and_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / ("bad.jpg" if "jpg" in kind else "bad.png")
     if kind in ("empty", "text"):
-        path.write_text("" if kind == "empty" else "no picture")
+        path.write_text("" if kind == "empty" else "no image")
     elif "truncated" in kind:
-        damaged(picture(64, 64), path)
+        damaged(noise(64, 64), path)
     elif kind == "folder":
         path.mkdir()
     with pytest.raises(DataError, match=rf"sample 's': image .*{path.name} (does not exist|cannot be read)"):
         MediaReader(SPEC, "pad").read(path, "sample 's'")
 
 
-def test_every_damaged_byte_is_an_error_or_a_picture(tmp_path: Path) -> None:
+def test_every_damaged_byte_is_an_error_or_an_image(tmp_path: Path) -> None:
     """Whatever is wrong inside a file, nothing but DataError comes out."""
     random = np.random.default_rng(0)
     for name in ("a.png", "a.jpg", "a.gif"):
-        picture(20, 20).save(tmp_path / name)
+        noise(20, 20).save(tmp_path / name)
         good = np.frombuffer((tmp_path / name).read_bytes(), np.uint8)
         for _ in range(40):
             bad = good.copy()
@@ -125,7 +125,7 @@ def test_every_damaged_byte_is_an_error_or_a_picture(tmp_path: Path) -> None:
                 assert "\n" not in str(error)
 
 
-def test_wide_grey_pictures_are_scaled_and_not_clipped(tmp_path: Path) -> None:
+def test_wide_grey_images_are_scaled_and_not_clipped(tmp_path: Path) -> None:
     values = np.arange(28 * 28, dtype=np.uint16).reshape(28, 28) * 83
     Image.fromarray(values).save(tmp_path / "wide.png")
     Image.fromarray((values / 257).round().astype(np.uint8)).save(tmp_path / "narrow.png")
@@ -134,7 +134,7 @@ def test_wide_grey_pictures_are_scaled_and_not_clipped(tmp_path: Path) -> None:
     assert wide.std() > 0.5
 
 
-def test_pictures_without_a_known_white_are_refused(tmp_path: Path) -> None:
+def test_images_without_a_known_white_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.linspace(0, 1, 28 * 28, dtype=np.float32).reshape(28, 28)).save(tmp_path / "a.tif")
     with pytest.raises(DataError, match=r"sample 's': image .*a.tif cannot be read: its pixels are 32 bits wide"):
         MediaReader(SPEC, "pad").read(tmp_path / "a.tif", "sample 's'")
@@ -174,7 +174,7 @@ def test_what_is_wrong_is_told_by_name(tmp_path: Path, spoiler: Any, reason: str
         (80_000_000, 1, ("pad", "resize", "processor")),  # the weights of its resize take 2.6 GB
     ],
 )
-def test_how_large_a_picture_may_be(tmp_path: Path, width: int, height: int, refused_by: tuple[str, ...]) -> None:
+def test_how_large_an_image_may_be(tmp_path: Path, width: int, height: int, refused_by: tuple[str, ...]) -> None:
     """Headers alone: a photograph passes, whatever would fill the memory does not."""
     bad_media.bomb(tmp_path / "a.png", width, height)
     settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}, "crop_size": 28}

@@ -1,4 +1,4 @@
-"""Pictures shared out over the world: one plan on every rank, every picture read once, few foreign texts read."""
+"""Images shared out over the world: one plan on every rank, every image read once, few foreign texts read."""
 
 from collections import Counter
 from pathlib import Path
@@ -57,7 +57,7 @@ def check_window(folder: Path, sizes: GridSizes, windows: list[MediaWindow]) -> 
         for span, pixels in zip(window.own_spans, window.pixels, strict=True):
             assert torch.equal(pixels, reader.read(folder / span.path, "s"))
         counts.append(len(own))
-    assert sum(counts) == len(everything) and max(counts) - min(counts) <= 1  # all pictures cost the same
+    assert sum(counts) == len(everything) and max(counts) - min(counts) <= 1  # all images cost the same
     routes = [window.route for window in windows]
     for rank, route in enumerate(routes):
         assert [other.send_splits[rank] for other in routes] == route.recv_splits
@@ -66,7 +66,7 @@ def check_window(folder: Path, sizes: GridSizes, windows: list[MediaWindow]) -> 
 
 @pytest.mark.parametrize("window", [None, 1])
 @pytest.mark.parametrize("sizes", LAYOUTS)
-def test_all_ranks_share_all_pictures(folder: Path, sizes: GridSizes, window: int | None) -> None:
+def test_all_ranks_share_all_images(folder: Path, sizes: GridSizes, window: int | None) -> None:
     ranks = [steps_of(folder, sizes, rank, training={"media_window": window}) for rank in range(sizes.world)]
     for batches in zip(*ranks, strict=True):
         for windows in zip(*(batch.windows for batch in batches), strict=True):
@@ -74,7 +74,7 @@ def test_all_ranks_share_all_pictures(folder: Path, sizes: GridSizes, window: in
 
 
 def test_packed_rows(folder: Path) -> None:
-    """A picture's place counts from its row's first token, and not from its sample's."""
+    """An image's place counts from its row's first token, and not from its sample's."""
     sizes = GridSizes(data=2)
     sections = {"data": {"packing": True}, "training": {"sequence_length": 128, "global_batch_size": 4}}
     ranks = [steps_of(folder, sizes, rank, 1, **sections) for rank in range(2)]
@@ -86,7 +86,7 @@ def test_packed_rows(folder: Path) -> None:
     check_window(folder, sizes, [batch.windows[0] for (batch,) in ranks])
 
 
-def test_only_the_texts_of_its_own_pictures_are_read_of_others(folder: Path) -> None:
+def test_only_the_texts_of_its_own_images_are_read_of_others(folder: Path) -> None:
     sizes, read = GridSizes(data=4), Counter[str]()
     original = SampleSource.document
 

@@ -47,10 +47,10 @@ def test_order_is_frozen(step: int, rows: list[int]) -> None:
     assert Plan(7, 42, 4).rows(step) == rows
 
 
-def samples_of(num_pictured: int, num_text: int) -> SimpleNamespace:
-    """A mix as LLaVA's: some pictures of 40 tokens, and texts of any length."""
-    random = np.random.default_rng(num_pictured)
-    images = random.permutation(np.r_[random.integers(1, 4, num_pictured), np.zeros(num_text, int)])
+def samples_of(num_with_images: int, num_text: int) -> SimpleNamespace:
+    """A mix as LLaVA's: some images of 40 tokens, and texts of any length."""
+    random = np.random.default_rng(num_with_images)
+    images = random.permutation(np.r_[random.integers(1, 4, num_with_images), np.zeros(num_text, int)])
     return SimpleNamespace(tokens=images * 40 + random.integers(5, 200, len(images)), images=images)
 
 
@@ -105,11 +105,9 @@ def test_grouped_batches_come_in_random_order_and_differ_between_epochs() -> Non
     plan = GroupedPlan(samples, 1, 16)
     first, second = ([frozenset(plan.rows(epoch * 125 + step)) for step in range(125)] for epoch in (0, 1))
     assert len(set(first) & set(second)) < 10
-    pictured = [bool(samples.images[next(iter(batch))]) for batch in first]
-    changes = sum(a != b for a, b in zip(pictured, pictured[1:], strict=False))
-    assert (
-        40 < changes < 80
-    )  # 125 batches, 3 of 5 with pictures: about 60 in random order, 1 if one came after the other
+    with_images = [bool(samples.images[next(iter(batch))]) for batch in first]
+    changes = sum(a != b for a, b in zip(with_images, with_images[1:], strict=False))
+    assert 40 < changes < 80  # 125 batches, 3 of 5 with images: about 60 in random order, 1 if one came after the other
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_vlm.data import index as index_module
 from megatron_vlm.data.index import SampleIndex, open_index
-from megatron_vlm.data.sample import BadSample, Sample, Turn, marks_picture
+from megatron_vlm.data.sample import BadSample, Sample, Turn, marks_image
 from megatron_vlm.data.sources import record_keys
 from megatron_vlm.data.sources.base import MOST_TOLD
 from megatron_vlm.data.sources.llava_json import LlavaFile, parse_record
@@ -51,7 +51,7 @@ def test_a_system_prompt_under_both_names() -> None:
     assert message in refused(system="a", system_prompt="b")
 
 
-def test_pictures_are_marked_behind_the_system_prompt() -> None:
+def test_images_are_marked_behind_the_system_prompt() -> None:
     assert parse(system="a", image="b.png").turns[1] == Turn("user", "<image>\nWhere?")
 
 
@@ -112,8 +112,8 @@ def test_what_other_systems_write_is_used_or_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("key", sorted(record_keys.OTHER_NAMES))
-def test_pictures_under_another_name_are_refused_where_there_are_no_others(key: str) -> None:
-    assert f"has field {key!r}, which is not read; pictures are named in 'image'" in refused(**{key: "a.png"})
+def test_images_under_another_name_are_refused_where_there_are_no_others(key: str) -> None:
+    assert f"has field {key!r}, which is not read; images are named in 'image'" in refused(**{key: "a.png"})
     assert parse(image="a.png", **{key: "a.png"}).remarks == (f"key {key!r} is not known and passed over",)
 
 
@@ -163,10 +163,10 @@ def test_two_keys_of_one_answer() -> None:
         ("<image>\nWhat is this?", False), (" \n<image> What?", False), ("What is this?\n<image>\n", False),
     ],
 )  # fmt: skip
-def test_a_tag_without_pictures_is_a_text_but_where_a_picture_would_stand(question: str, is_text: bool) -> None:
+def test_a_tag_without_images_is_a_text_but_where_an_image_would_stand(question: str, is_text: bool) -> None:
     answer = {"from": "gpt", "value": "<image>\nholds\n<image>"}
     asked = {"from": "human", "value": question}
-    told = ("<image> in what is asked is a text, as the record has no pictures",)
+    told = ("<image> in what is asked is a text, as the record has no images",)
     if is_text:
         sample = parse(asked, answer, image="")
         assert sample.turns == (Turn("user", question), Turn("assistant", answer["value"])) and sample.images == ()
@@ -187,14 +187,14 @@ def test_a_tag_without_pictures_is_a_text_but_where_a_picture_would_stand(questi
         ("What?\n<video>\n\n <image>", False), ("What?\n<image> <video>", False),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("pictured", [False, True])
-def test_a_videos_marker_is_a_text_by_the_same_rule(question: str, is_text: bool, pictured: bool) -> None:
-    """Of records with pictures, too."""
-    keys = {"image": "a.png"} if pictured else {}
+@pytest.mark.parametrize("with_images", [False, True])
+def test_a_videos_marker_is_a_text_by_the_same_rule(question: str, is_text: bool, with_images: bool) -> None:
+    """Of records with images, too."""
+    keys = {"image": "a.png"} if with_images else {}
     asked, answer = {"from": "human", "value": question}, {"from": "gpt", "value": "<video>\nholds"}
     if is_text:
         sample = parse(asked, answer, **keys)
-        text = f"<image>\n{question}" if pictured else question
+        text = f"<image>\n{question}" if with_images else question
         assert sample.turns == (Turn("user", text), Turn("assistant", answer["value"])) and sample.videos == ()
         assert sample.remarks == ("<video> in what is asked is a text, as the record has no videos",)
         assert with_frames(sample, (), "<image>") == sample
@@ -202,7 +202,7 @@ def test_a_videos_marker_is_a_text_by_the_same_rule(question: str, is_text: bool
         assert "has 0 video(s) and 2 <video> in its text" in refused(asked, answer, **keys)
         turns = (Turn("user", question), Turn("assistant", "yes"))  # as a source of one's own may give it
         with pytest.raises(BadSample, match=r"sample '3' has 0 video\(s\) and 1 <video> in its text"):
-            with_frames(Sample("3", turns, ("a.png",) * pictured, "a.json element 3"), (), "<image>")
+            with_frames(Sample("3", turns, ("a.png",) * with_images, "a.json element 3"), (), "<image>")
 
 
 def test_a_videos_marker_that_is_the_recipes_image_marker() -> None:
@@ -215,7 +215,7 @@ def test_a_videos_marker_that_is_the_recipes_image_marker() -> None:
 def test_markers_without_end_take_no_time() -> None:
     begin = time.monotonic()
     for text in ("<video>\n" * 300_000 + "x", "x\n" + "\n<video>" * 300_000 + " x", "\n<image>" * 300_000 + "<video"):
-        marks_picture(Turn("user", f"{text}?"), "<video>", "<image>")
+        marks_image(Turn("user", f"{text}?"), "<video>", "<image>")
     assert time.monotonic() - begin < 5
 
 

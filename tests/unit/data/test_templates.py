@@ -55,13 +55,13 @@ def encoder_of(template: str, tokenizer: PreTrainedTokenizerBase | None = None) 
 
 def read_back(encoder: ConversationEncoder, encoded: EncodedSample, bar: str) -> str:
     """Ids as text, an I per placeholder, with a bar wherever training begins or ends."""
-    pictured = {start + i for start in encoded.image_starts for i in range(3)}
+    filled = {start + i for start in encoded.image_starts for i in range(3)}
     text, trained = "", False
     for place, (id_, label) in enumerate(zip(encoded.ids, encoded.labels, strict=True)):
         text += bar * (trained != (label != IGNORE))
         trained = label != IGNORE
         assert label in (IGNORE, id_)
-        text += "I" if place in pictured else encoder.tokenizer.convert_ids_to_tokens(id_)
+        text += "I" if place in filled else encoder.tokenizer.convert_ids_to_tokens(id_)
     return text + bar * trained
 
 
@@ -170,6 +170,6 @@ def test_plain_takes_captions_only(sample: Sample) -> None:
     assert caught.value.reason == "template"
 
 
-def test_plain_checks_the_number_of_pictures() -> None:
+def test_plain_checks_the_number_of_images() -> None:
     with pytest.raises(BadSample, match=r"has 2 image\(s\) and 1 image marker"):
         encoder_of("plain").encode(conversation("<image> one", "a", images=2))

@@ -9,7 +9,7 @@ from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.media import FAULTS
 from megatron_vlm.data.sample import BadSample, Frame, Sample, Turn
 from megatron_vlm.data.video import files
-from megatron_vlm.data.video.files import read_pictures, survey
+from megatron_vlm.data.video.files import read_images, survey
 from megatron_vlm.data.video.sampling import VideoFacts, frame_numbers, num_sampled, with_frames
 from tests.helpers.videos import READER, SIDE, make_folder, make_video, told
 
@@ -27,7 +27,7 @@ NUM_FRAMES = 100
 
 def read(path: Path, numbers: list[int], count: int) -> list[int]:
     frames = [Frame(path.name, number, count) for number in numbers]
-    return [told(pixels) for pixels in read_pictures(READER, frames, path.parent, "sample 's'")]
+    return [told(pixels) for pixels in read_images(READER, frames, path.parent, "sample 's'")]
 
 
 def test_frames_are_spread_from_the_first_to_the_last() -> None:
@@ -79,7 +79,7 @@ def test_together_means_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_folder_is_in_the_order_of_its_numbers(tmp_path: Path) -> None:
     path = make_folder(tmp_path / "frames", 12)
-    (path / "notes.txt").write_text("no picture")
+    (path / "notes.txt").write_text("no image")
     assert survey(path, "s") == VideoFacts(12, None)
     assert read(path, [0, 1, 2, 3], 4) == [0, 4, 7, 11]
 
@@ -91,7 +91,7 @@ def spoil(path: Path) -> None:
 BAD = {
     "missing": (lambda folder: folder / "none.mp4", "missing", "does not exist"),
     "text": (lambda folder: _text(folder / "a.mp4"), "not a video", "cannot be read"),
-    "empty folder": (lambda folder: _folder(folder / "frames"), "not a video", "is a folder without pictures"),
+    "empty folder": (lambda folder: _folder(folder / "frames"), "not a video", "is a folder without images"),
     "sound": (lambda folder: _sound(folder / "a.wav"), "not a video", "has no video stream"),
 }
 
@@ -140,7 +140,7 @@ def test_a_video_that_ends_early_is_damaged_from_there_on(tmp_path: Path) -> Non
     found: list[int] = []
     frames = [Frame(path.name, number, NUM_FRAMES) for number in (2, 4, 99)]
     with pytest.raises(BadSample, match=r"a\.mkv cannot be read: ") as caught:
-        for pixels in read_pictures(READER, frames, tmp_path, "s"):
+        for pixels in read_images(READER, frames, tmp_path, "s"):
             found.append(told(pixels))
     assert found == [2, 4] and caught.value.reason == "damaged"
 
@@ -148,7 +148,7 @@ def test_a_video_that_ends_early_is_damaged_from_there_on(tmp_path: Path) -> Non
 def test_a_video_with_fewer_frames_than_were_indexed(tmp_path: Path) -> None:
     make_video(tmp_path / "a.mp4", 5)
     with pytest.raises(BadSample, match="has 5 frames, 8 at least when it was indexed"):
-        list(read_pictures(READER, [Frame("a.mp4", 2, 8)], tmp_path, "s"))
+        list(read_images(READER, [Frame("a.mp4", 2, 8)], tmp_path, "s"))
 
 
 def test_markers_become_frames_in_their_places() -> None:

@@ -1,4 +1,4 @@
-"""Videos through index, plan and fetch: frames are pictures like others, told from headers and read where encoded."""
+"""Videos through index, plan and fetch: frames are images like others, told from headers and read where encoded."""
 
 import json
 from pathlib import Path
@@ -35,14 +35,14 @@ def talk(name: str, question: str, **media: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A recipe's data: a step of one video as a file, one as a folder, a picture and a text."""
+    """A recipe's data: a step of one video as a file, one as a folder, an image and a text."""
     make_video(tmp_path / "clip.mp4", NUM_FRAMES, g="10", bf="2", crf="10")
     make_folder(tmp_path / "frames", 5)
     Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "a.png")
     records = [
         talk("clip", "<video>\nhow many", video="clip.mp4"),
         talk("folder", "<image>\nwhich", video="frames"),  # LLaVA-Video's marker
-        talk("picture", "what", image="a.png", video=""),
+        talk("image", "what", image="a.png", video=""),
         talk("text", "what is this"),
     ]
     (tmp_path / "data.json").write_text(json.dumps(records))
@@ -123,12 +123,12 @@ def test_a_video_too_long_or_without_a_header_is_left_out(folder: Path) -> None:
         first_step(recipe(folder))
     config = recipe(folder, training={"sequence_length": 40, "global_batch_size": 3}, on_bad_sample="skip")
     batch = first_step(config)
-    assert batch.sample_ids == ("folder", "picture", "text") and batch.num_media == 4 + 1
+    assert batch.sample_ids == ("folder", "image", "text") and batch.num_media == 4 + 1
     (dropped,) = (folder / "data.json.index").glob("*/dropped.jsonl")
     listed = {line["id"]: line["reason"] for line in map(json.loads, dropped.read_text().splitlines())}
     assert listed == {"clip": "too long", "bad": "not a video", "gone": "missing"}
     make_video(folder / "gone.mp4", 3)
-    with pytest.raises(DataError, match="whose pictures were missing .* and are there now"):
+    with pytest.raises(DataError, match="whose images were missing .* and are there now"):
         first_step(config)
 
 
@@ -151,7 +151,7 @@ def test_a_video_lost_during_the_run(folder: Path, loss: str) -> None:
 
 def test_frames_a_second_are_limited(folder: Path) -> None:
     batch = first_step(recipe(folder, video={"num_frames": TAKEN, "fps": 1.0}))
-    assert batch.num_media == 3 + 5 + 1  # 3.6 seconds, a folder without seconds, a picture
+    assert batch.num_media == 3 + 5 + 1  # 3.6 seconds, a folder without seconds, an image
 
 
 def test_packed_videos(folder: Path) -> None:

@@ -103,7 +103,7 @@ def test_images_may_lie_elsewhere(data, tmp_path):
 
 
 def test_questions_about_bad_images_are_left_out_where_that_is_tolerated(data, caplog):
-    (data.parent / "bright.png").write_bytes(b"no picture")
+    (data.parent / "bright.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="sample 's0': image .*bright.png cannot be read"):
         report_on([data])
     report = report_on([data], skip_bad=True)

@@ -74,7 +74,7 @@ def test_the_longest_video_fits_its_rows() -> None:
 
 
 def test_the_benchmarks_whole_step_is_of_the_size_it_names() -> None:
-    """8 pictures of 196 tokens in a row of 8,192; 8 billion parameters, of which tower and projector train."""
+    """8 images of 196 tokens in a row of 8,192; 8 billion parameters, of which tower and projector train."""
     config = load_config(OF_BENCHMARKS / "bench_gpu_step.yaml")
     facts = gather_facts(config, TEMPLATES.names(), TASKS.names())
     assert facts.tokens_per_image == 196 and 8 * 196 < config.training.sequence_length == 8192

@@ -75,17 +75,17 @@ def hf_llava(config: Any) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
-    return draw_pictures()
+def images() -> list[Image.Image]:
+    return draw_images()
 
 
 @pytest.fixture(scope="module")
-def prompts(pictures: list[Image.Image]) -> list[list[Any]]:
-    return write_prompts(pictures)
+def prompts(images: list[Image.Image]) -> list[list[Any]]:
+    return write_prompts(images)
 
 
-def draw_pictures() -> list[Image.Image]:
-    """Three pictures of different sizes and colours."""
+def draw_images() -> list[Image.Image]:
+    """Three images of different sizes and colours."""
     generator = torch.Generator().manual_seed(5)
     sizes = [(28, 28), (40, 20), (13, 31)]  # width, height
     return [
@@ -94,11 +94,11 @@ def draw_pictures() -> list[Image.Image]:
     ]
 
 
-def write_prompts(pictures: list[Image.Image]) -> list[list[Any]]:
-    """No, one and several pictures, so that lengths differ by much."""
+def write_prompts(images: list[Image.Image]) -> list[list[Any]]:
+    """No, one and several images, so that lengths differ by much."""
     return [
         ["how many small red circle?"],
-        [pictures[0], "What is this?"],
-        [*pictures, "which picture shows far green square near blue?"],
-        [pictures[2], "far"],
+        [images[0], "What is this?"],
+        [*images, "which picture shows far green square near blue?"],
+        [images[2], "far"],
     ]

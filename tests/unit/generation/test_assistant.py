@@ -29,7 +29,7 @@ def test_the_answer_is_the_decoded_text(pair, prompts):
 
 
 def test_a_damaged_image_is_an_error_that_names_the_prompt(pair, tmp_path):
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="prompt 2.*bad.png cannot be read"):
         pair.ours.generate([["What?"], [tmp_path / "bad.png", "What?"]])
 
@@ -89,9 +89,9 @@ def test_no_end_at_all_is_an_error(pair):
         find_stop_ids(ConversationEncoder(tokenizer, "auto", "<image>", 4), None)
 
 
-def test_a_prompt_beyond_the_context_is_an_error_and_an_answer_a_warning(pair, pictures, monkeypatch, capsys):
-    """A picture's tokens count; the answer fits to the last token, or is over by one."""
-    prompt = [pictures[0], "far"]
+def test_a_prompt_beyond_the_context_is_an_error_and_an_answer_a_warning(pair, images, monkeypatch, capsys):
+    """An image's tokens count; the answer fits to the last token, or is over by one."""
+    prompt = [images[0], "far"]
     length = len(pair.ours.encoder.encode_prompt(_sample(prompt)).ids)
     monkeypatch.setattr(pair.ours, "context_tokens", length + 5)
     pair.ours.generate(prompt, max_new_tokens=5)

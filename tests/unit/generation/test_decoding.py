@@ -33,7 +33,7 @@ def test_a_batch_equals_its_prompts_alone_and_needs_its_mask(pair, prompts):
     assert decode(pair, batch) == alone
     assert decode(pair, replace(batch, valid=torch.ones_like(batch.valid))) != alone  # padding seen: wrong
     shifted = replace(batch, images=batch.images[-1:] + batch.images[:-1])
-    assert decode(pair, shifted) != alone  # another prompt's pictures: wrong
+    assert decode(pair, shifted) != alone  # another prompt's images: wrong
 
 
 def test_equals_transformers_generate(pair, prompts):

@@ -69,8 +69,8 @@ def test_loads_what_was_saved_and_answers(saved):
     assert same_weights(assistant, saved)
     assert not any(p.requires_grad for _, p in assistant.model.named_parameters())
     assert not any(module.training for chunk in assistant.model.modules() for module in chunk.modules())
-    picture = saved.sources / "images" / "1-0.png"
-    assert isinstance(assistant.generate([picture, QUESTION], max_new_tokens=4), str)
+    image = saved.sources / "images" / "1-0.png"
+    assert isinstance(assistant.generate([image, QUESTION], max_new_tokens=4), str)
 
 
 def test_a_directory_of_checkpoints_means_its_latest(saved):

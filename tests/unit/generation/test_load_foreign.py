@@ -38,7 +38,7 @@ def folders(theirs: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {"llava-hf": save_llava_hf(theirs, root / "hf"), "llava": save_llava(theirs, root / "llava")}
 
 
-def picture(seed: int) -> Image.Image:
+def noise(seed: int) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     return Image.fromarray(torch.randint(0, 256, (16, 20, 3), generator=generator, dtype=torch.uint8).numpy())
 
@@ -52,7 +52,7 @@ def check(assistant: Any, theirs: Any) -> None:
     from megatron_vlm.generation.stopping import Stopping
 
     theirs.generation_config.eos_token_id = None
-    for prompt in ([picture(1), picture(2), "which?"], ["the red circle"]):
+    for prompt in ([noise(1), noise(2), "which?"], ["the red circle"]):
         sample, images = read_prompt(prompt, assistant.image_token, 1)
         question = Question(sample, [partial(assistant.reader.prepare, image) for image in images])
         batch = collate([question], assistant.encoder, assistant.model.media_spec)
@@ -72,7 +72,7 @@ def check(assistant: Any, theirs: Any) -> None:
 def test_a_directory_of_another_system_answers(theirs, folders, format):
     assistant = megatron_vlm.load(folders[format])
     check(assistant, theirs)
-    assert isinstance(assistant.generate([picture(3), "which?"], max_new_tokens=3), str)
+    assert isinstance(assistant.generate([noise(3), "which?"], max_new_tokens=3), str)
     with pytest.raises(AssertionError):
         check(assistant, draw(Shape(), seed=1))  # the wrong variant: another model's tokens
 
@@ -104,7 +104,7 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_squares_come_in_the_order_that_is_told_as_after_an_import(squares: Path, tmp_path: Path) -> None:
     def score(path: Path, **options: Any) -> float:
-        return megatron_vlm.load(path, **options).score([picture(3), "which?"], "the red circle").log_probability
+        return megatron_vlm.load(path, **options).score([noise(3), "which?"], "the red circle").log_probability
 
     found = {order: score(squares, format_options={"downsample_order": order}) for order in ("column", "row")}
     for order in found:

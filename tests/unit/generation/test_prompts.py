@@ -12,14 +12,14 @@ from tests.helpers.odd_files import ODD
 from tests.unit.generation.questions import batch_of
 
 
-def picture() -> Image.Image:
+def plain() -> Image.Image:
     return Image.new("RGB", (8, 6), (200, 10, 10))
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    path = tmp_path / "a picture.png"
-    picture().save(path)
+    path = tmp_path / "an image.png"
+    plain().save(path)
     return path
 
 
@@ -28,7 +28,7 @@ def text_of(prompt, number=1) -> str:
 
 
 def test_images_stand_where_they_are_given():
-    image = picture()
+    image = plain()
     assert text_of("What?") == "What?"
     assert text_of([image, "What?"]) == "<image>\nWhat?"
     assert text_of([image, image, "Which?"]) == "<image>\n<image>\nWhich?"
@@ -36,7 +36,7 @@ def test_images_stand_where_they_are_given():
 
 
 def test_markers_in_the_text_say_where_images_belong():
-    assert text_of([picture(), "This <image> is?"]) == "This <image> is?"
+    assert text_of([plain(), "This <image> is?"]) == "This <image> is?"
 
 
 def test_paths_are_told_from_texts(saved):
@@ -67,7 +67,7 @@ def test_half_a_character_of_a_command_line_is_told():
         read_prompt(b"caf\xe9?".decode("utf-8", "surrogateescape"), "<image>", 1)
 
 
-@pytest.mark.parametrize("prompt", [[], [""], [picture()], "  "])
+@pytest.mark.parametrize("prompt", [[], [""], [plain()], "  "])
 def test_a_prompt_without_text_is_an_error(prompt):
     with pytest.raises(DataError, match="prompt 1 has no text"):
         read_prompt(prompt, "<image>", 1)
@@ -96,4 +96,4 @@ def test_rows_are_padded_on_the_left(pair, prompts):
 
 def test_another_number_of_markers_than_images_is_an_error(pair):
     with pytest.raises(DataError, match="prompt 1.* has 1 image.* and 2 image marker"):
-        pair.ours.generate([picture(), "<image> and <image>?"])
+        pair.ours.generate([plain(), "<image> and <image>?"])

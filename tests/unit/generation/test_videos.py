@@ -10,12 +10,12 @@ from megatron_vlm.data.sample import BadSample, Frame
 from megatron_vlm.data.video import files
 from megatron_vlm.errors import DataError
 from megatron_vlm.generation.prompts import read_prompt
-from megatron_vlm.generation.videos import PictureReader, show_frames
-from tests.helpers.videos import READER, make_folder, make_video, picture, told
+from megatron_vlm.generation.videos import ImageReader, show_frames
+from tests.helpers.videos import READER, make_folder, make_video, numbered, told
 
 
 def test_frames_stand_where_the_video_stood(tmp_path: Path) -> None:
-    clip, still = make_video(tmp_path / "clip.MP4", 9), picture(3)
+    clip, still = make_video(tmp_path / "clip.MP4", 9), numbered(3)
     prompt = [still, clip, "What is new?", still]
     sample, sources = show_frames(*read_prompt(prompt, "<image>", 1), VideoConfig(num_frames=2), "<image>")
     assert sources == [still, Frame(str(clip), 0, 2), Frame(str(clip), 1, 2), still]
@@ -25,7 +25,7 @@ def test_frames_stand_where_the_video_stood(tmp_path: Path) -> None:
     assert show_frames(*unseen, VideoConfig(), "<image>") == unseen
 
 
-@pytest.mark.parametrize("prompt", [["<video>\nWhat?"], [picture(3), "<video>\nWhat?"], ["What?\n<video>"]])
+@pytest.mark.parametrize("prompt", [["<video>\nWhat?"], [numbered(3), "<video>\nWhat?"], ["What?\n<video>"]])
 def test_a_video_that_was_forgotten_is_told(prompt: list[Any]) -> None:
     with pytest.raises(DataError, match=r"^prompt 1: .*has 0 video\(s\) and 1 <video> in its text; equal is needed"):
         show_frames(*read_prompt(prompt, "<image>", 1), VideoConfig(), "<image>")
@@ -49,10 +49,10 @@ def test_frames_in_order_are_read_in_one_pass(tmp_path: Path, monkeypatch: pytes
     clip, passes = make_video(tmp_path / "clip.mp4", 24, g="24", crf="10"), []
     decode = files._decode
     monkeypatch.setattr(files, "_decode", lambda *given: passes.append(list(given[2])) or decode(*given))
-    still = picture(7)
+    still = numbered(7)
     prompt = [clip, still, clip, "What?"]
     _, sources = show_frames(*read_prompt(prompt, "<image>", 1), VideoConfig(num_frames=4), "<image>")
-    frames = PictureReader(READER, sources, "prompt 1")
+    frames = ImageReader(READER, sources, "prompt 1")
 
     def read(*places: int) -> list[int]:
         return [told(frames.read(place)) for place in places]
@@ -67,7 +67,7 @@ def test_a_video_that_was_read_is_closed(tmp_path: Path) -> None:
     clip = make_video(tmp_path / "clip.mp4", 8, g="8")
     open_files = lambda: len(list(Path("/proc/self/fd").iterdir()))  # noqa: E731
     before = open_files()
-    readers = [PictureReader(READER, [Frame(str(clip), number, 2) for number in range(2)], "s") for _ in range(3)]
+    readers = [ImageReader(READER, [Frame(str(clip), number, 2) for number in range(2)], "s") for _ in range(3)]
     for frames in readers:
         frames.read(0)
     assert open_files() == before + 3
@@ -79,7 +79,7 @@ def test_a_video_that_was_read_is_closed(tmp_path: Path) -> None:
 def test_a_frame_that_fails_fails_again(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mkv", 48, g="8", crf="10")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    frames = PictureReader(READER, [Frame(str(path), number, 8) for number in range(8)], "s")
+    frames = ImageReader(READER, [Frame(str(path), number, 8) for number in range(8)], "s")
     assert [told(frames.read(0)), told(frames.read(1))] == [0, 7]
     for _ in range(2):
         with pytest.raises(BadSample, match="ends before its header says"):

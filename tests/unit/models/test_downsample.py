@@ -166,7 +166,7 @@ def _with_vars(projector):
         ("mlp_downsample_3x3_fix", 1024, 121),
     ],
 )
-def test_rows_of_a_picture(name, num_tokens, expected):
+def test_rows_of_an_image(name, num_tokens, expected):
     assert count_rows(name, num_tokens, 8) == expected
 
 
@@ -203,7 +203,7 @@ def test_an_encoder_of_another_survey_is_refused():
 
 @pytest.mark.parametrize("name", TYPES)
 def test_a_grid_that_is_not_square_is_joined_along_its_own_sides(name, tmp_path):
-    """dinov2 takes pictures of any shape: 56 x 126 pixels in patches of 14 are 4 x 9 of them, as many as 6 x 6."""
+    """dinov2 takes images of any shape: 56 x 126 pixels in patches of 14 are 4 x 9 of them, as many as 6 x 6."""
     settings = {"image_processor_type": "BitImageProcessor", "crop_size": {"height": 56, "width": 126}}
     settings |= {"do_center_crop": True}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
@@ -225,7 +225,7 @@ def test_a_grid_that_is_not_square_is_joined_along_its_own_sides(name, tmp_path)
 def test_features_that_are_no_square_grid():
     config = recipe("mlp_downsample", select_feature="cls_patch")
     with pytest.raises(
-        ConfigError, match="model.projector.type: .* 17 tokens a picture, needs 4 x 4: the patches alone"
+        ConfigError, match="model.projector.type: .* 17 tokens an image, needs 4 x 4: the patches alone"
     ):
         survey_tower(config.model.vision, config.model.projector)
 

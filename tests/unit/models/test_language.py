@@ -257,7 +257,7 @@ def test_recompute_changes_nothing(grid, kind):
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
 
 
-def test_a_frozen_model_without_pictures_still_has_a_graph(grid):
+def test_a_frozen_model_without_images_still_has_a_graph(grid):
     model = ours(grid, hf_model(LLAMA), {}, train=True)
     model.requires_grad_(False)
     ids, positions, labels = batch(LLAMA["vocab_size"])

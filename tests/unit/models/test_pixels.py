@@ -14,7 +14,7 @@ from transformers import BitImageProcessorPil, CLIPVisionConfig
 from megatron_vlm.config.schema import VisionConfig
 from megatron_vlm.data.media import MediaReader, pad_to_square
 from megatron_vlm.data.sample import Frame
-from megatron_vlm.data.video.files import read_pictures
+from megatron_vlm.data.video.files import read_images
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.pixels import as_it_was, plain_settings, write_pixel_format
@@ -25,7 +25,7 @@ from tests.unit.models.recipes import SMALL_TOWER, small_tower
 
 WHOLE = {"height": 28, "width": 28}
 FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-PICTURE = Image.fromarray(np.random.default_rng(11).integers(0, 256, (61, 83, 3), dtype=np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(11).integers(0, 256, (61, 83, 3), dtype=np.uint8))
 TOWERS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": {"size": {"shortest_edge": 28}, "crop_size": WHOLE, "do_center_crop": True},
     "SiglipImageProcessor": {"size": WHOLE},
@@ -57,14 +57,14 @@ def by_class(settings: dict[str, Any], image: Image.Image) -> torch.Tensor:
 def test_the_pixels_are_those_of_the_towers_filter(name: str, code: int, tmp_path: Path) -> None:
     settings = {"image_processor_type": name, "resample": code, **TOWERS[name]}
     spec = spec_of(tower(tmp_path, settings))
-    resized, padded = (MediaReader(spec, mode).prepare(PICTURE) for mode in ("resize", "pad"))
-    square = pad_to_square(PICTURE, tuple(int(mean * 255) for mean in spec.mean))
-    torch.testing.assert_close(resized, by_class(settings, PICTURE), atol=1e-5, rtol=0)
+    resized, padded = (MediaReader(spec, mode).prepare(IMAGE) for mode in ("resize", "pad"))
+    square = pad_to_square(IMAGE, tuple(int(mean * 255) for mean in spec.mean))
+    torch.testing.assert_close(resized, by_class(settings, IMAGE), atol=1e-5, rtol=0)
     torch.testing.assert_close(padded, by_class(settings, square), atol=1e-5, rtol=0)
     theirs = getattr(transformers, name + "Pil").from_dict(settings)(square)["pixel_values"][0]
     torch.testing.assert_close(padded, torch.from_numpy(np.asarray(theirs)).float(), atol=1e-5, rtol=0)
     if FILTERS[code] != "bicubic":
-        assert (resized - by_class({**settings, "resample": 3}, PICTURE)).abs().max() > 0.02, "the filter shows"
+        assert (resized - by_class({**settings, "resample": 3}, IMAGE)).abs().max() > 0.02, "the filter shows"
 
 
 def test_a_key_that_a_config_lacks_is_its_class_s(tmp_path: Path) -> None:
@@ -72,8 +72,8 @@ def test_a_key_that_a_config_lacks_is_its_class_s(tmp_path: Path) -> None:
     settings = {"image_processor_type": "ViTImageProcessor", "size": 28}
     spec = spec_of(tower(tmp_path, settings))
     assert spec.resample == Image.Resampling.BILINEAR and spec.mean == (0.5, 0.5, 0.5)
-    pixels = MediaReader(spec, "resize").prepare(PICTURE)
-    torch.testing.assert_close(pixels, by_class(settings, PICTURE), atol=1e-5, rtol=0)
+    pixels = MediaReader(spec, "resize").prepare(IMAGE)
+    torch.testing.assert_close(pixels, by_class(settings, IMAGE), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("code", [99, -1, "bicubic", True, 2.0, [3], None])
@@ -92,7 +92,7 @@ UNFOLLOWED: list[tuple[dict[str, Any], str]] = [
     ({"image_processor_type": "DonutImageProcessor", "size": WHOLE}, "do_pad true"),
     (
         {"image_processor_type": "MobileViTImageProcessor", "size": WHOLE, "crop_size": WHOLE},
-        "settings by which MobileViTImageProcessor makes other pixels of a picture of 56 x 56, off by",
+        "settings by which MobileViTImageProcessor makes other pixels of an image of 56 x 56, off by",
     ),
     (
         {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 28}, "crop_pct": 0.7},
@@ -116,8 +116,8 @@ def test_a_recipe_may_say_otherwise(tmp_path: Path) -> None:
     """A crop is given up, by its name; and the filter of a tower without a config is chosen."""
     tower(tmp_path, {**CLIP, "size": {"shortest_edge": 32}, "do_center_crop": True, "resample": 4})
     spec = spec_of(tmp_path, preprocessor={"size": 28, "do_center_crop": False, "resample": 2})
-    expected = by_class({**CLIP, "resample": 2}, PICTURE)
-    torch.testing.assert_close(MediaReader(spec, "resize").prepare(PICTURE), expected, atol=1e-5, rtol=0)
+    expected = by_class({**CLIP, "resample": 2}, IMAGE)
+    torch.testing.assert_close(MediaReader(spec, "resize").prepare(IMAGE), expected, atol=1e-5, rtol=0)
     write_pixel_format(tmp_path, spec, "resize")
     assert spec_of(tmp_path) == spec
     vision = VisionConfig(config=small_tower("siglip_vision_model"), preprocessor={"resample": 5})
@@ -131,12 +131,12 @@ def test_a_recipe_may_say_otherwise(tmp_path: Path) -> None:
 def test_a_config_that_was_made_up_gives_way_to_the_mode(tmp_path: Path) -> None:
     """DINOv2's usual crop is not what `pad` does; what was trained is what a checkpoint keeps."""
     survey = survey_tower(VisionConfig(config=small_tower("dinov2")), None)
-    square = pad_to_square(PICTURE, tuple(int(mean * 255) for mean in survey.media_spec.mean))
+    square = pad_to_square(IMAGE, tuple(int(mean * 255) for mean in survey.media_spec.mean))
     whole = BitImageProcessorPil(
         size=WHOLE, do_center_crop=False, image_mean=survey.media_spec.mean, image_std=survey.media_spec.std
     )
     expected = torch.from_numpy(np.asarray(whole(square)["pixel_values"][0])).float()
-    torch.testing.assert_close(MediaReader(survey.media_spec, "pad").prepare(PICTURE), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(MediaReader(survey.media_spec, "pad").prepare(IMAGE), expected, atol=1e-5, rtol=0)
     survey.hf_config.save_pretrained(tmp_path)
     write_pixel_format(tmp_path, survey.media_spec, "pad")
     for mode in ("pad", "processor"):
@@ -155,8 +155,8 @@ def test_a_geometry_that_nobody_stated_is_the_mode_s(where: str, mode: Any, tmp_
         return spec_of(tower(tmp_path / folder, {"image_processor_type": "BitImageProcessor", **stated}))
 
     spec = of("a", resample=2, image_std=[0.2, 0.3, 0.4])
-    pixels = MediaReader(spec, mode).prepare(PICTURE)
-    image = PICTURE if mode == "resize" else pad_to_square(PICTURE, tuple(int(mean * 255) for mean in spec.mean))
+    pixels = MediaReader(spec, mode).prepare(IMAGE)
+    image = IMAGE if mode == "resize" else pad_to_square(IMAGE, tuple(int(mean * 255) for mean in spec.mean))
     whole = BitImageProcessorPil(
         size=WHOLE, do_center_crop=False, image_mean=spec.mean, image_std=[0.2, 0.3, 0.4], resample=2
     )
@@ -211,7 +211,7 @@ def test_checkpoints_from_before_are_read_as_they_were_trained(tmp_path: Path) -
 
 
 def test_frames_of_videos_have_the_towers_filter(tmp_path: Path) -> None:
-    """Of a container and of a folder of pictures; the video tells the same picture for both."""
+    """Of a container and of a folder of images; the video tells the same image for both."""
     settings = {"image_processor_type": "SiglipImageProcessor", "size": WHOLE, "resample": 4}
     spec = spec_of(tower(tmp_path / "tower", settings))
     make_video(tmp_path / "a.mp4", 4, g="2", crf="1")
@@ -223,12 +223,12 @@ def test_frames_of_videos_have_the_towers_filter(tmp_path: Path) -> None:
             return super().prepare(image)
 
     seen: list[Image.Image] = []
-    pixels = list(read_pictures(Seen(spec, "resize"), frames, tmp_path, "sample 's'"))
+    pixels = list(read_images(Seen(spec, "resize"), frames, tmp_path, "sample 's'"))
     (tmp_path / "folder").mkdir()
     for number, image in enumerate(list(seen)):
         image.save(tmp_path / "folder" / f"{number}.png")
     frames = [Frame("folder", number, 4) for number in range(4)]
-    again = read_pictures(MediaReader(spec, "resize"), frames, tmp_path, "sample 's'")
+    again = read_images(MediaReader(spec, "resize"), frames, tmp_path, "sample 's'")
     for image, of_video, of_folder in zip(list(seen), pixels, again, strict=True):
         torch.testing.assert_close(of_video, by_class(settings, image), atol=1e-5, rtol=0)
         assert torch.equal(of_video, of_folder)

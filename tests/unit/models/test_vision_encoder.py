@@ -69,7 +69,7 @@ def test_dropout_is_the_same_when_it_is_computed_again() -> None:
     torch.testing.assert_close(*gradients)
 
 
-def peak_of_a_step(num_pictures: int, **training: Any) -> int:
+def peak_of_a_step(num_images: int, **training: Any) -> int:
     """Bytes at a time beside what goes in; a parameter's gradient is taken away when it is there, as megatron-core's
     DDP does."""
     encoder = build_to_train(**training)
@@ -79,14 +79,14 @@ def peak_of_a_step(num_pictures: int, **training: Any) -> int:
 
     for parameter in filter(lambda p: p.requires_grad, encoder.parameters()):
         parameter.register_post_accumulate_grad_hook(take)
-    pixels, grads = torch.randn(num_pictures, 3, 28, 28), torch.randn(num_pictures, 16, 64)
+    pixels, grads = torch.randn(num_images, 3, 28, 28), torch.randn(num_images, 16, 64)
     with LiveBytes() as live:
         backward(encoder.in_batches(pixels), grads)
     return live.peak
 
 
-def test_of_many_pictures_one_batch_is_held() -> None:
-    """Pictures more than a batch cost their rows and no gradients; without it all activations."""
+def test_of_many_images_one_batch_is_held() -> None:
+    """Images more than a batch cost their rows and no gradients; without it all activations."""
     more = peak_of_a_step(16, **IN_BATCHES) - peak_of_a_step(2, **IN_BATCHES)
     assert 0 < more <= 1.5 * 14 * ROW_BYTES
     kept = peak_of_a_step(16, media_batch=2) - peak_of_a_step(2, media_batch=2)

@@ -24,12 +24,12 @@ from megatron_vlm.models.vision.preprocessing import load_processor
 from megatron_vlm.models.vision.survey import survey_tower
 from tests.unit.models.recipes import SMALL_TOWER, small_tower
 
-PICTURE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (45, 70, 3), dtype=np.uint8))
+IMAGE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (45, 70, 3), dtype=np.uint8))
 SQUARE = {"height": 28, "width": 28}
 
 
 def pixels(processor: Any) -> np.ndarray:
-    return np.asarray(processor(PICTURE)["pixel_values"][0])
+    return np.asarray(processor(IMAGE)["pixel_values"][0])
 
 
 def spec_at(path: Path) -> MediaSpec:
@@ -102,7 +102,7 @@ def test_a_towers_own_config_survives_a_checkpoint(settings: dict[str, Any], tmp
         ({"image_processor_type": "NoSuchProcessor", "size": 28}, "NoSuchProcessor has no form for Pillow"),
         (
             {"size": {"shortest_edge": 28}, "do_center_crop": False},
-            r"makes pixels \(3, 28, 56\) of a picture of 63 x 31; the tower takes \(3, 28, 28\) of every one",
+            r"makes pixels \(3, 28, 56\) of an image of 63 x 31; the tower takes \(3, 28, 28\) of every one",
         ),
         ({"size": {"width": 28}, "crop_size": SQUARE, "do_center_crop": True}, "CLIPImageProcessor refuses its own"),
     ],
@@ -149,7 +149,7 @@ def test_a_damaged_preprocessor_config_is_not_passed_over(tmp_path: Path, conten
         spec_at(tmp_path)
 
 
-def test_a_whole_processor_s_config_counts_before_the_pictures_own(tmp_path: Path) -> None:
+def test_a_whole_processor_s_config_counts_before_the_images_own(tmp_path: Path) -> None:
     tower_with(tmp_path, {"size": SQUARE, "image_mean": [0, 0, 0]})
     whole = {"image_processor": {"size": SQUARE, "image_mean": [1, 1, 1]}}
     (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaProcessor"}))

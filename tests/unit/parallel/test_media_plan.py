@@ -18,7 +18,7 @@ degree = st.integers(1, 3)
 
 @st.composite
 def plans(draw: st.DrawFn) -> MediaPlan:
-    """A window of up to six pictures in a layout with or without sequence parallelism, of one replica or of all."""
+    """A window of up to six images in a layout with or without sequence parallelism, of one replica or of all."""
     over_world = draw(st.booleans())
     sizes = GridSizes(draw(degree), draw(degree), draw(degree), draw(degree), draw(st.integers(1, 2)))
     sp = sizes.tensor if draw(st.booleans()) else 1

@@ -15,7 +15,7 @@ from megatron_vlm.planner.flops import ModelShape, step_flops
 from tests.helpers.solo import CLIP, small_recipe
 from tests.unit.planner.shapes import ALL, build
 
-ROWS, TOKENS, PICTURES = 2, 24, 3
+ROWS, TOKENS, IMAGES = 2, 24, 3
 TOWERS: dict[str, dict[str, Any]] = {
     "clip": {**CLIP, "num_hidden_layers": 3},
     "siglip": {**CLIP, "model_type": "siglip_vision_model", "num_hidden_layers": 3, "vision_use_head": False},
@@ -27,7 +27,7 @@ TOWERS: dict[str, dict[str, Any]] = {
 
 
 def counted(vision: VisionEncoder, language: torch.nn.Module, num_media: int) -> int:
-    """What torch counts in one forward and backward of ROWS rows, whose first tokens are the pictures'."""
+    """What torch counts in one forward and backward of ROWS rows, whose first tokens are the images'."""
     spec = vision.tower.survey.media_spec
     ids = torch.zeros(ROWS, TOKENS, dtype=torch.long)
     pixels = torch.randn(num_media, 3, spec.height, spec.width)
@@ -66,7 +66,7 @@ def test_equals_the_counter(tower: str, case: str) -> None:
     train, freeze = CASES[case]
     recipe = small_recipe(sections={"model": model_section(tower, train, freeze)})
     vision, language, shape = build(recipe)
-    ours, theirs = formula(shape, language, PICTURES), counted(vision, language, PICTURES)
+    ours, theirs = formula(shape, language, IMAGES), counted(vision, language, IMAGES)
     assert ours == theirs
 
 
@@ -76,11 +76,11 @@ def test_equals_the_counter(tower: str, case: str) -> None:
 def test_other_language_models(changes: dict[str, Any]) -> None:
     recipe = small_recipe(changes, sections={"model": model_section("clip", ALL, (), changes)})
     vision, language, shape = build(recipe)
-    ours, theirs = formula(shape, language, PICTURES), counted(vision, language, PICTURES)
+    ours, theirs = formula(shape, language, IMAGES), counted(vision, language, IMAGES)
     assert ours == theirs
 
 
-def test_rows_without_pictures() -> None:
+def test_rows_without_images() -> None:
     """No vision at all; and where the language model is frozen, nothing to run backward for."""
     vision, language, shape = build(small_recipe(sections={"model": model_section("clip", ALL, ())}))
     ours, theirs = formula(shape, language, 0), counted(vision, language, 0)
@@ -105,7 +105,7 @@ def test_the_comparison_can_fail() -> None:
     """A model whose tower is frozen is not counted as one whose tower trains."""
     trained = build(small_recipe(sections={"model": model_section("clip", ALL, ())}))[2]
     vision, language, _ = build(small_recipe(sections={"model": model_section("clip", {**ALL, "vision": False}, ())}))
-    ours, theirs = formula(trained, language, PICTURES), counted(vision, language, PICTURES)
+    ours, theirs = formula(trained, language, IMAGES), counted(vision, language, IMAGES)
     assert ours > theirs
 
 

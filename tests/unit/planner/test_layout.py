@@ -13,10 +13,10 @@ LLAVA = ROOT / "examples" / "recipes" / "llava15_7b_8gpu.yaml"
 
 
 def test_the_recipes_own_data_are_shown(tmp_path: Path) -> None:
-    """The first step of a tiny data set on one rank, every picture encoded there; no checkpoint directory is made."""
+    """The first step of a tiny data set on one rank, every image encoded there; no checkpoint directory is made."""
     view = layout_of("tiny", tiny_recipe(tmp_path), 1)
     assert view.batch.source == f"the recipe's first step, from {tmp_path / 'train.json'}"
-    assert view.ranks[0].num_pictures > 0 and view.times[0].bubble == pytest.approx(0)
+    assert view.ranks[0].num_images > 0 and view.times[0].bubble == pytest.approx(0)
     assert view.ranks[0].tokens == ((0, view.batch.layout.length),) and view.ranks[0].traffic.total == 0
     assert not (tmp_path / "checkpoints").exists()
 

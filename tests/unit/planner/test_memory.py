@@ -10,14 +10,14 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.models.description import describe_model
 from megatron_vlm.models.language import LanguageSpec
 from megatron_vlm.parallel.sizes import GridSizes
-from megatron_vlm.planner.memory import Pictures, activation_bytes, lay_out, picture_bytes, stage_layers
+from megatron_vlm.planner.memory import Images, activation_bytes, image_bytes, lay_out, stage_layers
 from megatron_vlm.planner.parameter_shards import LocalParameter, meta_encoder
 from megatron_vlm.runtime.device import prepare
 from tests.helpers.solo import LLAMA, small_recipe
 from tests.unit.planner.shapes import ALL, build
 
 ENCODER_FACTOR = 1.1  # the estimate is at most so far from what the encoder keeps, either way
-PICTURES = 3
+IMAGES = 3
 
 
 def held(*numels: int, shared: int | None = None, frozen: int | None = None) -> list[LocalParameter]:
@@ -52,7 +52,7 @@ def training(components: dict[str, bool], sections: dict[str, Any]) -> Config:
 
 
 def kept_bytes(train: dict[str, bool], recompute: str, params: str) -> tuple[int, int]:
-    """Bytes that autograd keeps of PICTURES pictures, and what is estimated."""
+    """Bytes that autograd keeps of IMAGES images, and what is estimated."""
     prepare("cpu")
     sections: dict[str, Any] = {
         "precision": {"params": params},
@@ -70,11 +70,11 @@ def kept_bytes(train: dict[str, bool], recompute: str, params: str) -> tuple[int
         return tensor
 
     spec = encoder.tower.survey.media_spec
-    pixels = torch.randn(PICTURES, 3, spec.height, spec.width)
+    pixels = torch.randn(IMAGES, 3, spec.height, spec.width)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         rows = encoder.train()(pixels)
     assert rows.requires_grad
-    estimated = picture_bytes(recipe, encoder.tower.survey, encoder.language_size, Pictures(PICTURES, 0))[1]
+    estimated = image_bytes(recipe, encoder.tower.survey, encoder.language_size, Images(IMAGES, 0))[1]
     return sum(storage.nbytes() for storage in kept.values()), estimated
 
 
@@ -94,11 +94,11 @@ def test_what_is_computed_again_from_pixels_is_one_batch() -> None:
     """Phase 3 holds of a batch what would else be held of all."""
     survey = meta_encoder(small_recipe(), describe_model(small_recipe().model)).tower.survey
 
-    def bytes_of(pictures: int, recompute: str, media_batch: int | None = None) -> tuple[int, int]:
+    def bytes_of(images: int, recompute: str, media_batch: int | None = None) -> tuple[int, int]:
         """What is kept from phase 1 to phase 3, and what is held in passing."""
         keys = {"steps": 1, "media_batch": media_batch, "recompute": {"vision": recompute}}
         recipe = training(ALL, {"training": keys})
-        return picture_bytes(recipe, survey, 32, Pictures(pictures, 0))[1:]
+        return image_bytes(recipe, survey, 32, Images(images, 0))[1:]
 
     kept_of_two, _ = bytes_of(2, "none")
     _, again = bytes_of(64, "encoder", 2)
@@ -109,7 +109,7 @@ def test_what_is_computed_again_from_pixels_is_one_batch() -> None:
 def test_nothing_is_kept_where_the_encoder_is_frozen() -> None:
     recipe = training({"vision": False, "projector": False}, {})
     survey = meta_encoder(recipe, describe_model(recipe.model)).tower.survey
-    features, kept, encoding = picture_bytes(recipe, survey, 32, Pictures(2, 10))
+    features, kept, encoding = image_bytes(recipe, survey, 32, Images(2, 10))
     element = 4
     assert kept == 0 and encoding > 0
     assert features == element * 32 * (2 * survey.media_spec.tokens_per_image + 10)

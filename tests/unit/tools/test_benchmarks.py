@@ -18,10 +18,10 @@ SPEC = MediaSpec(tokens_per_image=16, num_patches=16, height=28, width=28, mean=
 
 
 @pytest.mark.parametrize("answers", [0.5, 1.0])
-@pytest.mark.parametrize("pictures", [0, 1, 3])
-def test_every_sample_has_its_size_and_the_share_of_answers(tmp_path, answers, pictures):
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_every_sample_has_its_size_and_the_share_of_answers(tmp_path, answers, images):
     shape = synthetic.Shape(sequence_length=400, vocab_size=500, spec=SPEC, answers=answers)
-    size = synthetic.SampleSize(284 + pictures * 16, pictures)
+    size = synthetic.SampleSize(284 + images * 16, images)
     synthetic.make(tmp_path / "data", shape, [size] * 3, DataConfig(path="none"))
     sections = synthetic.sections(tmp_path / "data")
     tokenizer = load_tokenizer(sections["model"]["language"]["tokenizer"], "<image>")
@@ -30,13 +30,13 @@ def test_every_sample_has_its_size_and_the_share_of_answers(tmp_path, answers, p
     assert len(samples) == 3 and len({sample.turns for sample in samples}) == 3
     for sample in samples:
         encoded = encoder.encode(sample)
-        assert len(encoded.ids) == size.tokens and len(encoded.image_starts) == pictures
-        assert max(encoded.ids) < 499  # the last id is left for the pictures' places
+        assert len(encoded.ids) == size.tokens and len(encoded.image_starts) == images
+        assert max(encoded.ids) < 499  # the last id is left for the images' places
         trained = sum(label != IGNORE for label in encoded.labels)
         assert trained / 284 == pytest.approx(0.5 if answers == 0.5 else 0.95, abs=0.05)
 
 
-def test_a_row_too_short_for_a_picture_is_refused(tmp_path):
+def test_a_row_too_short_for_an_image_is_refused(tmp_path):
     shape = synthetic.Shape(sequence_length=20, vocab_size=100, spec=SPEC, answers=0.5)
     with pytest.raises(ConfigError, match="training.sequence_length: found 20, needed 2[0-9]"):
         synthetic.make(

@@ -1,4 +1,4 @@
-"""What rank 0 shows of a run: lines, TensorBoard events, pictures, the summary; across a resume and on a full disk."""
+"""What rank 0 shows of a run: lines, TensorBoard events, drawings, the summary; across a resume and on a full disk."""
 
 import contextlib
 import json
@@ -193,7 +193,7 @@ def run_of(hook: Hook, steps: int = 40) -> None:
     hook.close()
 
 
-def test_curves_and_ranks_are_pictures(tmp_path: Path) -> None:
+def test_curves_and_ranks_are_drawn(tmp_path: Path) -> None:
     run_of(JsonLinesHook(tmp_path, 0))
     run_of(CurvesHook(tmp_path))
     for name in ("curves.png", "ranks_phases.png"):
@@ -202,7 +202,7 @@ def test_curves_and_ranks_are_pictures(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*")), "nothing half-written is left"
 
 
-def test_no_picture_before_the_first_step(tmp_path: Path) -> None:
+def test_no_drawing_before_the_first_step(tmp_path: Path) -> None:
     CurvesHook(tmp_path).close()
     assert not list(tmp_path.iterdir())
 

@@ -1,6 +1,6 @@
 """Cases of the vision side: projectors and frames. One `Case` each, in `VISION_CASES`.
 
-Letters: n pictures, t tokens of a picture, c the tower's width, h the language model's, m rows, p prototypes.
+Letters: n images, t tokens of an image, c the tower's width, h the language model's, m rows, p prototypes.
 """
 
 import torch
@@ -40,23 +40,23 @@ def _blocks(inputs: Tensors) -> Blocks:
 
 
 def _num_squares(sizes: Sizes) -> int:
-    return sizes["pictures"] * (-(-sizes["side"] // sizes["factor"])) ** 2
+    return sizes["images"] * (-(-sizes["side"] // sizes["factor"])) ** 2
 
 
 def _draw_squares(sizes: Sizes, draw: Draw) -> Tensors:
     width = sizes["factor"] ** 2 * sizes["width"]
-    x = draw.normal(sizes["pictures"], sizes["side"] ** 2, sizes["width"])
+    x = draw.normal(sizes["images"], sizes["side"] ** 2, sizes["width"])
     return {"x": x, "weight": 1 + draw.normal(width, scale=0.1), "bias": draw.normal(width, scale=0.1)}
 
 
 def _squares_work(sizes: Sizes, element: int) -> tuple[Work, Work]:
-    patches = sizes["pictures"] * sizes["side"] ** 2 * sizes["width"] * element
+    patches = sizes["images"] * sizes["side"] ** 2 * sizes["width"] * element
     squares = _num_squares(sizes) * sizes["factor"] ** 2 * sizes["width"] * element
     return Work(patches + squares), Work(2 * patches + squares)  # x -> y; dy, x -> dx
 
 
-def _square_sizes(pictures: int, side: int, width: int, factor: int) -> Sizes:
-    return {"pictures": pictures, "side": side, "width": width, "factor": factor}
+def _square_sizes(images: int, side: int, width: int, factor: int) -> Sizes:
+    return {"images": images, "side": side, "width": width, "factor": factor}
 
 
 SQUARES_CASE = Case(
@@ -167,13 +167,13 @@ def _reference_projector(inputs: Tensors) -> Outputs:
 
 def _projector_work(sizes: Sizes, element: int) -> tuple[Work, Work]:
     c, h, squares = 4 * sizes["width"], sizes["hidden"], _num_squares({**sizes, "factor": 2})
-    moved = (sizes["pictures"] * sizes["side"] ** 2 * sizes["width"] + squares * h + (c + h) * h) * element
+    moved = (sizes["images"] * sizes["side"] ** 2 * sizes["width"] + squares * h + (c + h) * h) * element
     flops = 2 * squares * (c + h) * h
     return Work(moved, flops), Work(2 * moved, 2 * flops)
 
 
-def _projector_sizes(pictures: int, side: int, width: int, hidden: int) -> Sizes:
-    return {"pictures": pictures, "side": side, "width": width, "hidden": hidden}
+def _projector_sizes(images: int, side: int, width: int, hidden: int) -> Sizes:
+    return {"images": images, "side": side, "width": width, "hidden": hidden}
 
 
 PROJECTOR_CASE = Case(
@@ -200,7 +200,7 @@ def _draw_prototypes(sizes: Sizes, draw: Draw) -> Tensors:
     one = torch.ones(1, 1, 1, dtype=draw.dtype, device=draw.device)
     # How many prototypes there are is not seen in a weight: it is the length of a tensor.
     count = torch.empty(sizes["prototypes"], device=draw.device)
-    inputs = {"x": draw.normal(sizes["pictures"], sizes["tokens"], c), "alpha": one, "beta": 0 * one, "count": count}
+    inputs = {"x": draw.normal(sizes["images"], sizes["tokens"], c), "alpha": one, "beta": 0 * one, "count": count}
     inputs |= {name: draw.normal(c, c, scale=c**-0.5) for name in _LINEAR}
     return inputs | {f"{name}_bias": draw.normal(c, scale=0.1) for name in _LINEAR}
 
@@ -218,7 +218,7 @@ def _prototypes(inputs: Tensors, backend: str) -> Outputs:
 def _prototypes_work(sizes: Sizes, element: int) -> tuple[Work, Work]:
     """Products: two linear layers of the tokens; in two iterations one of the centers and two with the tokens; the
     similarity, and two with the assignment."""
-    n, t, c, p = sizes["pictures"], sizes["tokens"], sizes["width"], sizes["prototypes"]
+    n, t, c, p = sizes["images"], sizes["tokens"], sizes["width"], sizes["prototypes"]
     flops = 2 * n * (2 * t * c * c + 2 * p * c * c + 7 * p * t * c)
     moved = (2 * n * t * c + 3 * c * c) * element
     return Work(moved, flops), Work(2 * moved, 2 * flops)
@@ -232,9 +232,9 @@ PROTOTYPES_CASE = Case(
     trained=("x", "alpha", "beta", *_LINEAR, *(f"{name}_bias" for name in _LINEAR)),
     draw=_draw_prototypes,
     work=_prototypes_work,
-    sizes=({"pictures": 8, "tokens": 576, "width": 1024, "prototypes": 256},),
-    tiny=({"pictures": 2, "tokens": 9, "width": 8, "prototypes": 4},),
-    exact={"pictures": 1, "tokens": 576, "width": 256, "prototypes": 64},
+    sizes=({"images": 8, "tokens": 576, "width": 1024, "prototypes": 256},),
+    tiny=({"images": 2, "tokens": 9, "width": 8, "prototypes": 4},),
+    exact={"images": 1, "tokens": 576, "width": 256, "prototypes": 64},
 )
 
 # --- frames -----------------------------------------------------------------------------------------------------------

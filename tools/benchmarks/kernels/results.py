@@ -1,4 +1,4 @@
-"""Results of the kernel benchmark, told: table, JSON, picture, a section for docs/benchmarks."""
+"""Results of the kernel benchmark, told: table, JSON, drawing, a section for docs/benchmarks."""
 
 import argparse
 from pathlib import Path

@@ -113,9 +113,9 @@ def memory(op: str, sizes: Sizes, ours: str, other: str) -> Callable[[Run], floa
 ROW: Sizes = {"heads": 32, "kv_heads": 8, "width": 128}
 LENGTHS = (16384, 65536, 131072)
 LOSS: Sizes = {"tokens": 8192, "hidden": 4096, "vocabulary": 131072}
-FRONT: Sizes = {"pictures": 64, "side": 27, "width": 1152, "factor": 2}
-PROJECTOR: Sizes = {"pictures": 64, "side": 27, "width": 1152, "hidden": 3584}
-PROTOTYPES: Sizes = {"pictures": 8, "tokens": 576, "width": 1024, "prototypes": 256}
+FRONT: Sizes = {"images": 64, "side": 27, "width": 1152, "factor": 2}
+PROJECTOR: Sizes = {"images": 64, "side": 27, "width": 1152, "hidden": 3584}
+PROTOTYPES: Sizes = {"images": 8, "tokens": 576, "width": 1024, "prototypes": 256}
 LINEARS = tuple(
     {"tokens": 8192, "inputs": i, "outputs": o} for i, o in ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
 )

@@ -1,10 +1,10 @@
 """Balance of the vision encoder's work: measured encoder seconds, slowest rank over the mean.
 
-Batches are drawn as `draws.py` beside this file says: text, single pictures, several, tiles and video frames, of three
+Batches are drawn as `draws.py` beside this file says: text, single images, several, tiles and video frames, of three
 sizes. A small SigLIP tower encodes them on one thread of the CPU, each rank's share in turn, in calls of up to four
-pictures of one size; what counts is processor time, the fastest of some rounds of each call. The share of a rank is
+images of one size; what counts is processor time, the fastest of some rounds of each call. The share of a rank is
 that of the product: its cost a*patches + b*patches^2, a and b measured once by the function that measures them when a
-job starts, and its longest-first assignment. Beside it the split that others use: equal numbers of pictures,
+job starts, and its longest-first assignment. Beside it the split that others use: equal numbers of images,
 contiguous. The ratio is the slowest rank's time by count over that by cost, on the mean.
 """
 
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
     for seed in range(arguments.seeds):
         batches.append(measure_batch(encoder, cost, seed, arguments))
         shares = ", ".join(f"{name} {batches[-1][name]['imbalance']:.3f}" for name in (BY_COST, BY_COUNT))
-        print(f"seed {seed}: {batches[-1]['pictures']} pictures, slowest rank over the mean {shares}", flush=True)
+        print(f"seed {seed}: {batches[-1]['images']} images, slowest rank over the mean {shares}", flush=True)
     result = report.header("media", "CPU, one thread") | {
         "tower": TOWER,
         "ranks": arguments.ranks,
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
 
 
 def prepare() -> "tuple[VisionEncoder, MediaCost]":
-    """The tower, and what its pictures cost, as a job measures it at its start."""
+    """The tower, and what its images cost, as a job measures it at its start."""
     from megatron_vlm.config.schema import Config
     from megatron_vlm.models.vision.encoder import VisionEncoder
     from megatron_vlm.models.vision.survey import survey_tower
@@ -128,7 +128,7 @@ def measure_batch(
 ) -> dict[str, Any]:
     """One drawn batch, shared out in some ways. `arguments`: samples, ranks, rounds."""
     patches = draw_patches(seed, arguments.samples)
-    found: dict[str, Any] = {"seed": seed, "pictures": len(patches), "patches": sum(patches)}
+    found: dict[str, Any] = {"seed": seed, "images": len(patches), "patches": sum(patches)}
     for way in ways:
         shares = share_out(patches, cost, arguments.ranks, way)
         measured = Shares(encode_seconds(encoder, shares, arguments.rounds))
@@ -148,7 +148,7 @@ def draw_patches(seed: int, num_samples: int) -> list[int]:
 
 
 def share_out(patches: Sequence[int], cost: "MediaCost", num_ranks: int, way: str) -> list[list[int]]:
-    """Each rank's pictures, by their patches."""
+    """Each rank's images, by their patches."""
     from megatron_vlm.parallel.media_plan import assign
 
     by_cost = way == BY_COST
@@ -167,20 +167,20 @@ def split_by_count(num_items: int, num_ranks: int) -> list[int]:
 
 
 def encode_seconds(encoder: "VisionEncoder", shares: Sequence[Sequence[int]], rounds: int) -> list[float]:
-    """Processor time by rank of encoding square pictures of so many patches each.
+    """Processor time by rank of encoding square images of so many patches each.
 
     Each round takes all calls of all ranks, so that what slows the machine for some seconds slows one round of a call.
     """
     import torch
 
-    from megatron_vlm.planner.media_cost import encode_pictures, fastest_seconds
+    from megatron_vlm.planner.media_cost import encode_images, fastest_seconds
 
     cpu = torch.device("cpu")
     calls = [(rank, pixels) for rank, share in enumerate(shares) for pixels in calls_of(share)]
     fastest = [math.inf] * len(calls)
     for _ in range(rounds):
         for place, (_, pixels) in enumerate(calls):
-            seconds = fastest_seconds(partial(encode_pictures, encoder, pixels, resizes=True), cpu, 1, warm=False)
+            seconds = fastest_seconds(partial(encode_images, encoder, pixels, resizes=True), cpu, 1, warm=False)
             fastest[place] = min(fastest[place], seconds)
     by_rank = [0.0] * len(shares)
     for (rank, _), seconds in zip(calls, fastest, strict=True):
@@ -189,15 +189,15 @@ def encode_seconds(encoder: "VisionEncoder", shares: Sequence[Sequence[int]], ro
 
 
 def calls_of(patches: Sequence[int]) -> "Iterator[Any]":
-    """Blank pictures [n, 3, H, W], of one size in each call."""
+    """Blank images [n, 3, H, W], of one size in each call."""
     import torch
 
-    from megatron_vlm.planner.media_cost import PICTURES
+    from megatron_vlm.planner.media_cost import IMAGES
 
     for size in sorted(set(patches)):
         side, count = round(size**0.5) * PATCH, patches.count(size)
-        for first in range(0, count, PICTURES):
-            yield torch.zeros(min(PICTURES, count - first), 3, side, side)
+        for first in range(0, count, IMAGES):
+            yield torch.zeros(min(IMAGES, count - first), 3, side, side)
 
 
 def summarise(values: Sequence[float]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The draw of samples on which packing and the balance of vision work are measured: sizes only, no content.
 
-25% text, 40% one image, 15% 2-6 images, 15% one picture in 1-12 tiles, 5% a video of 8-64 frames. The sizes are those
+25% text, 40% one image, 15% 2-6 images, 15% one image in 1-12 tiles, 5% a video of 8-64 frames. The sizes are those
 of published models whose longest sample fits 4,096 tokens: an image as VILA-1.5 sees it (SigLIP at 384 px, patches of
 14, each 2 x 2 patches one token), a tile as NVILA does (448 px, the same, and a thumbnail beside two tiles or more), a
 frame of 196 px. Text is log-normal, as conversations are.
@@ -32,7 +32,7 @@ FRAME = Media(14 * 14, 7 * 7)
 
 @dataclass(frozen=True)
 class DrawnSample:
-    """One sample's sizes. `media` are its items in order; a video's frames and a picture's tiles are items each."""
+    """One sample's sizes. `media` are its items in order; a video's frames and an image's tiles are items each."""
 
     kind: Kind
     text_tokens: int

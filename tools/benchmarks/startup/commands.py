@@ -25,12 +25,12 @@ THEIR_GENERATE = """
 import sys
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
-folder, picture, question = sys.argv[1:]
+folder, image, question = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder, backend="pil")
 model = LlavaForConditionalGeneration.from_pretrained(folder)
 turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
 prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
-inputs = processor(images=Image.open(picture), text=prompt, return_tensors="pt")
+inputs = processor(images=Image.open(image), text=prompt, return_tensors="pt")
 answer = model.generate(**inputs, max_new_tokens=1, do_sample=False)
 print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 """
@@ -77,7 +77,7 @@ def commands(checkout: Checkout, folder: Path) -> dict[str, Command]:
     for name, *sub in lines:
         found[" ".join([name, *sub, "--help"])] = Command((f"tools/{name}", *sub, "--help"), HELP_LIMIT)
     train = ("tools/train.py", RECIPE, *overrides(folder))
-    asked = (str(folder / "picture.png"), QUESTION)
+    asked = (str(folder / "image.png"), QUESTION)
     ours = ("tools/generate.py", str(folder / "ours"), "--media", asked[0], "--prompt", asked[1])
     return found | {
         "train: a mistyped key": Command((*train, "data.pakcing=true"), KEY_LIMIT, code=1),
@@ -102,7 +102,7 @@ def overrides(folder: Path) -> list[str]:
 
 
 def prepare(checkout: Checkout, folder: Path) -> None:
-    """Makes the quickstart's data, a tiny model as a checkpoint of ours and as `llava-hf`, and a picture."""
+    """Makes the quickstart's data, a tiny model as a checkpoint of ours and as `llava-hf`, and an image."""
     import torch
     from PIL import Image
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil
@@ -123,4 +123,4 @@ def prepare(checkout: Checkout, folder: Path) -> None:
     checkout.run("tools/convert.py", "export", str(folder / "ours"), str(folder / "theirs"), "--format", "llava-hf")
     records = json.loads((folder / "quickstart" / "train.json").read_text())
     image = records[0]["image"]
-    Image.open(folder / "quickstart" / (image if isinstance(image, str) else image[0])).save(folder / "picture.png")
+    Image.open(folder / "quickstart" / (image if isinstance(image, str) else image[0])).save(folder / "image.png")

@@ -159,7 +159,7 @@ def build_adamw(config: Config, model: nn.Module) -> torch.optim.AdamW:
 
 
 def micro_batches(batch: StepBatch, image_token: int) -> list[dict[str, Tensor]]:
-    """A step's input as the model takes it: `image_token` at the pictures' places, labels not shifted, and no padding
+    """A step's input as the model takes it: `image_token` at the images' places, labels not shifted, and no padding
     beyond a micro-batch's own longest row."""
     device = current_device()
     inputs = []
@@ -187,7 +187,7 @@ def _longest(labels: Tensor) -> int:
 
 
 def _unused_id(batches: list[StepBatch], vocab_size: int) -> int:
-    """A token id that no text of this rank contains, to mark the pictures' places with."""
+    """A token id that no text of this rank contains, to mark the images' places with."""
     used = torch.zeros(vocab_size, dtype=torch.bool)
     for batch in batches:
         for rows in batch.micro_batches:

@@ -1,7 +1,7 @@
 """Training speed of packed rows against rows padded to the longest, and against transformers, on the same samples.
 
 Sizes are those of tools/benchmarks/media/draws.py, texts scaled to the recipe's rows, as one tower sees them, which
-gives every picture, tile and frame the same number of tokens. A step trains all samples: packed in as many
+gives every image, tile and frame the same number of tokens. A step trains all samples: packed in as many
 rows as they fill, or a row each, padded to the longest (transformers: of its micro-batch). Sides take turns as in
 `throughput`, and unless their losses agree nothing is reported: what is learnt does not depend on packing.
 
@@ -82,15 +82,15 @@ def requests(config: Config, arguments: argparse.Namespace, launch: Launch) -> l
     from ..media.draws import FEWEST_TEXT_TOKENS, SEQUENCE_LENGTH, draw
     from .synthetic import SampleSize
 
-    per_picture, length = (
+    per_image, length = (
         survey_tower(config.model.vision, config.model.projector).media_spec.tokens_per_image,
         config.training.sequence_length,
     )
     sizes = []
     for sample in draw(arguments.seed, arguments.samples):
         text = max(FEWEST_TEXT_TOKENS, round(sample.text_tokens * length / SEQUENCE_LENGTH))
-        pictures = min(len(sample.media), (length - text) // per_picture)
-        sizes.append(SampleSize(text + pictures * per_picture, pictures))
+        images = min(len(sample.media), (length - text) // per_image)
+        sizes.append(SampleSize(text + images * per_image, images))
     tokens = np.array([size.tokens for size in sizes])
     num_rows = PackedPlan(tokens, config.runtime.seed, 1, length, 1).num_rows
     num_steps = 1 + arguments.rounds + 1

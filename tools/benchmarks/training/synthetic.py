@@ -1,7 +1,7 @@
-"""A data set of samples of given sizes: noise for pictures, words drawn by number, a tokenizer of one token per word.
+"""A data set of samples of given sizes: noise for images, words drawn by number, a tokenizer of one token per word.
 
-What a step costs depends on how many tokens there are, how many of them are pictures' and how many are trained, and on
-nothing else. So every sample has exactly the tokens and pictures asked for, and of its words a given share are answers.
+What a step costs depends on how many tokens there are, how many of them are images' and how many are trained, and on
+nothing else. So every sample has exactly the tokens and images asked for, and of its words a given share are answers.
 Everything follows from fixed seeds: the same samples on every machine, for every side of a comparison.
 """
 
@@ -38,10 +38,10 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class SampleSize:
-    """Tokens, pictures' included, and pictures of a sample."""
+    """Tokens, images' included, and images of a sample."""
 
     tokens: int
-    pictures: int
+    images: int
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Shape:
 
 
 def make(folder: Path, shape: Shape, sizes: Sequence[SampleSize], data: DataConfig) -> None:
-    """Writes pictures, conversations and tokenizer, for the recipe's template and image marker.
+    """Writes images, conversations and tokenizer, for the recipe's template and image marker.
 
     Args:
         sizes: of each sample.
 
     Raises:
-        ConfigError: the pictures and a conversation do not fit into a sample.
+        ConfigError: the images and a conversation do not fit into a sample.
     """
     folder.mkdir(parents=True)
     make_tokenizer(folder / "tokenizer", shape.vocab_size)
@@ -80,7 +80,7 @@ def make(folder: Path, shape: Shape, sizes: Sequence[SampleSize], data: DataConf
         turns = fill(encoder, shape, size, random)
         speakers = {"user": "human", "assistant": "gpt"}
         spoken = [{"from": speakers[turn.role], "value": turn.text} for turn in turns]
-        names = [f"{number}_{picture}.png" for picture in range(size.pictures)]
+        names = [f"{number}_{image}.png" for image in range(size.images)]
         samples.append({"id": str(number), "image": names, "conversations": spoken})
         for name in names:
             coarse = Image.fromarray(random.integers(0, 256, (COARSE_PIXELS, COARSE_PIXELS, 3), dtype=np.uint8))
@@ -111,45 +111,45 @@ def make_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def fill(encoder: ConversationEncoder, shape: Shape, size: SampleSize, random: np.random.Generator) -> list[Turn]:
-    """A conversation of exactly so many tokens, about so many pictures."""
-    room = size.tokens - size.pictures * shape.spec.tokens_per_image
+    """A conversation of exactly so many tokens, about so many images."""
+    room = size.tokens - size.images * shape.spec.tokens_per_image
     num_rounds = max(1, room // WORDS_PER_ROUND)
-    least = conversation(encoder, size.pictures, [(1, 1)] * num_rounds, shape, random)
-    spare = size.tokens - num_tokens(encoder, least, size.pictures)
+    least = conversation(encoder, size.images, [(1, 1)] * num_rounds, shape, random)
+    spare = size.tokens - num_tokens(encoder, least, size.images)
     if spare < 0:
         raise ConfigError(
-            f"training.sequence_length: found {size.tokens}, needed {size.tokens - spare} for {size.pictures} pictures "
+            f"training.sequence_length: found {size.tokens}, needed {size.tokens - spare} for {size.images} images "
             f"of {shape.spec.tokens_per_image} tokens and a conversation"
         )
     answered = round(shape.answers * spare)
     answers, questions = (split(number, num_rounds) for number in (answered, spare - answered))
     words = [(1 + question, 1 + answer) for question, answer in zip(questions, answers, strict=True)]
-    turns = conversation(encoder, size.pictures, words, shape, random)
-    assert num_tokens(encoder, turns, size.pictures) == size.tokens
+    turns = conversation(encoder, size.images, words, shape, random)
+    assert num_tokens(encoder, turns, size.images) == size.tokens
     return turns
 
 
 def conversation(
     encoder: ConversationEncoder,
-    num_pictures: int,
+    num_images: int,
     words: list[tuple[int, int]],
     shape: Shape,
     random: np.random.Generator,
 ) -> list[Turn]:
-    """Turns of so many words each: (question, answer) of every round; the pictures stand at the beginning."""
+    """Turns of so many words each: (question, answer) of every round; the images stand at the beginning."""
     marker = encoder.tokenizer.convert_ids_to_tokens(encoder.marker_id)
     num_words = shape.vocab_size - len(SPECIAL) - len(TEMPLATE_WORDS) - 1
     turns: list[Turn] = []
     for question, answer in words:
         asked, said = (" ".join(f"w{n}" for n in random.integers(0, num_words, count)) for count in (question, answer))
-        pictures = "" if turns else f"{marker}\n" * num_pictures
-        turns += [Turn("user", pictures + asked), Turn("assistant", said)]
+        images = "" if turns else f"{marker}\n" * num_images
+        turns += [Turn("user", images + asked), Turn("assistant", said)]
     return turns
 
 
-def num_tokens(encoder: ConversationEncoder, turns: list[Turn], num_pictures: int) -> int:
+def num_tokens(encoder: ConversationEncoder, turns: list[Turn], num_images: int) -> int:
     """Tokens of a conversation about so many images."""
-    return len(encoder.encode(Sample("bench", tuple(turns), ("picture",) * num_pictures, "bench")).ids)
+    return len(encoder.encode(Sample("bench", tuple(turns), ("image",) * num_images, "bench")).ids)
 
 
 def split(total: int, parts: int) -> list[int]:

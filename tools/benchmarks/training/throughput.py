@@ -45,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--answers", type=share, default=0.5, metavar="SHARE", help="of the words, trained (default 0.5)"
     )
     parser.add_argument(
-        "--pictures", type=whole_number(1), default=1, metavar="N", help="in a row, where data are made (default 1)"
+        "--images", type=whole_number(1), default=1, metavar="N", help="in a row, where data are made (default 1)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything measured")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="a picture of it")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="a drawing of it")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="a section of docs/benchmarks, appended")
     parser.set_defaults(measure=run)
 
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
         configs[TRANSFORMERS] = config
     rounds, steps = arguments.rounds, arguments.steps
     num_steps = WARM_UP_STEPS + (rounds + 1) * steps
-    row = SampleSize(config.training.sequence_length, arguments.pictures)
+    row = SampleSize(config.training.sequence_length, arguments.images)
     rows = (row,) * (config.training.global_batch_size * steps)
     requests = [SideRequest(name, c, launch, steps, num_steps, arguments.answers, rows) for name, c in configs.items()]
     measured = measure(requests, rounds)

@@ -47,7 +47,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def test_without_picture_and_prompt_there_is_one_of_random_pixels_in_random_text():
+def test_without_image_and_prompt_there_is_one_of_random_pixels_in_random_text():
     probe = make_probe(Stub(), Stub(), (), "")
     assert probe.pixels.shape == (1, 3, 12, 8) and probe.pixels.std() > 0.5
     assert [len(piece) for piece in probe.pieces] == [NUM_RANDOM_TOKENS] * 2

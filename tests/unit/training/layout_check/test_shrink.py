@@ -173,7 +173,7 @@ def test_samples_that_cannot_be_used_are_passed_over(tmp_path: Path) -> None:
     path = write_samples(tmp_path, {"conversations": []}, {"image": "nowhere.png"}, {}, {"id": None})
     recipe = tiny_recipe(tmp_path, data={"path": str(path), "media_root": str(tmp_path)})
     samples, longest = pick_samples(recipe, 16, 4)
-    assert [sample["id"] for sample in samples] == ["3", "sample-2"]  # one picture before three
+    assert [sample["id"] for sample in samples] == ["3", "sample-2"]  # one image before three
     assert longest > 3 * 16
 
 

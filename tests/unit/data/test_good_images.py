@@ -1,4 +1,4 @@
-"""Good pictures of unusual kinds are read rightly or refused by name, whatever a library's own limits say."""
+"""Good images of unusual kinds are read rightly or refused by name, whatever a library's own limits say."""
 
 import io
 import pickle
@@ -171,7 +171,7 @@ def test_a_copy_is_what_its_file_is_or_refused(name: str) -> None:
         if message is None or copied.format == "PPM":  # which a pickle keeps, as the class has it
             assert (np.asarray(to_rgb(copied)) == expected).all()
             continue
-        with pytest.raises(ValueError, match=f"{message}.*; instead of a copy the path of its file, the picture as it"):
+        with pytest.raises(ValueError, match=f"{message}.*; instead of a copy the path of its file, the image as it"):
             to_rgb(copied)
     made = np.asarray(to_rgb(Image.fromarray(GREY)))[..., 0]
     assert np.abs(made / 255 - GREY / 65535).max() < 0.003

@@ -1,4 +1,4 @@
-"""The two pictures of the quickstart: the loss over both phases, and a contact sheet of held-out questions."""
+"""The two drawings of the quickstart: the loss over both phases, and a contact sheet of held-out questions."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
