@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_vlm.data.new_tokenizer import train_tokenizer
+from megatron_vlm.data.text.new_tokenizer import train_tokenizer
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_QUESTION = "What digit is this?"

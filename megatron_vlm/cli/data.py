@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _make_tokenizer(arguments: argparse.Namespace) -> None:
-    from megatron_vlm.data.new_tokenizer import make_tokenizer
+    from megatron_vlm.data.text.new_tokenizer import make_tokenizer
 
     num_tokens = make_tokenizer(arguments.data, arguments.directory, arguments.vocabulary_size)
     print(f"{shown(str(arguments.directory))}: {num_tokens:,} tokens")

@@ -52,7 +52,7 @@ device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.devic
 found = [asdict(one) for one in choices(device, dtype)]
 from megatron_vlm.config.packages import PACKAGES, transformer_engine_obstacle
 from megatron_vlm.data.sources import SOURCES
-from megatron_vlm.data.templates import TEMPLATES
+from megatron_vlm.data.text.templates import TEMPLATES
 from megatron_vlm.models.projectors import PROJECTORS
 from megatron_vlm.ops.fp8 import fp8_obstacle
 from megatron_vlm.ops.table import TABLE

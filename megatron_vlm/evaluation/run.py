@@ -17,12 +17,12 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_vlm.config.schema import VideoConfig
-from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.media.images import MediaReader
+from megatron_vlm.data.media.video.files import count_frames
+from megatron_vlm.data.media.video.sampling import with_frames
 from megatron_vlm.data.sample import BadSample, Sample
 from megatron_vlm.data.sources import tell_remarks
 from megatron_vlm.data.sources.llava_json import LlavaFile
-from megatron_vlm.data.video.files import count_frames
-from megatron_vlm.data.video.sampling import with_frames
 from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.report import NO_FORM, Record, Report, make_report
 from megatron_vlm.evaluation.tasks import TASKS, Scorer

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_vlm.config.schema import DataConfig
-from megatron_vlm.data.answer_ends import find_stop_ids
-from megatron_vlm.data.conversation import ConversationEncoder
-from megatron_vlm.data.media import MediaReader, to_rgb
+from megatron_vlm.data.media.images import MediaReader, to_rgb
 from megatron_vlm.data.sample import BadSample, Frame, Sample, Turn
-from megatron_vlm.data.tokenizer import Tokenizer
+from megatron_vlm.data.text.answer_ends import find_stop_ids
+from megatron_vlm.data.text.conversation import ConversationEncoder
+from megatron_vlm.data.text.tokenizer import Tokenizer
 from megatron_vlm.errors import DataError, one_line
 from megatron_vlm.generation.decoding import decode
 from megatron_vlm.generation.prompts import (

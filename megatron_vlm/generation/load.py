@@ -22,7 +22,7 @@ from megatron_vlm.runtime.logging import get_logger, quietly
 if TYPE_CHECKING:
     from megatron_vlm.config.schema import Config, ParallelConfig
     from megatron_vlm.conversion.formats import ForeignModel
-    from megatron_vlm.data.tokenizer import Tokenizer
+    from megatron_vlm.data.text.tokenizer import Tokenizer
     from megatron_vlm.generation.assistant import Assistant
     from megatron_vlm.generation.ranks import RankedAssistant
     from megatron_vlm.models.vlm import VisionLanguageModel
@@ -128,7 +128,7 @@ def open_checkpoint(
     from megatron_vlm.checkpoint.store import load_checkpoint
     from megatron_vlm.config.rules import validate_layout
     from megatron_vlm.conversion.formats import fill_model
-    from megatron_vlm.data.conversation import TEMPLATES
+    from megatron_vlm.data.text.conversation import TEMPLATES
     from megatron_vlm.generation.assistant import Assistant
     from megatron_vlm.models.description import describe_model
     from megatron_vlm.models.facts import gather_facts
@@ -175,7 +175,7 @@ def _read_layout(tensor: int = 1, pipeline: int = 1, ulysses: int = 1, ring: int
 
 def _check_choices(template: str | None, dtype: str | None) -> None:
     """Raises ConfigError for a template or dtype that is not known."""
-    from megatron_vlm.data.templates import TEMPLATES
+    from megatron_vlm.data.text.templates import TEMPLATES
 
     if template is not None:
         TEMPLATES.get(template)
@@ -199,7 +199,7 @@ def _as_of_today(config: "Config", tokenizer: "Tokenizer") -> "Config":
     """Shows the chat template of another system's model the day it is, as that system would."""
     from datetime import date
 
-    from megatron_vlm.data.chat_template import CLOCK, reads_clock
+    from megatron_vlm.data.text.chat_template import CLOCK, reads_clock
 
     data = config.data
     if data.template != "auto" or CLOCK in data.template_arguments or not reads_clock(tokenizer):
@@ -210,8 +210,8 @@ def _as_of_today(config: "Config", tokenizer: "Tokenizer") -> "Config":
 
 def _load_tokenizer(config: "Config", path: str | os.PathLike[str]) -> "Tokenizer":
     """Raises ConfigError where there is none, or none that the template can do with."""
-    from megatron_vlm.data.templates import TEMPLATES
-    from megatron_vlm.data.tokenizer import load_tokenizer
+    from megatron_vlm.data.text.templates import TEMPLATES
+    from megatron_vlm.data.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
     if config.data.template == "auto" and not tokenizer.chat_template:

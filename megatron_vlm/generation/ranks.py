@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from megatron_vlm.data.media import to_rgb
+from megatron_vlm.data.media.images import to_rgb
 from megatron_vlm.errors import ConfigError, DataError, MegatronVlmError, ParallelError, one_line
 from megatron_vlm.generation.prompts import Dialogue, ImageSource, Message, Prompt, Score, check_message, list_prompts
 from megatron_vlm.runtime.failure import is_timeout

@@ -9,7 +9,7 @@ Hazard: special tokens are not in that text. A stop string that is a special tok
 
 from collections.abc import Collection, Sequence
 
-from megatron_vlm.data.tokenizer import Tokenizer, faults_told
+from megatron_vlm.data.text.tokenizer import Tokenizer, faults_told
 from megatron_vlm.errors import ConfigError
 
 BYTES_PER_CHARACTER = 4  # a token carries at least one byte of UTF-8

@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_vlm.config.schema import VideoConfig
-from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.media.images import MediaReader
+from megatron_vlm.data.media.video.files import count_frames, read_images
+from megatron_vlm.data.media.video.sampling import with_frames
 from megatron_vlm.data.sample import VIDEO_TOKEN, Frame, ImageRef, Sample
-from megatron_vlm.data.video.files import count_frames, read_images
-from megatron_vlm.data.video.sampling import with_frames
 from megatron_vlm.generation.prompts import VIDEO_SUFFIXES, ImageSource
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data.collate import Document
-from megatron_vlm.data.loader import StepFetcher, StepShape, build_loader
-from megatron_vlm.data.tokenizer import check_vocabulary, load_tokenizer
+from megatron_vlm.data.fetch.collate import Document
+from megatron_vlm.data.fetch.loader import build_loader
+from megatron_vlm.data.fetch.shape import StepShape
+from megatron_vlm.data.fetch.step import StepFetcher
+from megatron_vlm.data.text.tokenizer import check_vocabulary, load_tokenizer
 from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.layout import Documents, SequenceLayout

@@ -12,8 +12,8 @@ from fractions import Fraction
 import torch.distributed as dist
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data.loader import count_rows
-from megatron_vlm.data.tokenizer import Tokenizer
+from megatron_vlm.data.fetch.loader import count_rows
+from megatron_vlm.data.text.tokenizer import Tokenizer
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.runtime.collectives import broadcast_object

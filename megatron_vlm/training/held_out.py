@@ -15,7 +15,9 @@ from dataclasses import dataclass, field, replace
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data.loader import SampleSource, StepFetcher, build_held_out_loader
+from megatron_vlm.data.fetch.loader import build_held_out_loader
+from megatron_vlm.data.fetch.samples import SampleSource
+from megatron_vlm.data.fetch.step import StepFetcher
 from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.report import Report
 from megatron_vlm.evaluation.run import Asked, EvaluationRequest, EvaluationStopped, evaluate, find_unanswerable

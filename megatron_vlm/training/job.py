@@ -25,10 +25,11 @@ from megatron_vlm.config.schema import Config, LossConfig
 from megatron_vlm.conversion.transfer.origin import copy_origin
 from megatron_vlm.conversion.weights.loading import load_weights
 from megatron_vlm.data.batch import StepBatch
-from megatron_vlm.data.index import SampleIndex
-from megatron_vlm.data.loader import StepFetcher, build_loader
-from megatron_vlm.data.tokenizer import Tokenizer, first_time_token
-from megatron_vlm.data.workers import OrderedItems
+from megatron_vlm.data.fetch.loader import build_loader
+from megatron_vlm.data.fetch.step import StepFetcher
+from megatron_vlm.data.fetch.workers import OrderedItems
+from megatron_vlm.data.index.records import SampleIndex
+from megatron_vlm.data.text.tokenizer import Tokenizer, first_time_token
 from megatron_vlm.errors import MegatronVlmError
 from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.models.families import build_model

@@ -22,12 +22,12 @@ import torch.distributed as dist
 from megatron_vlm.checkpoint.directory import checkpoints, step_of
 from megatron_vlm.config.rules import ModelFacts, validate
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data.conversation import TEMPLATES, ConversationEncoder
-from megatron_vlm.data.first_look import look_at
-from megatron_vlm.data.loader import make_encoder
-from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.fetch.samples import make_encoder
+from megatron_vlm.data.index.first_look import look_at
+from megatron_vlm.data.media.images import MediaReader
 from megatron_vlm.data.sources import SOURCES
-from megatron_vlm.data.tokenizer import Tokenizer, check_vocabulary, first_time_token, load_tokenizer
+from megatron_vlm.data.text.conversation import TEMPLATES, ConversationEncoder
+from megatron_vlm.data.text.tokenizer import Tokenizer, check_vocabulary, first_time_token, load_tokenizer
 from megatron_vlm.errors import MegatronVlmError, RecipeError, SeveralFaults, faults_of, together
 from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.runtime.collectives import all_gather_objects, broadcast_object

@@ -10,7 +10,7 @@ import torch
 from megatron_vlm.config.context import split_context
 from megatron_vlm.config.rules import ModelFacts, names_its_model, unused_keys, validate
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data.conversation import TEMPLATES
+from megatron_vlm.data.text.conversation import TEMPLATES
 from megatron_vlm.errors import ConfigError, RecipeError, together
 from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.description import ModelDescription, describe_model

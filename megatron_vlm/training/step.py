@@ -26,7 +26,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_vlm.data.batch import MediaWindow, MicroBatch, StepBatch
-from megatron_vlm.data.media import FAULTS
+from megatron_vlm.data.media.images import FAULTS
 from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.models.merge import LocalFeatures
 from megatron_vlm.models.vlm import VisionLanguageModel, joined

@@ -106,7 +106,7 @@ def test_another_name_of_an_image_is_found(path: str, source: str, count: int) -
 
 OWN_FILES = (  # what they open was written by this process or its child a moment ago
     "megatron_vlm/checkpoint/integrity.py",
-    "megatron_vlm/data/tokenizer.py",
+    "megatron_vlm/data/text/tokenizer.py",
     "megatron_vlm/training/layout_check/reference.py",
 )
 

@@ -21,7 +21,7 @@ SAFE = {  # a call, and what makes it safe
     "yaml.load_all": ("Loader", ("yaml.SafeLoader", "yaml.CSafeLoader")),
 }
 ALLOWED = {
-    ("megatron_vlm/data/workers.py", "pickle.loads"),  # from a child of this process
+    ("megatron_vlm/data/fetch/workers.py", "pickle.loads"),  # from a child of this process
     ("megatron_vlm/checkpoint/reading.py", "FileSystemReader"),  # which is given what was read already
 }
 

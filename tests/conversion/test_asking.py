@@ -15,10 +15,10 @@ from megatron_vlm.conversion.formats import config_of, open_foreign
 from megatron_vlm.conversion.transfer.asking import Asking
 from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.conversion.transfer.importing import import_model
-from megatron_vlm.data.answer_ends import find_stop_ids
-from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.sample import Sample
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.answer_ends import find_stop_ids
+from megatron_vlm.data.text.conversation import ConversationEncoder
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from tests.helpers.chat_checkpoints import (
     TOKENS_PER_IMAGE,
     check_tokens,

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from megatron_vlm.conversion.formats import open_foreign, open_pair
 from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.conversion.transfer.importing import import_model
-from megatron_vlm.data.answer_ends import find_stop_ids
-from megatron_vlm.data.conversation import ConversationEncoder
+from megatron_vlm.data.text.answer_ends import find_stop_ids
+from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.errors import ConversionError
 from tests.helpers.foreign_models import Kind, llava_hf, projector_alone
 from tests.helpers.tiny import tiny_recipe
@@ -23,7 +23,7 @@ from tests.helpers.tiny import tiny_recipe
 def build_and_save(recipe: dict[str, Any]) -> tuple[str, torch.Tensor]:
     """A new job saves its first weights; returns the checkpoint and the pixels it makes of an image."""
     from megatron_vlm.config.schema import Config
-    from megatron_vlm.data.media import MediaReader
+    from megatron_vlm.data.media.images import MediaReader
     from megatron_vlm.training.job import build_job
     from tests.helpers.jobs import save
 

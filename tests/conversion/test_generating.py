@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import megatron_vlm
 from megatron_vlm.conversion.transfer.exporting import plan_export
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from tests.helpers.chat_tokenizers import CHATML, LLAMA_3, of_bytes
 from tests.helpers.tiny import tiny_llama, tiny_recipe
 

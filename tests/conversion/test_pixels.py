@@ -57,7 +57,7 @@ def recipe(folder: Path, mode: str, **settings: Any) -> dict[str, Any]:
 def run(recipe: dict[str, Any], saves: bool = True) -> tuple[str | None, Tensor, list[str]]:
     """A job's checkpoint after one update, what it makes of the image, and what it was told."""
     from megatron_vlm.config.schema import Config
-    from megatron_vlm.data.media import MediaReader
+    from megatron_vlm.data.media.images import MediaReader
     from megatron_vlm.training.job import build_job
     from tests.helpers.jobs import save
 

@@ -19,7 +19,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.formats import open_foreign
 from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.conversion.transfer.importing import import_model
-from megatron_vlm.data.templates import TEMPLATES
+from megatron_vlm.data.text.templates import TEMPLATES
 from megatron_vlm.errors import ConversionError
 from tests.helpers.foreign_models import DTYPES, Kind, llava, llava_hf, projector_alone, state_of, tree, with_old_names
 from tests.helpers.ranks import RankPool

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from examples.quickstart import make_data
-from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.data.sources.llava_json import LlavaFile
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.conversation import ConversationEncoder
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 
 FORMS = ("digit", "parity", "pair")
 

@@ -25,9 +25,9 @@ def packed_recipe(folder: Path) -> Config:
 
 def read_steps(config: Config, sizes: GridSizes, start: int, count: int) -> list[Documents]:
     """The global batches as this job's ranks have them together, checked on every rank."""
-    from megatron_vlm.data.loader import build_loader
+    from megatron_vlm.data.fetch.loader import build_loader
     from megatron_vlm.data.sample import IGNORE
-    from megatron_vlm.data.tokenizer import load_tokenizer
+    from megatron_vlm.data.text.tokenizer import load_tokenizer
     from megatron_vlm.parallel.groups import build_grid
     from megatron_vlm.runtime.collectives import all_gather_objects
 

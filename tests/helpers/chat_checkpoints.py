@@ -14,8 +14,8 @@ from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config.loading import config_from_tree, config_hash
 from megatron_vlm.conversion.formats import open_pair
 from megatron_vlm.conversion.transfer.importing import import_model
-from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.sample import BadSample, Sample, Turn
+from megatron_vlm.data.text.conversation import ConversationEncoder
 from tests.helpers.foreign_models import Kind, projector_alone
 
 TOKENS_PER_IMAGE = 16

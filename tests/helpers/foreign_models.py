@@ -76,7 +76,7 @@ def llava_hf(directory: Path, kind: Kind = Kind(), shard_bytes: int | None = Non
     """A `llava-hf` directory with processor and generation config; more than one shard where `shard_bytes` says so."""
     from transformers import CLIPImageProcessorPil, GenerationConfig, LlavaProcessor, SiglipImageProcessorPil
 
-    from megatron_vlm.data.tokenizer import load_tokenizer
+    from megatron_vlm.data.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_tokenizer(directory.parent), "<image>")
     model = hf_model(kind, len(tokenizer) + 5, len(tokenizer) - 1)

@@ -12,7 +12,7 @@ SAMPLE = "sample-7"
 
 def hang_at_the_sample() -> None:
     """In the fork server of rank 1's workers, which imports this file under another name."""
-    from megatron_vlm.data.loader import SampleSource
+    from megatron_vlm.data.fetch.samples import SampleSource
 
     document = SampleSource.document
 

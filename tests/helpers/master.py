@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data import loader
+from megatron_vlm.data.fetch import loader
 from megatron_vlm.models.description import describe_model
 from megatron_vlm.runtime.distributed import Launch
 from megatron_vlm.training.job import Job, build_job

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data.new_tokenizer import train_tokenizer
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.new_tokenizer import train_tokenizer
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 
 WORDS = "the picture shows red green blue square circle near far which how many small large yes no".split()
 VOCABULARY_SIZE = 331

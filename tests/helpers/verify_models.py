@@ -148,7 +148,7 @@ def save_llava_projector(folder: Path, kind: str) -> Path:
 
 def save_tokenizer(folder: Path) -> None:
     """A small byte-level one."""
-    from megatron_vlm.data.new_tokenizer import train_tokenizer
+    from megatron_vlm.data.text.new_tokenizer import train_tokenizer
     from tests.helpers.tiny import WORDS
 
     train_tokenizer([" ".join(WORDS)], 300, folder, extra_special=())

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.media.images import MediaReader
 from megatron_vlm.models.vision.media_spec import MediaSpec
 
 SIDE = 32  # pixels

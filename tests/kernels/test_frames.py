@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
-from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.media.images import MediaReader
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.ops import reference_frames
 from megatron_vlm.ops.frames import crop_plan, frames_to_patches, pad_plan, resize_plan

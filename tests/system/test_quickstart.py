@@ -55,8 +55,8 @@ def test_the_last_line_is_the_headline(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("phase", run.PHASES.values())
 def test_recipes_are_valid_and_fit_the_data(phase, tmp_path):
-    from megatron_vlm.data.conversation import TEMPLATES
-    from megatron_vlm.data.tokenizer import load_tokenizer
+    from megatron_vlm.data.text.conversation import TEMPLATES
+    from megatron_vlm.data.text.tokenizer import load_tokenizer
     from megatron_vlm.evaluation.tasks import TASKS
     from megatron_vlm.models.facts import gather_facts
 
@@ -70,7 +70,7 @@ def test_recipes_are_valid_and_fit_the_data(phase, tmp_path):
 
 def test_on_a_gpu_it_is_one_rank_and_some_overrides():
     """As examples/gpu_suite.sh asks for it."""
-    from megatron_vlm.data.conversation import TEMPLATES
+    from megatron_vlm.data.text.conversation import TEMPLATES
     from megatron_vlm.evaluation.tasks import TASKS
     from megatron_vlm.models.facts import gather_facts
 

@@ -18,7 +18,7 @@ from megatron_vlm.checkpoint.manifest import FILE_NAME as MANIFEST
 from megatron_vlm.config.schema import Config, VideoConfig
 from megatron_vlm.conversion.mappings import EMBEDDING, HEAD
 from megatron_vlm.conversion.weights.sources import FolderSource, WeightSource, resolve_folder
-from megatron_vlm.data.jinja import content_form, render_question
+from megatron_vlm.data.text.jinja import content_form, render_question
 from megatron_vlm.errors import ConversionError, one_line, shown
 from megatron_vlm.models import hub
 from megatron_vlm.models.description import ModelDescription

@@ -27,7 +27,7 @@ from megatron_vlm.conversion.formats.base import (
 from megatron_vlm.conversion.mappings import canonical_name
 from megatron_vlm.conversion.weights.sources import FolderSource
 from megatron_vlm.conversion.weights.tower_names import TowerNames
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConversionError
 from megatron_vlm.models.hf_config import config_in
 from megatron_vlm.models.vision.pixels import plain_settings

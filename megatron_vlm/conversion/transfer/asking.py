@@ -20,12 +20,12 @@ from transformers import GenerationConfig
 
 from megatron_vlm.config.schema import Config, DataConfig, VideoConfig
 from megatron_vlm.conversion.formats.base import RECORD_FILE, AskedAs, read_json, recorded_in
-from megatron_vlm.data.answer_ends import find_stop_ids
-from megatron_vlm.data.chat_template import CLOCK, reads_clock
-from megatron_vlm.data.conversation import ConversationEncoder
-from megatron_vlm.data.jinja import content_of, literal, with_defaults, with_typed_parts
 from megatron_vlm.data.sample import BadSample, Sample, Turn
-from megatron_vlm.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_vlm.data.text.answer_ends import find_stop_ids
+from megatron_vlm.data.text.chat_template import CLOCK, reads_clock
+from megatron_vlm.data.text.conversation import ConversationEncoder
+from megatron_vlm.data.text.jinja import content_of, literal, with_defaults, with_typed_parts
+from megatron_vlm.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_vlm.errors import shown
 from megatron_vlm.runtime.limits import bounded
 from megatron_vlm.runtime.logging import get_logger

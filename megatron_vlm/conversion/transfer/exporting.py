@@ -51,7 +51,7 @@ from megatron_vlm.conversion.transfer.origin import LICENCE_FILES, SENTENCEPIECE
 from megatron_vlm.conversion.transfer.origin_record import FOLDER, Origin
 from megatron_vlm.conversion.weights.files import INDEXES, SAFETENSORS_INDEX
 from megatron_vlm.conversion.weights.tower_names import TowerNames
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConfigError, ConversionError, one_line
 from megatron_vlm.models.description import describe_model
 from megatron_vlm.models.hf_config import config_from_path

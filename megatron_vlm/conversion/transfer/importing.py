@@ -23,7 +23,7 @@ from megatron_vlm.conversion.table import model_mappings
 from megatron_vlm.conversion.transfer.destination import first_checkpoint, refusals_of_the_disk
 from megatron_vlm.conversion.transfer.origin import write_origin
 from megatron_vlm.conversion.weights.loading import check_fit, check_part
-from megatron_vlm.data.tokenizer import check_vocabulary, load_tokenizer
+from megatron_vlm.data.text.tokenizer import check_vocabulary, load_tokenizer
 from megatron_vlm.models.architectures import check_architecture
 from megatron_vlm.models.description import ModelDescription, describe_model
 from megatron_vlm.parallel.sizes import GridSizes

@@ -28,7 +28,7 @@ from megatron_vlm.conversion.formats.recipe import settings_of
 from megatron_vlm.conversion.transfer.origin_record import FILES, FOLDER, HEADERS, MAX_CARRIED_BYTES, RECORD_FILE, SPARE
 from megatron_vlm.conversion.weights.files import SafetensorsFile
 from megatron_vlm.conversion.weights.sources import FolderSource
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.models.vision.pixels import kept_settings
 from megatron_vlm.runtime.logging import get_logger

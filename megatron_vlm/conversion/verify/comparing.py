@@ -29,8 +29,8 @@ from megatron_vlm.conversion.formats.base import ModelFolder
 from megatron_vlm.conversion.verify.report import Comparison, compare_traces, top1_agreement
 from megatron_vlm.conversion.verify.side import Side, check_fit, coarsest
 from megatron_vlm.conversion.verify.trace import Probe
-from megatron_vlm.data.media import ImageMode, MediaReader
-from megatron_vlm.data.tokenizer import faults_told, load_tokenizer
+from megatron_vlm.data.media.images import ImageMode, MediaReader
+from megatron_vlm.data.text.tokenizer import faults_told, load_tokenizer
 from megatron_vlm.errors import ConversionError, DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.preprocessing import PixelFormat

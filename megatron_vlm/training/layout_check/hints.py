@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from megatron_vlm.training.layout_check.difference import Comparison, Difference
 
 BY_PHASE = {
-    "data": "the plan must depend on nothing but index, seed and step (data/plan.py)",
+    "data": "the plan must depend on nothing but index, seed and step (data/plan/order.py)",
     "build": "weights must depend on nothing but seed and name (conversion/weights/loading.py)",
-    "vision encode": "an image's features depend on the rank that encodes it (data/media.py, models/vision/)",
+    "vision encode": "an image's features depend on the rank that encodes it (data/media/images.py, models/vision/)",
     "exchange": "feature rows do not arrive at their tokens (parallel/media_plan.py, parallel/media_exchange.py)",
     "language forward": "the first wrong token tells which cut it stands behind (parallel/layout.py, models/)",
     "loss": "the head, the padded vocabulary, or the sum over ranks (models/head.py, ops/cross_entropy.py)",

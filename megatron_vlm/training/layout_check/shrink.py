@@ -21,13 +21,13 @@ from typing import Any
 from megatron_vlm.config.loading import config_from_tree
 from megatron_vlm.config.rules import matches
 from megatron_vlm.config.schema import Config, TrainingConfig
-from megatron_vlm.data.conversation import ConversationEncoder
+from megatron_vlm.data.media.video.files import count_frames
+from megatron_vlm.data.media.video.sampling import place, with_frames
 from megatron_vlm.data.sample import Sample
 from megatron_vlm.data.sources import SOURCES, Extent
-from megatron_vlm.data.templates import TEMPLATES
-from megatron_vlm.data.tokenizer import faults_told, load_tokenizer
-from megatron_vlm.data.video.files import count_frames
-from megatron_vlm.data.video.sampling import place, with_frames
+from megatron_vlm.data.text.conversation import ConversationEncoder
+from megatron_vlm.data.text.templates import TEMPLATES
+from megatron_vlm.data.text.tokenizer import faults_told, load_tokenizer
 from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.architectures import (

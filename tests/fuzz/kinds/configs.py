@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.media.images import MediaReader
 from megatron_vlm.training.recipe import resolve_recipe
 from tests.fuzz import hostile
 from tests.fuzz.kind import Kind, Read

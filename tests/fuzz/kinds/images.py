@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from megatron_vlm.config.schema import VisionConfig
-from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.media.images import MediaReader
 from megatron_vlm.models.vision.survey import survey_tower
 from tests.fuzz import hostile
 from tests.fuzz.kind import Kind, Read

@@ -7,13 +7,14 @@ from random import Random
 from typing import Any
 
 from megatron_vlm.config.schema import VideoConfig, VisionConfig
-from megatron_vlm.data.conversation import ConversationEncoder
-from megatron_vlm.data.index import BadSamplePolicy, open_index
-from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.index.building import BadSamplePolicy
+from megatron_vlm.data.index.cache import open_index
+from megatron_vlm.data.media.images import MediaReader
+from megatron_vlm.data.media.video.files import read_images
+from megatron_vlm.data.media.video.sampling import with_frames
 from megatron_vlm.data.sources.llava_json import LlavaFile
-from megatron_vlm.data.tokenizer import load_tokenizer
-from megatron_vlm.data.video.files import read_images
-from megatron_vlm.data.video.sampling import with_frames
+from megatron_vlm.data.text.conversation import ConversationEncoder
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.models.vision.survey import survey_tower
 from tests.fuzz import hostile
 from tests.fuzz.kind import Kind, Read

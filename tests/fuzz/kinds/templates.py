@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.sample import Sample, Turn
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.conversation import ConversationEncoder
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from tests.fuzz import hostile
 from tests.fuzz.kind import Kind, Read
 from tests.helpers.foreign_models import tree

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from random import Random
 
-from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.sample import Sample, Turn
-from megatron_vlm.data.tokenizer import check_vocabulary, load_tokenizer
+from megatron_vlm.data.text.conversation import ConversationEncoder
+from megatron_vlm.data.text.tokenizer import check_vocabulary, load_tokenizer
 from megatron_vlm.errors import MegatronVlmError
 from tests.fuzz import hostile
 from tests.fuzz.kind import Kind, Read

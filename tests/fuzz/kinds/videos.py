@@ -6,10 +6,10 @@ from pathlib import Path
 from random import Random
 
 from megatron_vlm.config.schema import VideoConfig, VisionConfig
-from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.media.images import MediaReader
+from megatron_vlm.data.media.video.files import read_images, survey
+from megatron_vlm.data.media.video.sampling import num_sampled
 from megatron_vlm.data.sample import Frame
-from megatron_vlm.data.video.files import read_images, survey
-from megatron_vlm.data.video.sampling import num_sampled
 from megatron_vlm.models.vision.survey import survey_tower
 from tests.fuzz import hostile
 from tests.fuzz.kind import Kind, Read

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_vlm.data.conversation import PLACEHOLDER_ID, ConversationEncoder, EncodedSample
 from megatron_vlm.data.sample import IGNORE, Sample, Turn
+from megatron_vlm.data.text.conversation import PLACEHOLDER_ID, ConversationEncoder, EncodedSample
 from tests.unit.data import tokenizers
 
 TOKENS_PER_IMAGE = 3

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from megatron_vlm.data.conversation import ConversationEncoder
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.conversation import ConversationEncoder
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from tests.helpers.tiny import tiny_tokenizer
 

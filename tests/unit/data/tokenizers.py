@@ -5,8 +5,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from megatron_vlm.data.new_tokenizer import train_tokenizer
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.new_tokenizer import train_tokenizer
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 
 WORDS = ["What digit is this? zero one two the first", "line\nbreaks and spaces", "USER: ASSISTANT: user assistant"]
 CHATML = (

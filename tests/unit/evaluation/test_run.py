@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megatron_vlm.data.media import MediaReader
+from megatron_vlm.data.media.images import MediaReader
 from megatron_vlm.data.sample import BadSample
 from megatron_vlm.errors import ConfigError, DataError
 from megatron_vlm.evaluation import run

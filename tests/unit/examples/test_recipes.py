@@ -7,7 +7,7 @@ import pytest
 from megatron_vlm.config import load_config
 from megatron_vlm.config.rules import unused_keys, validate
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data.conversation import TEMPLATES
+from megatron_vlm.data.text.conversation import TEMPLATES
 from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.facts import gather_facts
 from tests.helpers.processes import ROOT

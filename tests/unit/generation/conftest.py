@@ -33,8 +33,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 def make_pair(config: Any, grid: Any) -> Pair:
     """Both models from one state dict."""
     from megatron_vlm.conversion.weights.loading import load_hf_state
-    from megatron_vlm.data.conversation import ConversationEncoder
-    from megatron_vlm.data.tokenizer import load_tokenizer
+    from megatron_vlm.data.text.conversation import ConversationEncoder
+    from megatron_vlm.data.text.tokenizer import load_tokenizer
     from megatron_vlm.generation.assistant import Assistant
     from megatron_vlm.models.architectures import load_language_config
     from megatron_vlm.models.description import describe_model

@@ -57,7 +57,7 @@ def test_an_image_in_memory_that_would_fill_it_is_told(pair, monkeypatch):
 
     image = Image.new("RGB", (40, 28))
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_vlm.data.media.MAX_PREPARED_PIXELS", 28 * 28)
+        patch.setattr("megatron_vlm.data.media.images.MAX_PREPARED_PIXELS", 28 * 28)
         with pytest.raises(DataError, match=r"prompt 1: an image in memory cannot be used: its 40 x 28 pixels become"):
             pair.ours.generate([image, "What?"])
     monkeypatch.setattr(Image.Image, "resize", lacks)
@@ -78,8 +78,8 @@ def test_only_special_tokens_end_an_answer(pair):
 
 
 def test_no_end_at_all_is_an_error(pair):
-    from megatron_vlm.data.conversation import ConversationEncoder
-    from megatron_vlm.data.tokenizer import load_tokenizer
+    from megatron_vlm.data.text.conversation import ConversationEncoder
+    from megatron_vlm.data.text.tokenizer import load_tokenizer
     from megatron_vlm.generation.assistant import find_stop_ids
 
     tokenizer = load_tokenizer(pair.config.model.language.tokenizer, "<image>")

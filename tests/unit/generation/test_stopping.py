@@ -14,7 +14,7 @@ TEXT = "small red circle near ☃ far green square ### yes blue"
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    from megatron_vlm.data.tokenizer import load_tokenizer
+    from megatron_vlm.data.text.tokenizer import load_tokenizer
 
     directory: Path = tmp_path_factory.mktemp("tokenizer")
     return load_tokenizer(tiny_tokenizer(directory), "<image>")

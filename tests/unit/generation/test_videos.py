@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from megatron_vlm.config.schema import VideoConfig
+from megatron_vlm.data.media.video import files
 from megatron_vlm.data.sample import BadSample, Frame
-from megatron_vlm.data.video import files
 from megatron_vlm.errors import DataError
 from megatron_vlm.generation.prompts import read_prompt
 from megatron_vlm.generation.videos import ImageReader, show_frames

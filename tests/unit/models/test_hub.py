@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models import hub
 from megatron_vlm.models.hf_config import config_from_path

@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import BitImageProcessorPil, CLIPVisionConfig
 
 from megatron_vlm.config.schema import VisionConfig
-from megatron_vlm.data.media import MediaReader, pad_to_square
+from megatron_vlm.data.media.images import MediaReader, pad_to_square
+from megatron_vlm.data.media.video.files import read_images
 from megatron_vlm.data.sample import Frame
-from megatron_vlm.data.video.files import read_images
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.pixels import as_it_was, plain_settings, write_pixel_format

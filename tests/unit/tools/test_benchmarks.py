@@ -5,10 +5,10 @@ import math
 import pytest
 
 from megatron_vlm.config.schema import DataConfig
-from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.data.sources.llava_json import LlavaFile
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.conversation import ConversationEncoder
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from tools.benchmarks.training import synthetic

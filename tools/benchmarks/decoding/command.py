@@ -177,7 +177,7 @@ def _ours(config: Config) -> Generate:
     import torch
 
     from megatron_vlm.conversion.weights.loading import load_weights
-    from megatron_vlm.data.tokenizer import load_tokenizer
+    from megatron_vlm.data.text.tokenizer import load_tokenizer
     from megatron_vlm.generation.decoding import decode
     from megatron_vlm.generation.load import transpose_weights_for_decoding
     from megatron_vlm.generation.prompts import PromptBatch

@@ -21,9 +21,9 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.conversion.mappings import canonical_name
 from megatron_vlm.conversion.weights.loading import weight_sources
 from megatron_vlm.data.batch import StepBatch
-from megatron_vlm.data.loader import build_loader
+from megatron_vlm.data.fetch.loader import build_loader
 from megatron_vlm.data.sample import IGNORE
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.description import describe_model
 from megatron_vlm.models.vision.survey import TowerSurvey

@@ -76,7 +76,7 @@ def requests(config: Config, arguments: argparse.Namespace, launch: Launch) -> l
     """The three sides. Raises ConfigError where the samples do not make whole micro-batches."""
     import numpy as np
 
-    from megatron_vlm.data.plan import PackedPlan
+    from megatron_vlm.data.plan.packing import PackedPlan
     from megatron_vlm.models.vision.survey import survey_tower
 
     from ..media.draws import FEWEST_TEXT_TOKENS, SEQUENCE_LENGTH, draw

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_vlm.config.schema import DataConfig
-from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.sample import Sample, Turn
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.conversation import ConversationEncoder
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 

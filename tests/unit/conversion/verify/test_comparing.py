@@ -67,7 +67,7 @@ def test_the_placeholder_is_in_no_text():
 
 
 def test_a_prompt_is_cut_by_the_tokenizer_of_either(tokenizer):
-    from megatron_vlm.data.tokenizer import load_tokenizer
+    from megatron_vlm.data.text.tokenizer import load_tokenizer
 
     cut = load_tokenizer(tokenizer, "<image>")
     for sides in ((Stub(tokenizer=tokenizer), Stub()), (Stub(), Stub(tokenizer=tokenizer))):
@@ -113,7 +113,7 @@ def test_notes_say_what_differs(tokenizer, tmp_path):
         "pixels are normalised by other means and deviations; both were given A's",
         "B has no tokenizer",
     ]
-    from megatron_vlm.data.new_tokenizer import train_tokenizer
+    from megatron_vlm.data.text.new_tokenizer import train_tokenizer
 
     train_tokenizer(["other words altogether"], 300, tmp_path / "other", extra_special=())
     assert list(_notes(same, Stub(tokenizer=tmp_path / "other"))) == ["the tokenizers differ"]

@@ -10,11 +10,11 @@ from transformers import CLIPConfig, Qwen2Config
 
 from megatron_vlm.config.rules import validate
 from megatron_vlm.config.schema import Config, PrecisionConfig
-from megatron_vlm.data.conversation import ConversationEncoder
 from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.data.sources.llava_json import LlavaFile
-from megatron_vlm.data.templates import TEMPLATES
-from megatron_vlm.data.tokenizer import load_tokenizer
+from megatron_vlm.data.text.conversation import ConversationEncoder
+from megatron_vlm.data.text.templates import TEMPLATES
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.architectures import attention_windows, load_language_config

@@ -1,0 +1,1 @@
+"""Index: per sample its place, its length and its images, built once and kept beside the data."""

@@ -1,0 +1,231 @@
+"""An index is built by reading and encoding every sample of a data file once, in worker processes.
+
+So lengths are known before any batch is made, and a bad sample is told before the first step, or left out under
+`data.on_bad_sample: skip`.
+"""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_vlm.config.recipe_changes import UNTRAINED
+from megatron_vlm.config.schema import VideoConfig
+from megatron_vlm.data.fetch.workers import OrderedItems
+from megatron_vlm.data.index.records import RECORD, Dropped, Measured
+from megatron_vlm.data.media.images import MediaReader, check_file
+from megatron_vlm.data.media.video.files import count_frames
+from megatron_vlm.data.media.video.sampling import place, with_frames
+from megatron_vlm.data.sample import BadSample, Sample, told_of
+from megatron_vlm.data.sources import Extent, RecordFile
+from megatron_vlm.data.text.conversation import ConversationEncoder, EncodedSample
+from megatron_vlm.errors import DataError
+from megatron_vlm.runtime.progress import Progress
+
+SAMPLES_PER_CHUNK = 512
+MOST_REMARKS = 1000  # kept of a file: keys of records may be names, of which there is no end
+SAMPLES_PER_PROCESS = 20_000  # below which another process costs more to start than it saves
+
+
+@dataclass(frozen=True)
+class BadSamplePolicy:
+    """`data.on_bad_sample: skip`: bad samples are left out, and a sample is bad also where an image's header says so
+    (`media`) or where it is longer than `max_tokens`."""
+
+    media: MediaReader
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Reads, encodes and checks samples: the work of indexing, done in chunks by worker processes."""
+
+    file: RecordFile
+    encoder: ConversationEncoder
+    media_root: Path
+    extents: list[Extent]
+    skip: BadSamplePolicy | None
+    sampling: VideoConfig
+
+    def produce(self, number: int) -> list[list[Measured] | Dropped]:
+        """The samples of each record of a chunk. Raises BadSample for the first that is bad, but under a skip rule."""
+        first = number * SAMPLES_PER_CHUNK
+        return [self._measure(extent) for extent in self.extents[first : first + SAMPLES_PER_CHUNK]]
+
+    def _measure(self, extent: Extent) -> list[Measured] | Dropped:
+        sample_id, origin, raw = str(extent.number), self.file.origin(extent), self.file.read_bytes(extent)
+        media: dict[str, list[str]] = {"images": [], "videos": []}
+        try:
+            with told_of(origin):
+                sample = self.file.parse(raw, origin, sample_id)
+            sample_id = sample.id
+            media = {name: [str(self.media_root / str(path)) for path in getattr(sample, name)] for name in media}
+            digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+            with told_of(f"{origin}: sample {sample_id!r}"):
+                self._check_files(sample)
+                frames = count_frames(sample, self.media_root, self.sampling)
+                parts = self.encoder.split(with_frames(sample, frames, self.encoder.image_token))
+                encoded = [self._encode(part, frames) for part in parts]
+            untrained = sum(turn.role == "assistant" and not turn.trained for turn in sample.turns)
+            return [
+                Measured(
+                    len(one.ids),
+                    len(one.image_starts),
+                    part,
+                    digest,
+                    sample_id,
+                    one.num_cut > 0,
+                    frames,
+                    sample.remarks,
+                    0 if part else untrained,
+                )
+                for part, one in enumerate(encoded)
+            ]
+        except BadSample as error:
+            if self.skip is None:
+                raise
+            return Dropped(sample_id, origin, error.reason, str(error), **media)
+
+    def _check_files(self, sample: Sample) -> None:
+        owner = f"{sample.origin}: sample {sample.id!r}"
+        advice = " (data.media_root is joined with the path in the file)"
+        for image in sample.images:
+            path = place(image, self.media_root)
+            check_file(path, "image", owner, advice)
+            if self.skip is not None:
+                self.skip.media.check_header(path, owner)
+        for video in sample.videos:
+            check_file(self.media_root / video, "video", owner, advice)
+
+    def _encode(self, sample: Sample, frames: tuple[int, ...]) -> EncodedSample:
+        """Its tokens. `frames`: of each of its videos."""
+        encoded = self.encoder.encode(sample)
+        if self.skip is not None and len(encoded.ids) > self.skip.max_tokens:
+            size = describe_length(len(encoded.ids), frames, self.encoder.tokens_per_image)
+            raise BadSample(
+                f"{sample.origin}: sample {sample.id!r} has {size}; training.sequence_length is {self.skip.max_tokens}",
+                "too long",
+            )
+        return encoded
+
+
+def describe_length(num_tokens: int, frames: Sequence[int], tokens_per_frame: int) -> str:
+    """A sample's length in words. `frames`: of each of its videos."""
+    if not frames:
+        return f"{num_tokens} tokens, images included"
+    frame_tokens = sum(frames) * tokens_per_frame
+    return (
+        f"{num_tokens} tokens, of which {sum(frames)} frames (data.video.num_frames) x {tokens_per_frame} tokens are "
+        f"{frame_tokens}"
+    )
+
+
+def build(measurer: Measurer, folder: Path) -> None:
+    file, extents = measurer.file, measurer.extents
+    if not extents:
+        raise DataError(f"data file {file.path} holds no conversation")
+    num_chunks = -(-len(extents) // SAMPLES_PER_CHUNK)
+    num_processes = min(len(os.sched_getaffinity(0)), len(extents) // SAMPLES_PER_PROCESS)
+    records: list[np.ndarray] = []  # of each chunk
+    ids: list[bytes] = []
+    dropped: list[Dropped] = []
+    frames: list[int] = []
+    remarks: Counter[str] = Counter()
+    id_end = num_truncated = num_read = with_images = 0
+    with Progress(f"indexing {file.path.name}", total=len(extents)) as progress:
+        for chunk in OrderedItems(measurer, range(num_chunks), num_processes if num_processes > 1 else 0):
+            rows: list[tuple[int, ...]] = []
+            for found in chunk:
+                extent = extents[num_read]
+                num_read += 1
+                if isinstance(found, Dropped):
+                    dropped.append(found)
+                    continue
+                with_images += any(one.images for one in found)
+                remarks.update(one for one in found[0].remarks if one in remarks or len(remarks) < MOST_REMARKS)
+                for one in found:
+                    ids.append(one.id.encode())
+                    id_end += len(ids[-1])
+                    num_truncated += one.is_truncated
+                    frames += one.frames
+                    numbers = (one.tokens, one.images, id_end, len(frames), one.digest, one.part, one.untrained)
+                    rows.append((*extent, *numbers))
+            records.append(np.array(rows, RECORD))
+            progress.advance(len(chunk))
+    _refuse_media_root(measurer.media_root, file.path, with_images, dropped)
+    if not ids:
+        counts = list_counts(Counter(sample.reason for sample in dropped))
+        raise DataError(
+            f"data file {file.path}: all of its samples are bad ({counts}), so data.on_bad_sample: skip leaves none; "
+            f"the first: {dropped[0].message}"
+        )
+    facts = {"truncated": num_truncated, "records": num_read - len(dropped), "remarks": remarks}
+    _publish(np.concatenate(records), b"".join(ids), np.array(frames, np.int32), dropped, facts, folder)
+
+
+def _refuse_media_root(media_root: Path, path: Path, num_found: int, dropped: Sequence[Dropped]) -> None:
+    """Raises DataError where more than half of the samples with images lack one: then it is not the samples that are
+    bad. `num_found`: samples whose images are there."""
+    missing = [sample for sample in dropped if sample.reason == "missing"]
+    num_with_images = num_found + sum(bool(sample.images or sample.videos) for sample in dropped)
+    if 2 * len(missing) > num_with_images:
+        raise DataError(
+            f"data.media_root: found {media_root}, where {len(missing)} of {num_with_images} samples with images of "
+            f"{path} lack one, so it looks unmounted or wrong; needs the folder that the file's paths are relative to "
+            f"(the first: {missing[0].message})"
+        )
+
+
+def list_counts(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+
+
+def _publish(
+    records: np.ndarray, ids: bytes, frames: np.ndarray, dropped: Sequence[Dropped], facts: dict[str, Any], folder: Path
+) -> None:
+    """Writes beside and renames; where another process was first, its index stands. `facts`: more of contents.json."""
+    counts = dict(sorted(Counter(sample.reason for sample in dropped).items()))
+    contents = {"fingerprint": _fingerprint_of_contents(records, ids), "dropped": counts, **facts}
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        for name, array in (("samples.npy", records), ("frames.npy", frames)):
+            content = io.BytesIO()  # into a file numpy would write past Python, and not notice a full disk
+            np.save(content, array)
+            (temporary / name).write_bytes(content.getbuffer())
+        (temporary / "ids.bin").write_bytes(ids)
+        (temporary / "contents.json").write_text(json.dumps(contents), encoding="utf-8")
+        lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in dropped)
+        (temporary / "dropped.jsonl").write_text(lines, encoding="utf-8")
+        temporary.chmod(0o755)
+        os.rename(temporary, folder)
+    except OSError:
+        if not folder.exists():
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fingerprint_of_contents(records: np.ndarray, ids: bytes) -> dict[str, int | str]:
+    def digest(*parts: bytes) -> str:
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    tokens, images = records["tokens"], records["images"]
+    num_untrained = int(records["untrained"].sum(dtype=np.int64))
+    return {
+        "samples": len(records),
+        "tokens": int(tokens.sum(dtype=np.int64)),
+        "images": int(images.sum(dtype=np.int64)),
+        "ids": digest(records["id_end"].tobytes(), ids),
+        "lengths": digest(tokens.tobytes(), images.tobytes()),
+        "contents": digest(records["digest"].tobytes()),
+        **({UNTRAINED: num_untrained} if num_untrained else {}),
+    }

@@ -1,0 +1,1 @@
+"""Text: a conversation made token ids and labels by the tokenizer's template."""
