@@ -105,7 +105,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
 def _open(arguments: argparse.Namespace) -> "ForeignModel":
     """The model to import. Raises ConfigError for options that it would pass over."""
-    from megatron_vlm.conversion.formats import ModelFolder, Places, open_foreign, open_pair
+    from megatron_vlm.conversion.formats import ExternalParts, ModelFolder, open_foreign, open_pair
     from megatron_vlm.conversion.weights.sources import resolve_folder
     from megatron_vlm.errors import ConfigError
 
@@ -114,8 +114,8 @@ def _open(arguments: argparse.Namespace) -> "ForeignModel":
     if arguments.tower is None:
         if given:
             raise ConfigError(f"found {options} without --tower, needs the tower of the new pair")
-        places = Places(base=arguments.base, options=arguments.format_options or {})
-        return open_foreign(arguments.source, arguments.format, places)
+        external = ExternalParts(base=arguments.base, options=arguments.format_options or {})
+        return open_foreign(arguments.source, arguments.format, external)
     if arguments.format is not None:
         raise ConfigError(f"found --format {arguments.format} with --tower, needs one of them: --tower says the format")
     found = ModelFolder.of(resolve_folder(arguments.source))
@@ -127,8 +127,8 @@ def _open(arguments: argparse.Namespace) -> "ForeignModel":
         return open_pair(arguments.source, arguments.tower, **given, found=found)
     if given:
         raise ConfigError(f"found {options}, which {arguments.source} says itself; needs a language model as SOURCE")
-    places = Places(arguments.tower, arguments.base, arguments.format_options or {})
-    return open_foreign(arguments.source, places=places, found=found)
+    external = ExternalParts(arguments.tower, arguments.base, arguments.format_options or {})
+    return open_foreign(arguments.source, external=external, found=found)
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -278,12 +278,12 @@ def find_foreign(
             says, or an option that its format does not take.
         ConfigError: an option for one of our checkpoints.
     """
-    from megatron_vlm.conversion.formats import ModelFolder, Places, open_foreign
+    from megatron_vlm.conversion.formats import ExternalParts, ModelFolder, open_foreign
     from megatron_vlm.conversion.formats.base import is_on_hub
 
     found = None if is_on_hub(Path(path)) else ModelFolder.of(Path(path))
     if found is None or found.format is not None:
-        return open_foreign(os.fspath(path), places=Places(options=format_options or {}), found=found)
+        return open_foreign(os.fspath(path), external=ExternalParts(options=format_options or {}), found=found)
     if format_options:
         raise ConfigError(
             f"format_options: found {dict(format_options)} for {os.fspath(path)}, which is no directory of another "

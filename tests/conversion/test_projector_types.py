@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_vlm.conversion.formats import FORMATS, Places, llava, open_foreign
+from megatron_vlm.conversion.formats import FORMATS, ExternalParts, llava, open_foreign
 from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.conversion.transfer.inspection import inspect
@@ -41,7 +41,7 @@ def config(folder: Path) -> dict[str, object]:
 @pytest.mark.parametrize(("kind", "order", "ours"), TYPES)
 def test_verified_and_given_back(tmp_path: Path, kind: str, order: str | None, ours: str) -> None:
     source = save_llava_projector(tmp_path / "source", kind)
-    foreign = open_foreign(source, places=Places(options=said(order)))
+    foreign = open_foreign(source, external=ExternalParts(options=said(order)))
     assert foreign.projector == ours
     checkpoint = import_model(foreign, tmp_path / "ours")
     comparison = compare(str(checkpoint), str(source), format_options=said(order))
@@ -60,7 +60,7 @@ def test_an_order_that_was_told_once_need_not_be_told_again(tmp_path: Path, orde
     source = save_llava_projector(tmp_path / "source", "mlp_downsample")
     save_file(torch.load(source / "pytorch_model.bin", weights_only=True), source / "model.safetensors")
     (source / "pytorch_model.bin").unlink()
-    ours = import_model(open_foreign(source, places=Places(options=said(order))), tmp_path / "ours")
+    ours = import_model(open_foreign(source, external=ExternalParts(options=said(order))), tmp_path / "ours")
     plan_export(ours, dtype=dtype).write(tmp_path / "back")
     came, back = tree(source), tree(tmp_path / "back")
     settings = config(tmp_path / "back")
@@ -81,7 +81,7 @@ def test_an_order_that_was_told_once_need_not_be_told_again(tmp_path: Path, orde
 @pytest.mark.parametrize("wrong", [("column", "row"), ("row", "column")])
 def test_a_wrong_order_is_found(tmp_path: Path, wrong: tuple[str, str]) -> None:
     source = save_llava_projector(tmp_path / "source", "mlp_downsample")
-    checkpoint = import_model(open_foreign(source, places=Places(options=said(wrong[0]))), tmp_path / "ours")
+    checkpoint = import_model(open_foreign(source, external=ExternalParts(options=said(wrong[0]))), tmp_path / "ours")
     comparison = compare(str(checkpoint), str(source), format_options=said(wrong[1]))
     assert comparison.first_diverging is not None and comparison.first_diverging.place == "projector"
 
@@ -96,14 +96,14 @@ def test_an_order_that_nobody_says_is_refused(tmp_path: Path) -> None:
     settings = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**settings, "mm_downsample_order": "row"}))
     assert open_foreign(source).projector == "mlp_downsample_2x2_fix"
-    assert open_foreign(source, places=Places(options=said("row"))).projector == "mlp_downsample_2x2_fix"
+    assert open_foreign(source, external=ExternalParts(options=said("row"))).projector == "mlp_downsample_2x2_fix"
     with pytest.raises(ConversionError, match="mm_downsample_order is 'row', asked for 'column', needs row"):
-        open_foreign(source, places=Places(options=said("column")))
+        open_foreign(source, external=ExternalParts(options=said("column")))
     (source / "config.json").write_text(json.dumps({**settings, "mm_projector_type": "mlp2x_gelu"}))
     with pytest.raises(
         ConversionError, match="mm_projector_type is 'mlp2x_gelu'; found --format-option downsample_order"
     ):
-        open_foreign(source, places=Places(options=said("row")))
+        open_foreign(source, external=ExternalParts(options=said("row")))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_an_option_that_the_format_does_not_know_is_one_error(
 ) -> None:
     source = save_llava_projector(tmp_path / "source", "mlp_downsample")
     with pytest.raises(ConversionError, match=message):
-        open_foreign(source, places=Places(options=options))
+        open_foreign(source, external=ExternalParts(options=options))
 
 
 def test_an_option_that_neither_model_leaves_open_is_refused(tmp_path: Path) -> None:

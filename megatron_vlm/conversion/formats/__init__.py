@@ -2,7 +2,7 @@
 
 from megatron_vlm.conversion.formats import llava as llava
 from megatron_vlm.conversion.formats import llava_hf as llava_hf
-from megatron_vlm.conversion.formats.base import FORMATS, ForeignModel, ModelFolder, Places, open_foreign
+from megatron_vlm.conversion.formats.base import FORMATS, ExternalParts, ForeignModel, ModelFolder, open_foreign
 from megatron_vlm.conversion.formats.pair import open_pair
 from megatron_vlm.conversion.formats.recipe import config_of, fill_model
 
@@ -10,7 +10,7 @@ __all__ = [
     "FORMATS",
     "ForeignModel",
     "ModelFolder",
-    "Places",
+    "ExternalParts",
     "config_of",
     "fill_model",
     "open_foreign",

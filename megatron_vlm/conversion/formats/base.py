@@ -78,7 +78,7 @@ class ForeignModel:
 
 
 @dataclass(frozen=True)
-class Places:
+class ExternalParts:
     """Directories or hub ids of parts that a directory only names, and what else it leaves open; None: as it
     says.
 
@@ -165,7 +165,7 @@ class Format:
     name: str
     families: tuple[str, ...]
     recognises: Callable[[Path, dict[str, Any]], bool]
-    open: Callable[["ModelFolder", Places], ForeignModel]
+    open: Callable[["ModelFolder", ExternalParts], ForeignModel]
     disk_name: Callable[[str], str] | None = None
     write_extras: Callable[[Path, Target, dict[str, Any]], None] | None = None
     has_image_token: bool = False
@@ -208,14 +208,17 @@ class ModelFolder:
 
 
 def open_foreign(
-    path: str | Path, format: str | None = None, places: Places = Places(), found: ModelFolder | None = None
+    path: str | Path,
+    format: str | None = None,
+    external: ExternalParts = ExternalParts(),
+    found: ModelFolder | None = None,
 ) -> ForeignModel:
     """A model directory of another system.
 
     Args:
         path: the directory, or a hub id, which is fetched.
         format: its registered name; default: the one that recognises it.
-        places: where parts lie that the directory only names, and what it leaves open.
+        external: where parts lie that the directory only names, and what it leaves open.
         found: the directory, where it has been looked at.
 
     Raises:
@@ -228,13 +231,13 @@ def open_foreign(
     folder, known = found.path, named or found.format
     if known is None:
         raise ConversionError(f"{folder}: no format recognises it; known: {', '.join(FORMATS.names())}")
-    elsewhere = [part for part in (places.tower, places.base) if part is not None]
+    elsewhere = [part for part in (external.tower, external.base) if part is not None]
     if elsewhere and not known.names_parts:
         raise ConversionError(
             f"{folder}: a directory of {known.name} holds all its parts; found {', '.join(elsewhere)}"
         )
-    _check_options(known, folder, places.options)
-    foreign = known.open(found, places)
+    _check_options(known, folder, external.options)
+    foreign = known.open(found, external)
     language = with_answer_ends(str(path), foreign.language, dict.fromkeys((folder, foreign.tokenizer)))
     return replace(foreign, language=language, commits={**hub.commits({str(path): folder}), **foreign.commits})
 

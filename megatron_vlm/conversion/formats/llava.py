@@ -15,11 +15,11 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_vlm.conversion.formats.base import (
     FORMATS,
+    ExternalParts,
     ForeignModel,
     Format,
     FormatOption,
     ModelFolder,
-    Places,
     Target,
     asked_as,
     fitting_vocabulary,
@@ -78,22 +78,22 @@ def recognises(folder: Path, settings: dict[str, Any]) -> bool:
     return "mm_vision_tower" in settings
 
 
-def open_folder(found: ModelFolder, places: Places) -> ForeignModel:
+def open_folder(found: ModelFolder, external: ExternalParts) -> ForeignModel:
     """Raises ConversionError, ConfigError as `open_foreign`."""
     folder, settings = found.path, found.settings
     image_mode, feature = _checked(folder, settings)
-    projector = _projector(folder, settings, places.options.get(ORDER_OPTION))
+    projector = _projector(folder, settings, external.options.get(ORDER_OPTION))
     alone = _is_projector_alone(folder)
-    if places.base is not None and not alone:
-        raise ConversionError(f"{folder} holds a language model; found another at {places.base}, needs none")
-    base_named, base = _base_of(folder, settings, places.base) if alone else (str(folder), folder)
+    if external.base is not None and not alone:
+        raise ConversionError(f"{folder} holds a language model; found another at {external.base}, needs none")
+    base_named, base = _base_of(folder, settings, external.base) if alone else (str(folder), folder)
     own = FolderSource(str(base), lambda names: canonical_name)
     parts: list[WeightSource] = [own]
     if alone:
         file = PickleFile(folder / PROJECTOR_FILE)
         state = {name: file.read(name) for name in file.names()}
         parts.append(StateSource(str(file.path), state, canonical_name))
-    reference = places.tower or settings["mm_vision_tower"]
+    reference = external.tower or settings["mm_vision_tower"]
     tower_folder = _tower_folder(folder, reference)
     holds_tower = _holds_tower(own)
     if not holds_tower:

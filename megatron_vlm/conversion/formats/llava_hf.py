@@ -13,10 +13,10 @@ from transformers import LlavaConfig, PretrainedConfig
 
 from megatron_vlm.conversion.formats.base import (
     FORMATS,
+    ExternalParts,
     ForeignModel,
     Format,
     ModelFolder,
-    Places,
     Target,
     asked_as,
     fitting_vocabulary,
@@ -45,7 +45,7 @@ def recognises(folder: Path, settings: dict[str, Any]) -> bool:
     return settings.get("model_type") == "llava" and isinstance(settings.get("vision_config"), dict)
 
 
-def open_folder(found: ModelFolder, _: Places) -> ForeignModel:
+def open_folder(found: ModelFolder, _: ExternalParts) -> ForeignModel:
     """Raises ConversionError, ConfigError as `open_foreign`."""
     folder = found.path
     config = config_in(str(folder), str(folder), folder, found.settings or None)

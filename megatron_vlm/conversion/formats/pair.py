@@ -5,10 +5,10 @@ from typing import Any
 
 from megatron_vlm.conversion.formats.base import (
     FORMATS,
+    ExternalParts,
     ForeignModel,
     Format,
     ModelFolder,
-    Places,
     asked_as,
     fitting_vocabulary,
     is_tied,
@@ -80,7 +80,7 @@ def open_pair(
     )
 
 
-def _open_folder(found: ModelFolder, _: Places) -> ForeignModel:
+def _open_folder(found: ModelFolder, _: ExternalParts) -> ForeignModel:
     raise ConversionError(f"{found.path}: a pair is two directories; name the tower's too (--tower)")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_vlm.conversion.formats import llava
-from megatron_vlm.conversion.formats.base import FORMATS, ModelFolder, Places, open_foreign
+from megatron_vlm.conversion.formats.base import FORMATS, ExternalParts, ModelFolder, open_foreign
 from megatron_vlm.conversion.transfer.inspected import Inspection, count_parts
 from megatron_vlm.conversion.weights.files import WeightFolder
 from megatron_vlm.conversion.weights.sources import FolderSource, vision_rename
@@ -25,7 +25,7 @@ def _foreign(found: ModelFolder, format: str) -> Inspection:
         return _without_tower(folder, tower)
     left_open = found.left_open()
     said = {key: option.values[0] for key, option in left_open.items()}
-    foreign = open_foreign(folder, places=Places(options=said), found=found)
+    foreign = open_foreign(folder, external=ExternalParts(options=said), found=found)
     reads = ((name, foreign.source.read(name)) for name in foreign.source.names())
     tensors = ((_PARTS.get(name.partition(".")[0], "language"), *_told(t)) for name, t in reads)
     notes = [f"tower {foreign.vision.model_type}, language model {foreign.language.model_type}"]

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from megatron_vlm.conversion.formats import Places, open_foreign
+from megatron_vlm.conversion.formats import ExternalParts, open_foreign
 from megatron_vlm.conversion.formats.base import AskedAs, ModelFolder, has_tokenizer, read_json
 from megatron_vlm.conversion.verify.projectors import plain_projector
 from megatron_vlm.conversion.verify.side import Facts, coarsest, round_weights
@@ -90,7 +90,7 @@ def open_foreign_side(path: str, options: Mapping[str, Any]) -> ForeignSide:
     found = ModelFolder.of(Path(path))
     left_open = found.left_open()
     own = {key: value for key, value in options.items() if key in left_open}
-    foreign = open_foreign(path, places=Places(options=own), found=found)
+    foreign = open_foreign(path, external=ExternalParts(options=own), found=found)
     if foreign.format not in _KINDS:
         raise ConversionError(f"{path}: format {foreign.format} cannot be run, can: {', '.join(_KINDS)}")
     pixels = pixel_format(foreign.read_tower())

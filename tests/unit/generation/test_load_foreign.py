@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import megatron_vlm
-from megatron_vlm.conversion.formats import Places, open_foreign
+from megatron_vlm.conversion.formats import ExternalParts, open_foreign
 from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.errors import ConfigError, ConversionError
 from megatron_vlm.models import hub
@@ -109,7 +109,7 @@ def test_squares_come_in_the_order_that_is_told_as_after_an_import(squares: Path
     found = {order: score(squares, format_options={"downsample_order": order}) for order in ("column", "row")}
     for order in found:
         checkpoint = import_model(
-            open_foreign(squares, places=Places(options={"downsample_order": order})), tmp_path / order
+            open_foreign(squares, external=ExternalParts(options={"downsample_order": order})), tmp_path / order
         )
         assert score(checkpoint) == found[order]
     assert abs(found["column"] - found["row"]) > 1e-3
