@@ -9,7 +9,7 @@ terminal and a log, `one_line` makes a line of any exception.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 # Control characters but line feed and tab; what reorders text or breaks a line in some viewers; halves of surrogates,
 # which no output encodes.
@@ -30,17 +30,16 @@ class RecipeError(ConfigError):
     Args:
         faults: one by one.
         origin: the file, where they are told of one.
-        sections: those of the recipe whose keys could not be read.
     """
 
-    def __init__(self, faults: Sequence[str], origin: str = "", sections: Collection[str] = ()) -> None:
-        self.origin, self.sections, head = origin, frozenset(sections), f"{origin}: " if origin else ""
+    def __init__(self, faults: Sequence[str], origin: str = "") -> None:
+        self.origin, head = origin, f"{origin}: " if origin else ""
         super().__init__(head + "; ".join(faults))
         self.faults = tuple(head + fault for fault in faults)
 
-    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...], str, frozenset[str]]]:
+    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...], str]]:
         head = f"{self.origin}: " if self.origin else ""
-        return type(self), (tuple(fault.removeprefix(head) for fault in self.faults), self.origin, self.sections)
+        return type(self), (tuple(fault.removeprefix(head) for fault in self.faults), self.origin)
 
 
 class SeveralFaults(ConfigError):

@@ -4,7 +4,7 @@
 the names below do not.
 """
 
-from megatron_vlm.config.loading import config_from_tree, config_hash, load_config, read_recipe, to_yaml
+from megatron_vlm.config.loading import config_from_tree, config_hash, load_config, to_yaml
 from megatron_vlm.config.rules import ModelFacts, names_its_model, trains, validate
 from megatron_vlm.config.schema import Config
 
@@ -15,7 +15,6 @@ __all__ = [
     "config_hash",
     "load_config",
     "names_its_model",
-    "read_recipe",
     "to_yaml",
     "trains",
     "validate",

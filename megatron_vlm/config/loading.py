@@ -69,39 +69,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config_from_tree(_read_tree(find_recipe(str(path)), overrides), str(path))
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, RecipeError | None]:
-    """A recipe, and what is wrong with its keys, for those who look for all that is wrong with a run before they tell
-    any of it: the recipe is then the one without these keys, so that the rest can be checked.
-
-    Raises:
-        ConfigError: as `load_config`, where what is left is no recipe.
-    """
-    tree = _read_tree(find_recipe(str(path)), overrides)
-    try:
-        return config_from_tree(tree, str(path)), None
-    except RecipeError as error:
-        assert isinstance(error.__cause__, ValidationError), "as config_from_tree raises it"
-        places = [tuple(violation["loc"]) for violation in error.__cause__.errors()]
-        if any(place[0] == "extensions" for place in places):  # without which the rest means something else
-            raise
-        for place in places:
-            _drop(tree, place)
-        try:
-            return config_from_tree(tree, str(path)), error
-        except ConfigError:
-            raise error from error.__cause__
-
-
-def _drop(tree: Any, place: tuple[int | str, ...]) -> None:
-    """Takes a key out of nested dictionaries; where its place leads into a list, the list."""
-    for name in place[:-1]:
-        if not isinstance(tree.get(name), dict):
-            tree.pop(name, None)
-            return
-        tree = tree[name]
-    tree.pop(place[-1], None)
-
-
 def _read_tree(path: Path, overrides: Sequence[str]) -> dict[Any, Any]:
     """A recipe's keys with its bases' and the overrides, unchecked. Raises ConfigError."""
     merged, parsed = _read_chain(path, ()), [_parse_override(override) for override in overrides]
@@ -132,8 +99,7 @@ def config_from_tree(tree: Mapping[Any, Any], origin: str, is_trusted: bool = Tr
     try:
         return Config.model_validate(tree, context={"is_trusted": is_trusted})
     except ValidationError as error:
-        sections = {str(violation["loc"][0]) for violation in error.errors() if violation["loc"]}
-        raise RecipeError([_describe(violation) for violation in error.errors()], origin, sections) from error
+        raise RecipeError([_describe(violation) for violation in error.errors()], origin) from error
 
 
 def config_hash(config: Config) -> str:

@@ -5,7 +5,6 @@ are loaded before the DDP wrappers copy them into their buffers; the optimizer c
 the master copies.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from megatron_vlm.data.fetch.step import StepFetcher
 from megatron_vlm.data.fetch.workers import OrderedItems
 from megatron_vlm.data.index.records import SampleIndex
 from megatron_vlm.data.text.tokenizer import Tokenizer, first_time_token
-from megatron_vlm.errors import MegatronVlmError
 from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.models.families import build_model
 from megatron_vlm.models.vlm import VisionLanguageModel
@@ -113,7 +111,6 @@ def build_job(
     resumes: bool = False,
     ranks_per_node: int | None = None,
     opens_data: bool = False,
-    faults: Sequence[MegatronVlmError] = (),
 ) -> Job:
     """Validates, then builds. The default process group exists already.
 
@@ -122,7 +119,6 @@ def build_job(
         resumes: goes on from `checkpoint.directory` where it holds checkpoints (`checkpoint.resume`), and takes
             possession of it; else the job starts from `checkpoint.load`, or from the recipe's weights.
         opens_data: the recipe's data will be read, so it and the template are looked at before anything is built.
-        faults: of the recipe, known already, to be told with all others.
 
     Raises:
         MegatronVlmError: everything wrong with recipe, tokenizer, template and the data's beginning, in one error.
@@ -132,7 +128,7 @@ def build_job(
     assert dist.group.WORLD is not None, "there is no default process group"
     ranks_per_node = broadcast_object(ranks_per_node or world_size, dist.group.WORLD)
     named = config
-    settled = settle_run(config, world_size, ranks_per_node, resumes, opens_data, faults)
+    settled = settle_run(config, world_size, ranks_per_node, resumes, opens_data)
     config, commits, tokenizer = settled.config, settled.commits, settled.tokenizer
     rules = loss_rules(config.loss, tokenizer)
     grid = build_grid(GridSizes.from_config(config.parallel, world_size), config.parallel.virtual_pipeline)

@@ -12,7 +12,7 @@ from megatron_vlm.checkpoint.directory import checkpoints, step_of
 from megatron_vlm.checkpoint.saver import CheckpointSaver
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import StepBatch
-from megatron_vlm.errors import ConfigError, MegatronVlmError, NotFiniteError, TrainingError
+from megatron_vlm.errors import ConfigError, NotFiniteError, TrainingError
 from megatron_vlm.runtime.collectives import all_reduce_max, broadcast_object
 from megatron_vlm.runtime.distributed import Launch
 from megatron_vlm.runtime.garbage import freeze_gc
@@ -30,19 +30,13 @@ logger = get_logger(__name__)
 MANY_STEPS = 500  # to be lost for want of a checkpoint
 
 
-def train(
-    config: Config,
-    launch: Launch,
-    signals: StopSignals | None = None,
-    faults: Sequence[MegatronVlmError] = (),
-) -> Path | None:
+def train(config: Config, launch: Launch, signals: StopSignals | None = None) -> Path | None:
     """Runs a recipe to its last step on this rank, or until a signal asks it to end.
 
     Args:
         config: the recipe; the device is prepared and the default process group initialised.
         launch: this rank's place in the job.
         signals: noted since the process started; default: none are.
-        faults: of the recipe, known already; the run then ends with them and all others that are found.
 
     Returns:
         The directory of the last checkpoint: of this run, else the one it started from, else None.
@@ -52,7 +46,7 @@ def train(
     """
     signals = signals or StopSignals()
     HERE.phase("build")
-    job = build_job(config, launch.world_size, True, launch.local_world_size, opens_data=True, faults=faults)
+    job = build_job(config, launch.world_size, True, launch.local_world_size, opens_data=True)
     steps, found = job.config.training.num_steps, None if job.start is None else job.start.directory
     if config.training.mode == "eval" and found is None and config.model.language.path is None:
         raise ConfigError(

@@ -6,12 +6,11 @@
 
 Recipe, ranks, model configs, tokenizer and template are looked at by every rank, since their machines may differ; the
 data by rank 0 alone, and only its first records. What depends on something that is at fault is not looked at: it would
-be a second line for one fault. That goes for sections of a recipe too, of which a key could not be read.
+be a second line for one fault.
 
 Hazard: everything here is collective, and ends on all ranks with the same error, or on none.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from megatron_vlm.data.media.images import MediaReader
 from megatron_vlm.data.sources import SOURCES
 from megatron_vlm.data.text.conversation import TEMPLATES, ConversationEncoder
 from megatron_vlm.data.text.tokenizer import Tokenizer, check_vocabulary, first_time_token, load_tokenizer
-from megatron_vlm.errors import MegatronVlmError, RecipeError, SeveralFaults, faults_of, together
+from megatron_vlm.errors import MegatronVlmError, SeveralFaults, faults_of, together
 from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.runtime.collectives import all_gather_objects, broadcast_object
 from megatron_vlm.runtime.device import current_device
@@ -64,7 +63,6 @@ class _Findings:
 
     config: Config
     errors: list[MegatronVlmError] = field(default_factory=list)
-    unknown: frozenset[str] = frozenset()  # sections that are not what the user wrote
     commits: dict[str, str] | None = None  # None, as the others below: it is at fault
     model: ModelDescription | None = None
     facts: ModelFacts | None = None
@@ -77,19 +75,8 @@ class _Findings:
         """Notes what a user can fix instead of raising it."""
         try:
             yield
-        except RecipeError as error:
-            told = [fault for fault in error.faults if not self._rests_on_unknown(fault)]
-            if told:
-                self.errors.append(error if len(told) == len(error.faults) else RecipeError(told))
         except MegatronVlmError as error:
             self.errors.append(error)
-
-    def _rests_on_unknown(self, fault: str) -> bool:
-        return any(re.search(rf"\b{section}\.[a-z]", fault) for section in self.unknown)
-
-    def knows(self, *sections: str) -> bool:
-        """Whether these are what the user wrote."""
-        return self.unknown.isdisjoint(sections)
 
 
 def settle_run(
@@ -98,31 +85,27 @@ def settle_run(
     ranks_per_node: int,
     resumes: bool,
     opens_data: bool,
-    known: Sequence[MegatronVlmError] = (),
 ) -> Settled:
     """Looks at all that a run needs. Every rank of the default process group calls it.
 
     Args:
         resumes: the run may go on in `checkpoint.directory`.
         opens_data: look at the template and the data files, too.
-        known: faults of the recipe that were found when it was read.
 
     Raises:
         MegatronVlmError: on every rank, all that was found by any.
     """
     world = dist.group.WORLD
     assert world is not None, "there is no default process group"
-    unknown = frozenset().union(*(fault.sections for fault in known if isinstance(fault, RecipeError)))
-    found = _Findings(config, list(known), unknown)
+    found = _Findings(config)
     with found.noted():
         found.config, found.commits = pin_hub_ids(config, resumes, world)
     found.pixels = foresee_pixels(found.config, resumes, world)
     _look_at_models(found, world_size, ranks_per_node)
-    if opens_data and found.tokenizer is not None and found.knows("data", "training"):
+    if opens_data and found.tokenizer is not None:
         _look_at_template(found, found.tokenizer)
-    if found.knows("data"):
-        with found.noted():
-            SOURCES.get(config.data.source)
+    with found.noted():
+        SOURCES.get(config.data.source)
     before = len(found.errors)
     if opens_data and world.rank() == 0:
         _look_at_data(found, resumes)
@@ -155,14 +138,14 @@ def _of_ranks(by_rank: Sequence[Sequence[MegatronVlmError]]) -> MegatronVlmError
 def _look_at_models(found: _Findings, world_size: int, ranks_per_node: int) -> None:
     """The recipe's rules, and what it names; where a hub id is at fault, the rules that need no model."""
     with found.noted():
-        if found.commits is None or not found.knows("model"):
+        if found.commits is None:
             validate(found.config, None, world_size)
         else:
             looked_at = with_pixels(found.config, None if found.pixels is None else found.pixels.pixels)
             resolved = resolve_recipe(looked_at, world_size, ranks_per_node, current_device())
             found.model, found.facts = resolved.model, resolved.facts
             found.config = resolved.config.model_copy(update={"model": found.config.model})
-    if found.commits is not None and found.knows("model"):
+    if found.commits is not None:
         _read_tokenizer(found)
 
 
@@ -192,7 +175,7 @@ def _look_at_template(found: _Findings, tokenizer: Tokenizer) -> None:
 
 def _look_at_data(found: _Findings, resumes: bool) -> None:
     config, media = found.config, None
-    if config.data.source not in SOURCES or not found.knows("data", "model", "training", "evaluation"):
+    if config.data.source not in SOURCES:
         return
     if found.model is not None:
         model = found.model if found.pixels is None else found.model.with_pixels(found.pixels.pixels)
