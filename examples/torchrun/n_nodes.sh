@@ -5,9 +5,8 @@
 #
 # Inside a SLURM job both are known, so it can be a step's command, which runs once per node:
 #
-#   python tools/launch.py -J llava -N 4 -t 2-00:00:00 -- examples/torchrun/n_nodes.sh RECIPE.yaml
+#   megatron-vlm launch -J llava -N 4 -t 2-00:00:00 -- examples/torchrun/n_nodes.sh RECIPE.yaml
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
   NNODES="${NNODES:-$SLURM_NNODES}"
@@ -18,4 +17,4 @@ fi
 # No restarts here: who started this on every node starts it on every node again.
 exec torchrun --nnodes "${NNODES:?how many nodes}" --nproc-per-node "${NPROC_PER_NODE:-auto}" --max-restarts 0 \
   --rdzv-backend c10d --rdzv-endpoint "${MASTER_ADDR:?name the first node}:${MASTER_PORT:-29500}" \
-  --rdzv-id "${SLURM_JOB_ID:-megatron_vlm}" "$root/tools/train.py" "$@"
+  --rdzv-id "${SLURM_JOB_ID:-megatron_vlm}" -m megatron_vlm train "$@"

@@ -7,7 +7,5 @@
 # NPROC_PER_NODE: ranks; `auto` is one per GPU, or one per core where there is no GPU.
 # MAX_RESTARTS:   a rank that is lost costs a restart from the newest checkpoint (checkpoint.every_steps).
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 
-exec python "$root/tools/launch.py" --local --max-restarts "${MAX_RESTARTS:-3}" --ranks "${NPROC_PER_NODE:-auto}" -- \
-  "$root/tools/train.py" "$@"
+exec megatron-vlm launch --local --max-restarts "${MAX_RESTARTS:-3}" --ranks "${NPROC_PER_NODE:-auto}" -- train "$@"

@@ -16,13 +16,12 @@ import pytest
 from megatron_vlm.config import to_yaml
 from megatron_vlm.training.hooks.jsonl import read_lines
 from tests.helpers import fake_slurm
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment, programs
 from tests.helpers.ranks_below import ranks_below
 from tests.helpers.tiny import tiny_recipe
 
 COMMAND = ROOT / "tests" / "helpers" / "restartable.py"
 LAUNCH = [sys.executable, str(ROOT / "tools" / "launch.py")]
-TRAIN = str(ROOT / "tools" / "train.py")
 EXAMPLES = ROOT / "examples"
 LIMIT_SECONDS = 120
 
@@ -190,7 +189,7 @@ def test_a_training_survives_a_kill_and_a_time_limit(launcher: Launcher) -> None
 
     process = launcher.start_line(
         ["bash", str(EXAMPLES / "torchrun" / "one_node.sh"), str(recipe)],
-        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", NPROC_PER_NODE="2", MAX_RESTARTS="2",
+        PATH=programs(launcher.folder / "bin"), NPROC_PER_NODE="2", MAX_RESTARTS="2",
     )  # fmt: skip
     wait_until(lambda: len(made()) >= 4 and (launcher.folder / "checkpoints" / "latest").exists())
     rank = ranks_below(process.pid)[0]
@@ -296,11 +295,11 @@ def test_a_batch_job_restarts_and_requeues_itself(launcher: Launcher, slurm: dic
 
 @pytest.fixture
 def recorded(tmp_path: Path, slurm: dict[str, str]) -> dict[str, str]:
-    """The environment of a node whose torchrun and python are known: torchrun writes down its arguments."""
+    """The environment of a node whose torchrun and megatron-vlm are known: each writes down its arguments."""
     folder = tmp_path / "slurm"
     bodies = {
         "torchrun": 'echo "$@" >> "$TORCHRUN_LOG"',
-        "python": f'echo "$@" >> "$TORCHRUN_LOG.python"\nexec {sys.executable} "$@"',
+        "megatron-vlm": f'echo "$@" >> "$TORCHRUN_LOG.launches"\nexec {sys.executable} -P -m megatron_vlm "$@"',
     }
     for name, body in bodies.items():
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -354,9 +353,7 @@ def test_the_examples_start_torchrun(recorded: dict, script: str, variables: dic
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, ""), done
     lines = Path(recorded["TORCHRUN_LOG"]).read_text().splitlines()
-    assert [line.replace(TRAIN, "tools/train.py") for line in lines] == [
-        f"{line} tools/train.py r.yaml a.b=c d" for line in expected
-    ]
+    assert lines == [f"{line} -m megatron_vlm train r.yaml a.b=c d" for line in expected]
 
 
 @pytest.mark.parametrize(
@@ -371,10 +368,10 @@ def test_on_one_node_the_launcher_starts_the_ranks(recorded: dict, tmp_path: Pat
         env=environment(**recorded, NPROC_PER_NODE="2", MAX_RESTARTS="0"), timeout=LIMIT_SECONDS,
     )  # fmt: skip
     assert not Path(recorded["TORCHRUN_LOG"]).exists()
-    ranks = "tools/launch.py --local --max-restarts 0 --ranks 2 -- tools/train.py r.yaml a.b=c d"
-    commands = Path(f"{recorded['TORCHRUN_LOG']}.python").read_text().replace(f"{ROOT}/tools/", "tools/").splitlines()
-    outer = f"tools/launch.py --local --requeue --max-restarts 3 -- srun python {ranks}"
-    assert commands == ([ranks] if start == ["bash"] else [outer, ranks])
+    ranks = "launch --local --max-restarts 0 --ranks 2 -- train r.yaml a.b=c d"
+    commands = Path(f"{recorded['TORCHRUN_LOG']}.launches").read_text().splitlines()
+    outer = f"launch --local --requeue --max-restarts 3 -- srun megatron-vlm {ranks}"
+    assert commands == ([ranks] if start == ["bash"] else [outer, ranks, ranks])  # again, and given up as before
     if start == ["bash"]:
         first, last = done.stderr.splitlines()
         assert done.returncode == 1 and first == last and last.startswith("error: ") and "r.yaml" in last

@@ -3,18 +3,16 @@ but in its vocabulary, whose rows must be those of the published weights.
 """
 
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment, programs
 from tests.helpers.verify_models import WIDTH, Shape, draw, save_llava_hf
 
 README = (ROOT / "README.md").read_text()
@@ -62,13 +60,12 @@ def test_the_three_commands(tmp_path: Path) -> None:
     Image.new("RGB", (20, 16), (200, 10, 10)).save(tmp_path / "cat.jpg")
     (tmp_path / "twin.yaml").write_text(yaml.safe_dump({"base": str(ROOT / recipe[0]), **TWIN}))
     save_llava_hf(draw(Shape(text={"vocab_size": PUBLISHED_ROWS, "rms_norm_eps": 1e-5})), tmp_path / "llava-1.5-7b-hf")
-    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    surroundings = environment(PATH=programs(tmp_path / "bin"))
     for line in lines:
         line = line.replace(recipe[0], "twin.yaml").replace("training.steps=500", "training.steps=1")
-        line = re.sub(r"^megatron-vlm", f"{sys.executable} -P -m megatron_vlm", line)
-        line = line.replace("NPROC_PER_NODE=8 examples", f"env NPROC_PER_NODE=1 PATH={programs} bash {ROOT}/examples")
+        line = line.replace("NPROC_PER_NODE=8 examples", f"env NPROC_PER_NODE=1 bash {ROOT}/examples")
         done = subprocess.run(
-            shlex.split(line), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300, check=False
+            shlex.split(line), cwd=tmp_path, env=surroundings, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0 and done.stderr == "", f"{line}\n{done.stderr}"
     assert done.stdout.count("\n") == 1, done.stdout  # an answer; rows beyond the tokenizer's tokens have no text
@@ -86,11 +83,11 @@ def test_your_own_data_from_nothing(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]
     records = [{"id": str(number), "image": "cat.jpg", "conversations": turns} for number in range(40)]
     (tmp_path / "mine.json").write_text(json.dumps(records))
+    surroundings = environment(PATH=programs(tmp_path / "bin"))
     for line in lines:
-        line = re.sub(r"^megatron-vlm", f"{sys.executable} -P -m megatron_vlm", line)
         line = line.replace("training.epochs=10", "training.epochs=1 runtime.device=cpu")
         done = subprocess.run(
-            shlex.split(line), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300, check=False
+            shlex.split(line), cwd=tmp_path, env=surroundings, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0 and done.stderr == "", f"{line}\n{done.stderr}"
     assert (tmp_path / "runs" / "mine" / "step_0000001").is_dir()

@@ -5,7 +5,6 @@ compared to 1e-5: the number of data-parallel ranks changes, and with it the ord
 """
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -19,7 +18,7 @@ import psutil
 import pytest
 
 from megatron_vlm.config import to_yaml
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.processes import ROOT, environment, programs
 from tests.helpers.ranks_below import ranks_below
 from tests.helpers.tiny import tiny_recipe
 
@@ -59,7 +58,7 @@ class Nodes:
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [*command, str(self.recipe), f"checkpoint.directory={self.folder / run}", f"training.steps={steps}"],
-                env=environment(PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}", **variables),
+                env=environment(PATH=programs(self.folder / "bin"), **variables),
                 stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self.started.append(process)
