@@ -6,9 +6,6 @@ megatron-vlm config data.packing     one key
 megatron-vlm config --markdown       all of it as docs/configuration.md
 """
 
-import contextlib
-import sys
-
 from megatron_vlm.runtime.command_line import CommandLine
 
 
@@ -24,9 +21,7 @@ def main() -> None:
         text = reference.markdown() if arguments.markdown else reference.tree()
         if arguments.key:
             text = reference.explain(arguments.key)
-        with contextlib.suppress(BrokenPipeError):  # of a pager that is closed
-            sys.stdout.write(text.rstrip("\n") + "\n")
-            sys.stdout.flush()
+        print(text.rstrip("\n"))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from megatron_vlm.cli.commands import COMMANDS, PROGRAM
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.registry import did_you_mean
 from megatron_vlm.runtime.command_line import one_voice
+from megatron_vlm.runtime.pipes import silent_without_reader
 
 
 def main() -> None:
@@ -25,10 +26,9 @@ def main() -> None:
     if name in COMMANDS:
         sys.argv[:2] = [f"{PROGRAM} {name}"]
         importlib.import_module(f"megatron_vlm.cli.{name.replace('-', '_')}").main()
-    elif name in ("-h", "--help"):
-        print(_help())
-    elif name == "--version":
-        print(f"{PROGRAM} {__version__}")
+    elif name in ("-h", "--help", "--version"):
+        with silent_without_reader():
+            print(f"{PROGRAM} {__version__}" if name == "--version" else _help())
     else:
         with one_voice():
             hint = did_you_mean(name, COMMANDS, f"needs one of {', '.join(COMMANDS)}")

@@ -284,7 +284,7 @@ def find_foreign(
     found = None if is_on_hub(Path(path)) else ModelFolder.of(Path(path))
     if found is None or found.format is not None:
         return open_foreign(os.fspath(path), external=ExternalParts(options=format_options or {}), found=found)
-    if format_options:
+    if format_options and os.path.isdir(path):  # one that is not there is told where the checkpoint is looked for
         raise ConfigError(
             f"format_options: found {dict(format_options)} for {os.fspath(path)}, which is no directory of another "
             "system; needs none: a checkpoint's recipe says all"

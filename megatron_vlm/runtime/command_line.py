@@ -15,6 +15,7 @@ from megatron_vlm.errors import ConfigError, ParallelError, one_line
 from megatron_vlm.runtime.failure import fail_together
 from megatron_vlm.runtime.garbage import spare_imports
 from megatron_vlm.runtime.launch import Launch, read_launch, spare_children_the_working_directory
+from megatron_vlm.runtime.pipes import silent_without_reader
 
 CHOICES = ("template", "template_arguments", "dtype", "format_options", "extensions")  # options that `load` takes
 
@@ -25,17 +26,18 @@ def one_voice() -> Iterator[Launch]:
     whole job with one line.
 
     Raises:
-        SystemExit: code 1, where the process failed.
+        SystemExit: code 1, where the process failed; of `pipes`, where nobody reads what it says.
     """
     spare_imports()
     spare_children_the_working_directory()
-    try:
-        launch = read_launch()
-    except ParallelError as error:
-        sys.stderr.write(f"error: {one_line(error)}\n")
-        raise SystemExit(1) from error
-    with fail_together(launch, debug="--debug" in sys.argv):
-        yield launch
+    with silent_without_reader():
+        try:
+            launch = read_launch()
+        except ParallelError as error:
+            sys.stderr.write(f"error: {one_line(error)}\n")
+            raise SystemExit(1) from error
+        with fail_together(launch, debug="--debug" in sys.argv):
+            yield launch
 
 
 class CommandLine(argparse.ArgumentParser):

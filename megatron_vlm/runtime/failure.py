@@ -30,6 +30,7 @@ from megatron_vlm.errors import MegatronVlmError, SeveralFaults, one_line, shown
 from megatron_vlm.runtime import device
 from megatron_vlm.runtime.launch import Launch, connect_store, hosts_store, job_keys, leave_word, store_is_there
 from megatron_vlm.runtime.logging import quiet_libraries
+from megatron_vlm.runtime.pipes import reader_is_gone
 from megatron_vlm.runtime.roll_call import ROLL_CALL, Publisher, all_are_stopped_or_gone, end_silent, tell_of, where_was
 
 if TYPE_CHECKING:
@@ -76,15 +77,24 @@ def fail_together(launch: Launch, debug: bool = False) -> Iterator[None]:
         _end(launch, 130)
     except (SystemExit, GeneratorExit):
         raise
+    except BrokenPipeError as error:
+        if launch.world_size == 1 and reader_is_gone():
+            raise  # `one_voice` ends without a word
+        _tell(launch, error, debug)
     except BaseException as error:  # libraries raise their own beside Exception: tokenizers' panic, torch's checkpoints
-        message = describe(error, launch, debug)
-        if launch.world_size == 1:
-            _say(message)
-        else:
-            _report(launch, kind_of(error), message)
-        _end(launch, 1)
+        _tell(launch, error, debug)
     finally:
         watcher.stop()
+
+
+def _tell(launch: Launch, error: BaseException, debug: bool) -> NoReturn:
+    """Says why this process fails, on several ranks once for all of them, and ends it."""
+    message = describe(error, launch, debug)
+    if launch.world_size == 1:
+        _say(message)
+    else:
+        _report(launch, kind_of(error), message)
+    _end(launch, 1)
 
 
 def kind_of(error: BaseException) -> Kind:

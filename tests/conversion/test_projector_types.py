@@ -129,6 +129,8 @@ def test_an_option_that_neither_model_leaves_open_is_refused(tmp_path: Path) -> 
         compare(named, named, format_options=said("row"))
     with pytest.raises(ConversionError, match=r"found --format-option order, .*squares \(llava\): downsample_order"):
         compare(named, squares, format_options={"order": "row"})
+    with pytest.raises(ConversionError, match="gone: no such directory"):  # comes first
+        compare(named, f"{tmp_path}/gone", format_options=said("row"))
 
 
 def test_the_documents_list_every_option_of_every_format() -> None:

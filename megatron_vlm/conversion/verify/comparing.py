@@ -97,7 +97,8 @@ def compare(
 
 
 def _check_options(paths: Sequence[str], options: Mapping[str, Any]) -> None:
-    """Raises ConversionError for an option that no directory leaves open."""
+    """Raises ConversionError for a directory that is not there, or an option that none leaves open."""
+    _refuse_missing(paths)
     folders = {path: ModelFolder.of(Path(path)) for path in paths}
     unused = options.keys() - {key for folder in folders.values() for key in folder.left_open()}
     if unused:
@@ -109,14 +110,20 @@ def _check_options(paths: Sequence[str], options: Mapping[str, Any]) -> None:
         raise ConversionError(f"found --format-option {', '.join(sorted(unused))}, needs one that is open. {places}")
 
 
+def _refuse_missing(paths: Sequence[str]) -> None:
+    """Raises ConversionError for the first that is no directory."""
+    for path in paths:
+        if not Path(path).is_dir():
+            raise ConversionError(f"{path}: no such directory")
+
+
 def open_side(path: str, options: Mapping[str, Any]) -> Side:
     """A model by what lies there; its configs are read, no tensor yet. Raises as `compare`."""
     from megatron_vlm.conversion.verify.foreign import open_foreign_side
     from megatron_vlm.conversion.verify.ours import OurSide
 
+    _refuse_missing([path])
     folder = Path(path)
-    if not folder.is_dir():
-        raise ConversionError(f"{path}: no such directory")
     if (folder / MANIFEST).exists() or (folder / LATEST).exists():
         return OurSide.open(path)
     return open_foreign_side(path, options)

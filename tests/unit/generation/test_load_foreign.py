@@ -12,7 +12,7 @@ from PIL import Image
 import megatron_vlm
 from megatron_vlm.conversion.formats import ExternalParts, open_foreign
 from megatron_vlm.conversion.transfer.importing import import_model
-from megatron_vlm.errors import ConfigError, ConversionError
+from megatron_vlm.errors import CheckpointError, ConfigError, ConversionError
 from megatron_vlm.models import hub
 from tests.helpers.verify_models import Shape, draw, save_llava, save_llava_hf, save_llava_projector
 
@@ -128,3 +128,5 @@ def test_an_order_that_is_not_known_or_not_asked_for_is_one_error(squares: Path,
     checkpoint = import_model(open_foreign(folders["llava"]), tmp_path / "ours")
     with pytest.raises(ConfigError, match="format_options: found .*'row'.* for .*ours.*; needs none"):
         megatron_vlm.load(checkpoint, format_options=row)
+    with pytest.raises(CheckpointError, match="gone"):  # a directory that is not there comes first
+        megatron_vlm.load(tmp_path / "gone", format_options=row)
