@@ -15,15 +15,15 @@ from hypothesis import settings
 
 from megatron_vlm.runtime.garbage import spare_imports
 from tests.helpers.census import Counter
-from tests.helpers.ranks import RankPool
+from tests.helpers.models.toys import TOY_FAMILY, register_toy_family
+from tests.helpers.ranks.pool import RankPool
 from tests.helpers.results import Recorder
-from tests.helpers.toys import TOY_FAMILY, register_toy_family
 
 COUNTER, POOL = pytest.StashKey[Counter](), pytest.StashKey[RankPool]()
 
 # Checks that tests share tell what they compared, as a test's own do.
 pytest.register_assert_rewrite(
-    "tests.helpers.chat_checkpoints", "tests.unit.config.recipes", "tests.unit.data.conversations"
+    "tests.helpers.models.chat_checkpoints", "tests.unit.config.recipes", "tests.unit.data.conversations"
 )
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")

@@ -93,7 +93,7 @@ WHOLE = {
         ({"table": "`megatron_vlm/data/sources/base.py:SORCES`"}, "sources/base.py defines no SORCES"),
         ({"table": "SOURCES"}, "x: needs a table"),
         ({"must pass": "`tests/system/test_none.py`"}, "tests/system/test_none.py holds no test"),
-        ({"must pass": "`tests/helpers/tiny.py`"}, "tests/helpers/tiny.py holds no test"),
+        ({"must pass": "`tests/helpers/models/tiny.py`"}, "tests/helpers/models/tiny.py holds no test"),
         ({"example": "`examples/extensions/none.py`"}, "examples/extensions/none.py is not there"),
         ({"example": "`examples/extensions/own_tower.py`"}, "own_tower.py registers nothing in SOURCES"),
     ],

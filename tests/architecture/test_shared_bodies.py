@@ -38,7 +38,7 @@ def hiding(name: str) -> bool:
 
 def test_no_helper_hides_what_scripts_beside_it_import() -> None:
     folder = ROOT / "tests" / "helpers"
-    assert [path.name for path in folder.glob("*.py") if hiding(path.stem)] == []
+    assert [path.name for path in folder.rglob("*.py") if hiding(path.stem)] == []
     assert hiding("tools") and hiding("json") and not hiding("recipes")
 
 
@@ -51,7 +51,7 @@ def test_no_helper_hides_what_scripts_beside_it_import() -> None:
         ("from .{} import READER", 1),
         ("def f():\n    from tests.unit.data.{} import READER", 1),
         ("mock.patch('tests.unit.data.{}.READER')", 1),
-        ("from tests.helpers.videos import READER", 0),
+        ("from tests.helpers.data.videos import READER", 0),
         ("from megatron_vlm.{} import x", 0),
     ],
 )

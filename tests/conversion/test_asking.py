@@ -19,14 +19,14 @@ from megatron_vlm.data.sample import Sample
 from megatron_vlm.data.text.answer_ends import find_stop_ids
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.data.text.tokenizer import load_tokenizer
-from tests.helpers.chat_checkpoints import (
+from tests.helpers.data.chat_tokenizers import CHATML, CLOCKED, INSTRUCT, LLAMA_3, TYPED_CHATML, of_bytes, of_pieces
+from tests.helpers.models.chat_checkpoints import (
     TOKENS_PER_IMAGE,
     check_tokens,
     checkpoint_of,
     conversations,
 )
-from tests.helpers.chat_tokenizers import CHATML, CLOCKED, INSTRUCT, LLAMA_3, TYPED_CHATML, of_bytes, of_pieces
-from tests.helpers.foreign_models import llava_hf
+from tests.helpers.models.foreign_models import llava_hf
 
 ARGUMENTS = {"arguments and a date": {"style": ["short", None], "strftime_now": "2026-03-05"}}  # of `CLOCKED`
 KINDS: dict[str, tuple[str, Callable[[Path], Path]]] = {  # template, tokenizer

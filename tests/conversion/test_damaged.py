@@ -21,7 +21,7 @@ from megatron_vlm.conversion.formats import open_foreign, open_pair
 from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.errors import CheckpointError, ConfigError, ConversionError
-from tests.helpers.foreign_models import Kind, llava, llava_hf, projector_alone
+from tests.helpers.models.foreign_models import Kind, llava, llava_hf, projector_alone
 
 Spoil = Callable[[Path], None]
 INDEX = "model.safetensors.index.json"

@@ -13,7 +13,7 @@ from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.architectures import attention_windows
-from tests.helpers.foreign_models import Kind, llava, llava_hf, projector_alone
+from tests.helpers.models.foreign_models import Kind, llava, llava_hf, projector_alone
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "formats.md"
 SOURCES = {"llava-hf": llava_hf, "llava": llava}

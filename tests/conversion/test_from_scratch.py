@@ -16,8 +16,8 @@ from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.data.text.answer_ends import find_stop_ids
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.errors import ConversionError
-from tests.helpers.foreign_models import Kind, llava_hf, projector_alone
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.foreign_models import Kind, llava_hf, projector_alone
+from tests.helpers.models.tiny import tiny_recipe
 
 
 def build_and_save(recipe: dict[str, Any]) -> tuple[str, torch.Tensor]:
@@ -25,7 +25,7 @@ def build_and_save(recipe: dict[str, Any]) -> tuple[str, torch.Tensor]:
     from megatron_vlm.config.schema import Config
     from megatron_vlm.data.media.images import MediaReader
     from megatron_vlm.training.job import build_job
-    from tests.helpers.jobs import save
+    from tests.helpers.ranks.jobs import save
 
     job = build_job(Config.model_validate(recipe), torch.distributed.get_world_size())
     pixels = MediaReader(job.model.media_spec, "pad").prepare(image())

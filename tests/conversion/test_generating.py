@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import megatron_vlm
 from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.data.text.tokenizer import load_tokenizer
-from tests.helpers.chat_tokenizers import CHATML, LLAMA_3, of_bytes
-from tests.helpers.tiny import tiny_llama, tiny_recipe
+from tests.helpers.data.chat_tokenizers import CHATML, LLAMA_3, of_bytes
+from tests.helpers.models.tiny import tiny_llama, tiny_recipe
 
 pytestmark = pytest.mark.slow
 ANSWERS = {"red": "Red it is.", "blue": "Blue!"}

@@ -13,8 +13,8 @@ from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.conversion.transfer.inspection import inspect
 from megatron_vlm.errors import CheckpointError, ConversionError
-from tests.helpers.foreign_models import llava_hf, projector_alone
 from tests.helpers.hub_cache import A, B, HubCache
+from tests.helpers.models.foreign_models import llava_hf, projector_alone
 
 MODEL = "somebody/model"
 

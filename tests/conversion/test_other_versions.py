@@ -9,7 +9,7 @@ from megatron_vlm.conversion.formats import open_foreign, open_pair
 from megatron_vlm.conversion.formats.base import with_rope_of_4
 from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.conversion.transfer.importing import import_model
-from tests.helpers.foreign_models import llava, llava_hf, projector_alone
+from tests.helpers.models.foreign_models import llava, llava_hf, projector_alone
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.ranks import RankPool
-from tests.helpers.verify_models import scale_weights
+from tests.helpers.models.verify_models import scale_weights
+from tests.helpers.ranks.pool import RankPool
 
 NUM_CASES = 24
 TOLERANCE = 1e-4  # largest difference of any logit, over the logits' standard deviation

@@ -23,9 +23,9 @@ from megatron_vlm.conversion.formats.base import AskedAs
 from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.errors import ConfigError
-from tests.helpers.foreign_models import TINY_SIGLIP, llava_hf
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.foreign_models import TINY_SIGLIP, llava_hf
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.pool import RankPool
 
 BILINEAR, BICUBIC = 2, 3
 IMAGE = Image.fromarray(np.random.default_rng(4).integers(0, 256, (90, 71, 3), dtype=np.uint8))
@@ -59,7 +59,7 @@ def run(recipe: dict[str, Any], saves: bool = True) -> tuple[str | None, Tensor,
     from megatron_vlm.config.schema import Config
     from megatron_vlm.data.media.images import MediaReader
     from megatron_vlm.training.job import build_job
-    from tests.helpers.jobs import save
+    from tests.helpers.ranks.jobs import save
 
     told: list[str] = []
     handler = logging.Handler(logging.WARNING)

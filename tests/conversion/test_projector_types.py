@@ -15,9 +15,9 @@ from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.conversion.transfer.inspection import inspect
 from megatron_vlm.conversion.verify.comparing import compare
 from megatron_vlm.errors import ConversionError
-from tests.helpers.foreign_models import state_of, tree
-from tests.helpers.processes import ROOT
-from tests.helpers.verify_models import save_llava_projector
+from tests.helpers.models.foreign_models import state_of, tree
+from tests.helpers.models.verify_models import save_llava_projector
+from tests.helpers.ranks.processes import ROOT
 
 TYPES = [  # mm_projector_type, the order that is told, what it is here
     ("mlp_downsample", "column", "mlp_downsample"),

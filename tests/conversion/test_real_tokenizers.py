@@ -19,7 +19,7 @@ from megatron_vlm.checkpoint.recipe import saved_config
 from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.data.text.tokenizer import load_tokenizer
-from tests.helpers.chat_checkpoints import TOKENS_PER_IMAGE, check_tokens, checkpoint_of
+from tests.helpers.models.chat_checkpoints import TOKENS_PER_IMAGE, check_tokens, checkpoint_of
 
 pytestmark = pytest.mark.slow
 KEPT = Path(tempfile.gettempdir()) / "megatron_vlm_tokenizers"

@@ -21,10 +21,19 @@ from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.data.text.templates import TEMPLATES
 from megatron_vlm.errors import ConversionError
-from tests.helpers.foreign_models import DTYPES, Kind, llava, llava_hf, projector_alone, state_of, tree, with_old_names
-from tests.helpers.ranks import RankPool
-from tests.helpers.spoiling import vouch_for_all
-from tests.helpers.tiny import tiny_dataset
+from tests.helpers.faults.spoiling import vouch_for_all
+from tests.helpers.models.foreign_models import (
+    DTYPES,
+    Kind,
+    llava,
+    llava_hf,
+    projector_alone,
+    state_of,
+    tree,
+    with_old_names,
+)
+from tests.helpers.models.tiny import tiny_dataset
+from tests.helpers.ranks.pool import RankPool
 
 Change = Callable[[Path, dict[str, Any]], None]  # (checkpoint, its recipe), in place
 LAYOUTS = {

@@ -18,7 +18,7 @@ from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.conversion.weights.sources import FolderSource
 from megatron_vlm.conversion.weights.tower_names import TowerNames
 from megatron_vlm.models.vision.preprocessing import USUAL
-from tests.helpers.foreign_models import projector_alone
+from tests.helpers.models.foreign_models import projector_alone
 
 ROOT = Path(__file__).parents[2]
 SMALL = {

@@ -14,8 +14,8 @@ from PIL import Image
 from megatron_vlm.conversion.verify.comparing import compare
 from megatron_vlm.conversion.verify.report import TOLERANCE, Comparison
 from megatron_vlm.errors import ConversionError, DataError
-from tests.helpers.verify_models import VOCABULARY, Shape, draw, save_llava, save_llava_hf, save_ours
-from tests.helpers.wrong_mappings import TELLS, planted
+from tests.helpers.faults.wrong_mappings import TELLS, planted
+from tests.helpers.models.verify_models import VOCABULARY, Shape, draw, save_llava, save_llava_hf, save_ours
 
 SHAPES = {
     "llama": Shape(),

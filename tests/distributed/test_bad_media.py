@@ -22,10 +22,10 @@ from megatron_vlm.data.batch import MicroBatch, StepBatch
 from megatron_vlm.training import schedule, step
 from megatron_vlm.training.hooks.jsonl import read_lines
 from megatron_vlm.training.job import build_job
-from tests.helpers import bad_media
-from tests.helpers.live_jobs import read_metrics, train_in_pool
-from tests.helpers.ranks import RankFailure, RankPool
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.faults import bad_media
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.live_jobs import read_metrics, train_in_pool
+from tests.helpers.ranks.pool import RankFailure, RankPool
 
 STEPS = 20  # an epoch: 155 samples, 8 a step
 TOLERANCE = 1e-5  # relative

@@ -13,10 +13,8 @@ import pytest
 
 from megatron_vlm.errors import ParallelError
 from megatron_vlm.training.layout_check.check import LayoutReport
-from tests.helpers import faults
-from tests.helpers.master import record_reference, run_check
-from tests.helpers.ranks import RankFailure, RankPool
-from tests.helpers.recipes import (
+from tests.helpers.faults import planted as faults
+from tests.helpers.models.recipes import (
     FAULTS,
     HANGING_FAULT,
     OVERLAP,
@@ -28,7 +26,9 @@ from tests.helpers.recipes import (
     merged,
     parallel,
 )
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.master import record_reference, run_check
+from tests.helpers.ranks.pool import RankFailure, RankPool
 
 HANG_SECONDS = 15
 Layout = tuple[int, dict[str, dict[str, Any]]]

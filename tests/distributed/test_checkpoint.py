@@ -15,10 +15,10 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.training import schedule
 from megatron_vlm.training.job import build_job
-from tests.helpers.jobs import save, train_steps
-from tests.helpers.ranks import RankPool
-from tests.helpers.recipes import base_recipe, merged
-from tests.helpers.spoiling import as_format
+from tests.helpers.faults.spoiling import as_format
+from tests.helpers.models.recipes import base_recipe, merged
+from tests.helpers.ranks.jobs import save, train_steps
+from tests.helpers.ranks.pool import RankPool
 
 BEFORE, AFTER = 3, 3
 LAYOUTS = {

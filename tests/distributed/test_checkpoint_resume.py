@@ -18,11 +18,11 @@ from megatron_vlm.checkpoint.resume import find_start
 from megatron_vlm.config.schema import CheckpointConfig, Config
 from megatron_vlm.errors import MegatronVlmError
 from megatron_vlm.training.job import build_job
-from tests.helpers.checkpoints import a_checkpoint
-from tests.helpers.jobs import save, train_steps
-from tests.helpers.ranks import RankPool
-from tests.helpers.recipes import base_recipe, merged
-from tests.helpers.spoiling import as_format
+from tests.helpers.faults.spoiling import as_format
+from tests.helpers.models.checkpoints import a_checkpoint
+from tests.helpers.models.recipes import base_recipe, merged
+from tests.helpers.ranks.jobs import save, train_steps
+from tests.helpers.ranks.pool import RankPool
 
 Found = tuple[str | None, str | None, str]  # directory and states, or the error; what was logged
 

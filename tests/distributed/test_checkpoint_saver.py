@@ -25,10 +25,10 @@ from megatron_vlm.checkpoint.writing import Part
 from megatron_vlm.config.schema import CheckpointConfig, Config
 from megatron_vlm.errors import CheckpointError
 from megatron_vlm.training.job import Job, build_job
-from tests.helpers.jobs import save, train_steps
-from tests.helpers.parts import GatedPart, RefusedPart, SlowPart, gate_of
-from tests.helpers.ranks import RankPool
-from tests.helpers.recipes import base_recipe, merged
+from tests.helpers.faults.parts import GatedPart, RefusedPart, SlowPart, gate_of
+from tests.helpers.models.recipes import base_recipe, merged
+from tests.helpers.ranks.jobs import save, train_steps
+from tests.helpers.ranks.pool import RankPool
 
 
 def new_job(recipe: dict[str, Any]) -> Job:

@@ -16,7 +16,8 @@ from torch import distributed as dist
 from megatron_vlm.ops import attention_blocks
 from megatron_vlm.parallel import ring as ring_module
 from megatron_vlm.parallel.ring import _GatheredAccumulator, _TravellingAccumulator
-from tests.helpers.attention_cases import (
+from tests.helpers.lanes import mostly_slow
+from tests.helpers.models.attention_cases import (
     LENGTH,
     ROWS,
     Case,
@@ -29,8 +30,7 @@ from tests.helpers.attention_cases import (
     run_cases,
     run_core_attention,
 )
-from tests.helpers.lanes import mostly_slow
-from tests.helpers.ranks import RankPool
+from tests.helpers.ranks.pool import RankPool
 
 LAYOUTS = [(ulysses, world // ulysses) for world in (2, 4, 8) for ulysses in (1, 2, 4, 8) if ulysses <= world]
 HEADS = [(8, 8), (8, 2), (7, 1), (6, 3), (28, 4), (4, 4), (3, 3)]  # the last ones leave Ulysses ranks without a head

@@ -10,9 +10,9 @@ import yaml
 from megatron_vlm.checkpoint.directory import checkpoints
 from megatron_vlm.config.schema import Config
 from megatron_vlm.training.schedule import learning_rate
-from tests.helpers.live_jobs import read_metrics, train_in_pool
-from tests.helpers.ranks import RankFailure, RankPool
-from tests.helpers.tiny import tiny_dataset, tiny_recipe
+from tests.helpers.models.tiny import tiny_dataset, tiny_recipe
+from tests.helpers.ranks.live_jobs import read_metrics, train_in_pool
+from tests.helpers.ranks.pool import RankFailure, RankPool
 
 NUM_SAMPLES, BATCH = 24, 8
 

@@ -15,11 +15,11 @@ from megatron_vlm.planner.memory import loss_head_bytes
 from megatron_vlm.planner.timeline import Pass, stage_order
 from megatron_vlm.training import step
 from megatron_vlm.training.job import build_job
-from tests.helpers.estimates import compared, kept_and_estimated
 from tests.helpers.lanes import mostly_slow
 from tests.helpers.live_bytes import LiveBytes
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_llama, tiny_recipe
+from tests.helpers.models.tiny import tiny_llama, tiny_recipe
+from tests.helpers.ranks.estimates import compared, kept_and_estimated
+from tests.helpers.ranks.pool import RankPool
 
 QWEN = {**tiny_llama(333), "model_type": "qwen2", "tie_word_embeddings": True}
 SECTIONS: dict[str, tuple[int, dict[str, Any]]] = {

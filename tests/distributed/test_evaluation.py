@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_dataset, tiny_recipe
+from tests.helpers.models.tiny import tiny_dataset, tiny_recipe
+from tests.helpers.ranks.pool import RankPool
 
 
 def train_and_save(recipe: dict[str, Any]) -> None:

@@ -15,12 +15,12 @@ from megatron_vlm.checkpoint.directory import find_checkpoint
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config.schema import Config
 from megatron_vlm.training.job import build_job
-from tests.helpers.jobs import save, train_steps
 from tests.helpers.lanes import mostly_slow
-from tests.helpers.llama import batch
-from tests.helpers.ranks import RankPool
-from tests.helpers.solo import LLAMA, small_recipe
-from tests.helpers.tiny import merge, tiny_recipe
+from tests.helpers.models.llama import batch
+from tests.helpers.models.tiny import merge, tiny_recipe
+from tests.helpers.ranks.jobs import save, train_steps
+from tests.helpers.ranks.pool import RankPool
+from tests.helpers.ranks.solo import LLAMA, small_recipe
 
 STEPS = 3
 LAYOUTS = {

@@ -20,8 +20,8 @@ from megatron_vlm.ops import reference_fp8
 from megatron_vlm.ops.fp8 import fp8_linear
 from megatron_vlm.training.job import build_job
 from tests.architecture.sources import ROOT
-from tests.helpers.jobs import train_steps
-from tests.helpers.ranks import RankPool
+from tests.helpers.ranks.jobs import train_steps
+from tests.helpers.ranks.pool import RankPool
 
 STEPS, FEW_STEPS = 200, 25
 ALLOWED = 0.02

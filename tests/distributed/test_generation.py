@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.helpers import faults
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.faults import planted as faults
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.pool import RankPool
 from tests.unit.generation.conftest import draw_images, hf_llava, write_prompts
 
 NUM_NEW = 8

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.pool import RankPool
 from tests.unit.generation.conftest import hf_llava
 
 NUM_NEW = 7  # so that some context ranks get more of the new keys than others

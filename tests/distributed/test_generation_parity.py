@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import WORDS, tiny_recipe
+from tests.helpers.models.tiny import WORDS, tiny_recipe
+from tests.helpers.ranks.pool import RankPool
 from tests.unit.generation.conftest import hf_llava
 
 pytestmark = pytest.mark.slow

@@ -14,8 +14,8 @@ from megatron_vlm.runtime.launch import Launch
 from megatron_vlm.training import loop
 from megatron_vlm.training.job import Job, build_job
 from tests.helpers.lanes import mostly_slow
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import merge, tiny_recipe
+from tests.helpers.models.tiny import merge, tiny_recipe
+from tests.helpers.ranks.pool import RankPool
 
 STEPS = 6
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import faults
-from tests.helpers.held_out import NUM_HELD_OUT, STEPS, recipe_in
-from tests.helpers.ranks import RankPool
+from tests.helpers.faults import planted as faults
+from tests.helpers.models.held_out import NUM_HELD_OUT, STEPS, recipe_in
+from tests.helpers.ranks.pool import RankPool
 from tests.unit.generation.conftest import hf_llava
 
 LONG, CONTEXT = (2, 6, 10), 62  # three samples whose questions have 63 tokens, all others fewer

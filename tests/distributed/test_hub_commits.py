@@ -20,11 +20,11 @@ from megatron_vlm.config.loading import config_hash
 from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.training.job import build_job
-from tests.helpers.foreign_models import projector_alone
 from tests.helpers.hub_cache import A, B, HubCache
-from tests.helpers.jobs import save
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.foreign_models import projector_alone
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.jobs import save
+from tests.helpers.ranks.pool import RankPool
 
 LANGUAGE, TOWER = "somebody/language", "somebody/tower"
 NORM = "model.norm.weight"

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.llama import State, batch, hf_model, token_losses
-from tests.helpers.solo import LLAMA, small_recipe
-from tests.helpers.toys import TOY, register_toy_family
+from tests.helpers.models.llama import State, batch, hf_model, token_losses
+from tests.helpers.models.toys import TOY, register_toy_family
+from tests.helpers.ranks.solo import LLAMA, small_recipe
 
 NUM_MICRO_BATCHES, ROWS, LENGTH = 2, 2, 16
 FEATURES = [(0, 0, 3), (0, 0, 4), (0, 1, 9), (1, 1, 7), (1, 1, 8)]  # micro-batch, row, position

@@ -9,9 +9,9 @@ from unittest import mock
 import pytest
 
 from megatron_vlm.checkpoint.directory import checkpoints
-from tests.helpers.live_jobs import read_metrics, train_in_pool
-from tests.helpers.ranks import RankFailure, RankPool
-from tests.helpers.tiny import merge, tiny_dataset, tiny_recipe
+from tests.helpers.models.tiny import merge, tiny_dataset, tiny_recipe
+from tests.helpers.ranks.live_jobs import read_metrics, train_in_pool
+from tests.helpers.ranks.pool import RankFailure, RankPool
 
 
 def a_recipe(tmp_path: Path, name: str, mode: str, **keys: Any) -> dict[str, Any]:

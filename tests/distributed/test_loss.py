@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.helpers.ranks import RankPool
+from tests.helpers.ranks.pool import RankPool
 from tests.kernels.accuracy import error
 
 S, B, H, V = 12, 2, 16, 9
@@ -77,7 +77,7 @@ def build_heads(sequence: bool) -> Callable[[float | None, bool], Any]:
     from megatron_vlm.models.language import padded_vocabulary
     from megatron_vlm.parallel.groups import GridSizes, build_grid
     from megatron_vlm.runtime.seeding import seed_everything
-    from tests.helpers.solo import LLAMA, small_recipe
+    from tests.helpers.ranks.solo import LLAMA, small_recipe
 
     tensor = dist.get_world_size()
     recipe = small_recipe({"hidden_size": H}, None, tensor=tensor, sequence=sequence)

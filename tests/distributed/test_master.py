@@ -17,9 +17,7 @@ from megatron_vlm.training.layout_check import difference
 from megatron_vlm.training.layout_check.compare import compare
 from megatron_vlm.training.layout_check.record import Record
 from megatron_vlm.training.layout_check.shrink import MIN_EPS, RATES
-from tests.helpers.master import run_layout
-from tests.helpers.ranks import RankFailure, RankPool
-from tests.helpers.recipes import (
+from tests.helpers.models.recipes import (
     DIVERGENCE,
     FAULTS,
     HANGING_FAULT,
@@ -37,6 +35,8 @@ from tests.helpers.recipes import (
     merged,
     parallel,
 )
+from tests.helpers.ranks.master import run_layout
+from tests.helpers.ranks.pool import RankFailure, RankPool
 
 INTERPRETED_SECONDS = 900
 FUSED_OPS = {"norm": "triton", "activation": "triton", "rope": "triton"}  # by Triton's interpreter

@@ -20,10 +20,10 @@ from megatron_vlm.parallel.layout import SequenceLayout
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.training.layout_check.compare import compare
 from megatron_vlm.training.layout_check.record import FEATURES, MERGED, Record
-from tests.helpers.master import run_rows
-from tests.helpers.ranks import RankPool
-from tests.helpers.recipes import DIVERGENCE, PACKED, Recipe, base_recipe, merged
-from tests.helpers.tiny import WORDS, tiny_dataset
+from tests.helpers.models.recipes import DIVERGENCE, PACKED, Recipe, base_recipe, merged
+from tests.helpers.models.tiny import WORDS, tiny_dataset
+from tests.helpers.ranks.master import run_rows
+from tests.helpers.ranks.pool import RankPool
 
 STEPS = 3
 SHORT, ENDING = 24, 27  # first sample of a kind; 0 to 23 are the tiny data set's

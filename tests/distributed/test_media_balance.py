@@ -11,7 +11,7 @@ from statistics import median
 import pytest
 
 from megatron_vlm.parallel.media_plan import MediaCost
-from tests.helpers.ranks import RankPool
+from tests.helpers.ranks.pool import RankPool
 from tools.benchmarks.media.command import (
     BY_COST,
     BY_COUNT,

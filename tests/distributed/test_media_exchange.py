@@ -14,7 +14,7 @@ from megatron_vlm.parallel import media_exchange
 from megatron_vlm.parallel.layout import SequenceLayout
 from megatron_vlm.parallel.media_plan import UNKNOWN, MediaItem, MediaPlan, Route, plan_media
 from megatron_vlm.parallel.sizes import GridSizes
-from tests.helpers.ranks import RankFailure, RankPool
+from tests.helpers.ranks.pool import RankFailure, RankPool
 
 HIDDEN, LENGTH, MICRO_BATCHES, ROWS = 3, 16, 2, 2
 ITEMS = [  # costs send them to different ranks; some cross chunk borders; micro-batch 1 row 1 is text only

@@ -32,8 +32,8 @@ from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.training.job import build_job
 from megatron_vlm.training.phases import PhaseClock
 from tests.helpers.lanes import mostly_slow
-from tests.helpers.ranks import RankFailure, RankPool
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.pool import RankFailure, RankPool
 
 COLLECTIVES = (
     "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single",

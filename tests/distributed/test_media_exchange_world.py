@@ -14,9 +14,9 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.training import step
 from megatron_vlm.training.layout_check.compare import compare
 from megatron_vlm.training.layout_check.record import Record
-from tests.helpers.master import run_layout
-from tests.helpers.ranks import RankFailure, RankPool
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.master import run_layout
+from tests.helpers.ranks.pool import RankFailure, RankPool
 
 STEPS = 3
 FAST = {

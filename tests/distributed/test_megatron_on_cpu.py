@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_vlm.parallel.sizes import GridSizes
 from tests.helpers.lanes import mostly_slow
-from tests.helpers.ranks import RankPool
+from tests.helpers.ranks.pool import RankPool
 
 LAYERS, HIDDEN, VOCABULARY, LENGTH, MICRO_BATCHES, UPDATES = 4, 16, 64, 8, 4, 3
 

@@ -10,8 +10,8 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.training.job import build_job
 from megatron_vlm.training.reporting import memory
 from megatron_vlm.training.reporting.memory import KINDS, model_memory, process_memory
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_llama, tiny_recipe
+from tests.helpers.models.tiny import tiny_llama, tiny_recipe
+from tests.helpers.ranks.pool import RankPool
 
 LAYERS_DOMINATE = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 8}
 

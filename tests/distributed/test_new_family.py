@@ -1,5 +1,5 @@
-"""A language family that is one file (`tests/helpers/toy_family.py`): built, counted, planned, converted both ways and
-checked, as those of the package are. It has two norms more in each layer, and biases."""
+"""A language family that is one file (`tests/helpers/models/toy_family.py`): built, counted, planned, converted both
+ways and checked, as those of the package are. It has two norms more in each layer, and biases."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +17,14 @@ from megatron_vlm.models.architectures import LANGUAGE_MODELS, parameter_table
 from megatron_vlm.models.cuts import Replicated
 from megatron_vlm.models.facts import language_parameter_names
 from megatron_vlm.planner.flops import step_flops
-from tests.helpers import estimates, verify_models
-from tests.helpers.foreign_models import tree
-from tests.helpers.ranks import RankPool
-from tests.helpers.solo import small_recipe
-from tests.helpers.tiny import tiny_llama, tiny_recipe
-from tests.helpers.toys import TOY, register_toy_family
-from tests.helpers.verify_models import Shape, draw, save_llava, save_llava_hf, save_ours
+from tests.helpers.models import verify_models
+from tests.helpers.models.foreign_models import tree
+from tests.helpers.models.tiny import tiny_llama, tiny_recipe
+from tests.helpers.models.toys import TOY, register_toy_family
+from tests.helpers.models.verify_models import Shape, draw, save_llava, save_llava_hf, save_ours
+from tests.helpers.ranks import estimates
+from tests.helpers.ranks.pool import RankPool
+from tests.helpers.ranks.solo import small_recipe
 from tests.unit.planner.shapes import build
 
 pytestmark = pytest.mark.usefixtures("toy_family")

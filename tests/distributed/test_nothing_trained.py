@@ -14,10 +14,10 @@ from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.training import schedule
 from megatron_vlm.training.job import Job, build_job
-from tests.helpers import bad_media
-from tests.helpers.live_jobs import read_metrics, train_in_pool
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.faults import bad_media
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.live_jobs import read_metrics, train_in_pool
+from tests.helpers.ranks.pool import RankPool
 
 LAYOUTS = [
     pytest.param(1, {}, {}, id="1"),

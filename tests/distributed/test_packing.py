@@ -10,9 +10,9 @@ import torch
 from megatron_vlm.config.schema import Config
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.sizes import GridSizes
-from tests.helpers.described import described
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.described import described
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.pool import RankPool
 
 SPEC = MediaSpec(16, 16, 28, 28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 Documents = dict[str, tuple[list[int], list[int], list[int]]]  # sample -> ids, labels, positions

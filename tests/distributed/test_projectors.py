@@ -7,9 +7,9 @@ import pytest
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.training.layout_check.compare import compare
-from tests.helpers.master import run_layout
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.master import run_layout
+from tests.helpers.ranks.pool import RankPool
 
 STEPS = 2
 LAYOUT = {"tensor": 2, "sequence": True}

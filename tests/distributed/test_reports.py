@@ -15,8 +15,8 @@ from megatron_vlm.runtime.launch import Launch
 from megatron_vlm.training import loop
 from megatron_vlm.training.job import Job, build_job
 from megatron_vlm.training.reporting.meters import Meter
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import merge, tiny_recipe
+from tests.helpers.models.tiny import merge, tiny_recipe
+from tests.helpers.ranks.pool import RankPool
 
 SLEEP_SECONDS = 0.4
 SLOW_RANK = 1

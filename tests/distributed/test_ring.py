@@ -15,8 +15,8 @@ from megatron_vlm.parallel import ring as ring_module
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.ring import Ring, RingMode, ring_attention
 from megatron_vlm.parallel.ring_plan import RingPlan
-from tests.helpers.attention_cases import Case, assembled, run_cases
-from tests.helpers.ranks import RankPool
+from tests.helpers.models.attention_cases import Case, assembled, run_cases
+from tests.helpers.ranks.pool import RankPool
 
 RING = 4
 LENGTH = 48

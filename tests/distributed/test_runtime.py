@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_vlm.errors import ParallelError
 from megatron_vlm.parallel.sizes import Coordinates, GridSizes
-from tests.helpers.ranks import MAX_GROUPS, RankFailure, RankPool
+from tests.helpers.ranks.pool import MAX_GROUPS, RankFailure, RankPool
 
 
 def sum_of_ranks(offset: int) -> tuple[int, int, float]:

@@ -16,10 +16,10 @@ from megatron_vlm.training.hooks import showing_hooks
 from megatron_vlm.training.job import build_job
 from megatron_vlm.training.loop import train
 from megatron_vlm.training.step import EncodedMedia
-from tests.helpers.jobs import train_steps
-from tests.helpers.master import trained
-from tests.helpers.ranks import RankPool
-from tests.helpers.recipes import base_recipe, merged
+from tests.helpers.models.recipes import base_recipe, merged
+from tests.helpers.ranks.jobs import train_steps
+from tests.helpers.ranks.master import trained
+from tests.helpers.ranks.pool import RankPool
 
 
 def step_with_a_bad_gradient(recipe: dict[str, Any]) -> tuple[float, bool]:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.held_out import recipe_in
-from tests.helpers.ranks import RankPool
+from tests.helpers.models.held_out import recipe_in
+from tests.helpers.ranks.pool import RankPool
 
 DIGITS = {"format": "{t}", "count": 10, "std": 2.0}  # a byte-level tokenizer has them, one after the other
 LOSS = {"z_loss": 0.01, "label_smoothing": 0.1, "time_tokens": DIGITS}
@@ -18,7 +18,7 @@ def run(recipe: dict[str, Any]) -> dict[str, Any]:
     from megatron_vlm.config.schema import Config
     from megatron_vlm.training.held_out import build_held_out
     from megatron_vlm.training.job import build_job
-    from tests.helpers.jobs import train_steps
+    from tests.helpers.ranks.jobs import train_steps
 
     job = build_job(Config.model_validate(recipe), torch.distributed.get_world_size())
     held_out = build_held_out(job)

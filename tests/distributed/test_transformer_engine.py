@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.ranks import RankPool
+from tests.helpers.ranks.pool import RankPool
 
 SEQUENCE, ROWS, HIDDEN, CHANNELS = 6, 3, 16, 32
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_vlm.ops import reference
 from megatron_vlm.parallel.ulysses import HeadSplit, to_heads, to_sequence
-from tests.helpers.ranks import RankFailure, RankPool
+from tests.helpers.ranks.pool import RankFailure, RankPool
 
 B, D, DV, TOKENS_PER_RANK = 2, 3, 2, 3
 COUNTS = [(8, 8, 2), (6, 3, 4), (7, 1, 2), (8, 2, 4)]  # query heads, kv heads, ranks

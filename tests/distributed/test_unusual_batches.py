@@ -21,12 +21,12 @@ from megatron_vlm.parallel.layout import SequenceLayout
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.training.layout_check.compare import compare
 from megatron_vlm.training.layout_check.record import Record
-from tests.helpers.exact import run_exactly
-from tests.helpers.master import run_layout
-from tests.helpers.ranks import RankPool
-from tests.helpers.recipes import Recipe, base_recipe, merged
-from tests.helpers.tiny import tiny_clip
-from tests.helpers.videos import make_folder, make_video
+from tests.helpers.data.videos import make_folder, make_video
+from tests.helpers.models.recipes import Recipe, base_recipe, merged
+from tests.helpers.models.tiny import tiny_clip
+from tests.helpers.ranks.exact import run_exactly
+from tests.helpers.ranks.master import run_layout
+from tests.helpers.ranks.pool import RankPool
 
 LENGTH = 79  # of the longest row, in tokens: a prime, and the recipe's limit
 STEPS = 2

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tests.helpers.ranks import RankPool
+from tests.helpers.ranks.pool import RankPool
 from tests.unit.models.recipes import SMALL_TOWER, small_recipe
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.processes import ROOT
+from tests.helpers.ranks.processes import ROOT
 
 FAST_INPUTS = 100
 SLOW_INPUTS = 5_000

@@ -9,7 +9,7 @@ import pytest
 
 from tests.fuzz.planted import READERS
 from tests.fuzz.verdicts import Kind
-from tests.helpers.processes import ROOT
+from tests.helpers.ranks.processes import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from megatron_vlm.ops.attention_blocks import Scoring
 from megatron_vlm.ops.attention_mask import attention_call
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.ring_plan import RingPlan
-from tests.helpers.packed import random_documents, visible
-from tests.helpers.plain_attention import SCALE, draw, finite, plain, sides
-from tests.helpers.ring_in_turn import ring_in_turn
+from tests.helpers.data.packed import random_documents, visible
+from tests.helpers.models.plain_attention import SCALE, draw, finite, plain, sides
+from tests.helpers.ranks.ring_in_turn import ring_in_turn
 from tests.kernels.accuracy import assert_as_exact
 
 pytestmark = pytest.mark.gpu

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.training.layout_check.record import Record
-from tests.helpers.processes import ROOT, environment
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.processes import ROOT, environment
 
 STEPS = 5
 LIMIT_SECONDS = 150

@@ -12,7 +12,7 @@ from megatron_vlm.cli.commands import COMMANDS, PROGRAM
 from megatron_vlm.config import load_config
 from megatron_vlm.config.schema.tree import keys_and_sections
 from megatron_vlm.errors import ConfigError
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.ranks.processes import ROOT, environment
 
 TORCHRUN_OPTIONS = {"--nproc-per-node", "--nnodes", "--standalone", "--node-rank", "--master-addr"}
 OVERRIDE = re.compile(r"[a-z_]+(?:\.[a-z_]+)*=.*", re.DOTALL)

@@ -61,7 +61,7 @@ def readings() -> Iterator[list[Reading]]:
 
 def readings_of_tool(log: Path, *command: str | Path) -> list[Reading]:
     """Those of a Python script and all its children. Raises AssertionError where it fails."""
-    from tests.helpers.processes import ROOT, environment
+    from tests.helpers.ranks.processes import ROOT, environment
 
     surroundings = environment(CONFIG_READINGS=str(log))
     surroundings["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "watched"), surroundings["PYTHONPATH"]])

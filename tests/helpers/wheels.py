@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.ranks.processes import ROOT, environment
 
 BUILT_FROM = ("megatron_vlm", "kernels", "examples/recipes", "setup.py", "pyproject.toml", "LICENSE")
 

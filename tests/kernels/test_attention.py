@@ -12,8 +12,8 @@ from torch import Tensor
 from megatron_vlm.ops import attention_cuda
 from megatron_vlm.ops.attention import attention, attention_backward
 from megatron_vlm.ops.attention_mask import Band
-from tests.helpers.mutants import mutant
-from tests.helpers.plain_attention import SCALE, draw, finite, sides
+from tests.helpers.faults.mutants import mutant
+from tests.helpers.models.plain_attention import SCALE, draw, finite, sides
 from tests.helpers.quick_interpreter import quick_interpreter
 from tests.kernels.accuracy import assert_as_exact
 

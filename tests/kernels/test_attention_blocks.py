@@ -18,10 +18,10 @@ from megatron_vlm.ops.attention_blocks import (
 )
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.ring_plan import RingPlan
-from tests.helpers.packed import visible
-from tests.helpers.plain_attention import SCALE, draw, finite, plain
+from tests.helpers.data.packed import visible
+from tests.helpers.models.plain_attention import SCALE, draw, finite, plain
 from tests.helpers.quick_interpreter import quick_interpreter
-from tests.helpers.ring_in_turn import ring_in_turn
+from tests.helpers.ranks.ring_in_turn import ring_in_turn
 from tests.kernels.accuracy import assert_as_exact
 from tools.benchmarks.kernels.case import Draw
 from tools.benchmarks.kernels.cases_attention import RING_CASE

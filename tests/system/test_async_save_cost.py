@@ -23,9 +23,9 @@ from megatron_vlm.checkpoint.saver import CheckpointSaver
 from megatron_vlm.config.schema import Config
 from megatron_vlm.training import schedule
 from megatron_vlm.training.job import Job, build_job
-from tests.helpers.parts import GatedPart, gate_of
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_llama, tiny_recipe
+from tests.helpers.faults.parts import GatedPart, gate_of
+from tests.helpers.models.tiny import tiny_llama, tiny_recipe
+from tests.helpers.ranks.pool import RankPool
 
 NUM_WARM_UP = 24  # steps: by then the heap has its size (bf16: after 18)
 NUM_PAIRS = 9
@@ -87,7 +87,7 @@ def test_cost(ranks: RankPool, tmp_path: Path, precision: str, num_samples: int)
 
 def measure(recipe: dict[str, Any]) -> Cost:
     """Inside a rank, which from here on has a fork server of its own, as in a run: the memory below the rank counts."""
-    from tests.helpers.rank_process import own_server
+    from tests.helpers.ranks.rank_process import own_server
 
     own_server()
     config = Config.model_validate(recipe)

@@ -17,11 +17,11 @@ import psutil
 import pytest
 
 from megatron_vlm.config import to_yaml
-from tests.helpers import spoiling
-from tests.helpers.live_jobs import LiveJob
-from tests.helpers.processes import ROOT
-from tests.helpers.spoiling import Spoil, with_overrides, with_records, with_step
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.faults import spoiling
+from tests.helpers.faults.spoiling import Spoil, with_overrides, with_records, with_step
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.live_jobs import LiveJob
+from tests.helpers.ranks.processes import ROOT
 
 LIMIT_SECONDS = 300  # starting takes seconds, on a busy machine minutes
 LEAVING_SECONDS = 30  # DESIGN 5: all processes of a failed job are gone this long after it failed

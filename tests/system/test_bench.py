@@ -8,8 +8,8 @@ import pytest
 from megatron_vlm.config import to_yaml
 from megatron_vlm.runtime.launch import Launch
 from megatron_vlm.training.phases import PHASES
-from tests.helpers.tiny import tiny_recipe
-from tests.helpers.tool_runs import tool, tool_on_ranks
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.tool_runs import tool, tool_on_ranks
 from tools.benchmarks.training.sides import PRODUCT, TRANSFORMERS, SideRequest
 from tools.benchmarks.training.throughput import WARM_UP_STEPS, SidesDifferError, measure
 

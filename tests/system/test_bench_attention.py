@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
-from tests.helpers.tool_runs import tool, tool_on_ranks, warm_tool
+from tests.helpers.ranks.tool_runs import tool, tool_on_ranks, warm_tool
 from tools.benchmarks.attention import results
 from tools.benchmarks.attention.command import OTHERS
 from tools.benchmarks.attention.names import EXCHANGE, PACKED, TURNS, WHOLE

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config import to_yaml
-from tests.helpers.tiny import tiny_recipe
-from tests.helpers.tool_runs import tool
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.tool_runs import tool
 
 pytestmark = pytest.mark.slow
 

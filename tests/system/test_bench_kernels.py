@@ -10,7 +10,7 @@ import torch
 
 from megatron_vlm.errors import ConfigError
 from tests.helpers.live_bytes import LiveBytes
-from tests.helpers.tool_runs import tool, warm_tool
+from tests.helpers.ranks.tool_runs import tool, warm_tool
 from tools.benchmarks.kernels import results
 from tools.benchmarks.kernels.case import no_gradients
 from tools.benchmarks.kernels.cases import CASES

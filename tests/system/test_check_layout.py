@@ -6,11 +6,11 @@ import pytest
 
 from examples.quickstart.make_data import make_data
 from megatron_vlm.config.loading import to_yaml
-from tests.helpers.live_jobs import TRAIN, LiveJob
-from tests.helpers.processes import ROOT
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.live_jobs import TRAIN, LiveJob
+from tests.helpers.ranks.processes import ROOT
 
-FAULTY_TRAIN = ROOT / "tests" / "helpers" / "faulty_train.py"
+FAULTY_TRAIN = ROOT / "tests" / "helpers" / "faults" / "faulty_train.py"
 LIMIT_SECONDS = 300.0
 
 

@@ -17,10 +17,10 @@ from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.models.description import describe_model
-from tests.helpers.foreign_models import Kind, llava, llava_hf, projector_alone
 from tests.helpers.hub_cache import A, HubCache
+from tests.helpers.models.foreign_models import Kind, llava, llava_hf, projector_alone
+from tests.helpers.models.tiny import tiny_dataset
 from tests.helpers.readings import SAVING, readings, readings_of_tool, twice
-from tests.helpers.tiny import tiny_dataset
 
 PAIR = {"language": "alone_base", "tower": "alone_whole_tower"}
 

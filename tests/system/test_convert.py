@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.foreign_models import llava, llava_hf, projector_alone, tree
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.models.foreign_models import llava, llava_hf, projector_alone, tree
+from tests.helpers.ranks.processes import ROOT, environment
 
 LIMIT_SECONDS = 300
 

@@ -11,9 +11,9 @@ import pytest
 from megatron_vlm.cli import doctor
 from megatron_vlm.cli.doctor import Finding, operation, operations, show
 from megatron_vlm.config import to_yaml
-from tests.helpers.processes import ROOT
-from tests.helpers.tiny import tiny_recipe
-from tests.helpers.tool_runs import tool
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.processes import ROOT
+from tests.helpers.ranks.tool_runs import tool
 
 
 @pytest.mark.slow

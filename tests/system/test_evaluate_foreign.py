@@ -11,9 +11,9 @@ import pytest
 
 from megatron_vlm.cli.evaluate import find_output
 from megatron_vlm.errors import DataError
-from tests.helpers.processes import ROOT, environment
-from tests.helpers.tiny import tiny_dataset
-from tests.helpers.verify_models import Shape, draw, save_llava_hf, save_llava_projector
+from tests.helpers.models.tiny import tiny_dataset
+from tests.helpers.models.verify_models import Shape, draw, save_llava_hf, save_llava_projector
+from tests.helpers.ranks.processes import ROOT, environment
 
 
 def evaluate(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 from megatron_vlm.config import to_yaml
-from tests.helpers.processes import ROOT, environment
-from tests.helpers.tiny import merge, tiny_dataset, tiny_recipe
-from tests.helpers.tool_runs import Done, tool, tool_on_ranks, warm_tool
+from tests.helpers.models.tiny import merge, tiny_dataset, tiny_recipe
+from tests.helpers.ranks.processes import ROOT, environment
+from tests.helpers.ranks.tool_runs import Done, tool, tool_on_ranks, warm_tool
 
 NAMES = ("own_tower", "own_language_model", "own_source")
 
@@ -26,7 +26,7 @@ NAMES = ("own_tower", "own_language_model", "own_source")
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("tests.helpers.tool_runs.environment", partial(environment, PYTHONPATH=""))
+    monkeypatch.setattr("tests.helpers.ranks.tool_runs.environment", partial(environment, PYTHONPATH=""))
 
 
 def snippet(name: str) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def logit_differences() -> tuple[float, float]:
     from megatron_vlm.conversion.weights.sources import StateSource
     from megatron_vlm.models.description import describe_model
     from megatron_vlm.models.families import build_model
-    from tests.helpers.solo import one_rank, small_recipe
+    from tests.helpers.ranks.solo import one_rank, small_recipe
 
     sizes = snippet("own_language_model")["model"]["language"]["config"] | {"vocab_size": 61}
     extensions = {"extensions": ["examples.extensions.own_language_model"]}

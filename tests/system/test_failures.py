@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.runtime.failure import STORE_SECONDS
-from tests.helpers.plain_ranks import plain_ranks
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.ranks.plain_ranks import plain_ranks
+from tests.helpers.ranks.processes import ROOT, environment
 
-JOB = ROOT / "tests" / "helpers" / "failing_job.py"
+JOB = ROOT / "tests" / "helpers" / "faults" / "failing_job.py"
 LIMIT_SECONDS = 30
 START_SECONDS = 90  # imports of two ranks on a busy machine
 USER_LINE = "error: training.steps: found 0, needed a positive number\n"

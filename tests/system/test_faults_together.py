@@ -10,10 +10,10 @@ import pytest
 from megatron_vlm.config import to_yaml
 from megatron_vlm.errors import DataError, RecipeError, faults_of
 from megatron_vlm.training.preflight import _of_ranks
-from tests.helpers import spoiling
-from tests.helpers.live_jobs import TRAIN, LiveJob
-from tests.helpers.spoiling import Spoil, with_overrides
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.faults import spoiling
+from tests.helpers.faults.spoiling import Spoil, with_overrides
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.live_jobs import TRAIN, LiveJob
 
 LIMIT_SECONDS = 300.0
 BUILT = "trainable parameters on this rank"  # said when a model is built

@@ -7,8 +7,8 @@ import pytest
 
 from megatron_vlm.config import to_yaml
 from megatron_vlm.training import loop
-from tests.helpers.live_jobs import START_SECONDS, TRAIN, LiveJob, read_metrics, wait_for
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.live_jobs import START_SECONDS, TRAIN, LiveJob, read_metrics, wait_for
 
 FROZEN = "model.train.vision false: all parameters of model.vision start from random weights and keep them"
 UNSAVED = "checkpoint.every_steps is 0: nothing is saved before the last step"

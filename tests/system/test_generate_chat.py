@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import ROOT, environment
-from tests.helpers.tiny import tiny_dataset, tiny_tokenizer
+from tests.helpers.models.tiny import tiny_dataset, tiny_tokenizer
+from tests.helpers.ranks.processes import ROOT, environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LIMIT_SECONDS = 300
@@ -16,7 +16,7 @@ LIMIT_SECONDS = 300
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory of another system in `hf`, and images."""
-    from tests.helpers.verify_models import Shape, draw, save_llava_hf, save_llava_projector
+    from tests.helpers.models.verify_models import Shape, draw, save_llava_hf, save_llava_projector
 
     folder = tmp_path_factory.mktemp("chat")
     save_llava_hf(draw(Shape()), folder / "hf")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import environment
-from tests.helpers.tiny import tiny_dataset, tiny_tokenizer
-from tests.helpers.videos import make_video
+from tests.helpers.data.videos import make_video
+from tests.helpers.models.tiny import tiny_dataset, tiny_tokenizer
+from tests.helpers.ranks.processes import environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LIMIT_SECONDS = 600
@@ -101,7 +101,7 @@ time.sleep(600)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.helpers.verify_models import Shape, draw, save_llava_hf
+    from tests.helpers.models.verify_models import Shape, draw, save_llava_hf
 
     return save_llava_hf(draw(Shape(text={"num_hidden_layers": 4})), tmp_path_factory.mktemp("model") / "hf")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops
 
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.ranks.processes import ROOT, environment
 
 SUITE = ROOT / "examples" / "gpu_suite.sh"
 STAGES = ["tests", "kernels", "step", "step_fp8", "attention", "throughput", "quickstart"]

@@ -10,12 +10,12 @@ import pytest
 
 from megatron_vlm.checkpoint.directory import checkpoints
 from megatron_vlm.config import load_config, to_yaml
-from tests.helpers.live_jobs import TRAIN, LiveJob, read_metrics, train_in_pool
-from tests.helpers.processes import ROOT
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.live_jobs import TRAIN, LiveJob, read_metrics, train_in_pool
+from tests.helpers.ranks.pool import RankPool
+from tests.helpers.ranks.processes import ROOT
 
-KILLED_TRAIN = ROOT / "tests" / "helpers" / "killed_train.py"
+KILLED_TRAIN = ROOT / "tests" / "helpers" / "faults" / "killed_train.py"
 SEED = 20_261_121  # both ranks are drawn
 Metrics = list[dict[str, Any]]
 

@@ -15,12 +15,12 @@ import pytest
 
 from megatron_vlm.config import to_yaml
 from megatron_vlm.training.hooks.jsonl import read_lines
-from tests.helpers import fake_slurm
-from tests.helpers.processes import ROOT, environment, programs
-from tests.helpers.ranks_below import ranks_below
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks import fake_slurm
+from tests.helpers.ranks.processes import ROOT, environment, programs
+from tests.helpers.ranks.ranks_below import ranks_below
 
-COMMAND = ROOT / "tests" / "helpers" / "restartable.py"
+COMMAND = ROOT / "tests" / "helpers" / "ranks" / "restartable.py"
 LAUNCH = [sys.executable, str(ROOT / "tools" / "launch.py")]
 EXAMPLES = ROOT / "examples"
 LIMIT_SECONDS = 120

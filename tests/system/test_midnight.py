@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config import to_yaml
-from tests.helpers.chat_tokenizers import CLOCKED, of_bytes
-from tests.helpers.fake_clock import at
-from tests.helpers.live_jobs import TRAIN, LiveJob, read_metrics
-from tests.helpers.processes import ROOT, environment
-from tests.helpers.tiny import tiny_llama, tiny_recipe
+from tests.helpers.data.chat_tokenizers import CLOCKED, of_bytes
+from tests.helpers.models.tiny import tiny_llama, tiny_recipe
+from tests.helpers.ranks.fake_clock import at
+from tests.helpers.ranks.live_jobs import TRAIN, LiveJob, read_metrics
+from tests.helpers.ranks.processes import ROOT, environment
 
 BEFORE, AFTER = datetime(2026, 9, 30, 12), datetime(2026, 10, 1, 12)  # written out they have other lengths
 LIMIT_SECONDS = 300.0

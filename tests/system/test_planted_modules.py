@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config import to_yaml
-from tests.helpers.processes import ROOT, environment
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.processes import ROOT, environment
 
 PLANTED = ("logging", "torch", "socket", "selectors", "multiprocessing", "json")
 ASK = """
@@ -54,7 +54,7 @@ def test_the_plants_work(hostile: Path) -> None:
 
 
 def test_ranks_behind_a_call(hostile: Path, tmp_path: Path) -> None:
-    from tests.helpers.verify_models import Shape, draw, save_llava_hf
+    from tests.helpers.models.verify_models import Shape, draw, save_llava_hf
 
     model = save_llava_hf(draw(Shape(text={"num_hidden_layers": 4})), tmp_path / "model")
     (tmp_path / "ask.py").write_text(ASK)

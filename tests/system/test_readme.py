@@ -12,8 +12,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.helpers.processes import ROOT, environment, programs
-from tests.helpers.verify_models import WIDTH, Shape, draw, save_llava_hf
+from tests.helpers.models.verify_models import WIDTH, Shape, draw, save_llava_hf
+from tests.helpers.ranks.processes import ROOT, environment, programs
 
 README = (ROOT / "README.md").read_text()
 PUBLISHED_ROWS = 32064

@@ -19,13 +19,13 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config import load_config, to_yaml
-from tests.helpers.hung_train import SAMPLE
-from tests.helpers.listeners import listening, reach_outside
-from tests.helpers.live_jobs import START_SECONDS, TRAIN, LiveJob, read_metrics, train_in_pool, wait_for
-from tests.helpers.plain_ranks import plain_ranks
-from tests.helpers.processes import ROOT
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.faults.hung_train import SAMPLE
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.listeners import listening, reach_outside
+from tests.helpers.ranks.live_jobs import START_SECONDS, TRAIN, LiveJob, read_metrics, train_in_pool, wait_for
+from tests.helpers.ranks.plain_ranks import plain_ranks
+from tests.helpers.ranks.pool import RankPool
+from tests.helpers.ranks.processes import ROOT
 
 NEVER = 1_000_000
 NUM_RANKS = 4
@@ -215,7 +215,7 @@ def test_a_rank_that_is_stopped_for_a_while_costs_nothing_but_time(tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_data_worker_that_never_comes_back_is_named_with_its_sample(tmp_path: Path) -> None:
-    run = Run(tmp_path, script=[HELPERS / "hung_train.py"])
+    run = Run(tmp_path, script=[HELPERS / "faults" / "hung_train.py"])
     with run.job as job:
         assert job.end(300) > 0
         line = rf"rank 1 has not gone on for \d+ s \(hung\) in step \d+, phase data, sample '{SAMPLE}', at .*take, .*"
@@ -224,7 +224,7 @@ def test_a_data_worker_that_never_comes_back_is_named_with_its_sample(tmp_path: 
 
 @pytest.mark.slow
 def test_a_writer_that_is_killed_ends_the_run_and_leaves_what_was_saved(ranks: RankPool, tmp_path: Path) -> None:
-    run = Run(tmp_path, script=[HELPERS / "killed_train.py", "1", "10", "write"])
+    run = Run(tmp_path, script=[HELPERS / "faults" / "killed_train.py", "1", "10", "write"])
     with run.job as job:
         assert job.end(300) == 1
         reason = r"the process that wrote it was ended by SIGKILL \(rank 1\)"

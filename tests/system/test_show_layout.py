@@ -15,9 +15,9 @@ from megatron_vlm.config import load_config
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.description import describe_model
 from tests.helpers.layouts import layout_of
-from tests.helpers.processes import ROOT
-from tests.helpers.tiny import tiny_recipe
-from tests.helpers.tool_runs import tool, warm_tool
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.processes import ROOT
+from tests.helpers.ranks.tool_runs import tool, warm_tool
 
 LLAVA = ROOT / "examples" / "recipes" / "llava15_7b_8gpu.yaml"
 QWEN = ROOT / "examples" / "recipes" / "llava_qwen2_7b_phase2.yaml"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.ranks.processes import ROOT, environment
 from tools.benchmarks.startup import import_times
 from tools.benchmarks.startup.commands import FIRST_STEP
 

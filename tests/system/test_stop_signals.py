@@ -10,10 +10,10 @@ import pytest
 
 from megatron_vlm.config import load_config, to_yaml
 from megatron_vlm.config.schema import Config
-from tests.helpers.jobs import train_steps
-from tests.helpers.live_jobs import GONE_SECONDS, TRAIN, LiveJob, read_metrics, wait_for
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.jobs import train_steps
+from tests.helpers.ranks.live_jobs import GONE_SECONDS, TRAIN, LiveJob, read_metrics, wait_for
+from tests.helpers.ranks.pool import RankPool
 
 NEVER = 1_000_000  # steps: more than any job here makes
 

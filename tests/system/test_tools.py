@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from megatron_vlm.config import to_yaml
-from tests.helpers.tiny import tiny_dataset, tiny_recipe
-from tests.helpers.tool_runs import tool, tool_on_ranks, warm_tool
+from tests.helpers.models.tiny import tiny_dataset, tiny_recipe
+from tests.helpers.ranks.tool_runs import tool, tool_on_ranks, warm_tool
 
 
 @pytest.fixture(scope="module")

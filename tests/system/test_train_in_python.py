@@ -10,9 +10,9 @@ from examples import train_in_python
 from megatron_vlm.config import load_config, validate
 from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import MegatronVlmError
-from tests.helpers.processes import ROOT
-from tests.helpers.ranks import RankPool
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.pool import RankPool
+from tests.helpers.ranks.processes import ROOT
 
 
 def test_its_recipe_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

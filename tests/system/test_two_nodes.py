@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from megatron_vlm.config import to_yaml
-from tests.helpers.processes import ROOT, environment, programs
-from tests.helpers.ranks_below import ranks_below
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.processes import ROOT, environment, programs
+from tests.helpers.ranks.ranks_below import ranks_below
 
 STEPS = 60
 LIMIT_SECONDS = 240

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vlm.config import to_yaml
-from tests.helpers.processes import ROOT
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.processes import ROOT
 from tests.helpers.wheels import Installation, build_wheel, install
 
 pytestmark = pytest.mark.timeout(900)

@@ -30,8 +30,8 @@ from tests.fuzz import hostile, pickles
 from tests.fuzz.kind import Kind, Read
 from tests.fuzz.tripwire import PLANTED
 from tests.fuzz.verdicts import Wrong
-from tests.helpers.jobs import save
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.jobs import save
 
 NAMES = ("step_0000001", "step_0000002")
 

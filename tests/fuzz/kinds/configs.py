@@ -14,8 +14,8 @@ from megatron_vlm.training.recipe import resolve_recipe
 from tests.fuzz import hostile
 from tests.fuzz.kind import Kind, Read
 from tests.fuzz.tripwire import PLANTED
-from tests.helpers.foreign_models import TINY_SIGLIP
-from tests.helpers.tiny import tiny_clip, tiny_llama, tiny_recipe
+from tests.helpers.models.foreign_models import TINY_SIGLIP
+from tests.helpers.models.tiny import tiny_clip, tiny_llama, tiny_recipe
 
 PREPROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",

@@ -16,7 +16,7 @@ from megatron_vlm.data.media.images import MediaReader
 from megatron_vlm.models.vision.survey import survey_tower
 from tests.fuzz import hostile
 from tests.fuzz.kind import Kind, Read
-from tests.helpers.tiny import tiny_clip
+from tests.helpers.models.tiny import tiny_clip
 
 FORMATS = {  # and the modes that Pillow writes in each
     "PNG": ("RGB", "L", "P", "I;16", "1", "RGBA", "LA"),

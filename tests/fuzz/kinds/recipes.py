@@ -14,7 +14,7 @@ from tests.fuzz import hostile
 from tests.fuzz.kind import Kind, Read
 from tests.fuzz.runner import SECRET
 from tests.fuzz.verdicts import Wrong
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
 
 YAML_TRICKS = (
     "!!int x",

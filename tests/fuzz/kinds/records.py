@@ -18,8 +18,8 @@ from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.models.vision.survey import survey_tower
 from tests.fuzz import hostile
 from tests.fuzz.kind import Kind, Read
-from tests.helpers.tiny import tiny_clip, tiny_dataset, tiny_tokenizer
-from tests.helpers.videos import make_folder, make_video
+from tests.helpers.data.videos import make_folder, make_video
+from tests.helpers.models.tiny import tiny_clip, tiny_dataset, tiny_tokenizer
 
 MOST_TOKENS = 400
 

@@ -10,8 +10,8 @@ from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from tests.fuzz import hostile
 from tests.fuzz.kind import Kind, Read
-from tests.helpers.foreign_models import tree
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.foreign_models import tree
+from tests.helpers.models.tiny import tiny_tokenizer
 
 EXPRESSIONS = (
     "1/0",

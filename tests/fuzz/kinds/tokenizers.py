@@ -11,8 +11,8 @@ from megatron_vlm.errors import MegatronVlmError
 from tests.fuzz import hostile
 from tests.fuzz.kind import Kind, Read
 from tests.fuzz.tripwire import PLANTED
-from tests.helpers.foreign_models import tree
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.foreign_models import tree
+from tests.helpers.models.tiny import tiny_tokenizer
 
 PARTS = (
     ("normalizer", {"type": "Replace", "pattern": {"String": ""}, "content": "a"}),

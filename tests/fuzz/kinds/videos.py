@@ -13,8 +13,8 @@ from megatron_vlm.data.sample import Frame
 from megatron_vlm.models.vision.survey import survey_tower
 from tests.fuzz import hostile
 from tests.fuzz.kind import Kind, Read
-from tests.helpers.tiny import tiny_clip
-from tests.helpers.videos import make_folder, make_video
+from tests.helpers.data.videos import make_folder, make_video
+from tests.helpers.models.tiny import tiny_clip
 
 CODECS = {"a.mp4": "libx264", "b.mkv": "libx264", "c.avi": "mpeg4", "d.webm": "libvpx", "e.ts": "mpeg2video"}
 CODECS |= {"f.mov": "mjpeg", "g.flv": "flv", "h.mkv": "ffv1", "i.ogv": "libtheora"}

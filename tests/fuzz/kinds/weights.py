@@ -14,7 +14,7 @@ from megatron_vlm.conversion.transfer.inspection import inspect
 from tests.fuzz import hostile, pickles
 from tests.fuzz.kind import Kind, Read
 from tests.fuzz.tripwire import PLANTED
-from tests.helpers.foreign_models import llava, llava_hf, tree
+from tests.helpers.models.foreign_models import llava, llava_hf, tree
 
 CODES = ("F32", "BF16", "F16", "F64", "I64", "BOOL", "F8_E4M3", "U8", "I4", "x", "", None, 3, [])
 SHAPES: tuple[Any, ...] = ([-4, -4], [4.0, 4.0], ["4", "4"], [None], [[4]], "44", [True], [10**30, 0], [2**32, 2**32])

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_vlm.checkpoint import claim
 from megatron_vlm.errors import CheckpointError
-from tests.helpers.processes import environment
+from tests.helpers.ranks.processes import environment
 
 HOLDER = """
 import sys, time

@@ -11,7 +11,7 @@ from megatron_vlm.checkpoint import directory
 from megatron_vlm.checkpoint.directory import find_checkpoint
 from megatron_vlm.conversion.transfer.inspection import inspect
 from megatron_vlm.errors import CheckpointError, ConfigError, MegatronVlmError
-from tests.helpers.solo import one_rank
+from tests.helpers.ranks.solo import one_rank
 
 
 def write(root: Path, step: int, content: str = "x") -> Path:

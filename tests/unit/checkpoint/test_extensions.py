@@ -16,8 +16,8 @@ from megatron_vlm.config.extensions import import_extensions
 from megatron_vlm.config.loading import hash_of_tree
 from megatron_vlm.config.schema import Config, ParallelConfig
 from megatron_vlm.errors import ConfigError
-from tests.helpers.solo import small_recipe
-from tests.helpers.tool_runs import tool, warm_tool
+from tests.helpers.ranks.solo import small_recipe
+from tests.helpers.ranks.tool_runs import tool, warm_tool
 
 NAMES = ("own_of_a_stranger", "second_of_a_stranger")
 

@@ -19,11 +19,20 @@ import megatron_vlm
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.errors import CheckpointError
-from tests.helpers.hostile_pickles import ALWAYS_TRUE, INDEX, METADATA, PLANNER, Opcodes, planted, set_attribute, text
-from tests.helpers.jobs import save
-from tests.helpers.spoiling import Code, as_format, vouch_for_all
-from tests.helpers.tiny import tiny_recipe
-from tests.helpers.warm import run_warm
+from tests.helpers.faults.hostile_pickles import (
+    ALWAYS_TRUE,
+    INDEX,
+    METADATA,
+    PLANNER,
+    Opcodes,
+    planted,
+    set_attribute,
+    text,
+)
+from tests.helpers.faults.spoiling import Code, as_format, vouch_for_all
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.jobs import save
+from tests.helpers.ranks.warm import run_warm
 
 TENSOR = "language.embedding.word_embeddings.weight"
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from megatron_vlm.checkpoint.integrity import find_damage
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.errors import CheckpointError
-from tests.helpers.checkpoints import a_checkpoint
-from tests.helpers.solo import one_rank
+from tests.helpers.models.checkpoints import a_checkpoint
+from tests.helpers.ranks.solo import one_rank
 
 
 @pytest.mark.parametrize(

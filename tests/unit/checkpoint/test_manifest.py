@@ -10,8 +10,8 @@ import pytest
 
 from megatron_vlm.checkpoint.manifest import FORMAT, Manifest, OtherFormatError, _parse, _seal
 from megatron_vlm.errors import CheckpointError
-from tests.helpers.checkpoints import a_checkpoint
-from tests.helpers.spoiling import as_format, vouch_for_all
+from tests.helpers.faults.spoiling import as_format, vouch_for_all
+from tests.helpers.models.checkpoints import a_checkpoint
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_no_other_kind_of_file_is_read(checkpoint: Path, kind: str) -> None:
 def test_the_recipe_of_any_keys_keeps_its_hash(tmp_path: Path) -> None:
     """JSON makes texts of numbers that are keys, and that sorts them otherwise."""
     from megatron_vlm.config.loading import config_hash, hash_of_tree
-    from tests.helpers.solo import small_recipe
+    from tests.helpers.ranks.solo import small_recipe
 
     recipe = small_recipe(language={"id2label": {10: "a", 9: "b"}, "rope_theta": 1e4, "x": [float("inf"), None, -0.0]})
     tree = json.loads(json.dumps(recipe.model_dump(mode="json")))

@@ -27,8 +27,8 @@ from megatron_vlm.checkpoint.integrity import records_of
 from megatron_vlm.checkpoint.reading import _CommonStrategy
 from megatron_vlm.checkpoint.stored_metadata import read_metadata
 from megatron_vlm.errors import CheckpointError
-from tests.helpers import hostile_pickles
-from tests.helpers.hostile_pickles import OPCODES, Opcodes, Planter, planted, set_attribute, text
+from tests.helpers.faults import hostile_pickles
+from tests.helpers.faults.hostile_pickles import OPCODES, Opcodes, Planter, planted, set_attribute, text
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")  # one process is meant
 

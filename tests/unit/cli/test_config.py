@@ -7,7 +7,7 @@ import pytest
 
 from megatron_vlm.cli import config as command
 from megatron_vlm.config import reference
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.ranks.processes import ROOT, environment
 
 SEEN = """
 import sys

@@ -13,7 +13,7 @@ from megatron_vlm.config import to_yaml
 from megatron_vlm.ops.table import TABLE
 from megatron_vlm.registry import Registry
 from megatron_vlm.runtime.environment import Finding
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
 
 TO_COME = {"nvidia-dali-cuda130", "deepspeed", "faiss-cpu", "h5py", "pyarrow"}
 

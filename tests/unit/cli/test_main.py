@@ -11,7 +11,7 @@ import pytest
 from megatron_vlm import __version__
 from megatron_vlm.cli import main as entry
 from megatron_vlm.cli.commands import COMMANDS
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.ranks.processes import ROOT, environment
 
 MODULES = {path.stem for path in (ROOT / "megatron_vlm" / "cli").glob("*.py")} - {"__init__", "main", "commands"}
 SEEN = """

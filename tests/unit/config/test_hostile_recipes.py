@@ -12,7 +12,7 @@ from megatron_vlm.config.rules import validate
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.freezing import trainable_names
 from megatron_vlm.runtime import limits
-from tests.helpers.odd_files import ODD
+from tests.helpers.faults.odd_files import ODD
 from tests.unit.config.recipes import error_of, facts, recipe, tree, write
 
 SECRET = "hf_only_mine"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.ranks.processes import ROOT, environment
 from tests.unit.config.recipes import tree
 
 SCHEMA = ("schema/schedule.py", "", '''

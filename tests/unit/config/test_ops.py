@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_vlm.config.schema import OpsConfig, ParallelConfig
-from tests.helpers.solo import small_recipe
+from tests.helpers.ranks.solo import small_recipe
 
 
 @pytest.mark.parametrize("key", ["norm", "activation", "rope"])

@@ -8,7 +8,7 @@ from megatron_vlm.config.rules.gathered import MAY_CHANGE, may_change
 from megatron_vlm.config.schema import Config
 from megatron_vlm.config.schema.tree import keys_and_sections, leaves
 from megatron_vlm.errors import ConfigError
-from tests.helpers.tiny import merge
+from tests.helpers.models.tiny import merge
 from tests.unit.config.recipes import recipe
 
 

@@ -13,7 +13,7 @@ from megatron_vlm.config.schema import Config, Section
 from megatron_vlm.config.schema.base import PositiveInt
 from megatron_vlm.config.schema.tree import Sections, fields, is_one_value
 from megatron_vlm.errors import ConfigError
-from tests.helpers.processes import ROOT
+from tests.helpers.ranks.processes import ROOT
 from tests.unit.config.recipes import recipe, tree
 
 

@@ -7,7 +7,7 @@ import pytest
 from megatron_vlm.config import load_config
 from megatron_vlm.config.shipped import find_recipe
 from megatron_vlm.errors import ConfigError
-from tests.helpers.processes import ROOT
+from tests.helpers.ranks.processes import ROOT
 
 SHIPPED = ROOT / "examples" / "recipes"
 

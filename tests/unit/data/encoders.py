@@ -5,7 +5,7 @@ from pathlib import Path
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.models.vision.media_spec import MediaSpec
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.tiny import tiny_tokenizer
 
 
 def encoder_in(folder: Path, tokens_per_image: int = 5, template: str | None = None) -> ConversationEncoder:

@@ -10,8 +10,8 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.data.text.conversation import TEMPLATES
 from megatron_vlm.evaluation.tasks import TASKS
 from megatron_vlm.models.facts import gather_facts
-from tests.helpers.processes import ROOT
-from tests.helpers.public_models import CLIP_B_32, CLIP_L_336, QWEN2_7B, QWEN2_7B_INSTRUCT
+from tests.helpers.models.public_models import CLIP_B_32, CLIP_L_336, QWEN2_7B, QWEN2_7B_INSTRUCT
+from tests.helpers.ranks.processes import ROOT
 
 RECIPES = ROOT / "examples" / "recipes"
 OF_BENCHMARKS = ROOT / "tools" / "benchmarks" / "recipes"

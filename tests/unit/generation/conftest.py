@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.solo import one_rank
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.solo import one_rank
 
 PLACEHOLDER = 0  # the tiny tokenizer's <pad>, which no text holds: also transformers' image token here
 

@@ -12,8 +12,8 @@ import torch
 
 import megatron_vlm
 from megatron_vlm.errors import CheckpointError, ConfigError
-from tests.helpers.spoiling import vouch_for_all
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.faults.spoiling import vouch_for_all
+from tests.helpers.models.tiny import tiny_recipe
 
 QUESTION = "how many red circle?"
 

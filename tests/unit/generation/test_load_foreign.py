@@ -14,7 +14,7 @@ from megatron_vlm.conversion.formats import ExternalParts, open_foreign
 from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.errors import CheckpointError, ConfigError, ConversionError
 from megatron_vlm.models import hub
-from tests.helpers.verify_models import Shape, draw, save_llava, save_llava_hf, save_llava_projector
+from tests.helpers.models.verify_models import Shape, draw, save_llava, save_llava_hf, save_llava_projector
 
 NUM_NEW = 6
 

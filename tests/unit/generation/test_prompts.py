@@ -8,7 +8,7 @@ from PIL import Image
 
 from megatron_vlm.errors import DataError
 from megatron_vlm.generation.prompts import read_prompt
-from tests.helpers.odd_files import ODD
+from tests.helpers.faults.odd_files import ODD
 from tests.unit.generation.questions import batch_of
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_vlm.errors import ConfigError
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.tiny import tiny_tokenizer
 
 TEXT = "small red circle near ☃ far green square ### yes blue"
 

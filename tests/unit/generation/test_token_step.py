@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.llama import hf_model
-from tests.helpers.solo import LLAMA, one_rank, small_recipe
+from tests.helpers.models.llama import hf_model
+from tests.helpers.ranks.solo import LLAMA, one_rank, small_recipe
 
 ROWS, LENGTH = 3, 7
 

@@ -11,7 +11,7 @@ from megatron_vlm.data.sample import BadSample, Frame
 from megatron_vlm.errors import DataError
 from megatron_vlm.generation.prompts import read_prompt
 from megatron_vlm.generation.videos import ImageReader, show_frames
-from tests.helpers.videos import READER, make_folder, make_video, numbered, told
+from tests.helpers.data.videos import READER, make_folder, make_video, numbered, told
 
 
 def test_frames_stand_where_the_video_stood(tmp_path: Path) -> None:

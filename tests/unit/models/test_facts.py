@@ -8,7 +8,7 @@ from megatron_vlm.config.schema import Config, LanguageConfig
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.architectures import context_tokens, load_language_config
 from megatron_vlm.models.facts import gather_facts
-from tests.helpers.ranks import RankPool
+from tests.helpers.ranks.pool import RankPool
 from tests.unit.models.recipes import SMALL_LLAMA, SMALL_TOWER, small_recipe
 
 TEMPLATES, TASKS = ("auto",), ("exact_match",)

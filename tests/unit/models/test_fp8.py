@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from megatron_vlm.ops import fp8
-from tests.helpers.llama import batch
-from tests.helpers.solo import LLAMA, one_rank, small_recipe
+from tests.helpers.models.llama import batch
+from tests.helpers.ranks.solo import LLAMA, one_rank, small_recipe
 
 GEMMS_PER_LAYER = 4
 

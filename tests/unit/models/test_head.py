@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.ops import reference
-from tests.helpers.llama import batch
-from tests.helpers.solo import LLAMA, one_rank, small_recipe
+from tests.helpers.models.llama import batch
+from tests.helpers.ranks.solo import LLAMA, one_rank, small_recipe
 from tests.kernels.accuracy import error
 
 CAP = 0.7

@@ -12,7 +12,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.models import hub
 from megatron_vlm.models.hf_config import config_from_path
 from tests.helpers.hub_cache import A, B, HubCache
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.tiny import tiny_tokenizer
 
 HEADS = '{"model_type": "llama", "hidden_size": 64, "num_attention_heads": %d}'
 

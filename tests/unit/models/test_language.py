@@ -9,9 +9,9 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from megatron_vlm.config.schema import LanguageConfig
 from megatron_vlm.errors import ConfigError
-from tests.helpers.llama import batch, hf_model, token_losses
-from tests.helpers.solo import LLAMA, one_rank, small_recipe
-from tests.helpers.toys import TOY
+from tests.helpers.models.llama import batch, hf_model, token_losses
+from tests.helpers.models.toys import TOY
+from tests.helpers.ranks.solo import LLAMA, one_rank, small_recipe
 
 VARIANTS = {
     "plain": {},

@@ -9,7 +9,7 @@ import torch
 
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.ops import dispatch
-from tests.helpers.solo import LLAMA, one_rank, small_recipe
+from tests.helpers.ranks.solo import LLAMA, one_rank, small_recipe
 
 FUSED = {"norm": "triton", "activation": "triton", "rope": "triton"}
 ROWS, LENGTH = 2, 6

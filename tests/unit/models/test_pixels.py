@@ -20,7 +20,7 @@ from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.pixels import as_it_was, plain_settings, write_pixel_format
 from megatron_vlm.models.vision.preprocessing import pixel_format
 from megatron_vlm.models.vision.survey import read_tower, survey_tower
-from tests.helpers.videos import make_video
+from tests.helpers.data.videos import make_video
 from tests.unit.models.recipes import SMALL_TOWER, small_tower
 
 WHOLE = {"height": 28, "width": 28}

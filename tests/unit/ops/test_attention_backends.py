@@ -34,8 +34,8 @@ from megatron_vlm.ops.attention_blocks import (
 from megatron_vlm.ops.attention_mask import AttentionCall, Band, attention_call, band_of
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.ring_plan import RingPlan
-from tests.helpers.packed import random_documents
-from tests.helpers.plain_attention import SCALE, draw, sides
+from tests.helpers.data.packed import random_documents
+from tests.helpers.models.plain_attention import SCALE, draw, sides
 from tests.unit.ops.attention_rules import RULES, inputs
 
 HALF = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)

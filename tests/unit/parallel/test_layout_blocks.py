@@ -22,7 +22,7 @@ from megatron_vlm.parallel.layout import (
     union,
     work,
 )
-from tests.helpers.packed import random_documents, visible
+from tests.helpers.data.packed import random_documents, visible
 
 LONGEST = 2048  # of a mask that is compared position by position
 LONGEST_ROW = 10**6

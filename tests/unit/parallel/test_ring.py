@@ -10,7 +10,7 @@ from megatron_vlm.parallel.context_attention import SharedSequence
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.ring import Ring, ring_attention
 from megatron_vlm.parallel.ring_plan import RingPlan
-from tests.helpers.attention_cases import ROWS, Case, distance, expected
+from tests.helpers.models.attention_cases import ROWS, Case, distance, expected
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_vlm.parallel import ring_plan
 from megatron_vlm.parallel.layout import Documents, Interval, SequenceLayout, ring_blocks, union
 from megatron_vlm.parallel.ring_plan import Call, KeyRequest, RingPlan
-from tests.helpers.packed import random_documents, visible
+from tests.helpers.data.packed import random_documents, visible
 
 
 @st.composite

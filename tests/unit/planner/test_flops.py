@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_vlm.models.architectures import head_width
 from megatron_vlm.models.vision.encoder import VisionEncoder
 from megatron_vlm.planner.flops import ModelShape, step_flops
-from tests.helpers.solo import CLIP, small_recipe
+from tests.helpers.ranks.solo import CLIP, small_recipe
 from tests.unit.planner.shapes import ALL, build
 
 ROWS, TOKENS, IMAGES = 2, 24, 3

@@ -6,8 +6,8 @@ import pytest
 
 from megatron_vlm.config import load_config
 from tests.helpers.layouts import layout_of
-from tests.helpers.processes import ROOT
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.ranks.processes import ROOT
 
 LLAVA = ROOT / "examples" / "recipes" / "llava15_7b_8gpu.yaml"
 

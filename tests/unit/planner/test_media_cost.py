@@ -12,7 +12,7 @@ from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.parallel.media_plan import MediaCost
 from megatron_vlm.planner import media_cost
 from megatron_vlm.planner.media_cost import fastest_seconds, fit_cost, measure_encoder
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
 
 
 def points(linear: float, quadratic: float, sizes: tuple[int, ...] = (49, 196, 441)) -> list[tuple[int, float]]:

@@ -13,7 +13,7 @@ from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.planner.memory import Images, activation_bytes, image_bytes, lay_out, stage_layers
 from megatron_vlm.planner.parameter_shards import LocalParameter, meta_encoder
 from megatron_vlm.runtime.device import prepare
-from tests.helpers.solo import LLAMA, small_recipe
+from tests.helpers.ranks.solo import LLAMA, small_recipe
 from tests.unit.planner.shapes import ALL, build
 
 ENCODER_FACTOR = 1.1  # the estimate is at most so far from what the encoder keeps, either way

@@ -14,8 +14,8 @@ from megatron_vlm.parallel.sizes import Coordinates, GridSizes
 from megatron_vlm.parallel.ulysses import HeadSplit
 from megatron_vlm.planner.parameter_shards import language_chunks
 from megatron_vlm.planner.traffic import Flow, attention_bytes, pipeline_bytes, tensor_bytes
-from tests.helpers.packed import random_documents
-from tests.helpers.solo import small_recipe
+from tests.helpers.data.packed import random_documents
+from tests.helpers.ranks.solo import small_recipe
 from tools.benchmarks.attention.turns import RankCost, Shape, in_turn
 
 LENGTH, ROWS, HIDDEN, FP32 = 64, 3, 32, 4

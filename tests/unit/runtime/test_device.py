@@ -13,7 +13,7 @@ from megatron_vlm.errors import ConfigError
 from megatron_vlm.runtime import device
 from megatron_vlm.runtime.logging import get_logger
 from tests.helpers.cuda_stand_ins import EXERCISES
-from tests.helpers.ranks import RankPool
+from tests.helpers.ranks.pool import RankPool
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ import pytest
 import torch.distributed as dist
 
 from megatron_vlm.runtime.launch import Launch, connect_store, environment_of_child, host_store, keep_to_loopback
-from tests.helpers.listeners import listening, reach_outside
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.ranks.listeners import listening, reach_outside
+from tests.helpers.ranks.processes import ROOT, environment
 
 MEET = """
 import os, sys
 from megatron_vlm.runtime.distributed import Launch, init_world
 from megatron_vlm.runtime.device import prepare
-from tests.helpers.listeners import listening
+from tests.helpers.ranks.listeners import listening
 init_world(Launch(int(sys.argv[1]), 2, int(sys.argv[1]), 2), prepare("cpu"), 60)
 import torch
 torch.distributed.barrier()

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from megatron_vlm.runtime.pipes import CODE
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.ranks.processes import ROOT, environment
 
 INSIDE = "from megatron_vlm.runtime.command_line import one_voice\nwith one_voice():\n    "
 MODULE = ("-P", "-m", "megatron_vlm")

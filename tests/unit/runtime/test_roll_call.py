@@ -23,7 +23,7 @@ from megatron_vlm.runtime.roll_call import (
     main_thread_frame,
     tell_of,
 )
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.ranks.processes import ROOT, environment
 
 IN_VAIN = "error: rank 0 has waited in vain for another rank (stopped, or hung?): Timed out waiting 30000ms"
 CLOSED = "error: rank 0 lost another rank, which ended without a word (killed?): Connection closed by peer"

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from megatron_vlm.runtime.seeding import are_of_this_device, random_states, restore_random_states, seed_everything
-from tests.helpers.solo import one_rank
+from tests.helpers.ranks.solo import one_rank
 
 
 def draw() -> tuple[float, float, list[float], list[float]]:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from megatron_vlm.runtime import signals
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.ranks.processes import ROOT, environment
 
 NOTE_SECONDS = 10.0
 

@@ -40,8 +40,8 @@ from megatron_vlm.training.hooks.jsonl import EVALUATIONS, METRICS, JsonLinesHoo
 from megatron_vlm.training.hooks.memory import MemoryHook
 from megatron_vlm.training.hooks.summary import SummaryHook
 from megatron_vlm.training.hooks.tensorboard import TensorBoardHook
+from tests.helpers.ranks.solo import small_recipe
 from tests.helpers.reports import comparison, evaluation_report, step_report
-from tests.helpers.solo import small_recipe
 
 PEAK = Peak(1e12, "a device, bf16, measured")
 

@@ -15,7 +15,7 @@ from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.conversion.transfer.origin_record import Origin
 from megatron_vlm.errors import CheckpointError
-from tests.helpers.foreign_models import llava_hf
+from tests.helpers.models.foreign_models import llava_hf
 
 FILE = "model.safetensors"
 

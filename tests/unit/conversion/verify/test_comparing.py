@@ -13,7 +13,7 @@ from megatron_vlm.conversion.verify.side import Facts, check_fit, coarsest, roun
 from megatron_vlm.conversion.verify.trace import Anatomy, Probe, Trace, traced
 from megatron_vlm.errors import ConversionError, DataError
 from megatron_vlm.models.vision.preprocessing import PixelFormat
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.tiny import tiny_tokenizer
 
 FACTS = Facts(
     vocabulary=400,

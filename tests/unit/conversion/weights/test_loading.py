@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from megatron_vlm.errors import ConversionError
-from tests.helpers.solo import CLIP, LLAMA, one_rank, small_recipe
+from tests.helpers.ranks.solo import CLIP, LLAMA, one_rank, small_recipe
 
 
 @pytest.fixture(scope="module")

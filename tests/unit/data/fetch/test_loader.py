@@ -24,9 +24,9 @@ from megatron_vlm.models.description import describe_model
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.layout import Documents
 from megatron_vlm.parallel.sizes import GridSizes
-from tests.helpers import bad_media
-from tests.helpers.described import described
-from tests.helpers.tiny import tiny_dataset, tiny_recipe
+from tests.helpers.faults import bad_media
+from tests.helpers.models.described import described
+from tests.helpers.models.tiny import tiny_dataset, tiny_recipe
 from tests.unit.data.tokenizers import QWEN3
 
 SPEC = MediaSpec(16, 16, 28, 28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

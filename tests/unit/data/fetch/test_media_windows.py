@@ -16,8 +16,8 @@ from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.media_plan import UNKNOWN
 from megatron_vlm.parallel.sizes import GridSizes
-from tests.helpers.described import described
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.described import described
+from tests.helpers.models.tiny import tiny_recipe
 
 SPEC = MediaSpec(16, 16, 28, 28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 LAYOUTS = [GridSizes(data=2), GridSizes(tensor=2, data=2), GridSizes(ulysses=2, data=2, pipeline=2), GridSizes(data=4)]

@@ -20,9 +20,9 @@ from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.sizes import GridSizes
-from tests.helpers.described import described
-from tests.helpers.tiny import tiny_recipe
-from tests.helpers.videos import SIDE, make_folder, make_video, number_of
+from tests.helpers.data.videos import SIDE, make_folder, make_video, number_of
+from tests.helpers.models.described import described
+from tests.helpers.models.tiny import tiny_recipe
 
 SPEC = MediaSpec(4, 4, SIDE, SIDE, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 NUM_FRAMES, TAKEN = 90, 12

@@ -19,7 +19,7 @@ import torch
 from megatron_vlm.data.fetch import workers
 from megatron_vlm.data.fetch.workers import OrderedItems
 from megatron_vlm.errors import DataError
-from tests.helpers.squares import Squares
+from tests.helpers.data.squares import Squares
 
 SLOW_SECONDS = 0.5
 AT_MOST_SECONDS = 30
@@ -103,7 +103,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 RANK = """
 import os, signal, sys
 from megatron_vlm.data.fetch.workers import OrderedItems
-from tests.helpers.squares import Squares
+from tests.helpers.data.squares import Squares
 
 if __name__ == "__main__":
     stream = iter(OrderedItems(Squares(), range(1000), 2))

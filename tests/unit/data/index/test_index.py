@@ -25,8 +25,8 @@ from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
-from tests.helpers import bad_media
-from tests.helpers.tiny import tiny_dataset, tiny_tokenizer
+from tests.helpers.faults import bad_media
+from tests.helpers.models.tiny import tiny_dataset, tiny_tokenizer
 from tests.unit.data.encoders import SPEC, encoder_in
 
 

@@ -18,8 +18,8 @@ from megatron_vlm.data.media.video.files import read_images, survey
 from megatron_vlm.data.sample import BadSample, Frame
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.runtime.limits import bounded
-from tests.helpers.odd_files import ODD
-from tests.helpers.videos import make_video
+from tests.helpers.data.videos import make_video
+from tests.helpers.faults.odd_files import ODD
 
 SPEC = MediaSpec(tokens_per_image=4, num_patches=4, height=28, width=28, mean=(0.5,) * 3, std=(0.5,) * 3)
 READER = MediaReader(SPEC, "resize")

@@ -15,7 +15,7 @@ from megatron_vlm.data.media.images import FAULTS, MediaReader
 from megatron_vlm.data.sample import BadSample
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
-from tests.helpers import bad_media
+from tests.helpers.faults import bad_media
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SPEC = MediaSpec(tokens_per_image=4, num_patches=4, height=28, width=28, mean=MEAN, std=STD)

@@ -11,7 +11,7 @@ from megatron_vlm.data.media.video import files
 from megatron_vlm.data.media.video.files import read_images, survey
 from megatron_vlm.data.media.video.sampling import VideoFacts, frame_numbers, num_sampled, with_frames
 from megatron_vlm.data.sample import BadSample, Frame, Sample, Turn
-from tests.helpers.videos import READER, SIDE, make_folder, make_video, told
+from tests.helpers.data.videos import READER, SIDE, make_folder, make_video, told
 
 KINDS = {  # name of the file, codec, options: what decides where decoding can start
     "b-frames": ("a.mp4", "libx264", {"g": "12", "bf": "3", "crf": "10"}),

@@ -15,7 +15,7 @@ from megatron_vlm.data.plan.order import RowPlan
 from megatron_vlm.data.plan.packing import PackedPlan, attention_work, deal_work, first_fit_decreasing, pack_rows
 from megatron_vlm.models.architectures import load_language_config
 from megatron_vlm.parallel.layout import Documents, SequenceLayout, work
-from tests.helpers.tiny import tiny_llama, tiny_recipe
+from tests.helpers.models.tiny import tiny_llama, tiny_recipe
 from tools.benchmarks.media.draws import SEQUENCE_LENGTH, SHARES, draw
 
 SEEDS = range(100)

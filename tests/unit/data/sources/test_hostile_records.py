@@ -16,7 +16,7 @@ from megatron_vlm.data.sample import BadSample
 from megatron_vlm.data.sources.llava_json import LlavaFile
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.errors import DataError
-from tests.helpers.odd_files import ODD
+from tests.helpers.faults.odd_files import ODD
 from tests.unit.data.encoders import SPEC, encoder_in
 
 TALK = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]

@@ -13,7 +13,7 @@ import pytest
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.generation.stopping import Stopping
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.models.tiny import tiny_tokenizer
 
 Settings = dict[str, Any]
 EMPTY = {"type": "Replace", "pattern": {"String": ""}, "content": "x"}

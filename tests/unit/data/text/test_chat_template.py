@@ -15,7 +15,7 @@ from megatron_vlm.data.text.chat_template import ChatTemplate
 from megatron_vlm.data.text.conversation import ConversationEncoder, EncodedSample
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.generation.load import _as_chosen, _as_of_today
-from tests.helpers.tiny import tiny_dataset, tiny_recipe
+from tests.helpers.models.tiny import tiny_dataset, tiny_recipe
 from tests.unit.data import tokenizers
 from tests.unit.data.conversations import conversation
 

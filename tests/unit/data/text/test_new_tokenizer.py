@@ -10,7 +10,7 @@ import pytest
 from megatron_vlm.data.text.new_tokenizer import make_tokenizer
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConfigError, DataError
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.ranks.processes import ROOT, environment
 
 IMAGE = "<image>"
 

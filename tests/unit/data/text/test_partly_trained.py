@@ -19,8 +19,8 @@ from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.training.layout_check.shrink import pick_samples
-from tests.helpers.described import described
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.described import described
+from tests.helpers.models.tiny import tiny_recipe
 from tests.unit.data import tokenizers
 from tests.unit.data.conversations import (
     TEMPLATES,

@@ -11,7 +11,7 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import ParallelError
 from megatron_vlm.runtime.device import prepare
 from megatron_vlm.training.layout_check.reference import ReferenceProcess, one_process
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
 
 PARENT = """
 import sys, pathlib, time

@@ -24,8 +24,8 @@ from megatron_vlm.models.vision.survey import survey_tower
 from megatron_vlm.parallel.layout import SequenceLayout, padded_length
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.training.layout_check.shrink import NUM_STEPS, pick_samples, shrink, shrink_batch
-from tests.helpers.public_models import CLIP_L_336, QWEN2_7B
-from tests.helpers.tiny import tiny_dataset, tiny_recipe, tiny_tokenizer
+from tests.helpers.models.public_models import CLIP_L_336, QWEN2_7B
+from tests.helpers.models.tiny import tiny_dataset, tiny_recipe, tiny_tokenizer
 
 
 def large_recipe(directory: Path, **sections: Any) -> Config:

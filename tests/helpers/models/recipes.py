@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_vlm.training.layout_check.shrink import MIN_EPS, RATES
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
 
 STEPS = 5
 HANGING_FAULT = "idle_rank_skips_exchange"

@@ -16,7 +16,7 @@ from megatron_vlm.training.layout_check.check import LayoutReport, check_layout,
 from megatron_vlm.training.layout_check.record import Record, observe
 from megatron_vlm.training.layout_check.reference import one_process, run_reference
 from megatron_vlm.training.layout_check.shrink import shrink
-from tests.helpers import faults
+from tests.helpers.faults import planted as faults
 
 
 def run_layout(recipe: dict[str, Any], steps: int = 5, fault: str | None = None) -> Record:

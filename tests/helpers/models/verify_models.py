@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.helpers.foreign_models import LLAVA_NAMES
+from tests.helpers.models.foreign_models import LLAVA_NAMES
 
 VOCABULARY = 400
 WIDTH = 32
@@ -149,7 +149,7 @@ def save_llava_projector(folder: Path, kind: str) -> Path:
 def save_tokenizer(folder: Path) -> None:
     """A small byte-level one."""
     from megatron_vlm.data.text.new_tokenizer import train_tokenizer
-    from tests.helpers.tiny import WORDS
+    from tests.helpers.models.tiny import WORDS
 
     train_tokenizer([" ".join(WORDS)], 300, folder, extra_special=())
 

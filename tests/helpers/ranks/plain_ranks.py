@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.helpers.processes import environment
+from tests.helpers.ranks.processes import environment
 
 
 def free_port() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.helpers.tiny import tiny_dataset
+from tests.helpers.models.tiny import tiny_dataset
 
 DROPPED = {"bomb": 2, "missing": 2, "not an image": 1}  # of `spoil`, told by path or header, while indexing
 BLANKED = {"damaged": 3}  # told only by decoding

@@ -13,7 +13,7 @@ from megatron_vlm.models.architectures import LANGUAGE_MODELS, LanguageArchitect
 from megatron_vlm.models.cuts import Replicated
 from megatron_vlm.models.parameters import ParameterRow
 from megatron_vlm.models.specs import DecoderLayer, ModuleSpec, RMSNorm, layer_spec
-from tests.helpers import toy_transformers  # noqa: F401 (registers the model type)
+from tests.helpers.models import toy_transformers  # noqa: F401 (registers the model type)
 
 
 class ToyLayer(DecoderLayer):

@@ -15,4 +15,4 @@ if __name__ == "__main__":
     quiet_libraries()
     prepare("cpu")  # before the fault's own imports, as the tool would
     with planted(sys.argv.pop(1)):
-        runpy.run_path(str(Path(__file__).parents[2] / "tools" / "train.py"), run_name="__main__")
+        runpy.run_path(str(Path(__file__).parents[3] / "tools" / "train.py"), run_name="__main__")

@@ -3,7 +3,7 @@
 import importlib
 
 TOY = {"model_type": "toy"}
-TOY_FAMILY = "tests.helpers.toy_family"
+TOY_FAMILY = "tests.helpers.models.toy_family"
 
 
 def register_toy_family() -> None:

@@ -1,7 +1,7 @@
 """One rank of the pool: takes a function, runs it in a fresh default group, sends back what it returned or raised.
 
 Imported by the pool's fork server before it forks, so torch and megatron-core are imported once for all ranks, and the
-device is prepared at import. Do not import it in pytest's own process: `tests/helpers/ranks.py` names it instead.
+device is prepared at import. Do not import it in pytest's own process: `tests/helpers/ranks/pool.py` names it instead.
 
 What a rank starts by `multiprocessing`, a checkpoint's writer or data workers, is forked by the pool's server too: a
 fork server of each rank's own, as a run has, would import everything once more for every rank.

@@ -17,7 +17,7 @@ import torch
 from megatron_vlm.checkpoint.integrity import records_of
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config.loading import hash_of_tree
-from tests.helpers.tiny import tiny_clip
+from tests.helpers.models.tiny import tiny_clip
 
 Spoil = Callable[[Path], list[str]]
 ACCEPT = "checkpoint.accept_changes=[training.steps,model.language.tokenizer]"  # moved, and trained on

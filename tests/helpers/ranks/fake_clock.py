@@ -10,7 +10,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from tests.helpers.processes import ROOT
+from tests.helpers.ranks.processes import ROOT
 
 _HOOK = """
 import datetime, os, time

@@ -16,7 +16,7 @@ from megatron_vlm.conversion.formats import open_pair
 from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.data.sample import BadSample, Sample, Turn
 from megatron_vlm.data.text.conversation import ConversationEncoder
-from tests.helpers.foreign_models import Kind, projector_alone
+from tests.helpers.models.foreign_models import Kind, projector_alone
 
 TOKENS_PER_IMAGE = 16
 WORDS = "What is 7 + 5?| a|Which colour, 红色?|two  blanks|line\nbreak|🙂|It’s |no".split("|")

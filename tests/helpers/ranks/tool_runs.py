@@ -1,7 +1,7 @@
 """Runs a command line in a process of its own, or on ranks under torchrun, and says how it ended.
 
 `warm_tool` is for tests of what a command says or makes: its process is forked after the imports
-(`tests/helpers/warm.py`). A test of what is imported, warned of or left behind uses `tool`.
+(`tests/helpers/ranks/warm.py`). A test of what is imported, warned of or left behind uses `tool`.
 """
 
 import atexit
@@ -13,8 +13,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.helpers.processes import ROOT, environment
-from tests.helpers.warm import run_warm
+from tests.helpers.ranks.processes import ROOT, environment
+from tests.helpers.ranks.warm import run_warm
 
 LIMIT_SECONDS = 180
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from megatron_vlm.training.layout_check.record import Record
-from tests.helpers.master import run_layout
+from tests.helpers.ranks.master import run_layout
 
 aten = torch.ops.aten
 PRODUCTS = (

@@ -18,7 +18,7 @@ from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.ring import Ring, ring_attention
 from megatron_vlm.parallel.ring_plan import RingPlan
 from megatron_vlm.parallel.ulysses import HeadSplit, to_heads, to_sequence
-from tests.helpers.packed import random_documents, visible
+from tests.helpers.data.packed import random_documents, visible
 
 LENGTH = 48  # every factorisation of 2, 4 and 8 ranks can cut it; chunks of 3 tokens on a ring of 8
 ROWS = ("whole", "packed", "length 1", "spanning")

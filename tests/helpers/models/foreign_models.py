@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.helpers.tiny import tiny_clip, tiny_llama, tiny_tokenizer
+from tests.helpers.models.tiny import tiny_clip, tiny_llama, tiny_tokenizer
 
 State = dict[str, Tensor]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -19,7 +19,7 @@ import psutil
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.runtime.signals import StopSignals
-from tests.helpers.processes import ROOT, environment
+from tests.helpers.ranks.processes import ROOT, environment
 
 MARK = "MEGATRON_VLM_LIVE_JOB"
 START_SECONDS = 120.0  # imports and the first step, on a busy machine

@@ -37,7 +37,7 @@ def kill_in_save(step: int, kind: str) -> None:
     """This process, or its writer, ends when some tensors of the step's checkpoint are written. `kind`: of part."""
     from megatron_vlm.checkpoint import saver
     from megatron_vlm.checkpoint.writing import Part
-    from tests.helpers import parts
+    from tests.helpers.faults import parts
 
     fatal = getattr(parts, kind)
 

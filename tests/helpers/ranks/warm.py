@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from tests.helpers.ranks import RANK_MODULE
+from tests.helpers.ranks.pool import RANK_MODULE
 
 LIMIT_SECONDS = 180
 
@@ -33,7 +33,7 @@ def run_warm(function: Callable[..., None], *arguments: Any, variables: dict[str
 
 
 def _call(directory: str, variables: dict[str, str], function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    from tests.helpers.rank_process import share_server
+    from tests.helpers.ranks.rank_process import share_server
 
     os.chdir(directory)
     os.environ.clear()

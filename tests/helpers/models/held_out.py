@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.tiny import merge, tiny_dataset, tiny_recipe
+from tests.helpers.models.tiny import merge, tiny_dataset, tiny_recipe
 
 STEPS = 2
 NUM_HELD_OUT = 11  # no multiple of the batch

@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-RANK_MODULE = "tests.helpers.rank_process"
+RANK_MODULE = "tests.helpers.ranks.rank_process"
 START_SECONDS = 120.0  # the server's imports, on a busy machine
 GRACE_SECONDS = 3.0  # for the other ranks, once one has failed
 LOG_TAIL_CHARACTERS = 4000
@@ -85,7 +85,7 @@ class _Rank:
 
 def _serve(rank: int, port: int | None, pipe: Connection, log: str) -> None:
     """Runs in the new process; imports there what pytest's process does without."""
-    from tests.helpers.rank_process import serve
+    from tests.helpers.ranks.rank_process import serve
 
     serve(rank, port, pipe, log)
 

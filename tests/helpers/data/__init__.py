@@ -1,0 +1,1 @@
+"""Data in small: videos, tokenizers, packed rows."""

@@ -1,0 +1,1 @@
+"""Faults to plant, files to spoil and jobs that fail in a chosen way."""

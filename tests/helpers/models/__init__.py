@@ -1,0 +1,1 @@
+"""Models and recipes in small: ours, other systems', and what they are compared with."""
