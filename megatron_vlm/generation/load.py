@@ -127,7 +127,7 @@ def open_checkpoint(
     from megatron_vlm.checkpoint.recipe import inference_config
     from megatron_vlm.checkpoint.store import load_checkpoint
     from megatron_vlm.config.rules import validate_layout
-    from megatron_vlm.conversion.formats import fill_model
+    from megatron_vlm.conversion.formats.recipe import fill_model
     from megatron_vlm.data.text.conversation import TEMPLATES
     from megatron_vlm.generation.assistant import Assistant
     from megatron_vlm.models.description import describe_model
@@ -296,8 +296,7 @@ def _foreign_config(foreign: "ForeignModel", parallel: "ParallelConfig", dtype: 
     """The model as a recipe, in the dtype that `load` says."""
     import torch
 
-    from megatron_vlm.conversion.formats import config_of
-    from megatron_vlm.conversion.formats.recipe import parameter_format, stored_dtypes
+    from megatron_vlm.conversion.formats.recipe import config_of, parameter_format, stored_dtypes
 
     narrowed = stored_dtypes(foreign) == {torch.float16} and current_device().type == "cuda"
     if narrowed and dtype is None and torch.distributed.get_rank() == 0:

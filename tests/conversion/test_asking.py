@@ -11,7 +11,8 @@ from PIL import Image
 
 from megatron_vlm.checkpoint.manifest import Manifest
 from megatron_vlm.config.loading import config_from_tree
-from megatron_vlm.conversion.formats import config_of, open_foreign
+from megatron_vlm.conversion.formats import open_foreign
+from megatron_vlm.conversion.formats.recipe import config_of
 from megatron_vlm.conversion.transfer.asking import Asking
 from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.conversion.transfer.importing import import_model

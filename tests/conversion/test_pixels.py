@@ -18,8 +18,9 @@ from megatron_vlm.checkpoint.manifest import FileRecord, Manifest
 from megatron_vlm.checkpoint.recipe import saved_config
 from megatron_vlm.config.loading import hash_of_tree
 from megatron_vlm.config.schema import VideoConfig
-from megatron_vlm.conversion.formats import config_of, open_foreign
+from megatron_vlm.conversion.formats import open_foreign
 from megatron_vlm.conversion.formats.base import AskedAs
+from megatron_vlm.conversion.formats.recipe import config_of
 from megatron_vlm.conversion.transfer.exporting import plan_export
 from megatron_vlm.conversion.transfer.importing import import_model
 from megatron_vlm.errors import ConfigError

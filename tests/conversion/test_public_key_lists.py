@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from megatron_vlm.config.schema import LanguageConfig
-from megatron_vlm.conversion.formats import config_of, open_foreign
+from megatron_vlm.conversion.formats import open_foreign
+from megatron_vlm.conversion.formats.recipe import config_of
 from megatron_vlm.conversion.mappings import canonical_name, language_mappings
 from megatron_vlm.conversion.table import model_mappings
 from megatron_vlm.conversion.weights.loading import check_fit

@@ -39,7 +39,7 @@ def twice(found: Sequence[Reading]) -> list[str]:
     that a tokenizer is loaded twice is told instead. Bytes that are copied or summed are no reading."""
     counts: Counter[tuple[int, str]] = Counter()
     for reading in found:
-        loads = reading.is_by("data/tokenizer:load_tokenizer")
+        loads = reading.is_by("data/text/tokenizer:load_tokenizer")
         if loads and reading.what.endswith(TOKENIZER) and reading.callers[:1] == ("runtime/files:open_regular",):
             counts[reading.process, f"tokenizer {reading.what}"] += 1
         elif not loads and not reading.what.endswith(TOKENIZER):

@@ -92,7 +92,7 @@ def test_an_import_and_an_export(made: Any, parts: dict[str, Path], tmp_path: Pa
     assert found and not twice(found)
     with readings() as found:
         plan_export(checkpoint).write(tmp_path / "back")
-    configs = [reading for reading in found if not reading.is_by("data/tokenizer:load_tokenizer")]
+    configs = [reading for reading in found if not reading.is_by("data/text/tokenizer:load_tokenizer")]
     assert found and not twice(configs)
 
 
@@ -147,7 +147,9 @@ def test_the_converter(trained: tuple[Path, Path], parts: dict[str, Path], tmp_p
     """In processes of its own, as its command line takes them."""
     convert, export = "tools/convert.py", ("export", trained[0] / "run", tmp_path / "back")
     found = readings_of_tool(tmp_path / "out.log", convert, *export)
-    assert found and not twice([reading for reading in found if not reading.is_by("data/tokenizer:load_tokenizer")])
+    assert found and not twice(
+        [reading for reading in found if not reading.is_by("data/text/tokenizer:load_tokenizer")]
+    )
     pair = parts["language"], tmp_path / "pair", "--tower", parts["tower"]
     for name, words in {"hf": (llava_hf(tmp_path / "theirs"), tmp_path / "ours"), "pair": pair}.items():
         found = readings_of_tool(tmp_path / f"{name}.log", convert, "import", *words)

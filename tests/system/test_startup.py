@@ -47,6 +47,45 @@ def test_what_needs_no_model_imports_nothing_that_makes_one(words: tuple[str, ..
     assert not sorted(found.intersection(HEAVY))
 
 
+def folder_of(folder: Path, settings: dict[str, object], *names: str) -> Path:
+    """A model directory whose tensors have two elements each."""
+    places = {n: {"dtype": "BF16", "shape": [2], "data_offsets": [4 * i, 4 * i + 4]} for i, n in enumerate(names)}
+    header = json.dumps(places).encode()
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4 * len(names)))
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+TOWER_NAME = "vision_tower.vision_model.embeddings.class_embedding"
+FOLDERS = {
+    "llava-hf": (
+        {
+            "model_type": "llava",
+            "text_config": {"model_type": "llama"},
+            "vision_config": {"model_type": "clip_vision_model"},
+        },
+        ("language_model.model.norm.weight", TOWER_NAME, "multi_modal_projector.linear_1.bias"),
+    ),
+    "llava": (
+        {"architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": "openai/clip-vit-large-patch14-336"},
+        ("model.norm.weight", f"model.vision_tower.{TOWER_NAME}", "model.mm_projector.0.bias"),
+    ),
+    "transformers": ({"model_type": "clip_vision_model"}, ("vision_model.embeddings.class_embedding",)),
+}
+
+
+@pytest.mark.parametrize("format", FOLDERS)
+def test_a_directory_of_somebody_else_is_inspected_without_them(tmp_path: Path, format: str) -> None:
+    settings, names = FOLDERS[format]
+    words = ("-P", "-m", "megatron_vlm", "convert", "inspect", str(folder_of(tmp_path / "model", settings, *names)))
+    line = [sys.executable, "-X", "importtime", *words]
+    done = subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"format {format}, " in done.stdout and f" {2 * len(names)} parameters" in done.stdout
+    assert not sorted({module.name for module in import_times.read_log(done.stderr)}.intersection(HEAVY))
+
+
 def test_what_makes_one_is_seen() -> None:
     """The wrong variant."""
     assert {"torch", "numpy"} <= imported(0, "-c", "import megatron_vlm.models.merge").intersection(HEAVY)

@@ -8,26 +8,26 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from transformers import PretrainedConfig
 
 from megatron_vlm.checkpoint.manifest import FILE_NAME as MANIFEST
 from megatron_vlm.config.schema import Config, VideoConfig
 from megatron_vlm.conversion.mappings import EMBEDDING, HEAD
 from megatron_vlm.conversion.weights.sources import FolderSource, WeightSource, resolve_folder
-from megatron_vlm.data.text.jinja import content_form, render_question
 from megatron_vlm.errors import ConversionError, one_line, shown
-from megatron_vlm.models import hub
-from megatron_vlm.models.description import ModelDescription
-from megatron_vlm.models.hf_config import with_answer_ends
-from megatron_vlm.models.vision.media_spec import MediaSpec
-from megatron_vlm.models.vision.preprocessing import TowerConfigs, read_preprocessor
+from megatron_vlm.models.architectures import LANGUAGE_MODELS
 from megatron_vlm.registry import Registry
 from megatron_vlm.runtime.files import parse_json, read_text
 from megatron_vlm.runtime.limits import LimitError
+
+if TYPE_CHECKING:  # a directory is looked at without torch and transformers, which opening it needs
+    from transformers import PretrainedConfig
+
+    from megatron_vlm.models.description import ModelDescription
+    from megatron_vlm.models.vision.media_spec import MediaSpec
+    from megatron_vlm.models.vision.preprocessing import TowerConfigs
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class ForeignModel:
 
     format: str
     folder: Path
-    language: PretrainedConfig
-    vision: PretrainedConfig
+    language: "PretrainedConfig"
+    vision: "PretrainedConfig"
     vision_path: Path | None
     projector: str
     select_layer: int
@@ -71,8 +71,10 @@ class ForeignModel:
     drops_first_token: bool = False
     commits: Mapping[str, str] = field(default_factory=dict)
 
-    def read_tower(self) -> TowerConfigs:
+    def read_tower(self) -> "TowerConfigs":
         """Reads the preprocessor config, and gives the tower's configs. Raises ConfigError."""
+        from megatron_vlm.models.vision.preprocessing import TowerConfigs, read_preprocessor
+
         path = None if self.vision_path is None else str(self.vision_path)
         return TowerConfigs(self.vision, {} if path is None else read_preprocessor(path), path)
 
@@ -106,21 +108,21 @@ class Target:
 
     checkpoint: Path
     config: Config
-    model: ModelDescription
+    model: "ModelDescription"
     image_token_id: int
 
     @property
-    def language(self) -> PretrainedConfig:
+    def language(self) -> "PretrainedConfig":
         """The language model's config."""
         return self.model.language
 
     @property
-    def vision(self) -> PretrainedConfig:
+    def vision(self) -> "PretrainedConfig":
         """The tower's config."""
         return self.model.survey.hf_config
 
     @property
-    def media(self) -> MediaSpec:
+    def media(self) -> "MediaSpec":
         """Pixels and tokens of an image."""
         return self.model.media_spec
 
@@ -128,6 +130,22 @@ class Target:
     def num_dropped_tokens(self) -> int:
         """Leading tokens of the tower that are not taken (CLS)."""
         return self.model.survey.num_dropped_tokens
+
+
+@dataclass(frozen=True)
+class FolderLook:
+    """A directory as its config.json and the headers of its weight files tell of it, without a library that reads them.
+
+    Args:
+        language, tower: model types.
+        sources: where its tensors are, the directory's own first, and the tower's where that is not in it.
+        tower_path: the directory of the tower's weights; None: they are in the directory's own.
+    """
+
+    language: str
+    tower: str
+    sources: tuple[FolderSource, ...]
+    tower_path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +178,7 @@ class Format:
         has_image_token: whether prompts carry the image token's id, so that the embedding needs its row.
         names_parts: whether a directory may name a tower or a language model that lies elsewhere.
         options: by key, what `--format-option KEY=VALUE` may say of a directory.
+        look: what an inspection tells of a directory, quickly; None, or where it gives None: that opens it.
     """
 
     name: str
@@ -171,10 +190,13 @@ class Format:
     has_image_token: bool = False
     names_parts: bool = False
     options: Mapping[str, FormatOption] = field(default_factory=dict)
+    look: Callable[["ModelFolder"], FolderLook | None] | None = None
 
 
 RECORD_FILE = "megatron_vlm.json"  # beside exported weights: `AskedAs`
 FORMATS: Registry[Format] = Registry("format")
+_USUAL_TOWERS = ("clip_vision_model", "siglip_vision_model")
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "image_size")
 MAX_CONFIG_BYTES = 2**26  # far above any real one; Python's objects of it may take thirty times as much
 
 
@@ -226,6 +248,9 @@ def open_foreign(
             format does not take.
         ConfigError: an unknown format, or a model this package does not build.
     """
+    from megatron_vlm.models import hub
+    from megatron_vlm.models.hf_config import with_answer_ends
+
     named = None if format is None else FORMATS.get(format)
     found = found or ModelFolder.of(_folder(path))
     folder, known = found.path, named or found.format
@@ -253,8 +278,18 @@ def _check_options(format: Format, folder: Path, options: Mapping[str, Any]) -> 
             )
 
 
+def is_usual(language: object, tower: object, *configs: Mapping[str, Any]) -> bool:
+    """Whether parts of these model types are known well enough to be told of without transformers, and the sizes in
+    their configs are sizes. Opening the directory says what is wrong with others."""
+    sizes = [config[key] for config in configs for key in _SIZES if key in config]
+    are_sizes = all(type(size) is int and size > 0 for size in sizes)
+    return are_sizes and isinstance(language, str) and language in LANGUAGE_MODELS and tower in _USUAL_TOWERS
+
+
 def is_on_hub(path: str | Path) -> bool:
     """Whether it has the form of a hub id with its owner's name, and nothing is there on this machine."""
+    from megatron_vlm.models import hub
+
     found = hub.parse(path)
     return found is not None and "/" in found.repository
 
@@ -292,7 +327,7 @@ def with_rope_of_4(language: dict[str, Any]) -> dict[str, Any]:
     return {**language, "rope_theta": theta, "rope_scaling": {**scaling, "type": kind}}
 
 
-def fitting_vocabulary(language: PretrainedConfig, source: WeightSource) -> PretrainedConfig:
+def fitting_vocabulary(language: "PretrainedConfig", source: WeightSource) -> "PretrainedConfig":
     """The config with the vocabulary of the weights: some directories pad one and not the other."""
     if EMBEDDING in source.names() and (shape := source.read(EMBEDDING).shape):
         language.vocab_size = shape[0]
@@ -303,6 +338,8 @@ def is_tied(declared: bool, source: WeightSource) -> bool:
     """Whether the head is the embedding. Where a config says so and another head is stored, transformers keeps both."""
     if not declared or HEAD not in source.names() or EMBEDDING not in source.names():
         return declared
+    import torch
+
     return torch.equal(source.read(HEAD), source.read(EMBEDDING))
 
 
@@ -328,7 +365,7 @@ class AskedAs(BaseModel):
         return cls(**{name: getattr(data, name) for name in cls.model_fields})
 
 
-def asked_as(folder: Path, language: PretrainedConfig, image_mode: str) -> AskedAs:
+def asked_as(folder: Path, language: "PretrainedConfig", image_mode: str) -> AskedAs:
     """The way a directory's model is asked: as its record says; without one by `fitting_template`, in `image_mode`.
 
     Raises:
@@ -353,7 +390,7 @@ def recorded_in(folder: Path) -> AskedAs | None:
         raise ConversionError(f"{file}: {'.'.join(map(str, fault['loc']))}: {shown(fault['msg'])}") from error
 
 
-def fitting_template(folder: Path, language: PretrainedConfig) -> str:
+def fitting_template(folder: Path, language: "PretrainedConfig") -> str:
     """`data.template` for a directory: its chat template where that can be rendered, or one of ours that says the same;
     LLaVA's own where there is none.
 
@@ -366,6 +403,8 @@ def fitting_template(folder: Path, language: PretrainedConfig) -> str:
     file, program, special = _chat_template(folder)
     if not program:
         return "vicuna_v1" if language.model_type == "llama" else "auto"
+    from megatron_vlm.data.text.jinja import content_form, render_question
+
     try:
         form = content_form(program, special)
     except LimitError as error:

@@ -9,13 +9,12 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoConfig, PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from megatron_vlm.conversion.formats.base import (
     FORMATS,
     ExternalParts,
+    FolderLook,
     ForeignModel,
     Format,
     FormatOption,
@@ -25,6 +24,7 @@ from megatron_vlm.conversion.formats.base import (
     fitting_vocabulary,
     has_tokenizer,
     is_tied,
+    is_usual,
     read_json,
     with_rope_of_4,
 )
@@ -36,13 +36,13 @@ from megatron_vlm.conversion.weights.sources import (
     StateSource,
     WeightSource,
     resolve_folder,
+    vision_rename,
 )
-from megatron_vlm.conversion.weights.tower_names import TowerNames
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.models import hub
 from megatron_vlm.models.architectures import LANGUAGE_MODELS
-from megatron_vlm.models.hf_config import config_from_dict, config_from_path, known_keys, with_answer_ends
-from megatron_vlm.models.vision.pixels import write_pixel_format
+
+if TYPE_CHECKING:  # a directory is looked at without it
+    from transformers import PretrainedConfig
 
 NAME = "llava"
 PROJECTOR_FILE = "mm_projector.bin"
@@ -80,6 +80,10 @@ def recognises(folder: Path, settings: dict[str, Any]) -> bool:
 
 def open_folder(found: ModelFolder, external: ExternalParts) -> ForeignModel:
     """Raises ConversionError, ConfigError as `open_foreign`."""
+    from megatron_vlm.conversion.weights.tower_names import TowerNames
+    from megatron_vlm.models import hub
+    from megatron_vlm.models.hf_config import with_answer_ends
+
     folder, settings = found.path, found.settings
     image_mode, feature = _checked(folder, settings)
     projector = _projector(folder, settings, external.options.get(ORDER_OPTION))
@@ -132,6 +136,37 @@ def open_folder(found: ModelFolder, external: ExternalParts) -> ForeignModel:
         own=None if alone else own,
         commits=hub.commits(named),
     )
+
+
+def look(found: ModelFolder) -> FolderLook | None:
+    """Its parts, as config.json and headers say; None of a projector alone, whose file torch must read, and of a tower
+    that is not known. Raises as `open_foreign`."""
+    folder, settings = found.path, found.settings
+    _checked(folder, settings)
+    _projector(folder, settings, ORDER.values[0] if _leaves_order_open(settings) else None)
+    reference = settings["mm_vision_tower"]
+    tower_folder = _tower_folder(folder, reference)
+    if _is_projector_alone(folder):
+        return None
+    tower = KNOWN_TOWERS.get(reference, {}) if tower_folder is None else _nested_config(tower_folder)
+    language = _language_type(folder, settings)
+    if not is_usual(language, tower.get("model_type"), settings, tower):
+        return None
+    own = FolderSource(str(folder), lambda names: canonical_name)
+    if _holds_tower(own):
+        return FolderLook(language, tower["model_type"], (own,))
+    tower_folder = tower_folder or resolve_folder(reference)
+    return FolderLook(
+        language, tower["model_type"], (own, FolderSource(str(tower_folder), vision_rename)), tower_folder
+    )
+
+
+def _nested_config(folder: Path) -> dict[str, Any]:
+    """The vision model's config in a directory that may hold a larger model; empty where there is none."""
+    file = folder / "config.json"
+    settings = read_json(file) if os.path.lexists(file) else {}
+    vision = settings.get("vision_config", settings)
+    return vision if isinstance(vision, dict) else {}
 
 
 def tower_elsewhere(found: ModelFolder) -> str | None:
@@ -270,9 +305,19 @@ def _base_of(folder: Path, settings: dict[str, Any], place: str | None) -> tuple
     return base, resolve_folder(base)
 
 
-def _language(base: Path, settings: dict[str, Any], alone: bool) -> PretrainedConfig:
+def _language(base: Path, settings: dict[str, Any], alone: bool) -> "PretrainedConfig":
+    from megatron_vlm.models.hf_config import config_from_dict, config_from_path, known_keys
+
     if alone:
         return config_from_path(str(base), str(base))
+    kind = _language_type(base, settings)
+    known = known_keys(kind) - {"architectures", "model_type"}
+    own = {key: value for key, value in settings.items() if key in known}
+    return config_from_dict(f"{base}/config.json", {**own, "model_type": kind})
+
+
+def _language_type(base: Path, settings: dict[str, Any]) -> str:
+    """The language model's type, by the name of LLaVA's class. Raises ConversionError."""
     named = str(settings.get("architectures") or settings.get("model_type")).lower()
     languages = {one.llava_name.lower(): kind for kind, one in LANGUAGE_MODELS.items() if one.llava_name is not None}
     found = [part for part in languages if part in named]
@@ -281,10 +326,7 @@ def _language(base: Path, settings: dict[str, Any], alone: bool) -> PretrainedCo
             f"{base}/config.json: architectures is {settings.get('architectures')!r}, needs one of LLaVA over "
             f"{' or '.join(languages)}"
         )
-    kind = languages[max(found, key=len)]  # one name may begin another
-    known = known_keys(kind) - {"architectures", "model_type"}
-    own = {key: value for key, value in settings.items() if key in known}
-    return config_from_dict(f"{base}/config.json", {**own, "model_type": kind})
+    return languages[max(found, key=len)]  # one name may begin another
 
 
 def _tower_folder(folder: Path, reference: str) -> Path | None:
@@ -292,7 +334,11 @@ def _tower_folder(folder: Path, reference: str) -> Path | None:
     return next((path for path in (Path(reference), folder / reference) if path.is_dir()), None)
 
 
-def _tower(folder: Path, reference: str, tower_folder: Path | None) -> PretrainedConfig:
+def _tower(folder: Path, reference: str, tower_folder: Path | None) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    from megatron_vlm.models.hf_config import config_from_path
+
     if tower_folder is None and reference in KNOWN_TOWERS:
         return AutoConfig.for_model(**KNOWN_TOWERS[reference], **_CLIP_LARGE)
     place = reference if tower_folder is None else str(tower_folder)
@@ -306,6 +352,8 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
     Raises:
         ConversionError: an image mode, or a language model, that the original code does not have.
     """
+    from megatron_vlm.models.vision.pixels import write_pixel_format
+
     model, data = target.config.model, target.config.data
     modes = {ours: theirs for theirs, ours in IMAGE_MODES.items() if theirs is not None}
     if data.image_mode not in modes:
@@ -346,5 +394,6 @@ FORMATS.register(NAME)(
         write_extras,
         names_parts=True,
         options={ORDER_OPTION: ORDER},
+        look=look,
     ),
 )

@@ -6,14 +6,14 @@ what comes before the patches. They are one only for towers with one leading tok
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from transformers import LlavaConfig, PretrainedConfig
 
 from megatron_vlm.conversion.formats.base import (
     FORMATS,
     ExternalParts,
+    FolderLook,
     ForeignModel,
     Format,
     ModelFolder,
@@ -21,20 +21,22 @@ from megatron_vlm.conversion.formats.base import (
     asked_as,
     fitting_vocabulary,
     is_tied,
+    is_usual,
     read_json,
     with_rope_of_4,
 )
 from megatron_vlm.conversion.mappings import canonical_name
 from megatron_vlm.conversion.weights.sources import FolderSource
-from megatron_vlm.conversion.weights.tower_names import TowerNames
-from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.models.hf_config import config_in
-from megatron_vlm.models.vision.pixels import plain_settings
-from megatron_vlm.models.vision.preprocessing import load_processor
 
 NAME = "llava-hf"
 FEATURES = {"default": "patch", "full": "cls_patch"}  # vision_feature_select_strategy -> model.vision.select_feature
+_DEFAULTS = {  # of transformers' class, for the keys that are checked here
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+    "vision_feature_select_strategy": "default",
+    "vision_feature_layer": -2,
+}
 PROJECTOR = "mlp2x_gelu"  # the only one the class has
 # Canonical prefix -> the one on the disk: what every version of transformers reads, and what 5.x writes.
 DISK_PREFIXES = (("model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))
@@ -47,11 +49,16 @@ def recognises(folder: Path, settings: dict[str, Any]) -> bool:
 
 def open_folder(found: ModelFolder, _: ExternalParts) -> ForeignModel:
     """Raises ConversionError, ConfigError as `open_foreign`."""
+    from transformers import LlavaConfig
+
+    from megatron_vlm.conversion.weights.tower_names import TowerNames
+    from megatron_vlm.models.hf_config import config_in
+
     folder = found.path
     config = config_in(str(folder), str(folder), folder, found.settings or None)
     if not isinstance(config, LlavaConfig):
         raise ConversionError(f"{folder}/config.json: model_type is {config.model_type!r}, needs llava")
-    _check(folder, config)
+    _check(folder, {key: getattr(config, key) for key in _DEFAULTS})
     rename = TowerNames(config.vision_config).canonical_of(canonical_name)
     source = FolderSource(str(folder), lambda names: rename)
     language = fitting_vocabulary(config.text_config, source)
@@ -79,18 +86,33 @@ def open_folder(found: ModelFolder, _: ExternalParts) -> ForeignModel:
     )
 
 
-def _check(folder: Path, config: PretrainedConfig) -> None:
+def look(found: ModelFolder) -> FolderLook | None:
+    """Its parts, as its config.json and its headers say. Raises ConversionError as `open_foreign`."""
+    settings = found.settings
+    language, vision = settings.get("text_config", {}), settings["vision_config"]
+    if not isinstance(language, dict):
+        return None
+    types = language.get("model_type", "llama"), vision.get("model_type", "clip_vision_model")
+    if not is_usual(*types, language, vision):
+        return None
+    _check(found.path, {**_DEFAULTS, **settings})
+    source = FolderSource(str(found.path), lambda names: canonical_name)
+    return FolderLook(*types, (source,))
+
+
+def _check(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raises ConversionError for what is not built here. `settings` has the keys of `_DEFAULTS`."""
     needs = {
         "projector_hidden_act": ("gelu",),
         "multimodal_projector_bias": (True,),
         "vision_feature_select_strategy": tuple(FEATURES),
     }
     for key, allowed in needs.items():
-        if (found := getattr(config, key)) not in allowed:
+        if (found := settings[key]) not in allowed:
             raise ConversionError(f"{folder}/config.json: {key} is {found!r}, allowed: {', '.join(map(str, allowed))}")
-    if not isinstance(config.vision_feature_layer, int):
+    if not isinstance(settings["vision_feature_layer"], int):
         raise ConversionError(
-            f"{folder}/config.json: vision_feature_layer is {config.vision_feature_layer!r}, needs one layer"
+            f"{folder}/config.json: vision_feature_layer is {settings['vision_feature_layer']!r}, needs one layer"
         )
 
 
@@ -108,7 +130,9 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
     Raises:
         ConversionError: a projector that transformers' class does not have, or a selection of tokens.
     """
-    from transformers import LlavaProcessor  # takes seconds, and reading a directory does not need it
+    from transformers import LlavaConfig, LlavaProcessor
+
+    from megatron_vlm.data.text.tokenizer import load_tokenizer
 
     model = target.config.model
     if model.projector.type != PROJECTOR:
@@ -155,10 +179,15 @@ def _image_processor(target: Target) -> Any:
     """One that prepares images as the checkpoint's `data.image_mode` does."""
     from transformers import LlavaImageProcessorPil
 
+    from megatron_vlm.models.vision.pixels import plain_settings
+    from megatron_vlm.models.vision.preprocessing import load_processor
+
     mode = target.config.data.image_mode
     if mode == "processor":
         return load_processor(target.media)
     return LlavaImageProcessorPil(**plain_settings(target.media) | {"do_pad": mode == "pad"})
 
 
-FORMATS.register(NAME)(Format(NAME, ("llava",), recognises, open_folder, disk_name, write_extras, has_image_token=True))
+FORMATS.register(NAME)(
+    Format(NAME, ("llava",), recognises, open_folder, disk_name, write_extras, has_image_token=True, look=look)
+)

@@ -14,13 +14,8 @@ from megatron_vlm.conversion.formats.base import (
     is_tied,
 )
 from megatron_vlm.conversion.mappings import EMBEDDING, canonical_name, projector_name
-from megatron_vlm.conversion.weights.loading import fresh_source
 from megatron_vlm.conversion.weights.sources import FolderSource, JoinedSource, StateSource, resolve_folder
-from megatron_vlm.conversion.weights.tower_names import TowerNames
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.models import hub
-from megatron_vlm.models.hf_config import config_from_path, config_in, with_answer_ends
-from megatron_vlm.models.projectors import build_projector
 
 NAME = "pair"
 
@@ -42,6 +37,12 @@ def open_pair(
     Raises:
         ConversionError, ConfigError: as `open_foreign`.
     """
+    from megatron_vlm.conversion.weights.loading import fresh_source
+    from megatron_vlm.conversion.weights.tower_names import TowerNames
+    from megatron_vlm.models import hub
+    from megatron_vlm.models.hf_config import config_from_path, config_in, with_answer_ends
+    from megatron_vlm.models.projectors import build_projector
+
     folder, tower_folder = resolve_folder(language), resolve_folder(tower)
     settings = None if found is None else found.settings
     language_config = with_answer_ends(language, config_in(language, str(folder), folder, settings), [folder])

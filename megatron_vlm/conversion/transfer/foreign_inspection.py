@@ -1,11 +1,16 @@
-"""Description of a model directory of somebody else, told from its headers and configs."""
+"""Description of a model directory of somebody else, told from its headers and configs.
 
+Where the format can tell by these alone what is there, neither torch nor transformers is imported: that takes seconds,
+and headers a moment. What only opening a model shows (settings that transformers refuses, a chat template that cannot
+be rendered) is told where it is opened: by an import.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 
-from torch import Tensor
-
 from megatron_vlm.conversion.formats import llava
-from megatron_vlm.conversion.formats.base import FORMATS, ExternalParts, ModelFolder, open_foreign
+from megatron_vlm.conversion.formats.base import FORMATS, ExternalParts, FolderLook, ModelFolder, open_foreign
 from megatron_vlm.conversion.transfer.inspected import Inspection, count_parts
 from megatron_vlm.conversion.weights.files import WeightFolder
 from megatron_vlm.conversion.weights.sources import FolderSource, vision_rename
@@ -16,35 +21,45 @@ _PARTS = {"vision_tower": "vision", "multi_modal_projector": "projector"}  # by 
 def inspect_foreign(folder: Path) -> Inspection:
     """Looks at a directory that is no checkpoint of ours. Raises as `inspection.inspect`."""
     found = ModelFolder.of(folder)
-    return _other(found) if found.format is None else _foreign(found, found.format.name)
-
-
-def _foreign(found: ModelFolder, format: str) -> Inspection:
-    folder = found.path
-    if format == llava.NAME and (tower := llava.tower_elsewhere(found)) is not None:
+    if found.format is None:
+        return _other(found)
+    if found.format.name == llava.NAME and (tower := llava.tower_elsewhere(found)) is not None:
         return _without_tower(folder, tower)
-    left_open = found.left_open()
-    said = {key: option.values[0] for key, option in left_open.items()}
-    foreign = open_foreign(folder, external=ExternalParts(options=said), found=found)
+    seen = None if found.format.look is None else found.format.look(found)
+    return _opened(found) if seen is None else _seen(found, seen)
+
+
+def _seen(found: ModelFolder, seen: FolderLook) -> Inspection:
+    """Tells of it by its files alone."""
+    assert found.format is not None
+    notes = [f"tower {seen.tower}, language model {seen.language}", *_left_open(found)]
+    if seen.tower_path is not None:
+        notes.append(f"the tower's weights are in {seen.tower_path}")
+    parts = count_parts(tensor for source in seen.sources for tensor in _tensors(source))
+    family, files = found.format.families[0], _sizes(seen.sources[0].weights)
+    return Inspection(found.path, found.format.name, family, parts, files, tuple(notes))
+
+
+def _opened(found: ModelFolder) -> Inspection:
+    """Opens it as an import does."""
+    said = {key: option.values[0] for key, option in found.left_open().items()}
+    foreign = open_foreign(found.path, external=ExternalParts(options=said), found=found)
     reads = ((name, foreign.source.read(name)) for name in foreign.source.names())
-    tensors = ((_PARTS.get(name.partition(".")[0], "language"), *_told(t)) for name, t in reads)
-    notes = [f"tower {foreign.vision.model_type}, language model {foreign.language.model_type}"]
-    notes += [f"config.json leaves {key} open: {option.about}" for key, option in left_open.items()]
+    tensors = ((_part(name), tensor.numel(), str(tensor.dtype).removeprefix("torch.")) for name, tensor in reads)
+    notes = [f"tower {foreign.vision.model_type}, language model {foreign.language.model_type}", *_left_open(found)]
     if foreign.own is None or not any(name.startswith("vision_tower.") for name in foreign.own.names()):
         notes.append(f"the tower's weights are in {foreign.vision_path}")
     files = {} if foreign.own is None else _sizes(foreign.own.weights)
     family = FORMATS.get(foreign.format).families[0]
-    return Inspection(folder, foreign.format, family, count_parts(tensors), files, tuple(notes))
+    return Inspection(found.path, foreign.format, family, count_parts(tensors), files, tuple(notes))
 
 
 def _without_tower(folder: Path, tower: str) -> Inspection:
     """A directory of LLaVA that names a hub id as its tower: nothing is fetched to look at it."""
     own = FolderSource(str(folder), lambda names: llava.canonical_name)
-    reads = ((name, own.read(name)) for name in own.names())
-    tensors = ((_PARTS.get(name.partition(".")[0], "language"), *_told(t)) for name, t in reads)
     notes = (f"the tower is not here: mm_vision_tower is {tower}",)
     family = FORMATS.get(llava.NAME).families[0]
-    return Inspection(folder, llava.NAME, family, count_parts(tensors), _sizes(own.weights), notes)
+    return Inspection(folder, llava.NAME, family, count_parts(_tensors(own)), _sizes(own.weights), notes)
 
 
 def _other(found: ModelFolder) -> Inspection:
@@ -53,14 +68,27 @@ def _other(found: ModelFolder) -> Inspection:
     model_type = str(found.settings.get("model_type", "unknown"))
     rename = vision_rename(weights.places.keys())
     has_head = any(name.startswith(("model.", "lm_head.")) for name in weights.places)
-    reads = ((name, weights.places[name].read(name)) for name in weights.places)
-    tensors = (("language" if has_head or rename(name) is None else "vision", *_told(t)) for name, t in reads)
+    entries = ((name, *file.dtype_and_shape(name)) for name, file in weights.places.items())
+    tensors = (
+        ("language" if has_head or rename(name) is None else "vision", prod(shape), dtype)
+        for name, dtype, shape in entries
+    )
     return Inspection(found.path, "transformers", model_type, count_parts(tensors), _sizes(weights))
 
 
-def _told(tensor: Tensor) -> tuple[int, str]:
-    """Its number of elements and its dtype."""
-    return tensor.numel(), str(tensor.dtype).removeprefix("torch.")
+def _tensors(source: FolderSource) -> Iterator[tuple[str, int, str]]:
+    """(part, number of elements, dtype) of each."""
+    for name in source.names():
+        dtype, shape = source.dtype_and_shape(name)
+        yield _part(name), prod(shape), dtype
+
+
+def _part(name: str) -> str:
+    return _PARTS.get(name.partition(".")[0], "language")
+
+
+def _left_open(found: ModelFolder) -> Sequence[str]:
+    return [f"config.json leaves {key} open: {option.about}" for key, option in found.left_open().items()]
 
 
 def _sizes(weights: WeightFolder) -> dict[str, int]:

@@ -99,6 +99,7 @@ class WeightFile(Protocol):
     def path(self) -> Path: ...
     def names(self) -> Collection[str]: ...
     def read(self, name: str) -> "Tensor": ...
+    def dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]: ...
     def stored(self, name: str) -> StoredTensor: ...
 
 
@@ -134,6 +135,10 @@ class SafetensorsFile:
         if count == 0:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=len(self.header) + start).view(shape)
+
+    def dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Dtype, by torch's name, and shape, as the header says."""
+        return self._places[name][:2]
 
     def stored(self, name: str) -> StoredTensor:
         """Place of a tensor."""
@@ -186,6 +191,11 @@ class PickleFile:
     def read(self, name: str) -> "Tensor":
         """A view of the file."""
         return self._tensors[name].detach()
+
+    def dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Dtype, by torch's name, and shape."""
+        tensor = self._tensors[name]
+        return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
 
     def stored(self, name: str) -> StoredTensor:
         """Place of a tensor in the mapped file. Raises ConversionError for a dtype that no model here has."""

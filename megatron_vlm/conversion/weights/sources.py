@@ -8,16 +8,15 @@ layout starts from the same weights, whichever of them it holds.
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_vlm.conversion.weights.files import StoredTensor, WeightFolder, stored_in_memory
 from megatron_vlm.errors import ConversionError, one_line
-from megatron_vlm.models import hub
 from megatron_vlm.models.cuts import Mapping as Entry
 from megatron_vlm.runtime.logging import get_logger
+
+if TYPE_CHECKING:  # names and places of tensors are found without torch and the hub's client
+    from torch import Tensor
 
 HUB_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "mm_projector.bin")  # beside a repository's weights
 VISION_PREFIXES = ("model.vision_tower.", "vision_tower.", "vision_model.")
@@ -31,14 +30,14 @@ class WeightSource(Protocol):
     @property
     def origin(self) -> str: ...
     def names(self) -> Collection[str]: ...
-    def read(self, name: str) -> Tensor: ...
+    def read(self, name: str) -> "Tensor": ...
     def stored(self, name: str) -> StoredTensor: ...
 
 
 class StateSource:
     """A state dict in memory."""
 
-    def __init__(self, origin: str, state: Mapping[str, Tensor], rename: Callable[[str], str]) -> None:
+    def __init__(self, origin: str, state: "Mapping[str, Tensor]", rename: Callable[[str], str]) -> None:
         self.origin = origin
         self._state = {rename(name): tensor for name, tensor in state.items()}
 
@@ -46,7 +45,7 @@ class StateSource:
         """All canonical names."""
         return self._state.keys()
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> "Tensor":
         """The tensor itself, not a copy."""
         return self._state[name]
 
@@ -84,10 +83,15 @@ class FolderSource:
         """All canonical names."""
         return self.disk_names.keys()
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> "Tensor":
         """One whole tensor, on the CPU, in the file's dtype; a view of the mapped file."""
         disk_name = self.disk_names[name]
         return self.weights.places[disk_name].read(disk_name)
+
+    def dtype_and_shape(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Dtype, by torch's name, and shape, as its file says."""
+        disk_name = self.disk_names[name]
+        return self.weights.places[disk_name].dtype_and_shape(disk_name)
 
     def stored(self, name: str) -> StoredTensor:
         """Place of a tensor in its file."""
@@ -110,7 +114,7 @@ class JoinedSource:
         """All canonical names."""
         return self._parts.keys()
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> "Tensor":
         """Reads from the part that has it."""
         return self._parts[name].read(name)
 
@@ -147,8 +151,10 @@ class RandomSource:
         """Every source of the table."""
         return self._shapes.keys()
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> "Tensor":
         """The whole tensor; the same on every call."""
+        import torch
+
         shape = self._shapes[name]
         if len(shape) == 1:
             return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
@@ -187,6 +193,8 @@ def resolve_folder(path: str) -> Path:
     """The directory itself, or that of a hub id's files, which are fetched. Raises ConversionError."""
     if Path(path).is_dir():
         return Path(path)
+    from megatron_vlm.models import hub
+
     try:
         folder = hub.fetched(path, [*HUB_FILES, _weights_on_hub(path)])
     except hub.HubError as error:
@@ -200,6 +208,8 @@ def resolve_folder(path: str) -> Path:
 
 def _weights_on_hub(hub_id: str) -> str:
     """The files of a repository that hold its weights: pickles only where it has no safetensors."""
+    from megatron_vlm.models import hub
+
     files = hub.files_of(hub_id)
     if files is None:  # without a network what is cached is taken; else the fetching says why
         return "*.safetensors"

@@ -165,7 +165,7 @@ def test_fp16_is_widened_on_the_cpu_and_not_on_a_gpu(monkeypatch, capsys, stored
 
     monkeypatch.setattr(load, "current_device", lambda: torch.device(device))
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
-    monkeypatch.setattr("megatron_vlm.conversion.formats.config_of", lambda foreign, **sections: sections)
+    monkeypatch.setattr("megatron_vlm.conversion.formats.recipe.config_of", lambda foreign, **sections: sections)
     source = SimpleNamespace(names=lambda: ["weight"], read=lambda name: torch.zeros(2, dtype=stored))
     foreign = SimpleNamespace(source=source, folder="somewhere")
     assert load._foreign_config(foreign, ParallelConfig(), dtype)["precision"] == {"params": params}
