@@ -3,9 +3,10 @@
 megatron-vlm launch --local --ranks N -- evaluate CHECKPOINT --task exact_match --data FILE [--blank-images]
 megatron-vlm evaluate CHECKPOINT --task exact_match --data FILE        (one process)
 
-FILE is LLaVA JSON or JSONL; the last answer of each conversation is the truth. Scores are given per question form (the
-records' field "form"). Every N ranks hold the model together (--tensor T, --pipeline P, --ulysses U, --ring R,
-N = T * P * U * R; each 1 by default) and answer their share of the questions.
+FILE is LLaVA JSON or JSONL, or of the registered format that --source names; the last answer of each conversation is
+the truth. Scores are given per question form (the records' field "form"). Every N ranks hold the model together
+(--tensor T, --pipeline P, --ulysses U, --ring R, N = T * P * U * R; each 1 by default) and answer their share of the
+questions.
 """
 
 import argparse
@@ -30,6 +31,7 @@ def command_line() -> CommandLine:
     parser.add_argument("--task", required=True, help="a registered task, such as exact_match")
     parser.add_argument("--data", required=True, nargs="+", type=Path, metavar="FILE", help="the questions")
     parser.add_argument("--media-root", type=Path, metavar="DIR", help="folder of the images (default: each FILE's)")
+    parser.add_argument("--source", default="llava_json", metavar="NAME", help="format of FILE (default llava_json)")
     parser.add_argument("--blank-images", action="store_true", help="ask everything again with every image blanked")
     parser.add_argument(
         "--output",
@@ -61,8 +63,9 @@ def main() -> None:
         from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, find_unanswerable, read_questions
 
         asked = read_questions(
-            arguments.data, arguments.media_root, assistant.image_token, assistant.video, launch.rank == 0
-        )
+            arguments.data, arguments.media_root, assistant.image_token, assistant.video, launch.rank == 0,
+            arguments.source,
+        )  # fmt: skip
         bad = find_unanswerable(assistant, len(asked), lambda number: asked[number].sample, progress=True)
         if bad:
             raise next(iter(bad.values()))

@@ -49,16 +49,59 @@ def lacks_video(turns: Sequence[Turn], image_token: str) -> bool:
     return image_token != VIDEO_TOKEN and any(marks_image(turn, VIDEO_TOKEN, image_token) for turn in turns)
 
 
+RecordKey = tuple[int, ...]  # a record's name within its source, which alone knows what the numbers mean
+
+
+@dataclass(frozen=True)
+class Member:
+    """An image or video that is part of one of its source's files, as a member of a tar is.
+
+    Args:
+        file: path of the file, or its address; of the source's own making, never a text of a record.
+        offset, size: its bytes in the file.
+        name: what the file calls it.
+    """
+
+    file: str
+    offset: int
+    size: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.file}"
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """An image or video whose bytes are in a record; its source reads them when they are wanted (`Source.open`).
+
+    Args:
+        record: the record's key.
+        number: of it in the record, as the source counts.
+        name: what to call it in messages.
+    """
+
+    record: RecordKey
+    number: int
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+MediaRef = str | Member | Embedded  # a path as written in the record, or where else an image or video is read
+
+
 @dataclass(frozen=True)
 class Frame:
     """An image out of a video: one of `count` that are spread evenly over it (`video.sampling`).
 
     Args:
-        video: the file, or folder of frames, as written in the record.
+        video: the file, folder of frames, or where else it is read.
         number: of it among the `count`, from 0.
     """
 
-    video: str
+    video: MediaRef
     number: int
     count: int
 
@@ -70,7 +113,7 @@ class Frame:
         return f"{self.video} frame {self.number + 1} of {self.count}"
 
 
-ImageRef = str | Frame  # a path as written in the record, or a frame
+ImageRef = MediaRef | Frame
 
 
 @dataclass(frozen=True)
@@ -83,8 +126,8 @@ class Sample:
         images: in the order of the markers.
         origin: where it stands ("train.json element 12"), for error messages.
         form: question form, by which evaluation reports; empty where the file names none.
-        videos: paths as written in the file, in the order of their markers, as long as their frames are not counted;
-            `video.sampling.with_frames` then puts these among the images.
+        videos: in the order of their markers, as long as their frames are not counted; `video.sampling.with_frames`
+            then puts these among the images.
         remarks: what a user is told of it once for all samples like it, as "key 'x' is not known and passed over".
     """
 
@@ -93,7 +136,7 @@ class Sample:
     images: tuple[ImageRef, ...]
     origin: str
     form: str = ""
-    videos: tuple[str, ...] = ()
+    videos: tuple[MediaRef, ...] = ()
     remarks: tuple[str, ...] = ()
 
 

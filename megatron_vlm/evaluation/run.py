@@ -18,11 +18,11 @@ from torch import Tensor
 
 from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.media.images import MediaReader
+from megatron_vlm.data.media.store import MediaStore
 from megatron_vlm.data.media.video.files import count_frames
 from megatron_vlm.data.media.video.sampling import with_frames
 from megatron_vlm.data.sample import BadSample, Sample
-from megatron_vlm.data.sources import tell_remarks
-from megatron_vlm.data.sources.llava_json import LlavaFile
+from megatron_vlm.data.sources import SOURCES, tell_remarks
 from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.report import NO_FORM, Record, Report, make_report
 from megatron_vlm.evaluation.tasks import TASKS, Scorer
@@ -65,10 +65,10 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class Asked:
-    """A sample, whose last answer is the truth of its last question, and the folder its images are in."""
+    """A sample, whose last answer is the truth of its last question, and where its images are."""
 
     sample: Sample
-    folder: Path
+    store: MediaStore
 
 
 def read_questions(
@@ -77,27 +77,30 @@ def read_questions(
     image_token: str,
     sampling: VideoConfig | None = None,
     is_first: bool = True,
+    source: str = "llava_json",
 ) -> list[Asked]:
-    """Every conversation of LLaVA JSON or JSONL files, in order.
+    """Every conversation of some data sets, in order.
 
     Args:
-        media_root: folder of their images; default: each file's own.
+        media_root: folder of their images; default: each data set's own.
         image_token: the marker of an image in a text.
         sampling: which frames of a video are shown; default: VideoConfig's.
         is_first: of the ranks that read them: it tells what is passed over in records.
+        source: registered format of all of them.
 
     Raises:
+        ConfigError: no such format.
         DataError: a file, a conversation or a video's header cannot be read.
     """
     asked = []
     for path in data:
-        folder = media_root or path.parent
-        samples = LlavaFile(path, image_token).read_all()
+        read = SOURCES.get(source)(path, image_token)
+        store, samples = MediaStore.of(read, media_root), list(read.samples())
         if is_first:
-            tell_remarks(path, Counter(remark for sample in samples for remark in sample.remarks), len(samples))
+            tell_remarks(read.name, Counter(remark for sample in samples for remark in sample.remarks), len(samples))
         for sample in samples:
-            counts = count_frames(sample, folder, sampling or VideoConfig())
-            asked.append(Asked(with_frames(sample, counts, image_token), folder))
+            counts = count_frames(sample, store, sampling or VideoConfig())
+            asked.append(Asked(with_frames(sample, counts, image_token), store))
     return asked
 
 
@@ -216,7 +219,7 @@ def _refuse_untrue(sample: Sample) -> None:
 
 def _question(number: int, asked: Asked, reader: MediaReader, faults: Faults | None) -> Question:
     sample = asked.sample
-    images = ImageReader(reader, sample.images, f"{sample.origin}: sample {sample.id!r}", asked.folder)
+    images = ImageReader(reader, sample.images, f"{sample.origin}: sample {sample.id!r}", asked.store)
     return Question(sample, [partial(_read, images, place, number, faults) for place in range(len(sample.images))])
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.media.images import MediaReader
+from megatron_vlm.data.media.store import MediaStore
 from megatron_vlm.data.media.video.files import count_frames, read_images
 from megatron_vlm.data.media.video.sampling import with_frames
-from megatron_vlm.data.sample import VIDEO_TOKEN, Frame, ImageRef, Sample
+from megatron_vlm.data.sample import VIDEO_TOKEN, Embedded, Frame, ImageRef, Member, Sample
 from megatron_vlm.generation.prompts import VIDEO_SUFFIXES, ImageSource
 
 
@@ -41,7 +42,7 @@ def show_frames(
     videos = tuple(str(image) for image in images if is_video(image))
     stills = [image for image in images if not is_video(image)]
     marked = replace(sample, turns=turns, images=("",) * len(stills), videos=videos)
-    shown = with_frames(marked, count_frames(marked, Path(), sampling), image_token)
+    shown = with_frames(marked, count_frames(marked, MediaStore(Path()), sampling), image_token)
     others = iter(stills)
     sources = [image if isinstance(image, Frame) else next(others) for image in shown.images]
     return replace(shown, images=tuple(map(str, sources))), sources
@@ -55,13 +56,18 @@ class ImageReader:
         reader: prepares them.
         images: of the conversation, in order; others than files and frames are not asked for.
         owner: whom errors name.
-        root: where relative paths begin.
+        store: where they are; default: paths from the working directory.
     """
 
     def __init__(
-        self, reader: MediaReader, images: Sequence[ImageRef | ImageSource], owner: str, root: Path = Path()
+        self,
+        reader: MediaReader,
+        images: Sequence[ImageRef | ImageSource],
+        owner: str,
+        store: MediaStore | None = None,
     ) -> None:
-        self.reader, self.images, self.owner, self.root = reader, images, owner, root
+        self.reader, self.images, self.owner = reader, images, owner
+        self.store = store or MediaStore(Path())
         self._pass: Generator[Tensor, None, None] | None = None
         self._next: int | None = None  # the place whose pixels the pass under way gives next
         self._stop = 0  # the place behind its last
@@ -70,7 +76,7 @@ class ImageReader:
         """Pixels [3, H, W] of the image at a place. Raises BadSample as `read_images`."""
         if place != self._next:
             images = self._from(place)
-            self._pass, self._stop = read_images(self.reader, images, self.root, self.owner), place + len(images)
+            self._pass, self._stop = read_images(self.reader, images, self.store, self.owner), place + len(images)
         self._next = None  # a pass that fails is over
         assert self._pass is not None
         pixels = next(self._pass)
@@ -83,9 +89,9 @@ class ImageReader:
     def _from(self, place: int) -> list[ImageRef]:
         """The image there; if it is a frame, also those of the same video right behind it."""
         last = self.images[place]
-        assert isinstance(last, str | Path | Frame)
+        assert isinstance(last, str | Path | Member | Embedded | Frame)
         if not isinstance(last, Frame):
-            return [str(last)]
+            return [str(last) if isinstance(last, Path) else last]
         together: list[ImageRef] = [last]
         for image in self.images[place + 1 :]:
             if not (isinstance(image, Frame) and image.follows(last)):

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from megatron_vlm.data.fetch.collate import Document
 from megatron_vlm.data.fetch.loader import build_loader
 from megatron_vlm.data.fetch.shape import StepShape
 from megatron_vlm.data.fetch.step import StepFetcher
+from megatron_vlm.data.sources import is_here
 from megatron_vlm.data.text.tokenizer import check_vocabulary, load_tokenizer
 from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.models.vision.media_spec import MediaSpec
@@ -67,7 +67,7 @@ def first_batch(config: Config, model: ModelDescription, sizes: GridSizes) -> Ba
     Raises:
         DataError, ConfigError: the data are there and cannot be used; what training would say.
     """
-    if Path(config.data.path).is_file():
+    if is_here(config.data):
         return _real_batch(config, model, sizes)
     return _made_batch(config, model.media_spec, sizes)
 
@@ -82,7 +82,7 @@ def _real_batch(config: Config, model: ModelDescription, sizes: GridSizes) -> Ba
         here = config.model_copy(update={"checkpoint": checkpoint, "data": data})
         fetcher = build_loader(here, tokenizer, model, sizes, 0, 0, 1).producer
         assert isinstance(fetcher, StepFetcher)
-        rows = [[fetcher.source.document(number) for number in row] for row in fetcher.plan.samples_by_row(0)]
+        rows = [[fetcher.samples.document(number) for number in row] for row in fetcher.plan.samples_by_row(0)]
         sample_rows = _as_sample_rows(rows, config.data.packing)
         longest = fetcher.plan.packed_length or max(row.num_tokens for row in sample_rows)
     return _cut(config, model.media_spec, sizes, sample_rows, longest, f"the recipe's first step, from {data.path}")

@@ -46,6 +46,45 @@ def open_regular(path: str | os.PathLike[str]) -> io.BufferedReader:
         raise
 
 
+class FilePart(io.RawIOBase):
+    """Bytes of a regular file, read as a file of their own: a member of an archive. Closes the file with itself."""
+
+    def __init__(self, file: io.BufferedReader, offset: int, size: int) -> None:
+        """`offset`, `size`: in bytes; what is beyond the file's end is not there."""
+        self._file, self._offset = file, offset
+        self._size = max(0, min(size, os.fstat(file.fileno()).st_size - offset))
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        begin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if begin + offset < 0:
+            raise OSError(errno.EINVAL, "no place before the beginning can be read")
+        self._position = begin + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self._size - self._position))
+        data = os.pread(self._file.fileno(), size, self._offset + self._position)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_part(path: str | os.PathLike[str], offset: int, size: int) -> io.BufferedReader:
+    """Opens `size` bytes from `offset` of a regular file as a file of their own. Raises OSError as `open_regular`."""
+    return io.BufferedReader(FilePart(open_regular(path), offset, size))
+
+
 def check_regular(path: str | os.PathLike[str], or_directory: bool = False) -> os.stat_result:
     """Returns `os.stat` of a regular file, links followed.
 

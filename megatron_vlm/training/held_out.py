@@ -16,7 +16,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.fetch.loader import build_held_out_loader
-from megatron_vlm.data.fetch.samples import SampleSource
+from megatron_vlm.data.fetch.samples import SampleReader
 from megatron_vlm.data.fetch.step import StepFetcher
 from megatron_vlm.errors import DataError
 from megatron_vlm.evaluation.report import Report
@@ -69,7 +69,7 @@ class HeldOut:
         self.job = job
         self.batches = build_held_out_loader(config, job.tokenizer, job.description, grid.sizes, grid.rank)
         assert isinstance(self.batches.producer, StepFetcher)
-        self.samples = self.batches.producer.source
+        self.samples = self.batches.producer.samples
         self.questions: Questions | None = None
         if config.evaluation.task is not None:
             assistant = Assistant.of(job.model, config.data, job.tokenizer)
@@ -124,13 +124,13 @@ class Questions:
     """
 
     assistant: Assistant
-    samples: SampleSource
+    samples: SampleReader
     request: EvaluationRequest
     numbers: Sequence[int]
     not_asked: Mapping[str, int]
 
     @classmethod
-    def of(cls, assistant: Assistant, samples: SampleSource, request: EvaluationRequest) -> "Questions":
+    def of(cls, assistant: Assistant, samples: SampleReader, request: EvaluationRequest) -> "Questions":
         """All that can be asked. Raises DataError for the first that cannot; where that is tolerated, if none can."""
         bad_by_number = find_unanswerable(assistant, len(samples.index), samples.sample)
         numbers = [number for number in range(len(samples.index)) if number not in bad_by_number]
@@ -140,19 +140,18 @@ class Questions:
         not_asked = Counter(error.reason for error in bad)
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(not_asked.items()))
         if bad and not numbers:
-            raise DataError(f"no question of {samples.file.path} can be asked ({counts}); the first: {bad[0]}")
+            raise DataError(f"no question of {samples.source.name} can be asked ({counts}); the first: {bad[0]}")
         if bad and assistant.model.grid.rank == 0:
             logger.warning(
                 "%d of %d questions of %s are not asked (%s); the first: %s",
-                len(bad), len(bad) + len(numbers), samples.file.path, counts, bad[0],
+                len(bad), len(bad) + len(numbers), samples.source.name, counts, bad[0],
             )  # fmt: skip
         return cls(assistant, samples, request, numbers, not_asked)
 
     def ask(self, is_stopped: Callable[[], bool]) -> Report:
         """All `numbers`. Raises DataError and EvaluationStopped as `evaluate`."""
-        source = self.samples
-        read = [source.sample(number) for number in self.numbers]
-        return evaluate(self.assistant, [Asked(sample, source.media_root) for sample in read], self.request, is_stopped)
+        asked = [Asked(self.samples.sample(number), self.samples.store) for number in self.numbers]
+        return evaluate(self.assistant, asked, self.request, is_stopped)
 
 
 def make_request(config: Config, task: str) -> EvaluationRequest:

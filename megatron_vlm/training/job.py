@@ -77,7 +77,7 @@ class Job:
         at = self.grid.sizes, self.grid.rank
         items = build_loader(self.config, self.tokenizer, self.description, *at, self.start_step, num_steps)
         assert isinstance(items.producer, StepFetcher)
-        self.data = items.producer.source.index
+        self.data = items.producer.samples.index
         if self.start is not None:
             self.start.check_data(self.data.fingerprint_of_contents, self.config)
         return items

@@ -10,7 +10,7 @@ from PIL import Image
 
 from examples.quickstart import make_data
 from megatron_vlm.data.sample import IGNORE
-from megatron_vlm.data.sources.llava_json import LlavaFile
+from megatron_vlm.data.sources.llava_json import LlavaJson
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 
@@ -27,10 +27,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_split_by_image(folder: Path) -> None:
     order = np.random.default_rng(0).permutation(1797)
     train, held_out = ({f"images/{i:04d}.png" for i in part} for part in (order[:1437], order[1437:]))
-    seen = {path for sample in LlavaFile(folder / "train.json", "<image>").read_all() for path in sample.images}
+    seen = {path for sample in LlavaJson(folder / "train.json", "<image>").samples() for path in sample.images}
     assert seen == train
     for form, count in zip(FORMS, (360, 360, 720), strict=True):
-        samples = LlavaFile(folder / f"eval_{form}.json", "<image>").read_all()
+        samples = list(LlavaJson(folder / f"eval_{form}.json", "<image>").samples())
         assert len(samples) == count == len({sample.id for sample in samples})
         assert {path for sample in samples for path in sample.images} <= held_out
         assert {sample.form for sample in samples} == {form}
@@ -42,7 +42,7 @@ def test_mix_and_answers(folder: Path) -> None:
     from sklearn.datasets import load_digits
 
     labels = load_digits().target
-    samples = LlavaFile(folder / "train.json", "<image>").read_all()
+    samples = list(LlavaJson(folder / "train.json", "<image>").samples())
     assert len({sample.id for sample in samples}) == len(samples)
     counts = Counter(sample.form for sample in samples)
     assert [counts[form] / len(samples) for form in FORMS] == [0.4, 0.2, 0.4]
@@ -69,7 +69,7 @@ def test_lengths_are_the_measured_ones(folder: Path) -> None:
     encoder = ConversationEncoder(tokenizer, "auto", "<image>", 16)
     assert len(tokenizer) == 354 and tokenizer.convert_tokens_to_ids("<image>") < 354
     for form, prompt, answers in zip(FORMS, (27, 29, 52), ({2}, {2}, {3, 4}), strict=True):
-        samples = LlavaFile(folder / f"eval_{form}.json", "<image>").read_all()
+        samples = list(LlavaJson(folder / f"eval_{form}.json", "<image>").samples())
         assert {len(encoder.encode_prompt(sample).ids) for sample in samples} == {prompt}
         trained = [[id_ for id_ in encoder.encode(sample).labels if id_ != IGNORE] for sample in samples]
         assert {len(ids) for ids in trained} == answers

@@ -165,7 +165,9 @@ def test_the_data_is_looked_at_before_the_model_is_built(tmp_path: Path, name: s
 
 def test_the_first_records_of_a_large_file_come_at_once(tmp_path: Path) -> None:
     """A list and lines, cut in the middle of a record, and a fault far behind, which is left to the index."""
-    from megatron_vlm.data.sources.llava_json import FIRST_BYTES, LlavaFile
+    from megatron_vlm.data.sources import keys_of
+    from megatron_vlm.data.sources.json_files import FIRST_BYTES
+    from megatron_vlm.data.sources.llava_json import LlavaJson
 
     turns = [{"from": "human", "value": "?" * 100_000}, {"from": "gpt", "value": "!"}]
     records = [json.dumps({"id": str(number), "conversations": turns}) for number in range(FIRST_BYTES // 90_000)]
@@ -174,9 +176,9 @@ def test_the_first_records_of_a_large_file_come_at_once(tmp_path: Path) -> None:
         path = tmp_path / "large.json"
         path.write_text(text)
         started = time.monotonic()
-        file = LlavaFile(path, "<image>")
+        file = LlavaJson(path, "<image>")
         first = file.first(3)
-        assert [file.read(extent).id for extent in first] == ["0", "1", "2"]
-        whole = [file.read(extent).id for extent in file.first(10_000)]
+        assert [file.sample(key).id for key in keys_of(first)] == ["0", "1", "2"]
+        whole = [file.sample(key).id for key in keys_of(file.first(10_000))]
         assert whole == [str(number) for number in range(len(whole))] and 30 < len(whole) < len(records)
         assert time.monotonic() - started < 5.0

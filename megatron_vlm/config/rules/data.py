@@ -11,6 +11,7 @@ RULES = SectionRules(
     may_change={
         "data.path": True,  # a file may have moved: its samples are compared
         "data.source": True,
+        "data.source_options": True,  # the samples are compared
         "data.media_root": True,
         "data.template": False,
         "data.template_arguments": False,

@@ -21,11 +21,16 @@ class VideoConfig(Section):
 class DataConfig(Section):
     """Training data, and its way to tokens and pixels."""
 
-    path: str = Field(description="The data file with the training samples.")
-    source: str = Field(default="llava_json", description="Registered reader of `data.path` and of `evaluation.path`.")
+    path: str | tuple[str, ...] = Field(
+        description="The training samples: a file, a folder of files, a pattern such as `shards/*.jsonl`, or a list of "
+        "these."
+    )
+    source: str = Field(default="llava_json", description="Registered format of `data.path` and of `evaluation.path`.")
+    source_options: dict[str, Plain] = Field(default={}, description="Options of that format.")
     media_root: str | None = Field(
         default=None,
-        description="Folder that paths of images and videos in the data are relative to. null: that of `data.path`.",
+        description="Folder that paths of images and videos in the data are relative to, and may not lead out of. "
+        "null: that of `data.path`, which they may.",
     )
     template: str = Field(
         default="auto",

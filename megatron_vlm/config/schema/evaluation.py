@@ -8,10 +8,11 @@ from megatron_vlm.config.schema.base import NonNegativeInt, PositiveInt, Section
 class EvaluationConfig(Section):
     """Held-out data: the loss over all of it, and a task's score where one is named."""
 
-    path: str | None = Field(default=None, description="The data file with held-out samples.")
+    path: str | tuple[str, ...] | None = Field(default=None, description="The held-out samples, as `data.path`.")
     media_root: str | None = Field(
         default=None,
-        description="Folder that paths of images and videos in it are relative to. null: that of `evaluation.path`.",
+        description="Folder that paths of images and videos in it are relative to, and may not lead out of. null: "
+        "that of `evaluation.path`, which they may.",
     )
     every_steps: NonNegativeInt = Field(
         default=0, description="Steps from one evaluation to the next; 0: only after the last step."

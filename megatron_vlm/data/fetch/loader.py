@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import StepBatch
-from megatron_vlm.data.fetch.samples import open_source
+from megatron_vlm.data.fetch.samples import open_samples
 from megatron_vlm.data.fetch.shape import StepShape
 from megatron_vlm.data.fetch.step import StepFetcher
 from megatron_vlm.data.fetch.workers import OrderedItems
@@ -48,15 +48,15 @@ def build_loader(
             where an image cannot be read. Under data.on_bad_sample: skip only where all of them are bad, or the file.
     """
     data = config.data
-    source = open_source(config, data.path, data.media_root, tokenizer, model.media_spec, rank)
-    if rank == 0 and (differing := source.encoder.answers_that_differ()):
+    samples = open_samples(config, data.path, data.media_root, tokenizer, model.media_spec, rank)
+    if rank == 0 and (differing := samples.encoder.answers_that_differ()):
         get_logger(__name__).warning(
             "the chat template writes the last answer of a conversation otherwise than earlier ones: of an answer '!' "
             "%r is trained where it is the last, and %r where it is not; with data.render_turns: apart each is trained "
             "as the last",
             differing[1], differing[0],
         )  # fmt: skip
-    fetcher = StepFetcher(make_plan(config, source.index, model.language), source, StepShape.of(config, sizes, rank))
+    fetcher = StepFetcher(make_plan(config, samples.index, model.language), samples, StepShape.of(config, sizes, rank))
     longest, length = config.training.sequence_length, row_length(config.training.sequence_length, config.parallel)
     if length != longest:
         get_logger(__name__).info(
@@ -69,8 +69,8 @@ def build_loader(
 def count_rows(config: Config, tokenizer: PreTrainedTokenizerBase, model: ModelDescription, rank: int) -> int:
     """Rows of an epoch of a recipe's training data: its samples, or what they are packed into. Arguments and errors as
     `build_loader`."""
-    source = open_source(config, config.data.path, config.data.media_root, tokenizer, model.media_spec, rank)
-    return make_plan(config, source.index, model.language).num_rows
+    samples = open_samples(config, config.data.path, config.data.media_root, tokenizer, model.media_spec, rank)
+    return make_plan(config, samples.index, model.language).num_rows
 
 
 def make_plan(config: Config, samples: SampleIndex, language: PretrainedConfig) -> RowPlan:
@@ -100,10 +100,10 @@ def build_held_out_loader(
     last step are copies in which nothing is trained; rows are never packed. Arguments and errors as `build_loader`."""
     evaluation, batch_size = config.evaluation, config.training.global_batch_size
     assert evaluation.path is not None, "validated with the recipe"
-    source = open_source(config, evaluation.path, evaluation.media_root, tokenizer, model.media_spec, rank)
-    num_samples = len(source.index)
+    samples = open_samples(config, evaluation.path, evaluation.media_root, tokenizer, model.media_spec, rank)
+    num_samples = len(samples.index)
     plan = Plan(num_samples, config.runtime.seed, batch_size, shuffle=False)
-    fetcher = StepFetcher(plan, source, StepShape.of(config, sizes, rank), num_rows=num_samples)
+    fetcher = StepFetcher(plan, samples, StepShape.of(config, sizes, rank), num_rows=num_samples)
     return OrderedItems(fetcher, range(-(-num_samples // batch_size)), config.data.num_workers, pinning())
 
 

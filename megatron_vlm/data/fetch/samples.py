@@ -15,10 +15,12 @@ from megatron_vlm.data.index.building import BadSamplePolicy, describe_length
 from megatron_vlm.data.index.cache import open_index
 from megatron_vlm.data.index.records import SampleIndex
 from megatron_vlm.data.media.images import FAULTS, MediaReader
+from megatron_vlm.data.media.store import MediaStore
 from megatron_vlm.data.media.video.files import read_images
 from megatron_vlm.data.media.video.sampling import with_frames
 from megatron_vlm.data.sample import BadSample, Frame, Sample, told_of
-from megatron_vlm.data.sources import SOURCES, RecordFile
+from megatron_vlm.data.sources import Source, make_source
+from megatron_vlm.data.sources.base import Paths
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.errors import DataError, one_line
 from megatron_vlm.models.vision.media_spec import MediaSpec
@@ -27,21 +29,21 @@ from megatron_vlm.runtime.position import HERE
 
 
 @dataclass(frozen=True)
-class SampleSource:
+class SampleReader:
     """Samples by number, read and encoded, and their images."""
 
-    file: RecordFile
+    source: Source
     index: SampleIndex
     encoder: ConversationEncoder
     media: MediaReader
-    media_root: Path
+    store: MediaStore
     skips_bad: bool  # an image that cannot be read is blanked
 
     def sample(self, number: int) -> Sample:
         """One sample, with its videos' frames. Raises DataError where the file is gone, or this is no longer in it."""
-        extent, counts = self.index.extent(number), self.index.frame_counts(number)
-        with told_of(self.file.origin(extent)):
-            sample = self.file.read(extent)
+        key, counts = self.index.key(number), self.index.frame_counts(number)
+        with told_of(self.source.origin(key)):
+            sample = self.source.sample(key)
         if len(sample.videos) != len(counts):
             raise self._changed(sample, f"{len(sample.videos)} videos, {len(counts)}")
         parts = self.encoder.split(with_frames(sample, counts, self.encoder.image_token))
@@ -77,7 +79,7 @@ class SampleSource:
             HERE.sample(run[0].sample_id)
             try:
                 paths = [span.path for span in run]
-                for image in read_images(self.media, paths, self.media_root, f"sample {run[0].sample_id!r}"):
+                for image in read_images(self.media, paths, self.store, f"sample {run[0].sample_id!r}"):
                     pixels[number] = image
                     number += 1
             except BadSample as error:
@@ -104,23 +106,24 @@ def _runs(spans: Sequence[MediaSpan]) -> Iterator[list[MediaSpan]]:
         yield run
 
 
-def open_source(
+def open_samples(
     config: Config,
-    path: str,
+    path: Paths,
     media_root: str | None,
     tokenizer: PreTrainedTokenizerBase,
     media_spec: MediaSpec,
     rank: int,
-) -> "SampleSource":
+) -> SampleReader:
+    """Opens the samples of a recipe's data. Raises DataError as `open_index` and `check_lengths`, ConfigError."""
     data, sequence_length = config.data, config.training.sequence_length
     encoder = make_encoder(config, tokenizer, media_spec.tokens_per_image)
-    file = SOURCES.get(data.source)(path, data.image_token)
-    root = Path(media_root) if media_root is not None else file.path.parent
+    source = make_source(data, path)
+    store = MediaStore.of(source, media_root)
     media = MediaReader(media_spec, data.image_mode)
     skip = BadSamplePolicy(media, sequence_length) if data.on_bad_sample == "skip" else None
-    index = open_index(file, encoder, root, Path(config.checkpoint.directory), rank, skip, data.video)
-    check_lengths(index, file, sequence_length, media_spec.tokens_per_image)
-    return SampleSource(file, index, encoder, media, root, skips_bad=skip is not None)
+    index = open_index(source, encoder, store, Path(config.checkpoint.directory), rank, skip, data.video)
+    check_lengths(index, source, sequence_length, media_spec.tokens_per_image)
+    return SampleReader(source, index, encoder, media, store, skips_bad=skip is not None)
 
 
 def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int) -> ConversationEncoder:
@@ -129,13 +132,13 @@ def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens_per_
     return ConversationEncoder.of(config.data, tokenizer, tokens_per_image, limit)
 
 
-def check_lengths(index: SampleIndex, file: RecordFile, sequence_length: int, tokens_per_image: int) -> None:
+def check_lengths(index: SampleIndex, source: Source, sequence_length: int, tokens_per_image: int) -> None:
     """Raises DataError naming the longest sample where any is longer than the rows may be."""
     num_long = int((index.tokens > sequence_length).sum())
     if num_long:
         longest = int(index.tokens.argmax())
         size = describe_length(int(index.tokens[longest]), index.frame_counts(longest), tokens_per_image)
         raise DataError(
-            f"{file.origin(index.extent(longest))}: sample {index.sample_id(longest)!r} has {size}; "
+            f"{source.origin(index.key(longest))}: sample {index.sample_id(longest)!r} has {size}; "
             f"training.sequence_length is {sequence_length} ({num_long} of {len(index)} samples are longer)"
         )

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_vlm.data.batch import MediaWindow, StepBatch
 from megatron_vlm.data.fetch.collate import Document, collate_rows, list_spans
 from megatron_vlm.data.fetch.media_windows import SamplePlace, WorldSharing
-from megatron_vlm.data.fetch.samples import SampleSource
+from megatron_vlm.data.fetch.samples import SampleReader
 from megatron_vlm.data.fetch.shape import StepShape
 from megatron_vlm.data.plan.order import RowPlan
 from megatron_vlm.data.sample import IGNORE
@@ -25,13 +25,13 @@ class StepFetcher:
     nothing is trained. None: the rows never end."""
 
     plan: RowPlan
-    source: SampleSource
+    samples: SampleReader
     shape: StepShape
     num_rows: int | None = None
 
     def produce(self, number: int) -> StepBatch:
         """The input of step `number`. Raises DataError."""
-        index, shape, packed_length = self.source.index, self.shape, self.plan.packed_length
+        index, shape, packed_length = self.samples.index, self.shape, self.plan.packed_length
         numbers = self.plan.samples_by_row(number)
         row_tokens = [int(index.tokens[list(samples)].sum()) for samples in numbers]
         layout = shape.layout(packed_length or max(row_tokens))
@@ -39,7 +39,7 @@ class StepFetcher:
         rows, micro_batches = [], []
         for m in range(shape.num_micro_batches):
             local = shape.rows_of(m)
-            rows.append([[self.source.document(sample) for sample in numbers[row]] for row in local])
+            rows.append([[self.samples.document(sample) for sample in numbers[row]] for row in local])
             copies = [i for i, row in enumerate(local) if row >= num_real]
             micro_batches.append(collate_rows(rows[-1], layout.length, packed_length is not None).without(copies))
         firsts = range(0, shape.num_micro_batches, shape.media_window)
@@ -56,7 +56,7 @@ class StepFetcher:
             row_tokens=tuple(row_tokens[:num_real]),
             num_media=int(index.images[real].sum()),
             num_trained_tokens_local=sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches),
-            faults_tolerated=self.source.skips_bad,
+            faults_tolerated=self.samples.skips_bad,
         )
 
     def _window(
@@ -67,7 +67,7 @@ class StepFetcher:
         layout: SequenceLayout,
     ) -> MediaWindow:
         """The window of this rank's micro-batches `rows`, `first` and following, of a step of the samples `numbers`."""
-        shape, spec = self.shape, self.source.media.spec
+        shape, spec = self.shape, self.samples.media.spec
         cost = spec.cost.of(spec.num_patches)
         spans = [
             span
@@ -75,17 +75,17 @@ class StepFetcher:
             for span in list_spans(of_one, m, spec.tokens_per_image, cost)
         ]
         if shape.media_over_world:
-            sharing = WorldSharing(shape.sizes, shape.at, spec.tokens_per_image, cost, self.source.document)
+            sharing = WorldSharing(shape.sizes, shape.at, spec.tokens_per_image, cost, self.samples.document)
             plan, own = sharing.share(spans, self._places(range(first, first + len(rows)), numbers), layout)
         else:
             plan = plan_media([span.item for span in spans], layout, shape.sizes)
             own = tuple(spans[item] for item in plan.items_of(plan.media_rank(shape.at)))
         route = plan.route(plan.media_rank(shape.at))
-        return MediaWindow(first, len(rows), tuple(spans), own, plan, route, *self.source.pixels(own))
+        return MediaWindow(first, len(rows), tuple(spans), own, plan, route, *self.samples.pixels(own))
 
     def _places(self, micro_batches: range, numbers: Sequence[tuple[int, ...]]) -> list[SamplePlace]:
         """Places of the samples of some micro-batches of all replicas."""
-        index, shape = self.source.index, self.shape
+        index, shape = self.samples.index, self.shape
         return [
             SamplePlace(sample, int(index.images[sample]), data, m, number, start)
             for data in range(shape.sizes.data)

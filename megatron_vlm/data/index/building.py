@@ -1,4 +1,4 @@
-"""An index is built by reading and encoding every sample of a data file once, in worker processes.
+"""An index is built by reading and encoding every record of a source once, in worker processes.
 
 So lengths are known before any batch is made, and a bad sample is told before the first step, or left out under
 `data.on_bad_sample: skip`.
@@ -21,12 +21,13 @@ import numpy as np
 from megatron_vlm.config.recipe_changes import UNTRAINED
 from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.fetch.workers import OrderedItems
-from megatron_vlm.data.index.records import RECORD, Dropped, Measured
-from megatron_vlm.data.media.images import MediaReader, check_file
+from megatron_vlm.data.index.records import Dropped, Measured, record_dtype
+from megatron_vlm.data.media.images import MediaReader
+from megatron_vlm.data.media.store import MediaStore, check_location
 from megatron_vlm.data.media.video.files import count_frames
-from megatron_vlm.data.media.video.sampling import place, with_frames
-from megatron_vlm.data.sample import BadSample, Sample, told_of
-from megatron_vlm.data.sources import Extent, RecordFile
+from megatron_vlm.data.media.video.sampling import with_frames
+from megatron_vlm.data.sample import BadSample, RecordKey, Sample, told_of
+from megatron_vlm.data.sources import Source, keys_of
 from megatron_vlm.data.text.conversation import ConversationEncoder, EncodedSample
 from megatron_vlm.errors import DataError
 from megatron_vlm.runtime.progress import Progress
@@ -49,30 +50,31 @@ class BadSamplePolicy:
 class Measurer:
     """Reads, encodes and checks samples: the work of indexing, done in chunks by worker processes."""
 
-    file: RecordFile
+    source: Source
     encoder: ConversationEncoder
-    media_root: Path
-    extents: list[Extent]
+    store: MediaStore
+    keys: np.ndarray  # [n, k], of the records
     skip: BadSamplePolicy | None
     sampling: VideoConfig
 
     def produce(self, number: int) -> list[list[Measured] | Dropped]:
         """The samples of each record of a chunk. Raises BadSample for the first that is bad, but under a skip rule."""
         first = number * SAMPLES_PER_CHUNK
-        return [self._measure(extent) for extent in self.extents[first : first + SAMPLES_PER_CHUNK]]
+        return [self._measure(key) for key in keys_of(self.keys[first : first + SAMPLES_PER_CHUNK])]
 
-    def _measure(self, extent: Extent) -> list[Measured] | Dropped:
-        sample_id, origin, raw = str(extent.number), self.file.origin(extent), self.file.read_bytes(extent)
+    def _measure(self, key: RecordKey) -> list[Measured] | Dropped:
+        sample_id, origin = self.source.number(key), self.source.origin(key)
         media: dict[str, list[str]] = {"images": [], "videos": []}
         try:
             with told_of(origin):
-                sample = self.file.parse(raw, origin, sample_id)
+                raw = self.source.read(key)
+                sample = self.source.parse(raw, key)
             sample_id = sample.id
-            media = {name: [str(self.media_root / str(path)) for path in getattr(sample, name)] for name in media}
-            digest = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+            media = {name: [self.store.describe(one) for one in getattr(sample, name)] for name in media}
+            digest = int.from_bytes(hashlib.blake2b(self.source.content(raw), digest_size=8).digest(), "little")
             with told_of(f"{origin}: sample {sample_id!r}"):
                 self._check_files(sample)
-                frames = count_frames(sample, self.media_root, self.sampling)
+                frames = count_frames(sample, self.store, self.sampling)
                 parts = self.encoder.split(with_frames(sample, frames, self.encoder.image_token))
                 encoded = [self._encode(part, frames) for part in parts]
             untrained = sum(turn.role == "assistant" and not turn.trained for turn in sample.turns)
@@ -99,12 +101,12 @@ class Measurer:
         owner = f"{sample.origin}: sample {sample.id!r}"
         advice = " (data.media_root is joined with the path in the file)"
         for image in sample.images:
-            path = place(image, self.media_root)
-            check_file(path, "image", owner, advice)
+            location = self.store.locate(image, owner)
+            check_location(location, "image", owner, advice)
             if self.skip is not None:
-                self.skip.media.check_header(path, owner)
+                self.skip.media.check_header(location, owner)
         for video in sample.videos:
-            check_file(self.media_root / video, "video", owner, advice)
+            check_location(self.store.locate(video, owner), "video", owner, advice)
 
     def _encode(self, sample: Sample, frames: tuple[int, ...]) -> EncodedSample:
         """Its tokens. `frames`: of each of its videos."""
@@ -130,23 +132,23 @@ def describe_length(num_tokens: int, frames: Sequence[int], tokens_per_frame: in
 
 
 def build(measurer: Measurer, folder: Path) -> None:
-    file, extents = measurer.file, measurer.extents
-    if not extents:
-        raise DataError(f"data file {file.path} holds no conversation")
-    num_chunks = -(-len(extents) // SAMPLES_PER_CHUNK)
-    num_processes = min(len(os.sched_getaffinity(0)), len(extents) // SAMPLES_PER_PROCESS)
+    """Measures every record and publishes the index as `folder`. Raises DataError as `cache.open_index`, OSError."""
+    source, keys = measurer.source, measurer.keys
+    if not len(keys):
+        raise DataError(f"data file {source.name} holds no conversation")
+    dtype = record_dtype(keys.shape[1])
+    num_chunks = -(-len(keys) // SAMPLES_PER_CHUNK)
+    num_processes = min(len(os.sched_getaffinity(0)), len(keys) // SAMPLES_PER_PROCESS)
     records: list[np.ndarray] = []  # of each chunk
     ids: list[bytes] = []
     dropped: list[Dropped] = []
     frames: list[int] = []
     remarks: Counter[str] = Counter()
     id_end = num_truncated = num_read = with_images = 0
-    with Progress(f"indexing {file.path.name}", total=len(extents)) as progress:
+    with Progress(f"indexing {Path(source.name).name}", total=len(keys)) as progress:
         for chunk in OrderedItems(measurer, range(num_chunks), num_processes if num_processes > 1 else 0):
-            rows: list[tuple[int, ...]] = []
-            for found in chunk:
-                extent = extents[num_read]
-                num_read += 1
+            rows: list[tuple[Any, ...]] = []
+            for key, found in zip(keys_of(keys[num_read : num_read + len(chunk)]), chunk, strict=True):
                 if isinstance(found, Dropped):
                     dropped.append(found)
                     continue
@@ -158,21 +160,22 @@ def build(measurer: Measurer, folder: Path) -> None:
                     num_truncated += one.is_truncated
                     frames += one.frames
                     numbers = (one.tokens, one.images, id_end, len(frames), one.digest, one.part, one.untrained)
-                    rows.append((*extent, *numbers))
-            records.append(np.array(rows, RECORD))
+                    rows.append((key, *numbers))
+            num_read += len(chunk)
+            records.append(np.array(rows, dtype))
             progress.advance(len(chunk))
-    _refuse_media_root(measurer.media_root, file.path, with_images, dropped)
+    _refuse_media_root(measurer.store.root, source.name, with_images, dropped)
     if not ids:
         counts = list_counts(Counter(sample.reason for sample in dropped))
         raise DataError(
-            f"data file {file.path}: all of its samples are bad ({counts}), so data.on_bad_sample: skip leaves none; "
+            f"data file {source.name}: all of its samples are bad ({counts}), so data.on_bad_sample: skip leaves none; "
             f"the first: {dropped[0].message}"
         )
     facts = {"truncated": num_truncated, "records": num_read - len(dropped), "remarks": remarks}
     _publish(np.concatenate(records), b"".join(ids), np.array(frames, np.int32), dropped, facts, folder)
 
 
-def _refuse_media_root(media_root: Path, path: Path, num_found: int, dropped: Sequence[Dropped]) -> None:
+def _refuse_media_root(media_root: Path, name: str, num_found: int, dropped: Sequence[Dropped]) -> None:
     """Raises DataError where more than half of the samples with images lack one: then it is not the samples that are
     bad. `num_found`: samples whose images are there."""
     missing = [sample for sample in dropped if sample.reason == "missing"]
@@ -180,7 +183,7 @@ def _refuse_media_root(media_root: Path, path: Path, num_found: int, dropped: Se
     if 2 * len(missing) > num_with_images:
         raise DataError(
             f"data.media_root: found {media_root}, where {len(missing)} of {num_with_images} samples with images of "
-            f"{path} lack one, so it looks unmounted or wrong; needs the folder that the file's paths are relative to "
+            f"{name} lack one, so it looks unmounted or wrong; needs the folder that the file's paths are relative to "
             f"(the first: {missing[0].message})"
         )
 

@@ -1,9 +1,10 @@
-"""The index of a data file, opened, or built where there is none yet.
+"""The index of a source, opened, or built where there is none yet.
 
 It is kept beside the data file in `<data file>.index/<fingerprint>/`. The fingerprint covers all that the numbers
-depend on: the file's size and time, tokenizer, template and its arguments, image marker and tokens per image, frames
-per video, media folder, what makes a sample bad. A folder is written under another name and renamed, so one that is
-there is whole; a lock file lets the other ranks of the machine wait for the one that builds.
+depend on: the files' sizes and times, the source and its options, tokenizer, template and its arguments, image marker
+and tokens per image, frames per video, media folder, what makes a sample bad. A folder is written under another name
+and renamed, so one that is there is whole; a lock file lets the other ranks of the machine wait for the one that
+builds.
 
 Hazard: images come and go without a trace in the fingerprint. What was left out for want of one that is there by now
 is refused, not indexed anew: ranks that open the index meanwhile would train on other samples than the rest.
@@ -22,28 +23,29 @@ from pathlib import Path
 from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.index.building import BadSamplePolicy, Measurer, build, list_counts
 from megatron_vlm.data.index.records import FORMAT, Dropped, SampleIndex
-from megatron_vlm.data.sources import RecordFile, tell_remarks
+from megatron_vlm.data.media.store import MediaStore
+from megatron_vlm.data.sources import Source, tell_remarks
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.errors import DataError, one_line
-from megatron_vlm.runtime.files import check_regular, open_regular, parse_json
+from megatron_vlm.runtime.files import open_regular, parse_json
 from megatron_vlm.runtime.logging import get_logger
 
 HEAD_START_SECONDS = 1.0  # of rank 0, which owns the console, before another rank may build
 
 
 def open_index(
-    file: RecordFile,
+    source: Source,
     encoder: ConversationEncoder,
-    media_root: Path,
+    store: MediaStore,
     spare_root: Path,
     rank: int = 0,
     skip: BadSamplePolicy | None = None,
     sampling: VideoConfig | None = None,
 ) -> SampleIndex:
-    """The index of `file`, built where there is none yet.
+    """The index of a source, built where there is none yet.
 
     Args:
-        media_root: the folder image paths are relative to.
+        store: where its images and videos are.
         spare_root: where the index goes when it cannot be written beside the data file.
         rank: of this process; rank 0 is given a head start in building.
         skip: leave bad samples out, by this rule.
@@ -54,30 +56,30 @@ def open_index(
             those with images lack one, or one was left out for want of images that are there now.
     """
     sampling = sampling or VideoConfig()
-    fingerprint = _fingerprint(file, encoder, media_root, skip, sampling)
-    folder = _cache_root(file.path, spare_root) / fingerprint
+    fingerprint = _fingerprint(source, encoder, store, skip, sampling)
+    folder = _cache_root(source, spare_root) / fingerprint
     if not folder.exists() and rank != 0:
         time.sleep(HEAD_START_SECONDS)
     if not folder.exists():
         try:
             with _only_builder(folder.with_suffix(".lock")):
                 if not folder.exists():
-                    build(Measurer(file, encoder, media_root, file.scan(), skip, sampling), folder)
+                    build(Measurer(source, encoder, store, source.scan(), skip, sampling), folder)
         except OSError as error:
-            raise DataError(f"the index of {file.path} cannot be written to {folder}: {one_line(error)}") from error
+            raise DataError(f"the index of {source.name} cannot be written to {folder}: {one_line(error)}") from error
     index = _open(folder, with_check=rank == 0)
     if index.dropped and rank == 0:
         counts, num_dropped = list_counts(index.dropped), sum(index.dropped.values())
         get_logger(__name__).warning(
             "%d of %d samples of %s are left out (%s); they are listed in %s",
-            num_dropped, num_dropped + len(index), file.path, counts, folder / "dropped.jsonl",
+            num_dropped, num_dropped + len(index), source.name, counts, folder / "dropped.jsonl",
         )  # fmt: skip
     if rank == 0:
-        tell_remarks(file.path, index.remarks, index.num_records)
+        tell_remarks(source.name, index.remarks, index.num_records)
     if index.num_truncated and rank == 0:
         get_logger(__name__).warning(
             "%d of %d samples of %s are truncated to %s tokens",
-            index.num_truncated, len(index), file.path, encoder.max_tokens,
+            index.num_truncated, len(index), source.name, encoder.max_tokens,
         )  # fmt: skip
     return index
 
@@ -108,61 +110,62 @@ def _refuse_mended(folder: Path) -> None:
 
 
 def _fingerprint(
-    file: RecordFile,
+    source: Source,
     encoder: ConversationEncoder,
-    media_root: Path,
+    store: MediaStore,
     skip: BadSamplePolicy | None,
     sampling: VideoConfig,
 ) -> str:
+    files = source.fingerprint()
     try:
-        facts = check_regular(file.path)
-    except OSError as error:
-        raise DataError(f"data file {file.path} cannot be read: {error.strerror}") from error
-    try:
-        resolved_root = str(media_root.resolve())
+        resolved_root = str(store.root.resolve())
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a null character
         raise DataError(
-            f"data.media_root: found {media_root}, needs the name of a folder: {one_line(error)}"
+            f"data.media_root: found {store.root}, needs the name of a folder: {one_line(error)}"
         ) from error
     tokenizer = encoder.tokenizer
     parts = [
         FORMAT,
-        facts.st_size,
-        facts.st_mtime_ns,
+        files,
+        source.options.model_dump(mode="json"),
         hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         tokenizer.chat_template,
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         encoder.template,
         encoder.arguments,
         encoder.apart,
-        f"{type(file).__module__}.{type(file).__qualname__}",  # another source may read the same file otherwise
-        file.image_token,
+        f"{type(source).__module__}.{type(source).__qualname__}",  # another source may read the same file otherwise
+        source.image_token,
         encoder.tokens_per_image,
         encoder.max_tokens,
-        resolved_root,
+        [resolved_root, store.confined],
         sampling.model_dump(),
         None if skip is None else [skip.max_tokens, skip.media.image_mode, repr(skip.media.spec)],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _cache_root(path: Path, spare_root: Path) -> Path:
+def _cache_root(source: Source, spare_root: Path) -> Path:
     """`<data file>.index/` where it can be written, else a folder under `spare_root`."""
-    beside = path.with_name(path.name + ".index")
-    try:
-        beside.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=beside):
-            return beside
-    except OSError as error:
-        spare = spare_root / "index" / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-        get_logger(__name__).info("no index beside %s (%s): it goes to %s", path, error.strerror, spare)
+    anchor, neither = source.anchor, ""
+    if anchor is not None:
+        beside = anchor.with_name(anchor.name + ".index")
         try:
-            spare.mkdir(parents=True, exist_ok=True)
-        except OSError as spare_error:
-            raise DataError(
-                f"the index of {path} can be written neither to {beside} nor to {spare}: {one_line(spare_error)}"
-            ) from spare_error
-        return spare
+            beside.mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=beside):
+                return beside
+        except OSError as error:
+            neither, reason = f"neither to {beside} nor ", error.strerror
+    identity = source.name if anchor is None else str(anchor.resolve())
+    spare = spare_root / "index" / hashlib.sha256(identity.encode()).hexdigest()[:12]
+    if anchor is not None:
+        get_logger(__name__).info("no index beside %s (%s): it goes to %s", anchor, reason, spare)
+    try:
+        spare.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        cannot = f"can be written {neither}to {spare}" if neither else f"cannot be written to {spare}"
+        raise DataError(f"the index of {source.name} {cannot}: {one_line(error)}") from error
+    return spare
 
 
 @contextlib.contextmanager

@@ -8,14 +8,16 @@ Hazard: under `data.on_bad_sample: skip` bad samples are no fault, so of the fil
 """
 
 from collections.abc import Sequence
-from pathlib import Path
+
+import numpy as np
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.index.building import Measurer, describe_length
 from megatron_vlm.data.index.records import Measured
 from megatron_vlm.data.media.images import MediaReader
-from megatron_vlm.data.media.video.sampling import place
-from megatron_vlm.data.sources import SOURCES, Extent, RecordFile
+from megatron_vlm.data.media.store import MediaStore
+from megatron_vlm.data.sources import Source, keys_of, make_source
+from megatron_vlm.data.sources.base import Paths
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.errors import DataError
 
@@ -23,13 +25,13 @@ NUM_RECORDS = 32
 
 
 def look_at(
-    config: Config, path: str, media_root: str | None, encoder: ConversationEncoder | None, media: MediaReader | None
+    config: Config, path: Paths, media_root: str | None, encoder: ConversationEncoder | None, media: MediaReader | None
 ) -> None:
     """Reads, encodes and opens what the first records of a file hold.
 
     Args:
         config: the recipe.
-        path: the data file, of a source that is known.
+        path: the data, of a source that is known.
         media_root: folder of its images; default: the file's own.
         encoder: of the run's tokenizer and template; None where these are at fault already.
         media: for the tower's images; None where the tower is at fault already.
@@ -38,26 +40,27 @@ def look_at(
         DataError: the file cannot be read, or the first of its records that cannot be used.
     """
     data = config.data
-    file = SOURCES.get(data.source)(path, data.image_token)
-    extents = file.first(NUM_RECORDS)
+    source = make_source(data, path)
+    keys = source.first(NUM_RECORDS)
     if encoder is None or data.on_bad_sample == "skip":
         return
-    root = Path(media_root) if media_root is not None else file.path.parent
+    store = MediaStore.of(source, media_root)
     records = [
-        one for one in Measurer(file, encoder, root, extents, None, data.video).produce(0) if isinstance(one, list)
+        one for one in Measurer(source, encoder, store, keys, None, data.video).produce(0) if isinstance(one, list)
     ]
-    assert len(records) == len(extents), "without a rule for bad samples none is left out"
+    assert len(records) == len(keys), "without a rule for bad samples none is left out"
     if media is None:
         return
-    for extent in extents:
-        sample = file.read(extent)
+    for key in keys_of(keys):
+        sample = source.sample(key)
+        owner = f"{sample.origin}: sample {sample.id!r}"
         for image in sample.images:
-            media.read(place(image, root), f"{sample.origin}: sample {sample.id!r}")
-    _check_lengths(file, extents, records, config.training.sequence_length, encoder.tokens_per_image)
+            media.read(store.locate(image, owner), owner)
+    _check_lengths(source, keys, records, config.training.sequence_length, encoder.tokens_per_image)
 
 
 def _check_lengths(
-    file: RecordFile, extents: Sequence[Extent], records: Sequence[list[Measured]], limit: int, tokens_per_image: int
+    source: Source, keys: np.ndarray, records: Sequence[list[Measured]], limit: int, tokens_per_image: int
 ) -> None:
     """Raises DataError naming the longest sample where any is longer than `limit`."""
     found = [(one.tokens, number, one) for number, record in enumerate(records) for one in record]
@@ -66,6 +69,6 @@ def _check_lengths(
         tokens, number, longest = max(found, key=lambda one: one[0])
         size = describe_length(tokens, longest.frames, tokens_per_image)
         raise DataError(
-            f"{file.origin(extents[number])}: sample {longest.id!r} has {size}; training.sequence_length is {limit} "
-            f"({num_long} of the first {len(found)} samples are longer)"
+            f"{source.origin(tuple(keys[number].tolist()))}: sample {longest.id!r} has {size}; "
+            f"training.sequence_length is {limit} ({num_long} of the first {len(found)} samples are longer)"
         )

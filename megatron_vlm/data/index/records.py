@@ -1,8 +1,9 @@
-"""The index of a data file as it lies on disk: per sample its place, its length in tokens and its number of images.
+"""The index of a source as it lies on disk: per sample its record's key, its length in tokens and
+its number of images.
 
 A record is one sample, or several where each answer is one (`data.render_turns: apart`): its parts, in order.
 
-    samples.npy     RECORD per sample            ids.bin         their ids, one after the other
+    samples.npy     `record_dtype` per sample       ids.bin         their ids, one after the other
     frames.npy      int32, the frames taken of each video, sample after sample
     contents.json   fingerprint, counts, remarks (`Sample.remarks`) with the number of their records
     dropped.jsonl   what was left out: id, place, reason, message, images
@@ -13,17 +14,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_vlm.data.sources import Extent
+from megatron_vlm.data.sample import RecordKey
 from megatron_vlm.runtime.files import check_regular, read_json
 
-FORMAT = 9  # of the index's files and of what is in them
-RECORD = np.dtype(
-    [("offset", "<i8"), ("size", "<i8"), ("number", "<i8"), ("tokens", "<i4"), ("images", "<i4"), ("id_end", "<i8")]
-    + [("video_end", "<i8")]
-    + [("digest", "<u8")]  # of its bytes in the file
-    + [("part", "<i4")]  # of its record
-    + [("untrained", "<i4")]  # answers of its record that are told alone; with its first part
-)
+FORMAT = 10  # of the index's files and of what is in them
+
+
+def record_dtype(num_key_fields: int) -> np.dtype:
+    """The index's entry of a sample whose record's key has so many numbers."""
+    return np.dtype(
+        [("key", "<i8", (num_key_fields,)), ("tokens", "<i4"), ("images", "<i4"), ("id_end", "<i8")]
+        + [("video_end", "<i8")]
+        + [("digest", "<u8")]  # of the record's content
+        + [("part", "<i4")]  # of its record
+        + [("untrained", "<i4")]  # answers of its record that are told alone; with its first part
+    )
 
 
 class SampleIndex:
@@ -64,10 +69,9 @@ class SampleIndex:
     def __len__(self) -> int:
         return len(self._records)
 
-    def extent(self, sample: int) -> Extent:
-        """Place of the sample in its file."""
-        record = self._records[sample]
-        return Extent(int(record["offset"]), int(record["size"]), int(record["number"]))
+    def key(self, sample: int) -> RecordKey:
+        """Key of the sample's record in its source."""
+        return tuple(self._records["key"][sample].tolist())
 
     def part(self, sample: int) -> int:
         """Number of the sample among the parts of its record."""
@@ -100,7 +104,7 @@ class Measured(NamedTuple):
 
 class Dropped(NamedTuple):
     """A sample left out, as a line of dropped.jsonl; where it cannot be read its id is its number, and it has neither
-    images nor videos (their paths)."""
+    images nor videos (their paths, with the media root)."""
 
     id: str
     place: str

@@ -15,7 +15,6 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
@@ -24,15 +23,16 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from megatron_vlm.data.media.png import without_notes
+from megatron_vlm.data.media.store import OUTSIDE, Location, check_location, open_location
 from megatron_vlm.data.sample import BadSample
 from megatron_vlm.errors import one_line
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.models.vision.pixels import refuse_unfollowed, to_pixels
 from megatron_vlm.models.vision.preprocessing import load_processor
-from megatron_vlm.runtime.files import FileKindError, check_regular, open_regular
 from megatron_vlm.runtime.limits import bounded
 
-FAULTS = ("none", "missing", "not an image", "damaged", "bomb", "not a video")  # of an image; 0: it can be read
+# Faults of an image; 0: it can be read.
+FAULTS = ("none", "missing", "not an image", "damaged", "bomb", "not a video", OUTSIDE)
 MAX_SIDE_PIXELS = 2**24  # of either side: the weights of Pillow's widest filter take 48 bytes for each, 0.75 GiB here
 MAX_PREPARED_PIXELS = 2 * 89_478_485  # of an image while it is prepared; Pillow's own bound of what may be read, twice
 
@@ -69,7 +69,7 @@ class MediaReader:
         refuse_unfollowed(spec, image_mode)
         self._processor = load_processor(spec) if image_mode == "processor" else None
 
-    def read(self, path: str | Path, sample: str) -> Tensor:
+    def read(self, image: Location, sample: str) -> Tensor:
         """An image file -> pixels [3, H, W], fp32, normalised.
 
         Raises:
@@ -77,12 +77,12 @@ class MediaReader:
         """
         if self.blank:
             return self.blank_pixels()
-        with self._opened(path, sample) as file:
+        with self._opened(image, sample) as file:
             return self.prepare(to_rgb(file))
 
-    def check_header(self, path: str | Path, sample: str) -> None:
+    def check_header(self, image: Location, sample: str) -> None:
         """Raises as `read` does, of what can be told without decoding the image."""
-        with self._opened(path, sample):
+        with self._opened(image, sample):
             pass
 
     def blank_pixels(self) -> Tensor:
@@ -99,23 +99,23 @@ class MediaReader:
         return torch.from_numpy(to_pixels(image, self.spec))
 
     @contextlib.contextmanager
-    def _opened(self, path: str | Path, sample: str) -> Iterator[Image.Image]:
+    def _opened(self, image: Location, sample: str) -> Iterator[Image.Image]:
         """The file with its header read; whatever is wrong with it, also inside the context, is a BadSample."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                check_file(path, "image", sample)
-                with open_regular(path) as bytes_of_it, open_image(bytes_of_it) as file:
+                check_location(image, "image", sample)
+                with open_location(image) as bytes_of_it, open_image(bytes_of_it) as file:
                     self.refuse_size(*file.size)
                     yield file
         except BadSample:
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise BadSample(f"{sample}: image {path} is too large to be decoded: {one_line(error)}", "bomb") from error
+            raise BadSample(f"{sample}: image {image} is too large to be decoded: {one_line(error)}", "bomb") from error
         except UnidentifiedImageError as error:
-            raise BadSample(f"{sample}: image {path} cannot be read: it is not an image", "not an image") from error
+            raise BadSample(f"{sample}: image {image} cannot be read: it is not an image", "not an image") from error
         except Exception as error:  # damaged bytes make Pillow's decoders raise almost anything
-            raise BadSample(f"{sample}: image {path} cannot be read: {one_line(error)}", "damaged") from error
+            raise BadSample(f"{sample}: image {image} cannot be read: {one_line(error)}", "damaged") from error
 
     def refuse_size(self, width: int, height: int) -> None:
         """A strip may be small by itself and huge as a square, where its short side is stretched to the tower's, or
@@ -155,20 +155,6 @@ def open_image(file: BinaryIO) -> Image.Image:
             almost anything.
     """
     return bounded(lambda: Image.open(without_notes(file), formats=FORMATS))
-
-
-def check_file(path: str | Path, kind: Literal["image", "video"], owner: str, advice: str = "") -> None:
-    """Raises BadSample where an image's or video's path leads to nothing, or to what is no file (of a video: and no
-    folder either); a named pipe would be waited for, for ever."""
-    try:
-        check_regular(path, or_directory=kind == "video")
-    except FileKindError as error:
-        reason = "not an image" if kind == "image" else "not a video"
-        raise BadSample(f"{owner}: {kind} {path} cannot be read: {error.strerror}", reason) from error
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise BadSample(f"{owner}: {kind} {path} does not exist{advice}", "missing") from error
-    except OSError as error:  # as where a network folder is gone
-        raise BadSample(f"{owner}: {kind} {path} cannot be read: {error.strerror}{advice}", "missing") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

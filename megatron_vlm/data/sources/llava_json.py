@@ -6,26 +6,16 @@
 A video is named in "video" (a file, or a folder with an image file per frame) and stands where its <video> stands.
 In a record without either, the image marker is a text as any other, but where an image would stand
 (`sample.marks_image`); so is <video> in one without videos. What other keys do, `record_keys.py` says.
-
-A file is scanned once for the place of every object; after that one object's bytes are read and parsed at a time, so a
-list of gigabytes costs its memory once, at indexing, and never in a worker. The scan decodes as Latin-1, in which a
-character is a byte and JSON's own signs are what they are in UTF-8: positions in the text are offsets in the file.
 """
 
-import contextlib
 import json
-import re
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, Role, Sample, Turn, lacks_video, marks_image
-from megatron_vlm.data.sources.base import SOURCES, Extent, RecordFile
+from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, RecordKey, Role, Sample, Turn, lacks_video, marks_image
+from megatron_vlm.data.sources.base import SOURCES
+from megatron_vlm.data.sources.json_files import JsonSource, read_object
 from megatron_vlm.data.sources.record_keys import check_record, check_turn, few, given, is_trained, system_text
-from megatron_vlm.errors import DataError, one_line
-from megatron_vlm.runtime.files import open_regular, parse_json
 
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -35,115 +25,16 @@ ROLES: dict[str, Role] = {
     "system": "system",
 }
 USUAL_MARKER = "<image>"
-HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")
-BLANK = re.compile(r"[ \t\r\n]*")
-BYTE_ORDER_MARK = "\xef\xbb\xbf"  # UTF-8's, as Latin-1
-FIRST_BYTES = 2**22  # of a file, which hold its first records
-UTF_16_MARKS = ("\xff\xfe", "\xfe\xff")
 
 
 @SOURCES.register("llava_json")
-class LlavaFile(RecordFile):
-    """A JSON list or JSONL; which of them is told from its first character."""
+class LlavaJson(JsonSource):
+    """Conversations as LLaVA writes them."""
 
-    def __init__(self, path: str | Path, image_token: str) -> None:
-        super().__init__(path, image_token)
-        self._is_list: bool | None = None
-
-    def scan(self) -> list[Extent]:
-        """The place of every object, in file order.
-
-        Raises:
-            DataError: the file cannot be read, is empty, or is not JSON.
-        """
-        extents = list(self._places(self._read()))
-        if not extents:
-            raise DataError(f"{self.path} holds no conversation")
-        return extents
-
-    def first(self, count: int) -> list[Extent]:
-        """The first records, as of all sources; of a large file only the beginning is read: `scan` tells its faults."""
-        text = self._read(FIRST_BYTES)
-        if len(text) < FIRST_BYTES:
-            return self.scan()[:count]
-        found: list[Extent] = []
-        with contextlib.suppress(DataError):  # most likely where the text is cut
-            for extent in islice(self._places(text), count):
-                if extent.offset + extent.size < len(text):
-                    found.append(extent)
-        return found
-
-    def _read(self, num_bytes: int = -1) -> str:
-        """The file's beginning, by default all of it, as Latin-1. Raises DataError."""
-        try:
-            with open_regular(self.path) as file:
-                return file.read(num_bytes).decode("latin-1")
-        except OSError as error:
-            raise DataError(f"data file {self.path} cannot be read: {error.strerror}") from error
-        except MemoryError as error:
-            size = self.path.stat().st_size
-            raise DataError(f"data file {self.path} has {size:,} bytes; to index it takes twice the memory") from error
-
-    def _places(self, text: str) -> Iterator[Extent]:
-        """Raises DataError where it is not JSON."""
-        if text.startswith(UTF_16_MARKS):
-            raise DataError(f"{self.path} is UTF-16; UTF-8 is needed")
-        start = _skip_blank(text, len(BYTE_ORDER_MARK) if text.startswith(BYTE_ORDER_MARK) else 0)
-        yield from self._scan_list(text, start + 1) if text[start : start + 1] == "[" else _scan_lines(text, start)
-
-    def parse(self, raw: bytes, origin: str, default_id: str) -> Sample:
+    def parse_texts(self, raw: bytes, key: RecordKey) -> Sample:
         """One object. Raises BadSample: it is malformed, lacks a field or has one of the wrong kind; roles are unknown
         or out of turn."""
-        return parse_record(raw, origin, default_id, self.image_token)
-
-    def origin(self, extent: Extent) -> str:
-        """Name of the object in error messages."""
-        if self._is_list is None:
-            with open_regular(self.path) as file:
-                self._is_list = file.read(64).decode("latin-1").removeprefix(BYTE_ORDER_MARK).lstrip().startswith("[")
-        return f"{self.path} {'element' if self._is_list else 'line'} {extent.number}"
-
-    def _scan_list(self, text: str, position: int) -> Iterator[Extent]:
-        """`position` is just inside the list's opening bracket."""
-        decode = json.JSONDecoder().raw_decode
-        position = _skip_blank(text, position)
-        separator, number = ",", 0
-        if text[position : position + 1] == "]":
-            separator, position = "]", _skip_blank(text, position + 1)
-        while separator == ",":
-            try:
-                _, end = decode(text, position)
-            except (ValueError, RecursionError) as error:
-                place, reason = (error.pos, error.msg) if isinstance(error, json.JSONDecodeError) else (position, error)
-                where = f"line {text.count(chr(10), 0, place) + 1}, byte {place}"
-                raise DataError(f"{self.path} element {number} is not JSON: {reason} ({where})") from error
-            yield Extent(position, end - position, number)
-            end = _skip_blank(text, end)
-            separator = text[end : end + 1]
-            if separator not in (",", "]"):
-                line = text.count("\n", 0, end) + 1
-                raise DataError(f"{self.path} line {line}: ',' or ']' is needed after element {number}")
-            position = _skip_blank(text, end + 1)
-            number += 1
-        if position < len(text):
-            line = text.count("\n", 0, position) + 1
-            raise DataError(f"{self.path} line {line}: nothing may follow the list's ']'")
-
-
-def _skip_blank(text: str, position: int) -> int:
-    found = BLANK.match(text, position)
-    assert found is not None, "it matches the empty text too"
-    return found.end()
-
-
-def _scan_lines(text: str, position: int) -> Iterator[Extent]:
-    number = text.count("\n", 0, position) + 1
-    while position < len(text):
-        end = text.find("\n", position)
-        end = len(text) if end < 0 else end
-        if not BLANK.fullmatch(text, position, end):
-            yield Extent(position, end - position, number)
-        position, number = end + 1, number + 1
+        return parse_record(raw, self.origin(key), self.number(key), self.image_token)
 
 
 def parse_record(raw: bytes, origin: str, default_id: str, image_token: str) -> Sample:
@@ -152,7 +43,7 @@ def parse_record(raw: bytes, origin: str, default_id: str, image_token: str) -> 
     Where images are given and no text has a marker, the markers go in front of the first user turn, one line each, as
     LLaVA does. Raises BadSample naming `origin` and what is wrong.
     """
-    record = _read_object(raw, origin)
+    record = read_object(raw, origin)
     keys = given(record)
     remarks = list(check_record(keys, origin))
     images, videos = _paths(keys.get("image"), "image", origin), _paths(keys.get("video"), "video", origin)
@@ -167,20 +58,6 @@ def parse_record(raw: bytes, origin: str, default_id: str, image_token: str) -> 
     id_ = record.get("id")
     name = default_id if id_ is None else str(id_)
     return Sample(name, tuple(turns), images, origin, str(keys.get("form", "")), videos, few(remarks))
-
-
-def _read_object(raw: bytes, origin: str) -> dict[str, Any]:
-    try:
-        record = parse_json(raw)
-        if HALF_CHARACTER.search(raw):
-            json.dumps(record, ensure_ascii=False).encode()  # it may be half of a pair, which no tokenizer takes
-    except (ValueError, RecursionError) as error:
-        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else one_line(error)
-        message = f"{origin} is not JSON: {reason}; a file holds one list of objects, or one whole object per line"
-        raise BadSample(message) from error
-    if not isinstance(record, dict):
-        raise BadSample(f"{origin} is {type(record).__name__}; an object is needed")
-    return record
 
 
 def _paths(value: Any, key: str, origin: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_vlm.data.sample import BadSample
-from megatron_vlm.data.sources import SOURCES
+from megatron_vlm.data.sources import SOURCES, keys_of
 from megatron_vlm.errors import ConfigError, DataError, one_line
 
 IMAGE_TOKEN = "<image>"
@@ -40,11 +40,10 @@ def texts_of(path: Path, source: str = "llava_json") -> Iterable[str]:
         ConfigError: no such source.
         DataError: the file is of no use, or no record of it is.
     """
-    file = SOURCES.get(source)(path, IMAGE_TOKEN)
-    found = 0
-    for extent in file.scan():
+    data, found = SOURCES.get(source)(path, IMAGE_TOKEN), 0
+    for key in keys_of(data.scan()):
         try:
-            sample = file.read(extent)
+            sample = data.sample(key)
         except BadSample:
             continue  # a run says what is wrong with it, or leaves it out too (`data.on_bad_sample`)
         found += 1

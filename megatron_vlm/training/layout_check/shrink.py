@@ -13,18 +13,22 @@ would leave the cuts between ranks to tokens that are not trained, and what goes
 the first step's samples has its answer lengthened until it is as long as the longest.
 """
 
+import base64
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_vlm.config.loading import config_from_tree
 from megatron_vlm.config.rules import matches
 from megatron_vlm.config.schema import Config, TrainingConfig
+from megatron_vlm.data.media.store import MediaStore, Stored
 from megatron_vlm.data.media.video.files import count_frames
-from megatron_vlm.data.media.video.sampling import place, with_frames
-from megatron_vlm.data.sample import Sample
-from megatron_vlm.data.sources import SOURCES, Extent
+from megatron_vlm.data.media.video.sampling import with_frames
+from megatron_vlm.data.sample import ImageRef, RecordKey, Sample
+from megatron_vlm.data.sources import keys_of, make_source
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.data.text.templates import TEMPLATES
 from megatron_vlm.data.text.tokenizer import faults_told, load_tokenizer
@@ -82,8 +86,7 @@ def shrink(config: Config, world_size: int, described: ModelDescription) -> tupl
     }
     tower, select_layer = shrink_tower(config, described.survey.hf_config)
     model["vision"] |= {"path": None, "config": tower, "preprocessor": None, "select_layer": select_layer}
-    root = config.data.media_root or str(Path(config.data.path).parent)
-    tree["data"] |= {"media_root": str(Path(root).resolve()), "num_workers": 0}
+    tree["data"]["num_workers"] = 0
     tree["data"] |= {
         "shuffle": False,
         "group_by_modality_length": False,
@@ -104,7 +107,7 @@ def shrink(config: Config, world_size: int, described: ModelDescription) -> tupl
     small = config_from_tree(tree, "the shrunk recipe")
     num_tokens = survey_tower(small.model.vision, small.model.projector).media_spec.tokens_per_image
     samples, longest = pick_samples(small, num_tokens, small.training.global_batch_size)
-    tree["data"]["source"] = "llava_json"  # as which the samples are written
+    tree["data"] |= {"source": "llava_json", "source_options": {}, "media_root": None}  # as the samples are written
     tree["training"]["sequence_length"] = max(longest, num_tokens + 1)
     return config_from_tree(tree, "the shrunk recipe"), samples
 
@@ -214,27 +217,28 @@ def pick_samples(config: Config, tokens_per_image: int, num_rows: int) -> tuple[
     data = config.data
     tokenizer = load_tokenizer(config.model.language.tokenizer, data.image_token)
     encoder = ConversationEncoder.of(data, tokenizer, tokens_per_image)
-    file, root = SOURCES.get(data.source)(data.path, data.image_token), Path(str(data.media_root))
-    kinds: dict[int, list[tuple[int, Extent]]] = {1: [], 2: [], 0: []}
+    source = make_source(data, data.path)
+    store = MediaStore.of(source, data.media_root)
+    kinds: dict[int, list[tuple[int, RecordKey]]] = {1: [], 2: [], 0: []}
     fault: DataError | None = None
-    for extent in _spread(file.scan(), NUM_CANDIDATES):
+    for key in _spread(source.scan(), NUM_CANDIDATES):
         try:
-            sample = file.read(extent)
-            sample = with_frames(sample, count_frames(sample, root, data.video), data.image_token)
+            sample = source.sample(key)
+            sample = with_frames(sample, count_frames(sample, store, data.video), data.image_token)
             length = len(encoder.encode(sample).ids)
         except DataError as error:
             fault = fault or error
             continue
-        if all(place(image, root).exists() for image in sample.images):
-            kinds[min(len(sample.images), 2)].append((length, extent))
+        if all(_is_there(image, store) for image in sample.images):
+            kinds[min(len(sample.images), 2)].append((length, key))
     picked = list(_by_turns([sorted(kind) for kind in kinds.values()]))[: num_rows * NUM_STEPS]
     if not picked:
-        raise fault or DataError(f"{data.path}: none of its first samples has all its images in {data.media_root}")
-    samples, longest = [file.read(extent) for _, extent in picked], max(length for length, _ in picked)
+        raise fault or DataError(f"{source.name}: none of its first samples has all its images in {store.root}")
+    samples, longest = [source.sample(key) for _, key in picked], max(length for length, _ in picked)
     number = min(range(min(num_rows, len(samples))), key=lambda number: len(samples[number].images))
     samples[number] = lengthen(samples[number], longest - picked[number][0], encoder)
     longest = max(longest, len(encoder.encode(samples[number]).ids))
-    return [_record(sample) for sample in samples], longest
+    return [_record(sample, store) for sample in samples], longest
 
 
 def lengthen(sample: Sample, num_tokens: int, encoder: ConversationEncoder) -> Sample:
@@ -249,19 +253,37 @@ def lengthen(sample: Sample, num_tokens: int, encoder: ConversationEncoder) -> S
     return replace(sample, turns=(*turns, replace(answer, text=text)))
 
 
-def _spread(extents: Sequence[Extent], number: int) -> Sequence[Extent]:
-    return extents[:: max(1, len(extents) // number)][:number]
+def _is_there(image: ImageRef, store: MediaStore) -> bool:
+    try:
+        location = store.locate(image, "a sample")
+    except DataError:
+        return False
+    return isinstance(location, Stored) or Path(location).exists()
 
 
-def _by_turns(kinds: Sequence[Sequence[tuple[int, Extent]]]) -> Iterator[tuple[int, Extent]]:
+def _spread(keys: np.ndarray, number: int) -> Iterator[RecordKey]:
+    return keys_of(keys[:: max(1, len(keys) // number)][:number])
+
+
+def _by_turns(kinds: Sequence[Sequence[tuple[int, RecordKey]]]) -> Iterator[tuple[int, RecordKey]]:
     """The first of each kind, the second of each, ..."""
     for number in range(max(map(len, kinds))):
         yield from (kind[number] for kind in kinds if number < len(kind))
 
 
-def _record(sample: Sample) -> Tree:
-    """A conversation of any source as a LLaVA file has it."""
+def _record(sample: Sample, store: MediaStore) -> Tree:
+    """A conversation of any source as a LLaVA file has it, with whole paths, and what its source holds written out."""
     turns = [
         {"from": turn.role, "value": turn.text, **({} if turn.trained else {"loss": False})} for turn in sample.turns
     ]
-    return {"id": sample.id, "image": list(sample.images), "video": list(sample.videos), "conversations": turns}
+    media = {"image": sample.images, "video": sample.videos}
+    written = {key: [_written(one, store) for one in found] for key, found in media.items()}
+    return {"id": sample.id, **written, "conversations": turns}
+
+
+def _written(media: ImageRef, store: MediaStore) -> str:
+    location = store.locate(media, "a sample")
+    if not isinstance(location, Stored):
+        return str(Path(location).absolute())
+    with location.open() as file:
+        return f"data:media/any;base64,{base64.b64encode(file.read()).decode()}"

@@ -10,9 +10,10 @@ from megatron_vlm.config.schema import VideoConfig, VisionConfig
 from megatron_vlm.data.index.building import BadSamplePolicy
 from megatron_vlm.data.index.cache import open_index
 from megatron_vlm.data.media.images import MediaReader
+from megatron_vlm.data.media.store import MediaStore
 from megatron_vlm.data.media.video.files import read_images
 from megatron_vlm.data.media.video.sampling import with_frames
-from megatron_vlm.data.sources.llava_json import LlavaFile
+from megatron_vlm.data.sources.llava_json import LlavaJson
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.models.vision.survey import survey_tower
@@ -82,14 +83,14 @@ def make(random: Random, base: Base, folder: Path) -> Read:
 
 def _read(base: Base, path: Path, skip: BadSamplePolicy | None, folder: Path) -> None:
     """As training does: the index, and then every sample and its pixels."""
-    file, sampling = LlavaFile(path, "<image>"), VideoConfig(num_frames=4)
-    index = open_index(file, base.encoder, folder, folder / "spare", skip=skip, sampling=sampling)
+    file, sampling = LlavaJson(path, "<image>"), VideoConfig(num_frames=4)
+    index = open_index(file, base.encoder, MediaStore(folder), folder / "spare", skip=skip, sampling=sampling)
     for number in range(len(index)):
         index.sample_id(number)
-        sample = with_frames(file.read(index.extent(number)), index.frame_counts(number), "<image>")
+        sample = with_frames(file.sample(index.key(number)), index.frame_counts(number), "<image>")
         base.encoder.encode(sample)
         for image in sample.images:
-            for _ in read_images(base.reader, [image], folder, sample.id):
+            for _ in read_images(base.reader, [image], MediaStore(folder), sample.id):
                 pass
 
 

@@ -7,6 +7,7 @@ from random import Random
 
 from megatron_vlm.config.schema import VideoConfig, VisionConfig
 from megatron_vlm.data.media.images import MediaReader
+from megatron_vlm.data.media.store import MediaStore
 from megatron_vlm.data.media.video.files import read_images, survey
 from megatron_vlm.data.media.video.sampling import num_sampled
 from megatron_vlm.data.sample import Frame
@@ -85,7 +86,7 @@ def _read(reader: MediaReader, path: Path, count: int, root: Path) -> None:
     facts = survey(path, "a sample")
     number = num_sampled(facts, VideoConfig(num_frames=count))
     wanted = [Frame(path.name, frame, number) for frame in range(number)]
-    for _ in read_images(reader, wanted[:40], root, "a sample"):
+    for _ in read_images(reader, wanted[:40], MediaStore(root), "a sample"):
         pass
 
 

@@ -12,9 +12,9 @@ SAMPLE = "sample-7"
 
 def hang_at_the_sample() -> None:
     """In the fork server of rank 1's workers, which imports this file under another name."""
-    from megatron_vlm.data.fetch.samples import SampleSource
+    from megatron_vlm.data.fetch.samples import SampleReader
 
-    document = SampleSource.document
+    document = SampleReader.document
 
     def document_or_hang(self: Any, number: int) -> Any:
         found = document(self, number)
@@ -22,7 +22,7 @@ def hang_at_the_sample() -> None:
             pass
         return found
 
-    SampleSource.document = document_or_hang  # type: ignore[method-assign]
+    SampleReader.document = document_or_hang  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from transformers import BitImageProcessorPil, CLIPVisionConfig
 
 from megatron_vlm.config.schema import VisionConfig
 from megatron_vlm.data.media.images import MediaReader, pad_to_square
+from megatron_vlm.data.media.store import MediaStore
 from megatron_vlm.data.media.video.files import read_images
 from megatron_vlm.data.sample import Frame
 from megatron_vlm.errors import ConfigError
@@ -223,12 +224,12 @@ def test_frames_of_videos_have_the_towers_filter(tmp_path: Path) -> None:
             return super().prepare(image)
 
     seen: list[Image.Image] = []
-    pixels = list(read_images(Seen(spec, "resize"), frames, tmp_path, "sample 's'"))
+    pixels = list(read_images(Seen(spec, "resize"), frames, MediaStore(tmp_path), "sample 's'"))
     (tmp_path / "folder").mkdir()
     for number, image in enumerate(list(seen)):
         image.save(tmp_path / "folder" / f"{number}.png")
     frames = [Frame("folder", number, 4) for number in range(4)]
-    again = read_images(MediaReader(spec, "resize"), frames, tmp_path, "sample 's'")
+    again = read_images(MediaReader(spec, "resize"), frames, MediaStore(tmp_path), "sample 's'")
     for image, of_video, of_folder in zip(list(seen), pixels, again, strict=True):
         torch.testing.assert_close(of_video, by_class(settings, image), atol=1e-5, rtol=0)
         assert torch.equal(of_video, of_folder)

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_vlm.config.schema import DataConfig
 from megatron_vlm.data.sample import IGNORE
-from megatron_vlm.data.sources.llava_json import LlavaFile
+from megatron_vlm.data.sources.llava_json import LlavaJson
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConfigError
@@ -26,7 +26,7 @@ def test_every_sample_has_its_size_and_the_share_of_answers(tmp_path, answers, i
     sections = synthetic.sections(tmp_path / "data")
     tokenizer = load_tokenizer(sections["model"]["language"]["tokenizer"], "<image>")
     encoder = ConversationEncoder(tokenizer, "auto", "<image>", SPEC.tokens_per_image)
-    samples = LlavaFile(sections["data"]["path"], "<image>").read_all()
+    samples = list(LlavaJson(sections["data"]["path"], "<image>").samples())
     assert len(samples) == 3 and len({sample.turns for sample in samples}) == 3
     for sample in samples:
         encoded = encoder.encode(sample)

@@ -163,6 +163,7 @@ def _with_data(request: SideRequest, scratch: Path) -> Config:
     """The recipe on its own data, or on a data set made for it where its data file is not there."""
     from torch.distributed import barrier
 
+    from megatron_vlm.data.sources import is_here
     from megatron_vlm.models.description import describe_model
 
     from . import synthetic
@@ -175,7 +176,7 @@ def _with_data(request: SideRequest, scratch: Path) -> Config:
     }
     if is_first:
         shutil.rmtree(scratch, ignore_errors=True)
-        if not Path(config.data.path).exists():
+        if not is_here(config.data):
             model = describe_model(config.model)
             shape = synthetic.Shape(
                 sequence_length=config.training.sequence_length,
@@ -187,7 +188,7 @@ def _with_data(request: SideRequest, scratch: Path) -> Config:
             full = (synthetic.SampleSize(shape.sequence_length, 1),) * num_samples
             synthetic.make(scratch / "data", shape, request.samples or full, config.data)
     barrier()
-    if not Path(config.data.path).exists():
+    if not is_here(config.data):
         changes = merge(changes, synthetic.sections(scratch / "data"))
     return config_from_tree(merge(config.model_dump(), changes), "the recipe with the benchmark's data")
 

@@ -27,8 +27,9 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_vlm.config.schema import VideoConfig
-from megatron_vlm.data.media.images import MAX_PREPARED_PIXELS, MediaReader, check_file
-from megatron_vlm.data.media.video.sampling import VideoFacts, frame_numbers, num_sampled, place
+from megatron_vlm.data.media.images import MAX_PREPARED_PIXELS, MediaReader
+from megatron_vlm.data.media.store import Location, MediaStore, Stored, check_location, open_location
+from megatron_vlm.data.media.video.sampling import VideoFacts, frame_numbers, num_sampled
 from megatron_vlm.data.sample import BadSample, Frame, ImageRef, Sample
 from megatron_vlm.errors import one_line
 
@@ -48,26 +49,26 @@ class Start(NamedTuple):
     target: int
 
 
-def count_frames(sample: Sample, root: Path, sampling: VideoConfig) -> tuple[int, ...]:
+def count_frames(sample: Sample, store: MediaStore, sampling: VideoConfig) -> tuple[int, ...]:
     """Counts the frames taken of each of a sample's videos. Reads headers only. Raises BadSample as `survey`."""
     owner = f"{sample.origin}: sample {sample.id!r}"
-    return tuple(num_sampled(survey(root / video, owner), sampling) for video in sample.videos)
+    return tuple(num_sampled(survey(store.locate(video, owner), owner), sampling) for video in sample.videos)
 
 
-def survey(path: Path, owner: str) -> VideoFacts:
+def survey(video: Location, owner: str) -> VideoFacts:
     """Reads a video's header, or counts the image files of a folder.
 
     Raises:
         BadSample: there is no such file, it is no video or its header is damaged; names it and `owner`.
     """
-    if os.path.isdir(path):
-        return VideoFacts(len(_list_images(path, owner)), None)
-    with _opened(path, owner) as (container, stream):
+    if (folder := _folder(video)) is not None:
+        return VideoFacts(len(_list_images(folder, owner)), None)
+    with _opened(video, owner) as (container, stream):
         return _read_facts(container, stream)
 
 
 def read_images(
-    reader: MediaReader, images: Sequence[ImageRef], root: Path, owner: str
+    reader: MediaReader, images: Sequence[ImageRef], store: MediaStore, owner: str
 ) -> Generator[Tensor, None, None]:
     """Pixels [3, H, W] of images: of one image file, or of any frames of one video in ascending order.
 
@@ -75,29 +76,29 @@ def read_images(
         BadSample: where the first that cannot be read comes; its reason is one of `media.FAULTS`.
     """
     first = images[0]
-    path = place(first, root)
+    location = store.locate(first, owner)
     if not isinstance(first, Frame):
-        yield from (reader.read(path, owner) for _ in images)
+        yield from (reader.read(location, owner) for _ in images)
     elif reader.blank:
         yield from (reader.blank_pixels() for _ in images)
     else:
         numbers = [image.number for image in images if isinstance(image, Frame)]
-        if os.path.isdir(path):
-            files = _list_images(path, owner)
-            places = _frames_of(len(files), first, path, owner)
+        if (folder := _folder(location)) is not None:
+            files = _list_images(folder, owner)
+            places = _frames_of(len(files), first, location, owner)
             yield from (reader.read(files[places[number]], owner) for number in numbers)
         else:
-            for decoded in _decode(path, first, numbers, owner):
-                with _told(path, owner, "damaged"):
+            for decoded in _decode(location, first, numbers, owner):
+                with _told(location, owner, "damaged"):
                     pixels = reader.prepare(decoded)
                 yield pixels
 
 
-def _decode(path: Path, video: Frame, numbers: Sequence[int], owner: str) -> Iterator[Image.Image]:
+def _decode(location: Location, video: Frame, numbers: Sequence[int], owner: str) -> Iterator[Image.Image]:
     """RGB images of some of the video's sampled frames, ascending."""
-    with _opened(path, owner) as (container, stream):
+    with _opened(location, owner) as (container, stream):
         facts = _read_facts(container, stream)
-        frames = _frames_of(facts.num_frames, video, path, owner)
+        frames = _frames_of(facts.num_frames, video, location, owner)
         rate, base = stream.average_rate, stream.time_base
         assert rate and base, "without them there are no facts"
         first = stream.start_time or 0
@@ -165,11 +166,16 @@ def _read_facts(container: InputContainer, stream: VideoStream) -> VideoFacts:
     return VideoFacts(num_frames, seconds or float(num_frames / rate))
 
 
-def _frames_of(num_frames: int, video: Frame, path: Path, owner: str) -> list[int]:
+def _frames_of(num_frames: int, video: Frame, location: Location, owner: str) -> list[int]:
     if num_frames < video.count:
-        message = f"{owner}: video {path} has {num_frames} frames, {video.count} at least when it was indexed"
+        message = f"{owner}: video {location} has {num_frames} frames, {video.count} at least when it was indexed"
         raise BadSample(message, "damaged")
     return frame_numbers(num_frames, video.count)
+
+
+def _folder(video: Location) -> Path | None:
+    """The video's folder, where it is one of frames."""
+    return Path(video) if not isinstance(video, Stored) and os.path.isdir(video) else None
 
 
 def _list_images(folder: Path, owner: str) -> list[Path]:
@@ -190,33 +196,34 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, owner: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _opened(video: Location, owner: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container with its header read; whatever is wrong with it, also inside the context, is a BadSample."""
-    check_file(path, "video", owner)
-    with _told(path, owner, "not a video"):
-        container = av.open(f"file:{path}", options=ONLY_THIS_FILE)
-    with container, _told(path, owner, "damaged"):
+    check_location(video, "video", owner)
+    with contextlib.ExitStack() as stack, _told(video, owner, "damaged"):
+        with _told(video, owner, "not a video"):
+            file = stack.enter_context(open_location(video)) if isinstance(video, Stored) else f"file:{video}"
+            container = stack.enter_context(av.open(file, "r", options=ONLY_THIS_FILE))
         if not container.streams.video:
-            raise BadSample(f"{owner}: video {path} has no video stream", "not a video")
+            raise BadSample(f"{owner}: video {video} has no video stream", "not a video")
         stream = container.streams.video[0]
         size = stream.codec_context
         if size.width * size.height > MAX_PREPARED_PIXELS:
-            message = f"{owner}: video {path} is too large to be decoded: frames of {size.width} x {size.height}"
+            message = f"{owner}: video {video} is too large to be decoded: frames of {size.width} x {size.height}"
             raise BadSample(f"{message} pixels, {MAX_PREPARED_PIXELS} are allowed", "bomb")
         yield container, stream
 
 
 @contextlib.contextmanager
-def _told(path: Path, owner: str, reason: str) -> Iterator[None]:
+def _told(video: Location, owner: str, reason: str) -> Iterator[None]:
     """Turns whatever is raised into a BadSample: damaged bytes make decoders raise almost anything."""
     try:
         yield
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
-        raise BadSample(f"{owner}: video {path} is too large to be decoded: {one_line(error)}", "bomb") from error
+        raise BadSample(f"{owner}: video {video} is too large to be decoded: {one_line(error)}", "bomb") from error
     except Exception as error:
         told = one_line(error)
         if reason == "not a video" and isinstance(error, av.ArgumentError):
             told = "it is in no format that is read as a video (lists of other files are not followed)"
-        raise BadSample(f"{owner}: video {path} cannot be read: {told}", reason) from error
+        raise BadSample(f"{owner}: video {video} cannot be read: {told}", reason) from error

@@ -9,11 +9,10 @@ can be laid out, packed and planned with no video opened.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 from megatron_vlm.config.schema import VideoConfig
-from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, Frame, ImageRef, Sample, Turn, lacks_video
+from megatron_vlm.data.sample import VIDEO_TOKEN, BadSample, Frame, ImageRef, MediaRef, Sample, Turn, lacks_video
 
 
 class VideoFacts(NamedTuple):
@@ -65,7 +64,7 @@ def with_frames(sample: Sample, counts: Sequence[int], image_token: str) -> Samp
 
 def _expand(
     turn: Turn,
-    videos: Iterator[tuple[str, int]],
+    videos: Iterator[tuple[MediaRef, int]],
     images: Iterator[ImageRef],
     image_token: str,
     shown: list[ImageRef],
@@ -80,8 +79,3 @@ def _expand(
         if piece == image_token:
             shown += [image for image in [next(images, None)] if image is not None]
         yield piece
-
-
-def place(image: ImageRef, root: Path) -> Path:
-    """The file (or folder) that an image is read from."""
-    return root / (image.video if isinstance(image, Frame) else image)

@@ -10,7 +10,7 @@ import torch
 
 from megatron_vlm.data.batch import MediaWindow, StepBatch
 from megatron_vlm.data.fetch.loader import build_loader
-from megatron_vlm.data.fetch.samples import SampleSource
+from megatron_vlm.data.fetch.samples import SampleReader
 from megatron_vlm.data.media.images import MediaReader
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.models.vision.media_spec import MediaSpec
@@ -89,14 +89,14 @@ def test_packed_rows(folder: Path) -> None:
 
 def test_only_the_texts_of_its_own_images_are_read_of_others(folder: Path) -> None:
     sizes, read = GridSizes(data=4), Counter[str]()
-    original = SampleSource.document
+    original = SampleReader.document
 
-    def counted(source: SampleSource, number: int) -> Any:
+    def counted(source: SampleReader, number: int) -> Any:
         sample, encoded = original(source, number)
         read[sample.id] += 1
         return sample, encoded
 
-    with mock.patch.object(SampleSource, "document", counted):
+    with mock.patch.object(SampleReader, "document", counted):
         (batch,) = steps_of(folder, sizes, 1, 1)
     (window,) = batch.windows
     own_rows = {name for m in batch.micro_batches for name in m.sample_ids}

@@ -18,9 +18,10 @@ from megatron_vlm.data.index.building import BadSamplePolicy
 from megatron_vlm.data.index.cache import open_index
 from megatron_vlm.data.index.records import SampleIndex
 from megatron_vlm.data.media.images import MediaReader
+from megatron_vlm.data.media.store import MediaStore
 from megatron_vlm.data.sample import IGNORE, BadSample
 from megatron_vlm.data.sources import llava_json
-from megatron_vlm.data.sources.llava_json import LlavaFile
+from megatron_vlm.data.sources.llava_json import LlavaJson
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.errors import DataError
@@ -31,8 +32,8 @@ from tests.unit.data.encoders import SPEC, encoder_in
 
 
 def open_tiny(folder: Path, rank: int = 0, **encoder: object) -> SampleIndex:
-    file = LlavaFile(tiny_dataset(folder), "<image>")
-    return open_index(file, encoder_in(folder, **encoder), folder, folder / "spare", rank)
+    file = LlavaJson(tiny_dataset(folder), "<image>")
+    return open_index(file, encoder_in(folder, **encoder), MediaStore(folder), folder / "spare", rank)
 
 
 def published(folder: Path) -> list[str]:
@@ -50,12 +51,12 @@ def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_numbers_are_those_of_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "SAMPLES_PER_CHUNK", 7)
     index = open_tiny(tmp_path)
-    file, encoder = LlavaFile(tiny_dataset(tmp_path), "<image>"), encoder_in(tmp_path)
+    file, encoder = LlavaJson(tiny_dataset(tmp_path), "<image>"), encoder_in(tmp_path)
     assert len(index) == 24
-    for number, sample in enumerate(file.read_all()):
+    for number, sample in enumerate(list(file.samples())):
         assert index.tokens[number] == len(encoder.encode(sample).ids)
         assert index.images[number] == len(sample.images) and index.sample_id(number) == sample.id
-        assert file.read(index.extent(number)) == sample
+        assert file.sample(index.key(number)) == sample
     copy = pickle.loads(pickle.dumps(index))
     assert copy.sample_id(3) == index.sample_id(3) and len(pickle.dumps(index)) < 500
 
@@ -156,17 +157,19 @@ def test_samples_without_a_name(tmp_path: Path) -> None:
     assert open_tiny(tmp_path).sample_id(3) == ""
 
 
-def test_a_folder_is_no_data_file_and_gets_no_index(tmp_path: Path) -> None:
+def test_a_folder_without_data_files_gets_no_index(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    with pytest.raises(DataError, match="data cannot be read: is a directory, a regular file is needed"):
-        open_index(LlavaFile(tmp_path / "data", "<image>"), encoder_in(tmp_path), tmp_path, tmp_path / "spare")
+    with pytest.raises(DataError, match=r"data folder \S+ holds no file that ends in \.json or \.jsonl"):
+        open_index(
+            LlavaJson(tmp_path / "data", "<image>"), encoder_in(tmp_path), MediaStore(tmp_path), tmp_path / "spare"
+        )
     assert not (tmp_path / "data.index").exists()
 
 
 def skip_bad(path: Path, folder: Path, max_tokens: int = 128) -> SampleIndex:
     """The index of a data file of `folder` without its bad samples."""
     rule = BadSamplePolicy(MediaReader(SPEC, "pad"), max_tokens)
-    return open_index(LlavaFile(path, "<image>"), encoder_in(folder), folder, folder / "spare", skip=rule)
+    return open_index(LlavaJson(path, "<image>"), encoder_in(folder), MediaStore(folder), folder / "spare", skip=rule)
 
 
 def ids_of(index: SampleIndex) -> list[str]:
@@ -177,13 +180,13 @@ def test_bad_samples_are_left_out_and_counted(tmp_path: Path) -> None:
     path, without, blanked = bad_media.spoil(tmp_path)
     index = skip_bad(path, tmp_path)
     assert index.dropped == bad_media.DROPPED == dict(sorted(index.dropped.items()))
-    clean = open_index(LlavaFile(without, "<image>"), encoder_in(tmp_path), tmp_path, tmp_path / "spare")
+    clean = open_index(LlavaJson(without, "<image>"), encoder_in(tmp_path), MediaStore(tmp_path), tmp_path / "spare")
     assert clean.dropped == {} and ids_of(index) == ids_of(clean) and blanked <= set(ids_of(index))
     assert index.fingerprint_of_contents == clean.fingerprint_of_contents
-    file = LlavaFile(path, "<image>")
-    assert [file.read(index.extent(i)).id for i in range(len(index))] == ids_of(index)
+    file = LlavaJson(path, "<image>")
+    assert [file.sample(index.key(i)).id for i in range(len(index))] == ids_of(index)
     listed = [json.loads(line) for line in (index.folder / "dropped.jsonl").read_text().splitlines()]
-    assert [line["id"] for line in listed] == [s.id for s in file.read_all() if s.id not in set(ids_of(index))]
+    assert [line["id"] for line in listed] == [s.id for s in list(file.samples()) if s.id not in set(ids_of(index))]
     assert all(line["place"].startswith(f"{path} element ") and line["message"] for line in listed)
     assert sum(index.dropped.values()) == len(listed)
 
@@ -223,7 +226,7 @@ def test_every_reason_to_leave_a_sample_out(tmp_path: Path, monkeypatch: pytest.
     assert [line["place"] for line in listed] == [f"{path} line {number + 1}" for number in bad]
     assert listed[-1]["id"] == "long" and "training.sequence_length is 128" in listed[-1]["message"]
     with pytest.raises(DataError, match="line 3 is not JSON"):  # without the rule the first is an error
-        open_index(LlavaFile(path, "<image>"), encoder_in(tmp_path), tmp_path, tmp_path / "spare")
+        open_index(LlavaJson(path, "<image>"), encoder_in(tmp_path), MediaStore(tmp_path), tmp_path / "spare")
 
 
 def test_a_broken_list_stays_an_error(tmp_path: Path) -> None:
@@ -323,34 +326,34 @@ def test_untrained_answers_are_part_of_the_fingerprint(tmp_path: Path, key: str)
         json.dumps([{"conversations": turns}, {"conversations": turns[:1] + turns[3:]}])
     )
     for apart in (False, True):
-        file, encoder = LlavaFile(tmp_path / "train.json", "<image>"), encoder_in(tmp_path)
+        file, encoder = LlavaJson(tmp_path / "train.json", "<image>"), encoder_in(tmp_path)
         encoder.apart = apart
-        found = open_index(file, encoder, tmp_path, tmp_path / "spare").fingerprint_of_contents
+        found = open_index(file, encoder, MediaStore(tmp_path), tmp_path / "spare").fingerprint_of_contents
         assert found.pop(UNTRAINED) == 1 and found["samples"] == 2
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(llava_json, "is_trained", lambda *_: True)
             os.utime(file.path, (1, 1 + apart))
-            before = open_index(file, encoder, tmp_path, tmp_path / "spare").fingerprint_of_contents
+            before = open_index(file, encoder, MediaStore(tmp_path), tmp_path / "spare").fingerprint_of_contents
         assert before.keys() == found.keys() and (before == found) is not apart
 
 
 def test_truncated_samples_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """An index of its own, with the tokens and images that are left; one without an answer is a bad sample."""
-    whole, file = open_tiny(tmp_path), LlavaFile(tiny_dataset(tmp_path), "<image>")
-    labels = [encoder_in(tmp_path).encode(sample).labels for sample in file.read_all()]
+    whole, file = open_tiny(tmp_path), LlavaJson(tiny_dataset(tmp_path), "<image>")
+    labels = [encoder_in(tmp_path).encode(sample).labels for sample in list(file.samples())]
     first_answers = [next(at for at, label in enumerate(row) if label != IGNORE) for row in labels]
     limit = sorted(first_answers)[12] + 1  # about half of the samples have an answer before it
     tokenizer = load_tokenizer(tiny_tokenizer(tmp_path), "<image>")
     encoder = ConversationEncoder(tokenizer, "auto", "<image>", 5, limit)
     with pytest.raises(BadSample, match=f"hold no answer .training.sequence_length {limit}"):
-        open_index(file, encoder, tmp_path, tmp_path / "spare")
+        open_index(file, encoder, MediaStore(tmp_path), tmp_path / "spare")
     media = MediaReader(MediaSpec(16, 16, 28, 28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), "pad")
-    cut = open_index(file, encoder, tmp_path, tmp_path / "spare", 0, BadSamplePolicy(media, limit))
+    cut = open_index(file, encoder, MediaStore(tmp_path), tmp_path / "spare", 0, BadSamplePolicy(media, limit))
     is_long = {whole.sample_id(number) for number in range(24) if whole.tokens[number] > limit}
     assert cut.num_truncated + cut.dropped["truncated"] == len(is_long) and whole.num_truncated == 0
     assert cut.dropped["truncated"] == sum(first >= limit for first in first_answers) and cut.num_truncated > 1
     assert f"{cut.num_truncated} of {len(cut)} samples" in caplog.text and f"truncated to {limit} tokens" in caplog.text
-    samples = {sample.id: sample for sample in file.read_all()}
+    samples = {sample.id: sample for sample in list(file.samples())}
     for number in range(len(cut)):
         encoded = encoder.encode(samples[cut.sample_id(number)])
         assert (cut.tokens[number], cut.images[number]) == (len(encoded.ids), len(encoded.image_starts))

@@ -14,6 +14,7 @@ from PIL import Image
 
 from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.media.images import FAULTS, FORMATS, MediaReader
+from megatron_vlm.data.media.store import MediaStore
 from megatron_vlm.data.media.video.files import read_images, survey
 from megatron_vlm.data.sample import BadSample, Frame
 from megatron_vlm.models.vision.media_spec import MediaSpec
@@ -44,7 +45,7 @@ def test_what_is_no_file_is_neither_image_nor_video_nor_frame(tmp_path: Path, ki
     assert expected in str(caught.value) and caught.value.reason in FAULTS
     if os.path.lexists(frame):
         with pytest.raises(BadSample, match=expected):
-            list(read_images(READER, [Frame("frames", 0, 1)], tmp_path, "s"))
+            list(read_images(READER, [Frame("frames", 0, 1)], MediaStore(tmp_path), "s"))
 
 
 def strip(path: Path, width: int, height: int) -> Path:
@@ -86,14 +87,14 @@ def test_memory_that_an_image_lacks_is_the_images_fault(tmp_path: Path, monkeypa
     monkeypatch.setattr(Image.Image, "resize", lacks)
     assert refused(tmp_path / "a.png").reason == "damaged"
     with pytest.raises(BadSample, match=r"s: video .*a\.mp4 cannot be read: MemoryError"):
-        list(read_images(READER, [Frame("a.mp4", 0, 3)], tmp_path, "s"))
+        list(read_images(READER, [Frame("a.mp4", 0, 3)], MediaStore(tmp_path), "s"))
 
 
 def test_frames_that_grow_while_they_are_resized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_video(tmp_path / "a.mp4", 3)
     monkeypatch.setattr("megatron_vlm.data.media.images.MAX_PREPARED_PIXELS", 28 * 28)  # 28 x 32 between the passes
     with pytest.raises(BadSample, match="too large to be decoded: its 32 x 32 pixels become 896") as caught:
-        list(read_images(READER, [Frame("a.mp4", 0, 3)], tmp_path, "s"))
+        list(read_images(READER, [Frame("a.mp4", 0, 3)], MediaStore(tmp_path), "s"))
     assert caught.value.reason == "bomb"
 
 
@@ -173,4 +174,4 @@ def test_a_name_is_only_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     made.rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert survey(Path(name), "s").num_frames == 5
-    assert len(list(read_images(READER, [Frame(name, 0, VideoConfig().num_frames - 3)], Path(), "s"))) == 1
+    assert len(list(read_images(READER, [Frame(name, 0, VideoConfig().num_frames - 3)], MediaStore(Path()), "s"))) == 1

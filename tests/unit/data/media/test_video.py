@@ -7,6 +7,7 @@ import pytest
 
 from megatron_vlm.config.schema import VideoConfig
 from megatron_vlm.data.media.images import FAULTS
+from megatron_vlm.data.media.store import MediaStore
 from megatron_vlm.data.media.video import files
 from megatron_vlm.data.media.video.files import read_images, survey
 from megatron_vlm.data.media.video.sampling import VideoFacts, frame_numbers, num_sampled, with_frames
@@ -27,7 +28,7 @@ NUM_FRAMES = 100
 
 def read(path: Path, numbers: list[int], count: int) -> list[int]:
     frames = [Frame(path.name, number, count) for number in numbers]
-    return [told(pixels) for pixels in read_images(READER, frames, path.parent, "sample 's'")]
+    return [told(pixels) for pixels in read_images(READER, frames, MediaStore(path.parent), "sample 's'")]
 
 
 def test_frames_are_spread_from_the_first_to_the_last() -> None:
@@ -140,7 +141,7 @@ def test_a_video_that_ends_early_is_damaged_from_there_on(tmp_path: Path) -> Non
     found: list[int] = []
     frames = [Frame(path.name, number, NUM_FRAMES) for number in (2, 4, 99)]
     with pytest.raises(BadSample, match=r"a\.mkv cannot be read: ") as caught:
-        for pixels in read_images(READER, frames, tmp_path, "s"):
+        for pixels in read_images(READER, frames, MediaStore(tmp_path), "s"):
             found.append(told(pixels))
     assert found == [2, 4] and caught.value.reason == "damaged"
 
@@ -148,7 +149,7 @@ def test_a_video_that_ends_early_is_damaged_from_there_on(tmp_path: Path) -> Non
 def test_a_video_with_fewer_frames_than_were_indexed(tmp_path: Path) -> None:
     make_video(tmp_path / "a.mp4", 5)
     with pytest.raises(BadSample, match="has 5 frames, 8 at least when it was indexed"):
-        list(read_images(READER, [Frame("a.mp4", 2, 8)], tmp_path, "s"))
+        list(read_images(READER, [Frame("a.mp4", 2, 8)], MediaStore(tmp_path), "s"))
 
 
 def test_markers_become_frames_in_their_places() -> None:

@@ -12,8 +12,9 @@ from megatron_vlm.data.index.building import BadSamplePolicy
 from megatron_vlm.data.index.cache import open_index
 from megatron_vlm.data.index.records import SampleIndex
 from megatron_vlm.data.media.images import MediaReader
+from megatron_vlm.data.media.store import MediaStore
 from megatron_vlm.data.sample import BadSample
-from megatron_vlm.data.sources.llava_json import LlavaFile
+from megatron_vlm.data.sources.llava_json import LlavaJson
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.errors import DataError
 from tests.helpers.faults.odd_files import ODD
@@ -38,7 +39,7 @@ def index_of(folder: Path, *records: bytes, skips: bool = True) -> SampleIndex:
     Image.new("RGB", (28, 28)).save(folder / "good.png")
     path.write_bytes(b"\n".join(records))
     rule = BadSamplePolicy(MediaReader(SPEC, "pad"), 128) if skips else None
-    return open_index(LlavaFile(path, "<image>"), encoder_in(folder), folder, folder / "spare", skip=rule)
+    return open_index(LlavaJson(path, "<image>"), encoder_in(folder), MediaStore(folder), folder / "spare", skip=rule)
 
 
 def check_left_out(folder: Path, record: bytes, reason: str, message: str) -> None:
@@ -83,8 +84,12 @@ def test_what_python_refuses_is_the_samples_fault(
 @pytest.mark.parametrize("kind", ODD)
 def test_data_files_that_are_none(tmp_path: Path, kind: str) -> None:
     make, message = ODD[kind]
-    file = LlavaFile(make(tmp_path / "a.json"), "<image>")
-    for read in (file.read_all, lambda: open_index(file, encoder_in(tmp_path), tmp_path, tmp_path / "spare")):
+    file = LlavaJson(make(tmp_path / "a.json"), "<image>")
+    store = MediaStore(tmp_path)
+    for read in (
+        lambda: list(file.samples()),
+        lambda: open_index(file, encoder_in(tmp_path), store, tmp_path / "spare"),
+    ):
         with pytest.raises(DataError, match=f"data file .* cannot be read: .*{message}"):
             read()
 
@@ -93,7 +98,7 @@ def test_a_data_file_that_the_memory_does_not_hold(tmp_path: Path) -> None:
     (tmp_path / "a.json").touch()
     os.truncate(tmp_path / "a.json", 1 << 40)  # sparse: no room on the disk
     with pytest.raises(DataError, match=r"a\.json has 1,099,511,627,776 bytes; to index it takes twice the memory"):
-        LlavaFile(tmp_path / "a.json", "<image>").scan()
+        LlavaJson(tmp_path / "a.json", "<image>").scan()
 
 
 @pytest.mark.parametrize("name", ["a\0b", "circle"])
@@ -102,7 +107,10 @@ def test_media_roots_that_are_none(tmp_path: Path, name: str) -> None:
     (tmp_path / "data.jsonl").write_bytes(GOOD)
     with pytest.raises(DataError, match=r"data\.media_root: found .*, needs the name of a folder"):
         open_index(
-            LlavaFile(tmp_path / "data.jsonl", "<image>"), encoder_in(tmp_path), tmp_path / name, tmp_path / "spare"
+            LlavaJson(tmp_path / "data.jsonl", "<image>"),
+            encoder_in(tmp_path),
+            MediaStore(tmp_path / name),
+            tmp_path / "spare",
         )
 
 
@@ -113,6 +121,7 @@ def test_an_index_that_would_block_is_damaged(tmp_path: Path, name: str) -> None
     os.mkfifo(folder / name)
     with pytest.raises(DataError, match="is damaged .*is a named pipe"):
         open_index(
-            LlavaFile(tmp_path / "data.jsonl", "<image>"), encoder_in(tmp_path), tmp_path, tmp_path / "spare",
+            LlavaJson(tmp_path / "data.jsonl", "<image>"),
+            encoder_in(tmp_path), MediaStore(tmp_path), tmp_path / "spare",
             skip=BadSamplePolicy(MediaReader(SPEC, "pad"), 128),
         )  # fmt: skip

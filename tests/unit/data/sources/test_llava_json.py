@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 
 from megatron_vlm.data.sample import Turn
-from megatron_vlm.data.sources.llava_json import LlavaFile
+from megatron_vlm.data.sources import Extent, keys_of
+from megatron_vlm.data.sources.llava_json import LlavaJson
 from megatron_vlm.errors import DataError
 
 QA = [{"from": "human", "value": "Was ist dás? ☃"}, {"from": "gpt", "value": 'Ein "[{Tier}]",\n漢字'}]
 
 
-def write(path: Path, text: str) -> LlavaFile:
+def write(path: Path, text: str) -> LlavaJson:
     path.write_bytes(text.encode())
-    return LlavaFile(path, "<image>")
+    return LlavaJson(path, "<image>")
 
 
 RECORDS = [
@@ -40,7 +41,7 @@ def test_both_forms_give_the_same_samples(tmp_path: Path, layout: str, ascii_onl
         "windows": "\r\n".join(lines) + "\r\n",
     }[layout]
     file = write(tmp_path / "data.json", text)
-    samples = file.read_all()
+    samples = list(file.samples())
     assert [sample.id for sample in samples[:2]] == ["7", "ü"]
     assert samples[0].turns == (Turn("user", QA[0]["value"]), Turn("assistant", QA[1]["value"]))
     assert samples[1].images == ("a.png",)
@@ -48,9 +49,9 @@ def test_both_forms_give_the_same_samples(tmp_path: Path, layout: str, ascii_onl
     assert samples[2].turns[1].text == "<image>\n<image>\n" + QA[0]["value"]
     assert samples[3].images == () and len(samples[3].turns) == 4
     numbers = [0, 1, 2, 3] if "[" in text[:3] else [1, 3, 5, 7] if layout == "lines with gaps" else [1, 2, 3, 4]
-    assert [extent.number for extent in file.scan()] == numbers
+    assert file.scan()[:, 3].tolist() == numbers
     raw = (tmp_path / "data.json").read_bytes()
-    for extent, record in zip(file.scan(), RECORDS, strict=True):
+    for extent, record in zip(map(Extent._make, keys_of(file.scan())), RECORDS, strict=True):
         assert json.loads(raw[extent.offset : extent.offset + extent.size]) == record
 
 
@@ -58,9 +59,9 @@ def test_a_fetch_reads_only_its_own_bytes(tmp_path: Path) -> None:
     file = write(
         tmp_path / "data.json", json.dumps([{"id": i, "conversations": QA, "pad": "x" * 10_000} for i in range(500)])
     )
-    extent = file.scan()[250]
+    key = tuple(file.scan()[250])
     tracemalloc.start()
-    assert LlavaFile(file.path, "<image>").read(extent).id == "250"
+    assert LlavaJson(file.path, "<image>").sample(key).id == "250"
     assert tracemalloc.get_traced_memory()[1] < 300_000  # the file has 5 MB
     tracemalloc.stop()
 
@@ -114,38 +115,38 @@ def talk(*roles: str) -> str:
 def test_errors_name_file_and_place(tmp_path: Path, text: str, message: str) -> None:
     file = write(tmp_path / "some.json", text)
     with pytest.raises(DataError, match=message) as caught:
-        file.read_all()
+        list(file.samples())
     assert "some.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_answer_before_any_question_is_left_out(tmp_path: Path) -> None:
     turns = [{"from": role, "value": role} for role in ("system", "gpt", "human", "gpt")]
-    (_, sample) = write(tmp_path / "some.json", one(conversations=turns)).read_all()
+    (_, sample) = write(tmp_path / "some.json", one(conversations=turns)).samples()
     assert [turn.text for turn in sample.turns] == ["system", "human", "gpt"]
 
 
 def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "some.jsonl").write_bytes(b'{"id": "\xff"}\n')
     with pytest.raises(DataError, match="some.jsonl line 1 is not JSON"):
-        LlavaFile(tmp_path / "some.jsonl", "<image>").read_all()
+        list(LlavaJson(tmp_path / "some.jsonl", "<image>").samples())
 
 
 def test_another_marker_than_the_files_is_not_put_beside_it(tmp_path: Path) -> None:
     """The file's own would be trained on as a text."""
     write(tmp_path / "some.json", one(conversations=RECORDS[1]["conversations"], image="a"))
     with pytest.raises(DataError, match="element 1 marks its image.s. by <image>; data.image_token is '<img>'"):
-        LlavaFile(tmp_path / "some.json", "<img>").read_all()
+        list(LlavaJson(tmp_path / "some.json", "<img>").samples())
 
 
 def test_lines_of_one_object_are_told_apart_from_a_list(tmp_path: Path) -> None:
     file = write(tmp_path / "some.json", json.dumps(RECORDS[0], indent=1))
     with pytest.raises(DataError, match="line 1 is not JSON: .*, column 2; a file holds one list of objects, or one"):
-        file.read_all()
+        list(file.samples())
 
 
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none.json cannot be read: No such file"):
-        LlavaFile(tmp_path / "none.json", "<image>").scan()
+        LlavaJson(tmp_path / "none.json", "<image>").scan()
 
 
 @pytest.mark.parametrize(
@@ -166,13 +167,13 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_what_json_allows_and_nobody_can_use_is_a_data_error(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "data.json").write_bytes(data)
     with pytest.raises(DataError, match=message):
-        LlavaFile(tmp_path / "data.json", "<image>").read_all()
+        list(LlavaJson(tmp_path / "data.json", "<image>").samples())
 
 
 def test_whole_escaped_characters_and_missing_ids(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "\U0001f600"}, QA[1]]
     file = write(tmp_path / "data.json", json.dumps([{"id": None, "conversations": turns}, {"conversations": turns}]))
-    samples = file.read_all()
+    samples = list(file.samples())
     assert samples[0].turns[0].text == "\U0001f600" and [sample.id for sample in samples] == ["0", "1"]
 
 
@@ -189,7 +190,7 @@ def test_whole_escaped_characters_and_missing_ids(tmp_path: Path) -> None:
 )
 def test_videos_stand_where_they_are_marked(tmp_path: Path, question: str, media: Any, marked: str) -> None:
     turns = [{"from": "human", "value": question}, QA[1]]
-    (_, sample) = write(tmp_path / "some.json", one(conversations=turns, **media)).read_all()
+    (_, sample) = write(tmp_path / "some.json", one(conversations=turns, **media)).samples()
     wanted = media["video"] or []
     assert sample.turns[0].text == marked
     assert sample.videos == (tuple(wanted) if isinstance(wanted, list) else (wanted,))
@@ -199,4 +200,4 @@ def test_videos_stand_where_they_are_marked(tmp_path: Path, question: str, media
 def test_another_number_of_markers_than_of_videos(tmp_path: Path, question: str) -> None:
     turns = [{"from": "human", "value": question}, QA[1]]
     with pytest.raises(DataError, match=r"element 1 has 1 video\(s\) and \d <video> in its text"):
-        write(tmp_path / "some.json", one(conversations=turns, video="a.mp4")).read_all()
+        list(write(tmp_path / "some.json", one(conversations=turns, video="a.mp4")).samples())

@@ -10,11 +10,12 @@ import pytest
 from megatron_vlm.data.index import building
 from megatron_vlm.data.index.cache import open_index
 from megatron_vlm.data.index.records import SampleIndex
+from megatron_vlm.data.media.store import MediaStore
 from megatron_vlm.data.media.video.sampling import with_frames
 from megatron_vlm.data.sample import BadSample, Sample, Turn, marks_image
 from megatron_vlm.data.sources import record_keys
 from megatron_vlm.data.sources.base import MOST_TOLD
-from megatron_vlm.data.sources.llava_json import LlavaFile, parse_record
+from megatron_vlm.data.sources.llava_json import LlavaJson, parse_record
 from megatron_vlm.evaluation.run import read_questions
 from tests.unit.data.encoders import encoder_in
 
@@ -220,17 +221,17 @@ def test_markers_without_end_take_no_time() -> None:
     assert time.monotonic() - begin < 5
 
 
-def write(folder: Path, count: int = 7) -> LlavaFile:
+def write(folder: Path, count: int = 7) -> LlavaJson:
     """Of the records all have a key that nobody knows, and every third one has another, in two turns."""
     path = folder / "data.jsonl"
     odd = [{**turn, "tone": "warm"} for turn in TALK]
     records = [{"conversations": TALK if n % 3 else odd, "bbox": [n], "source": "web"} for n in range(count)]
     path.write_text("\n".join(map(json.dumps, records)))
-    return LlavaFile(path, "<image>")
+    return LlavaJson(path, "<image>")
 
 
-def index_of(folder: Path, file: LlavaFile, rank: int = 0) -> SampleIndex:
-    return open_index(file, encoder_in(folder), folder, folder / "spare", rank)
+def index_of(folder: Path, file: LlavaJson, rank: int = 0) -> SampleIndex:
+    return open_index(file, encoder_in(folder), MediaStore(folder), folder / "spare", rank)
 
 
 TOLD = "of the 7 records of {}: key 'bbox' is not known and passed over (7); a turn's key 'tone' is not known and "
@@ -270,7 +271,7 @@ def test_a_file_whose_keys_have_no_end(
     path = tmp_path / "data.jsonl"
     lines = (json.dumps({"conversations": TALK, f"k{n}": 1, f"l{n}": 1, "bbox": 1}) for n in range(40))
     path.write_text("\n".join(lines))
-    index = index_of(tmp_path, LlavaFile(path, "<image>"))
+    index = index_of(tmp_path, LlavaJson(path, "<image>"))
     assert len(index.remarks) == 30 and index.remarks["key 'bbox' is not known and passed over"] == 40
     told = " ".join(capsys.readouterr().out.split())
     assert told.count("not known") == MOST_TOLD and f"and {30 - MOST_TOLD} more" in told

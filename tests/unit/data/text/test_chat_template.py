@@ -9,7 +9,8 @@ from transformers.utils import chat_template_utils
 
 from megatron_vlm.config.schema import DataConfig
 from megatron_vlm.data.index.cache import open_index
-from megatron_vlm.data.sources.llava_json import LlavaFile
+from megatron_vlm.data.media.store import MediaStore
+from megatron_vlm.data.sources.llava_json import LlavaJson
 from megatron_vlm.data.text import chat_template
 from megatron_vlm.data.text.chat_template import ChatTemplate
 from megatron_vlm.data.text.conversation import ConversationEncoder, EncodedSample
@@ -136,36 +137,36 @@ def test_named_templates_take_none(tmp_path: Path) -> None:
 
 
 def test_an_index_is_of_its_arguments(tmp_path: Path) -> None:
-    file = LlavaFile(tiny_dataset(tmp_path), "<image>")
+    file = LlavaJson(tiny_dataset(tmp_path), "<image>")
     folders = set()
     for arguments in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
         tokenizer = tokenizers.byte_level(tmp_path / "tokenizer", tokenizers.QWEN3)
         encoder = ConversationEncoder(tokenizer, "auto", "<image>", 5, arguments=arguments, apart=True)
-        folders.add(open_index(file, encoder, tmp_path, tmp_path / "spare").folder)
+        folders.add(open_index(file, encoder, MediaStore(tmp_path), tmp_path / "spare").folder)
     assert len(folders) == 3
 
 
 def test_an_index_is_of_the_day_that_its_template_sees(tmp_path: Path) -> None:
-    file, folders = LlavaFile(tiny_dataset(tmp_path), "<image>"), []
+    file, folders = LlavaJson(tiny_dataset(tmp_path), "<image>"), []
     for day in ("2026-03-05", "2026-09-30", "2026-03-05"):
         encoder = encoder_of(tmp_path / "tokenizer", DATED, strftime_now=day)
-        folders.append(open_index(file, encoder, tmp_path, tmp_path / "spare").folder)
+        folders.append(open_index(file, encoder, MediaStore(tmp_path), tmp_path / "spare").folder)
     assert folders[0] == folders[2] != folders[1]
 
 
 def test_an_index_of_answers_apart(tmp_path: Path) -> None:
     """Every answer of a record is a sample, with the images that stand before it."""
-    file = LlavaFile(tiny_dataset(tmp_path), "<image>")
+    file = LlavaJson(tiny_dataset(tmp_path), "<image>")
     tokenizer = tokenizers.byte_level(tmp_path / "tokenizer", tokenizers.QWEN3)
     encoder = ConversationEncoder(tokenizer, "auto", "<image>", 5, apart=True)
-    index = open_index(file, encoder, tmp_path, tmp_path / "spare")
-    expected = [(number, part) for number, sample in enumerate(file.read_all()) for part in encoder.split(sample)]
+    index = open_index(file, encoder, MediaStore(tmp_path), tmp_path / "spare")
+    expected = [(number, part) for number, sample in enumerate(file.samples()) for part in encoder.split(sample)]
     assert len(index) == len(expected) > 24
     for number, (record, part) in enumerate(expected):
         encoded = encoder.encode(part)
-        assert (index.extent(number).number, index.tokens[number]) == (record, len(encoded.ids))
+        assert (index.key(number)[-1], index.tokens[number]) == (record, len(encoded.ids))
         assert index.images[number] == len(part.images) == len(encoded.image_starts)
-        assert encoder.split(file.read(index.extent(number)))[index.part(number)] == part
+        assert encoder.split(file.sample(index.key(number)))[index.part(number)] == part
 
 
 def test_a_model_is_asked_as_it_was_trained(tmp_path: Path) -> None:

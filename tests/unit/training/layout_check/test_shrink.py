@@ -11,7 +11,7 @@ from transformers import CLIPConfig, Qwen2Config
 from megatron_vlm.config.rules import validate
 from megatron_vlm.config.schema import Config, PrecisionConfig
 from megatron_vlm.data.sample import IGNORE
-from megatron_vlm.data.sources.llava_json import LlavaFile
+from megatron_vlm.data.sources.llava_json import LlavaJson
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.data.text.templates import TEMPLATES
 from megatron_vlm.data.text.tokenizer import load_tokenizer
@@ -194,8 +194,8 @@ def test_trained_tokens_stand_at_the_cuts_of_the_first_step(tmp_path: Path, para
     path = tmp_path / "picked.json"
     path.write_text(json.dumps(samples[: small.training.global_batch_size]))
     encoder = ConversationEncoder(load_tokenizer(tiny_tokenizer(tmp_path), "<image>"), "auto", "<image>", 16)
-    file = LlavaFile(path, "<image>")
-    encoded = [encoder.encode(file.read(extent)) for extent in file.scan()]
+    file = LlavaJson(path, "<image>")
+    encoded = [encoder.encode(sample) for sample in file.samples()]
     length = max(len(of_one.ids) for of_one in encoded)
     cut = (parallel.get("ring", 1), parallel.get("ulysses", 1), parallel.get("tensor", 1))
     layout = SequenceLayout(padded_length(length, *cut), *cut)
