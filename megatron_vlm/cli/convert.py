@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from megatron_vlm.errors import shown
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
+from megatron_vlm.runtime.waiting import told_if_slow
 
 if TYPE_CHECKING:  # what a command needs is imported when it runs
     from megatron_vlm.conversion.formats import ForeignModel
@@ -93,10 +94,12 @@ def _add_inspect(parser: CommandLine) -> None:
 def _import(arguments: argparse.Namespace) -> None:
     _prepare()
     from megatron_vlm.conversion.transfer.destination import refuse_taken_checkpoints
-    from megatron_vlm.conversion.transfer.importing import import_model, size_bytes
 
     refuse_taken_checkpoints(arguments.destination)  # before anything is fetched
-    foreign = _open(arguments)
+    with told_if_slow(f"opening {arguments.source}"):
+        from megatron_vlm.conversion.transfer.importing import import_model, size_bytes
+
+        foreign = _open(arguments)
     with _Bytes() as written:
         written.show(f"importing {arguments.source}", size_bytes(foreign))
         checkpoint = import_model(foreign, arguments.destination, written.advance)
@@ -134,10 +137,12 @@ def _open(arguments: argparse.Namespace) -> "ForeignModel":
 def _export(arguments: argparse.Namespace) -> None:
     _prepare()
     from megatron_vlm.config.extensions import import_extensions
-    from megatron_vlm.conversion.transfer.exporting import plan_export
 
     import_extensions(arguments.extensions)
-    plan = plan_export(arguments.checkpoint, arguments.format, arguments.dtype)
+    with told_if_slow(f"opening {arguments.checkpoint}"):
+        from megatron_vlm.conversion.transfer.exporting import plan_export
+
+        plan = plan_export(arguments.checkpoint, arguments.format, arguments.dtype)
     with _Bytes() as written:
         written.show(f"exporting {arguments.checkpoint}", plan.size_bytes)
         plan.write(arguments.destination, written.advance)
@@ -146,14 +151,15 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     from megatron_vlm.config.extensions import import_extensions
-    from megatron_vlm.conversion.verify.comparing import compare
     from megatron_vlm.runtime.device import prepare
 
     prepare(arguments.device)  # before what an extension imports
     import_extensions(arguments.extensions)
-    comparison = compare(
-        arguments.a, arguments.b, arguments.media, arguments.prompt, arguments.device, arguments.format_options
-    )
+    asked = arguments.media, arguments.prompt, arguments.device, arguments.format_options
+    with told_if_slow(f"comparing {arguments.a} and {arguments.b}"):
+        from megatron_vlm.conversion.verify.comparing import compare
+
+        comparison = compare(arguments.a, arguments.b, *asked)
     print(shown(comparison))
     if not comparison.agrees:
         raise SystemExit(1)

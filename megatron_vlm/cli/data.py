@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_vlm.errors import shown
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
+from megatron_vlm.runtime.waiting import told_if_slow
 
 VOCABULARY_SIZE = 4096
 
@@ -36,9 +37,10 @@ def main() -> None:
 
 
 def _make_tokenizer(arguments: argparse.Namespace) -> None:
-    from megatron_vlm.data.text.new_tokenizer import make_tokenizer
+    with told_if_slow(f"making a tokenizer of {arguments.data}"):
+        from megatron_vlm.data.text.new_tokenizer import make_tokenizer
 
-    num_tokens = make_tokenizer(arguments.data, arguments.directory, arguments.vocabulary_size)
+        num_tokens = make_tokenizer(arguments.data, arguments.directory, arguments.vocabulary_size)
     print(f"{shown(str(arguments.directory))}: {num_tokens:,} tokens")
 
 

@@ -36,6 +36,7 @@ from megatron_vlm.runtime.environment import (
 )
 from megatron_vlm.runtime.files import read_text
 from megatron_vlm.runtime.launch import environment_of_child
+from megatron_vlm.runtime.waiting import told_if_slow
 
 ROOT = Path(__file__).resolve().parents[2]
 IS_CHECKOUT = (ROOT / "kernels" / "megatron_vlm_kernels").is_dir()  # else it is where pip installs
@@ -278,7 +279,8 @@ def judge(arguments: argparse.Namespace) -> ConfigError | None:
     """Says that the recipe is valid, or gives the error for a machine on which it cannot be checked, to be raised once
     the findings say why. Raises ConfigError where the recipe is wrong."""
     try:
-        check_recipe(arguments.recipe, arguments.overrides, arguments.world_size)
+        with told_if_slow(f"reading the models of {arguments.recipe}"):
+            check_recipe(arguments.recipe, arguments.overrides, arguments.world_size)
     except ImportError as error:
         return ConfigError(f"{arguments.recipe}: cannot be checked here: {one_line(error)}; see what is broken above")
     print(f"    ok  {shown(arguments.recipe)} is valid on {arguments.world_size} rank(s)", flush=True)
@@ -293,10 +295,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there too")
     with parser.run() as (arguments, _):
         unchecked = judge(arguments) if arguments.recipe else None
-        told, backends = operations()
-        found = [*packages(backends.get("packages", {})), *machine()]
-        imported, num_gpus = accelerators()
-        found += [*imported, *communication(num_gpus), *told]
+        with told_if_slow("trying the operations, the devices and the ranks' connections"):
+            told, backends = operations()
+            found = [*packages(backends.get("packages", {})), *machine()]
+            imported, num_gpus = accelerators()
+            found += [*imported, *communication(num_gpus), *told]
         variables = launcher_variables()
         seen = ", ".join(f"{name}={value}" for name, value in variables.items()) or "none"
         found.append(Finding("variables", "ok", seen))

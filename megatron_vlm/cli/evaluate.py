@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from megatron_vlm.errors import DataError, shown
 from megatron_vlm.runtime.command_line import CHOICES, CommandLine, whole_number
+from megatron_vlm.runtime.waiting import LIBRARIES, told_if_slow
 
 if TYPE_CHECKING:
     from megatron_vlm.evaluation.report import Report
@@ -49,17 +50,20 @@ def command_line() -> CommandLine:
 def main() -> None:
     with command_line().run() as (arguments, launch):
         from megatron_vlm import load
-        from megatron_vlm.evaluation.tasks import TASKS
         from megatron_vlm.runtime.device import prepare
-        from megatron_vlm.runtime.distributed import teardown
         from megatron_vlm.runtime.logging import get_logger
+
+        with told_if_slow(LIBRARIES):
+            from megatron_vlm.evaluation.tasks import TASKS
+            from megatron_vlm.runtime.distributed import teardown
 
         get_logger("megatron_vlm").setLevel(logging.WARNING)  # what is printed is the result
         TASKS.get(arguments.task)  # a name mistyped shall not cost the loading of a model
         prepare(arguments.device, launch.local_world_size)
         output = find_output(arguments) if launch.rank == 0 else None
         names = ("device", "tensor", "pipeline", "ulysses", "ring", *CHOICES)
-        assistant = load(arguments.checkpoint, **{name: getattr(arguments, name) for name in names})
+        with told_if_slow(f"loading {arguments.checkpoint}"):
+            assistant = load(arguments.checkpoint, **{name: getattr(arguments, name) for name in names})
         from megatron_vlm.evaluation.run import EvaluationRequest, evaluate, find_unanswerable, read_questions
 
         asked = read_questions(

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_vlm.errors import ConfigError, DataError, one_line, shown
 from megatron_vlm.runtime.command_line import CHOICES, CommandLine, whole_number
+from megatron_vlm.runtime.waiting import told_if_slow
 
 if TYPE_CHECKING:
     from megatron_vlm.runtime.launch import Launch
@@ -50,7 +51,9 @@ def main() -> None:
         get_logger("megatron_vlm").setLevel(logging.WARNING)  # what is printed is the result
         layout = ("devices", "device", "tensor", "pipeline", "ulysses", "ring")
         options = {name: getattr(arguments, name) for name in (*layout, *CHOICES)}
-        answer(load(arguments.checkpoint, **options), arguments, launch)
+        with told_if_slow(f"loading {arguments.checkpoint}"):
+            assistant = load(arguments.checkpoint, **options)
+        answer(assistant, arguments, launch)
         if arguments.devices is None:  # ranks behind the call end with this process
             teardown()
 
@@ -89,7 +92,8 @@ def answer(assistant: Any, arguments: argparse.Namespace, launch: "Launch") -> N
     if arguments.chat:
         chat(assistant, arguments, options)
     elif launch.world_size == 1 or assistant.model.grid.coordinates.data == 0:  # further replicas have nothing to do
-        found = assistant.generate([*arguments.media, arguments.prompt], **options)
+        with told_if_slow("answering"):
+            found = assistant.generate([*arguments.media, arguments.prompt], **options)
         if launch.rank == 0:
             print(shown(found))
 

@@ -10,6 +10,7 @@ each rank will need: as tables here, and drawn as one page that needs nothing el
 from pathlib import Path
 
 from megatron_vlm.runtime.command_line import CommandLine, whole_number
+from megatron_vlm.runtime.waiting import told_if_slow
 
 
 def main() -> None:
@@ -27,14 +28,16 @@ def main() -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="the page")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
     with parser.run() as (arguments, _):
-        from megatron_vlm.cli.layout_page.output import show
         from megatron_vlm.config import load_config
         from megatron_vlm.runtime.device import prepare
-        from megatron_vlm.training.recipe import resolve_recipe
 
         config, world_size = load_config(arguments.recipe, arguments.overrides), arguments.world_size
         prepare("cpu")  # nothing is computed, so no GPU is touched
-        resolved = resolve_recipe(config, world_size, min(world_size, arguments.ranks_per_node))
+        with told_if_slow(f"reading the models of {arguments.recipe}"):
+            from megatron_vlm.cli.layout_page.output import show
+            from megatron_vlm.training.recipe import resolve_recipe
+
+            resolved = resolve_recipe(config, world_size, min(world_size, arguments.ranks_per_node))
         show(Path(arguments.recipe).stem, resolved.config, resolved.model, arguments)
 
 

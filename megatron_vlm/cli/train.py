@@ -10,6 +10,7 @@ first tensor that differs is named.
 from megatron_vlm.errors import shown
 from megatron_vlm.runtime.command_line import CommandLine
 from megatron_vlm.runtime.signals import StopSignals
+from megatron_vlm.runtime.waiting import LIBRARIES, told_if_slow
 
 
 def main() -> None:
@@ -20,21 +21,23 @@ def main() -> None:
     with parser.run() as (arguments, launch), StopSignals(launch) as signals:
         from megatron_vlm.config import load_config
         from megatron_vlm.runtime.device import prepare
-        from megatron_vlm.runtime.distributed import init_world, teardown
 
         config = load_config(arguments.recipe, arguments.overrides)  # tells unreadable keys, before torch is imported
-        device = prepare(config.runtime.device, launch.local_world_size)
+        with told_if_slow(LIBRARIES):
+            device = prepare(config.runtime.device, launch.local_world_size)
+            from megatron_vlm.runtime.distributed import init_world, teardown
         init_world(launch, device, config.runtime.timeout_seconds)
         if arguments.check_layout:
-            from megatron_vlm.training.layout_check.check import check_layout
-
-            report = check_layout(config, launch)
+            with told_if_slow(LIBRARIES):
+                from megatron_vlm.training.layout_check.check import check_layout
+            with told_if_slow("running the shrunk recipe in its layout and by one process"):
+                report = check_layout(config, launch)
             if launch.rank == 0 and report.comparisons:
                 print(shown(report.table()), flush=True)
             report.raise_on_fault()
         else:
-            from megatron_vlm.training.loop import train
-
+            with told_if_slow(LIBRARIES):
+                from megatron_vlm.training.loop import train
             train(config, launch, signals)
         teardown()
 

@@ -19,6 +19,7 @@ from megatron_vlm.runtime.garbage import freeze_gc
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.position import HERE
 from megatron_vlm.runtime.signals import StopSignals, name_of
+from megatron_vlm.runtime.waiting import told_if_slow
 from megatron_vlm.training import schedule
 from megatron_vlm.training.held_out import HeldOut, build_held_out
 from megatron_vlm.training.hooks import Hook, build_hooks
@@ -46,7 +47,8 @@ def train(config: Config, launch: Launch, signals: StopSignals | None = None) ->
     """
     signals = signals or StopSignals()
     HERE.phase("build")
-    job = build_job(config, launch.world_size, True, launch.local_world_size, opens_data=True)
+    with told_if_slow("checking the recipe and building the model"):
+        job = build_job(config, launch.world_size, True, launch.local_world_size, opens_data=True)
     steps, found = job.config.training.num_steps, None if job.start is None else job.start.directory
     if config.training.mode == "eval" and found is None and config.model.language.path is None:
         raise ConfigError(
