@@ -12,7 +12,7 @@ from fractions import Fraction
 import torch.distributed as dist
 
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data.fetch.loader import count_rows
+from megatron_vlm.data.fetch.loader import TrainingData, open_training_data
 from megatron_vlm.data.text.tokenizer import Tokenizer
 from megatron_vlm.errors import ConfigError
 from megatron_vlm.models.description import ModelDescription
@@ -23,8 +23,10 @@ from megatron_vlm.runtime.position import HERE
 logger = get_logger(__name__)
 
 
-def resolve_epochs(config: Config, tokenizer: Tokenizer, model: ModelDescription, world: dist.ProcessGroup) -> Config:
-    """The recipe with `training.steps` in the place of `training.epochs`; a collective call.
+def resolve_epochs(
+    config: Config, tokenizer: Tokenizer, model: ModelDescription, world: dist.ProcessGroup
+) -> tuple[Config, TrainingData | None]:
+    """Puts `training.steps` in the place of `training.epochs`; a collective call.
 
     Args:
         config: a valid recipe. One that only evaluates trains no step, so its training data is not counted.
@@ -32,17 +34,21 @@ def resolve_epochs(config: Config, tokenizer: Tokenizer, model: ModelDescription
         model: the recipe's.
         world: all ranks of the job.
 
+    Returns:
+        The recipe, and its training data where they were opened to be counted.
+
     Raises:
         ConfigError: so many epochs have not one whole global batch.
-        DataError: the data cannot be used, as `build_loader` raises it.
+        DataError: the data cannot be used, as `open_training_data` raises it.
     """
     epochs, training = config.training.epochs, config.training
     if epochs is None:
-        return config
+        return config, None
     if training.mode == "eval":
-        return _with_steps(config, 1)
+        return _with_steps(config, 1), None
     HERE.phase("index")
-    num_rows = broadcast_object(count_rows(config, tokenizer, model, world.rank()), world)
+    data = open_training_data(config, tokenizer, model, world.rank())
+    num_rows = broadcast_object(data.plan.num_rows, world)
     HERE.phase("build")
     steps = count_steps(epochs, num_rows, training.global_batch_size)
     rows = f"{num_rows:,} {'packed rows' if config.data.packing else 'samples'}"
@@ -57,7 +63,7 @@ def resolve_epochs(config: Config, tokenizer: Tokenizer, model: ModelDescription
             "training.epochs %g is taken as training.steps %d: whole global batches of %d in so many passes over %s",
             epochs, steps, training.global_batch_size, rows,
         )  # fmt: skip
-    return _with_steps(config, steps)
+    return _with_steps(config, steps), data
 
 
 def _with_steps(config: Config, steps: int) -> Config:

@@ -24,10 +24,10 @@ from megatron_vlm.config.schema import Config, LossConfig
 from megatron_vlm.conversion.transfer.origin import copy_origin
 from megatron_vlm.conversion.weights.loading import load_weights
 from megatron_vlm.data.batch import StepBatch
-from megatron_vlm.data.fetch.loader import build_loader
-from megatron_vlm.data.fetch.step import StepFetcher
+from megatron_vlm.data.fetch.loader import TrainingData, load_steps, open_training_data
 from megatron_vlm.data.fetch.workers import OrderedItems
 from megatron_vlm.data.index.records import SampleIndex
+from megatron_vlm.data.media.images import MediaReader
 from megatron_vlm.data.text.tokenizer import Tokenizer, first_time_token
 from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.models.families import build_model
@@ -65,7 +65,12 @@ class Job:
     ranks_per_node: int  # on this machine
     claim: Claim | None = None  # on the directory it saves into
     commits: dict[str, str] = field(default_factory=dict)  # of the recipe's hub ids, as they were named
-    data: SampleIndex | None = None  # of the training samples, once `batches` has opened them
+    opened: TrainingData | None = None  # by `batches`, or before, to be counted
+
+    @property
+    def data(self) -> SampleIndex | None:
+        """The index of the training samples, once they are opened."""
+        return None if self.opened is None else self.opened.samples.index
 
     def batches(self, num_steps: int) -> OrderedItems[StepBatch]:
         """The next `num_steps` global batches from `start_step` on, as this rank sees them.
@@ -74,12 +79,13 @@ class Job:
             DataError: a sample that cannot be used.
             ConfigError: the samples are not those that the run was started with.
         """
-        at = self.grid.sizes, self.grid.rank
-        items = build_loader(self.config, self.tokenizer, self.description, *at, self.start_step, num_steps)
-        assert isinstance(items.producer, StepFetcher)
-        self.data = items.producer.samples.index
+        config, rank = self.config, self.grid.rank
+        if self.opened is None:
+            self.opened = open_training_data(config, self.tokenizer, self.description, rank)
+        steps = range(self.start_step, self.start_step + num_steps)
+        items = load_steps(self.opened, config, self.grid.sizes, rank, steps)
         if self.start is not None:
-            self.start.check_data(self.data.fingerprint_of_contents, self.config)
+            self.start.check_data(self.opened.samples.index.fingerprint_of_contents, config)
         return items
 
     def state(self, updates: int) -> TrainingState:
@@ -136,11 +142,12 @@ def build_job(
     claim = Claim(Path(config.checkpoint.directory), grid.world) if owns else None
     start = find_start(config.checkpoint, grid.world, owns) if resumes else start_from(config.checkpoint, grid.world)
     kept = {} if start is None else read_sources(start.directory, start.manifest.files)
-    config = resolve_epochs(config, tokenizer, settled.model, grid.world)
+    config, data = resolve_epochs(config, tokenizer, settled.model, grid.world)
     if start is not None and config.training.mode != "eval":
         # before commits were kept, ids stand in the manifest as they were named
         start.check_recipe(config if kept else config.model_copy(update={"model": named.model}))
     description = settled.model.with_pixels(settle_pixels(config, settled.model.tower, start, settled.pixels))
+    data = data and data.prepared_as(MediaReader(description.media_spec, config.data.image_mode))
     if config.training.mode == "eval":
         config = without_training(config)
     elif start is None and resumes and grid.rank == 0:
@@ -160,7 +167,7 @@ def build_job(
     start_step = 0 if start is None else _load(start, config, model, optimizer)
     return Job(
         config, description, grid, model, language, vision, optimizer, tokenizer, step, start_step, start,
-        ranks_per_node, claim, commits=kept | commits,
+        ranks_per_node, claim, commits=kept | commits, opened=data,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -57,6 +58,23 @@ def test_epochs_are_as_many_steps(ranks: RankPool, tmp_path: Path) -> None:
     recipe = a_recipe(tmp_path, "epochs", longer, training={"mode": "eval"}, evaluation=held_out, **gone)
     ranks.run(1, train_in_pool, recipe)
     assert '"step": 6' in (tmp_path / "epochs" / "evaluation.jsonl").read_text()
+
+
+def count_openings(recipe: dict[str, Any]) -> tuple[int, int]:
+    """Inside a rank: how often a run opens its training data, and how often it plans them."""
+    from megatron_vlm.data.fetch import loader
+
+    with (
+        mock.patch.object(loader, "open_samples", wraps=loader.open_samples) as opens,
+        mock.patch.object(loader, "make_plan", wraps=loader.make_plan) as plans,
+    ):
+        train_in_pool(recipe)
+    return opens.call_count, plans.call_count
+
+
+def test_data_are_opened_once(ranks: RankPool, tmp_path: Path) -> None:
+    """Those that are counted are those that are trained; prepared by the pixels that the run settles on later."""
+    assert ranks.run(1, count_openings, a_recipe(tmp_path, "epochs", {"epochs": 0.4})) == [(1, 1)]
 
 
 @pytest.mark.parametrize(

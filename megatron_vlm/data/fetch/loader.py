@@ -5,17 +5,19 @@ so a resumed run, on any layout, goes on with exactly the batches it would have 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import StepBatch
-from megatron_vlm.data.fetch.samples import open_samples
+from megatron_vlm.data.fetch.samples import SampleReader, open_samples
 from megatron_vlm.data.fetch.shape import StepShape
 from megatron_vlm.data.fetch.step import StepFetcher
 from megatron_vlm.data.fetch.workers import OrderedItems
 from megatron_vlm.data.index.records import SampleIndex
+from megatron_vlm.data.media.images import MediaReader
 from megatron_vlm.data.plan.grouped import GroupedPlan
 from megatron_vlm.data.plan.order import Plan, RowPlan
 from megatron_vlm.data.plan.packing import PackedPlan
@@ -27,25 +29,31 @@ from megatron_vlm.runtime.device import current_device, is_on_gpu
 from megatron_vlm.runtime.logging import get_logger
 
 
-def build_loader(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    model: ModelDescription,
-    sizes: GridSizes,
-    rank: int,
-    start_step: int,
-    num_steps: int,
-) -> OrderedItems[StepBatch]:
-    """Steps start_step ... start_step + num_steps - 1 of a recipe, for one rank.
+@dataclass(frozen=True)
+class TrainingData:
+    """A recipe's training samples, opened, and the rows of its steps."""
+
+    samples: SampleReader
+    plan: RowPlan
+
+    def prepared_as(self, media: MediaReader) -> "TrainingData":
+        """The same, its images prepared by another reader."""
+        return replace(self, samples=replace(self.samples, media=media))
+
+
+def open_training_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase, model: ModelDescription, rank: int
+) -> TrainingData:
+    """Opens a recipe's training data: its index is built where there is none, and its steps are planned.
 
     Args:
         tokenizer: knows the image marker (`load_tokenizer`).
         model: the recipe's.
-        sizes, rank: the layout and this rank's place in it.
+        rank: this one's number; rank 0 speaks.
 
     Raises:
-        DataError: at once, where a sample cannot be used or is longer than training.sequence_length; from iterating,
-            where an image cannot be read. Under data.on_bad_sample: skip only where all of them are bad, or the file.
+        DataError: a sample cannot be used, or is longer than training.sequence_length; under data.on_bad_sample: skip
+            only where all of them are bad, or the file.
     """
     data = config.data
     samples = open_samples(config, data.path, data.media_root, tokenizer, model.media_spec, rank)
@@ -56,21 +64,44 @@ def build_loader(
             "as the last",
             differing[1], differing[0],
         )  # fmt: skip
-    fetcher = StepFetcher(make_plan(config, samples.index, model.language), samples, StepShape.of(config, sizes, rank))
+    return TrainingData(samples, make_plan(config, samples.index, model.language))
+
+
+def load_steps(
+    data: TrainingData, config: Config, sizes: GridSizes, rank: int, steps: range
+) -> OrderedItems[StepBatch]:
+    """Loads some steps of a recipe, for one rank.
+
+    Args:
+        data: the recipe's, opened.
+        sizes, rank: the layout and this rank's place in it.
+
+    Raises:
+        DataError: from iterating, where an image cannot be read and data.on_bad_sample is error.
+    """
+    fetcher = StepFetcher(data.plan, data.samples, StepShape.of(config, sizes, rank))
     longest, length = config.training.sequence_length, row_length(config.training.sequence_length, config.parallel)
     if length != longest:
         get_logger(__name__).info(
             "rows of training.sequence_length %d tokens are padded to %d, which the ranks that share them can cut",
             longest, length,
         )  # fmt: skip
-    return OrderedItems(fetcher, range(start_step, start_step + num_steps), data.num_workers, pinning())
+    return OrderedItems(fetcher, steps, config.data.num_workers, pinning())
 
 
-def count_rows(config: Config, tokenizer: PreTrainedTokenizerBase, model: ModelDescription, rank: int) -> int:
-    """Rows of an epoch of a recipe's training data: its samples, or what they are packed into. Arguments and errors as
-    `build_loader`."""
-    samples = open_samples(config, config.data.path, config.data.media_root, tokenizer, model.media_spec, rank)
-    return make_plan(config, samples.index, model.language).num_rows
+def build_loader(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    model: ModelDescription,
+    sizes: GridSizes,
+    rank: int,
+    start_step: int,
+    num_steps: int,
+) -> OrderedItems[StepBatch]:
+    """Steps start_step ... start_step + num_steps - 1 of a recipe, for one rank: its data opened, and these loaded.
+    Arguments and errors as those two functions have them."""
+    data = open_training_data(config, tokenizer, model, rank)
+    return load_steps(data, config, sizes, rank, range(start_step, start_step + num_steps))
 
 
 def make_plan(config: Config, samples: SampleIndex, language: PretrainedConfig) -> RowPlan:

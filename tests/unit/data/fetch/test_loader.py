@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.fetch import loader, shape
-from megatron_vlm.data.fetch.loader import build_held_out_loader, build_loader, count_rows, pinning
+from megatron_vlm.data.fetch.loader import build_held_out_loader, build_loader, open_training_data, pinning
 from megatron_vlm.data.media.images import FAULTS, MediaReader
 from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.data.text.tokenizer import load_tokenizer
@@ -90,7 +90,7 @@ def test_rows_are_padded_to_a_multiple(folder: Path, monkeypatch: pytest.MonkeyP
 def test_an_epoch_has_as_many_rows_as_train_every_sample_once(folder: Path, data: dict[str, Any]) -> None:
     config = tiny_recipe(folder, data=data, training={"global_batch_size": 1})
     tokenizer = load_tokenizer(config.model.language.tokenizer, config.data.image_token)
-    num_rows = count_rows(config, tokenizer, described(config, SPEC), 0)
+    num_rows = open_training_data(config, tokenizer, described(config, SPEC), 0).plan.num_rows
     seen = [sample for step in steps_of(config, count=num_rows) for sample in step.sample_ids]
     assert len(seen) == len(set(seen)) == 24 and (num_rows < 24) == ("packing" in data)
 
