@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from pydantic import ValidationError
 
 from megatron_vlm.config.schema import Config
@@ -46,6 +46,7 @@ _OF_A_SECTION = ("no_length", "two_lengths")  # violations of several keys toget
 _OWN_KEY = re.compile(
     r"\$\{[ \t]*[\w.\-\[\]]+[ \t]*\}"
 )  # a reference to one; resolvers have a colon, or are put together
+_MISSING_KEY = re.compile(r"Interpolation key '([^']+)' not found")  # as OmegaConf says it
 _PLAIN = (str, int, float, bool, type(None))
 _LARGEST_INTEGER_BITS = 64
 _LONGEST_CHAIN = 100  # of bases
@@ -81,10 +82,24 @@ def _read_tree(path: Path, overrides: Sequence[str]) -> dict[Any, Any]:
 
     try:
         tree = bounded(resolve)
+    except InterpolationKeyError as error:
+        raise ConfigError(f"{path}: {_missing_key(error, merged)}") from error
     except (OmegaConfBaseException, LimitError, RecursionError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {one_line(error)}") from error
     assert isinstance(tree, dict)
     return tree
+
+
+def _missing_key(error: InterpolationKeyError, tree: DictConfig) -> str:
+    """What is wrong with a reference to a key that no recipe of the chain sets, or that another has taken away."""
+    name = _MISSING_KEY.search(str(error))
+    if name is None:
+        return one_line(error)
+    section, _, key = name[1].rpartition(".")
+    other = f"training.{_LENGTHS[key]}" if section == "training" and key in _LENGTHS else None
+    if other is not None and OmegaConf.select(tree, other) is not None:
+        return f"{error.full_key}: refers to {name[1]}, in whose place the recipe has {other}; needs a value of its own"
+    return f"{error.full_key}: refers to {name[1]}, which the recipe does not set, needs a key that it or a base sets"
 
 
 def config_from_tree(tree: Mapping[Any, Any], origin: str, is_trusted: bool = True) -> Config:

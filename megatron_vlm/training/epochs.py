@@ -29,7 +29,7 @@ def resolve_epochs(
     """Puts `training.steps` in the place of `training.epochs`; a collective call.
 
     Args:
-        config: a valid recipe. One that only evaluates trains no step, so its training data is not counted.
+        config: a valid recipe. One that only evaluates stays as it is, its training data not counted.
         tokenizer: knows the image marker.
         model: the recipe's.
         world: all ranks of the job.
@@ -42,10 +42,8 @@ def resolve_epochs(
         DataError: the data cannot be used, as `open_training_data` raises it.
     """
     epochs, training = config.training.epochs, config.training
-    if epochs is None:
+    if epochs is None or training.mode == "eval":
         return config, None
-    if training.mode == "eval":
-        return _with_steps(config, 1), None
     HERE.phase("index")
     data = open_training_data(config, tokenizer, model, world.rank())
     num_rows = broadcast_object(data.plan.num_rows, world)
@@ -63,12 +61,8 @@ def resolve_epochs(
             "training.epochs %g is taken as training.steps %d: whole global batches of %d in so many passes over %s",
             epochs, steps, training.global_batch_size, rows,
         )  # fmt: skip
-    return _with_steps(config, steps), data
-
-
-def _with_steps(config: Config, steps: int) -> Config:
-    training = config.training.model_copy(update={"steps": steps, "epochs": None})
-    return config.model_copy(update={"training": training})
+    training = training.model_copy(update={"steps": steps, "epochs": None})
+    return config.model_copy(update={"training": training}), data
 
 
 def count_steps(epochs: float, num_rows: int, global_batch_size: int) -> int:

@@ -49,20 +49,22 @@ def train(config: Config, launch: Launch, signals: StopSignals | None = None) ->
     HERE.phase("build")
     with told_if_slow("checking the recipe and building the model"):
         job = build_job(config, launch.world_size, True, launch.local_world_size, opens_data=True)
-    steps, found = job.config.training.num_steps, None if job.start is None else job.start.directory
+    found = None if job.start is None else job.start.directory
     if config.training.mode == "eval" and found is None and config.model.language.path is None:
         raise ConfigError(
             f"training.mode: found eval with random weights: there is no checkpoint in {config.checkpoint.directory}; "
             "needs one there, or checkpoint.load or model.language.path"
         )
     held_out = build_held_out(job)
-    trains = config.training.mode != "eval" and job.start_step < steps
+    steps_left = 0 if config.training.mode == "eval" else max(0, job.config.training.num_steps - job.start_step)
     owed = held_out is not None and is_owed(job)
-    if not trains and not owed:
-        logger.info("nothing to do: %d of training.steps %d updates are made", job.start_step, steps)
+    if not steps_left and not owed:
+        logger.info(
+            "nothing to do: %d of training.steps %d updates are made", job.start_step, job.config.training.num_steps
+        )
         return found
     HERE.phase("index")
-    batches = job.batches(steps - job.start_step) if trains else ()
+    batches = job.batches(steps_left) if steps_left else ()
     meter = Meter(job)
     with ExitStack() as stack:
         hooks = build_hooks(job, meter.peak)  # last: they write, and nothing may be wrong any more
@@ -70,10 +72,10 @@ def train(config: Config, launch: Launch, signals: StopSignals | None = None) ->
             stack.push(partial(close, hook))
         if owed and held_out is not None:
             evaluate(held_out, job.start_step, hooks, StopSignals())
-        if not trains:
+        if not steps_left:
             return found
         if not config.checkpoint.every_steps:
-            tell_unsaved(steps - job.start_step, job.grid.rank)
+            tell_unsaved(steps_left, job.grid.rank)
         freeze_gc()
         all_reduce_max([0], job.grid.world)  # all are here: from now on they stop together
         signals.arm()

@@ -51,7 +51,7 @@ def showing_hooks(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if config.training.mode == "eval":  # the rest belongs to the run that trains, which may be going on
-            return [EvaluationsHook(directory), ConsoleHook(config.training.num_steps, start_step, logging)]
+            return [EvaluationsHook(directory), ConsoleHook(None, start_step, logging)]
         (directory / "recipe.yaml").write_text(to_yaml(config), encoding="utf-8")
         hooks: list[Hook] = [JsonLinesHook(directory, start_step, logging.sample_ids)]
         if logging.tensorboard:

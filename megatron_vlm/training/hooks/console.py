@@ -17,16 +17,17 @@ class ConsoleHook(Hook):
     """Shows the run as it goes.
 
     Args:
-        steps: updates of the whole run.
+        steps: updates of the whole run; None: a run that makes none, and shows no progress of them.
         start_step: updates already made.
         logging: how often, and whether at all.
         judges_ranks: a rank that stays behind is told; not where ranks take each other's cores, in turn.
     """
 
-    def __init__(self, steps: int, start_step: int, logging: LoggingConfig, judges_ranks: bool = True) -> None:
+    def __init__(self, steps: int | None, start_step: int, logging: LoggingConfig, judges_ranks: bool = True) -> None:
         self.logging = logging
         self.watch = StragglerWatch() if judges_ranks else None
-        self.bar = Progress("training", total=steps, completed=start_step, enabled=logging.progress)
+        shows = logging.progress and steps is not None
+        self.bar = Progress("training", total=steps or 0, completed=start_step, enabled=shows)
 
     def after_step(self, report: StepReport) -> None:
         if report.step % self.logging.every_steps == 0:

@@ -139,13 +139,29 @@ def test_steps_and_epochs_are_not_given_together(
     assert expected in message and message.count("; ") == 2
 
 
+def test_a_reference_to_steps_is_told_where_the_child_has_epochs(tmp_path: Path) -> None:
+    """Also a reference to what nobody sets; each names the key that refers."""
+    write(tmp_path / "base.yaml", tree(checkpoint__every_steps="${training.steps}"))
+    child = {"base": "base.yaml", "training": {"epochs": 2}}
+    assert error_of(write(tmp_path / "child.yaml", child)).endswith(
+        "child.yaml: checkpoint.every_steps: refers to training.steps, in whose place the recipe has training.epochs; "
+        "needs a value of its own"
+    )
+    assert error_of(tmp_path / "base.yaml", "logging.every_steps=${logging.curve}").endswith(
+        "logging.every_steps: refers to logging.curve, which the recipe does not set, needs a key that it or "
+        "a base sets"
+    )
+    assert load_config(tmp_path / "base.yaml").checkpoint.every_steps == 10
+
+
 def test_keys_may_refer_to_keys_but_not_to_the_environment(tmp_path: Path) -> None:
     path = write(tmp_path / "r.yaml", tree(checkpoint__load="${ checkpoint.directory }/first"))
     assert load_config(path).checkpoint.load == load_config(path).checkpoint.directory + "/first"
     path = write(tmp_path / "r.yaml", tree(checkpoint__load="${checkpoint.directory}/first"))
     assert load_config(path).checkpoint.load == "runs/test/first"
     assert "own keys only" in error_of(path, "data.path=${oc.env:HOME}")
-    assert "Interpolation key 'checkpoint.nowhere' not found" in error_of(path, "data.path=${checkpoint.nowhere}")
+    told = "data.path: refers to checkpoint.nowhere, which the recipe does not set"
+    assert told in error_of(path, "data.path=${checkpoint.nowhere}")
 
 
 def test_all_violations_on_one_line_with_near_names(tmp_path: Path) -> None:

@@ -426,6 +426,16 @@ def test_a_replaced_file_is_whole_or_old(tmp_path: Path) -> None:
     assert path.read_bytes() == b"old"
 
 
+def test_an_evaluation_shows_no_progress_of_training(tmp_path: Path) -> None:
+    """It makes no step, and one of epochs does not know how many there are."""
+    training = {"mode": "eval", "steps": None, "epochs": 2.0}
+    sections = {"checkpoint": {"directory": str(tmp_path)}, "training": training, "evaluation": {"path": "a.json"}}
+    (console,) = (
+        hook for hook in showing_hooks(small_recipe(sections=sections), 6, PEAK, {}) if isinstance(hook, ConsoleHook)
+    )
+    assert not console.bar.enabled
+
+
 @pytest.mark.parametrize("tensorboard", [True, False])
 def test_a_recipe_chooses_what_is_shown(tmp_path: Path, tensorboard: bool) -> None:
     sections = {
