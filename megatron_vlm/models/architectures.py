@@ -41,6 +41,9 @@ def _no_softcap(hf_config: "PretrainedConfig") -> None:
     return None
 
 
+Rows = Sequence[ParameterRow]
+
+
 @dataclass(frozen=True)
 class LanguageArchitecture:
     """The build of a model type where it departs from Llama.
@@ -48,8 +51,8 @@ class LanguageArchitecture:
     Args:
         layer: the recipe's backends -> one decoder layer.
         settings: fields of megatron-core's TransformerConfig that differ.
-        parameters: rows that a layer has more, or otherwise, than Llama's. Which of their gradients tensor or sequence
-            parallelism must sum is megatron-core's to know.
+        parameters: rows that a layer has more, or otherwise, than Llama's; or a function of the config that gives
+            them. Which of their gradients tensor or sequence parallelism must sum is megatron-core's to know.
         qkv_bias: whether queries, keys and values have biases, without a key in the config that says so.
         fused: parameters whose parts (q, k, v; gate, up) are one tensor on the disk, too, one above the other: our name
             ("*.mlp.linear_fc1.weight") -> theirs ("*.mlp.gate_up_proj.weight").
@@ -60,7 +63,7 @@ class LanguageArchitecture:
 
     layer: Callable[["OpsConfig"], "ModuleSpec"] = _llama_layer
     settings: Callable[["PretrainedConfig"], Mapping[str, Any]] = _nothing
-    parameters: Sequence[ParameterRow] = ()
+    parameters: Rows | Callable[["PretrainedConfig"], Rows] = ()
     qkv_bias: bool = False
     fused: Mapping[str, str] = field(default_factory=dict)
     logit_softcap: Callable[["PretrainedConfig"], float | None] = _no_softcap
@@ -92,6 +95,18 @@ SIZES = (
 DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 
 
+def types_by_llava_name() -> dict[str, str]:
+    """Model types by their `llava_name` in small letters. Raises ConfigError where two have one name."""
+    types: dict[str, str] = {}
+    for kind, architecture in LANGUAGE_MODELS.items():
+        name = architecture.llava_name
+        if name is not None and (first := types.setdefault(name.lower(), kind)) != kind:
+            raise ConfigError(
+                f"language model {kind!r}: found llava_name {name!r}, which {first!r} has, too; needs another or none"
+            )
+    return types
+
+
 def head_width(hf_config: "PretrainedConfig") -> int:
     """Width of one attention head; it need not be hidden / heads."""
     return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
@@ -104,9 +119,10 @@ def parameter_table(hf_config: "PretrainedConfig") -> ParameterTable:
         ConfigError: an unknown model type, or rows of its entry that do not fit the table.
     """
     own = LANGUAGE_MODELS.get(hf_config.model_type)
+    rows = own.parameters(hf_config) if callable(own.parameters) else own.parameters
     conditions = {QKV_BIAS: own.qkv_bias, UNTIED: not hf_config.tie_word_embeddings}
     return ParameterTable(
-        rows=[row for row in with_rows(LLAMA, own.parameters) if not row.only or conditions[row.only]],
+        rows=[row for row in with_rows(LLAMA, rows) if not row.only or conditions[row.only]],
         letters={
             "h": hf_config.hidden_size,
             "f": hf_config.intermediate_size,

@@ -120,7 +120,8 @@ LLAMA = _rows(
 
 
 def with_rows(base: Iterable[ParameterRow], own: Iterable[ParameterRow]) -> tuple[ParameterRow, ...]:
-    """A table with a model type's own rows: each in the place of the one of its name, or behind the one it follows.
+    """A table with a model type's own rows: each in the place of the one of its name, or behind the one it follows and
+    all that were put there before, with what follows these in turn.
 
     Raises:
         ConfigError: a new row that is of no layer, or follows none of the table.
@@ -138,7 +139,12 @@ def with_rows(base: Iterable[ParameterRow], own: Iterable[ParameterRow]) -> tupl
                 f"row {row.ours!r} of a language model's parameters: found after {row.after!r}, needs a name of the "
                 f"layer ({IN_LAYER}) after one of {', '.join(in_layer)}"
             )
-        table.insert(1 + max(i for i, one in enumerate(table) if anchor in (one.ours, one.after)), row)
+        followed, last = {anchor}, names.index(anchor)
+        for place, one in enumerate(table[last + 1 :], last + 1):
+            if one.after in followed:
+                followed.add(one.ours)
+                last = place
+        table.insert(last + 1, row)
     return tuple(table)
 
 

@@ -39,7 +39,7 @@ from megatron_vlm.conversion.weights.sources import (
     vision_rename,
 )
 from megatron_vlm.errors import ConversionError
-from megatron_vlm.models.architectures import LANGUAGE_MODELS
+from megatron_vlm.models.architectures import LANGUAGE_MODELS, types_by_llava_name
 
 if TYPE_CHECKING:  # a directory is looked at without it
     from transformers import PretrainedConfig
@@ -319,7 +319,7 @@ def _language(base: Path, settings: dict[str, Any], alone: bool) -> "PretrainedC
 def _language_type(base: Path, settings: dict[str, Any]) -> str:
     """The language model's type, by the name of LLaVA's class. Raises ConversionError."""
     named = str(settings.get("architectures") or settings.get("model_type")).lower()
-    languages = {one.llava_name.lower(): kind for kind, one in LANGUAGE_MODELS.items() if one.llava_name is not None}
+    languages = types_by_llava_name()
     found = [part for part in languages if part in named]
     if not found:
         raise ConversionError(
@@ -359,6 +359,7 @@ def write_extras(folder: Path, target: Target, settings: dict[str, Any]) -> None
     if data.image_mode not in modes:
         raise ConversionError(f"{NAME} prepares images by {' or '.join(modes)}; this model has {data.image_mode}")
     name = LANGUAGE_MODELS.get(target.language.model_type).llava_name
+    types_by_llava_name()  # a name that two have would be read as the first's
     if name is None:
         raise ConversionError(f"{NAME} has no name for a language model of type {target.language.model_type}")
     config = {

@@ -1,12 +1,18 @@
 """The table of a language model's parameters: what its rows say, and what is made of them."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 
 from megatron_vlm.errors import ConfigError
-from megatron_vlm.models.architectures import LANGUAGE_MODELS, parameter_table
+from megatron_vlm.models.architectures import (
+    LANGUAGE_MODELS,
+    LanguageArchitecture,
+    parameter_table,
+    types_by_llava_name,
+)
 from megatron_vlm.models.cuts import Replicated
 from megatron_vlm.models.parameters import LLAMA, ParameterRow, ParameterTable, with_rows
 from tests.unit.conversion.language_configs import llama
@@ -48,6 +54,34 @@ def test_own_rows_take_the_place_of_their_name_or_follow_another():
     place = names.index(QKV)
     assert table[place + 1 : place + 3] == (q, k) and table[-3] is NORM and table[names.index(norm.ours)] is norm
     assert [row for row in table if row not in (norm, q, k, NORM)] == [row for row in LLAMA if row.ours != norm.ours]
+
+
+def test_rows_that_follow_followers_keep_their_order():
+    def row(name, after):
+        return ParameterRow(f"*.{name}", f"*.{name}", "[h]", Replicated, after=after)
+
+    own = [row("a", QKV), row("a1", "*.a"), row("a2", "*.a1"), row("b", QKV), row("a3", "*.a"), row("c", QKV)]
+    names = [one.ours for one in with_rows(LLAMA, own)]
+    start = names.index(QKV) + 1
+    assert names[start : start + 6] == ["*.a", "*.a1", "*.a2", "*.a3", "*.b", "*.c"]
+
+
+def test_rows_may_depend_on_the_config():
+    def rows(config):
+        bias = ParameterRow("*.mlp.linear_fc2.bias", "*.mlp.down_proj.bias", "[h]", Replicated)
+        return [bias] if config.mlp_bias else []
+
+    with mock.patch.dict(LANGUAGE_MODELS._entries, llama=LanguageArchitecture(parameters=rows)):
+        tables = [parameter_table(llama(mlp_bias=has)) for has in (False, True)]
+    plain, more = (set(table.names()) for table in tables)
+    assert more - plain == {f"language.decoder.layers.{layer}.mlp.linear_fc2.bias" for layer in range(2)}
+
+
+def test_two_models_of_one_llava_name_are_told():
+    assert types_by_llava_name()["qwen"] == "qwen2"
+    with mock.patch.dict(LANGUAGE_MODELS._entries, other=LanguageArchitecture(llava_name="qwen")):
+        with pytest.raises(ConfigError, match=r"'other': found llava_name 'qwen', which 'qwen2' has, too; needs"):
+            types_by_llava_name()
 
 
 @pytest.mark.parametrize(
