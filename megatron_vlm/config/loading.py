@@ -91,7 +91,7 @@ def _read_tree(path: Path, overrides: Sequence[str]) -> dict[Any, Any]:
 
 
 def _missing_key(error: InterpolationKeyError, tree: DictConfig) -> str:
-    """What is wrong with a reference to a key that no recipe of the chain sets, or that another has taken away."""
+    """Fault of a reference to a key that no recipe of the chain sets, or that another has taken away."""
     name = _MISSING_KEY.search(str(error))
     if name is None:
         return one_line(error)
