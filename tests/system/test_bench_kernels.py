@@ -137,6 +137,24 @@ def test_what_is_allowed_is_of_several_draws() -> None:
     assert all(cell["plain_error"] == pytest.approx(1e-4, rel=0.01) for cell in found.values())
 
 
+def test_a_side_is_measured_on_every_draw() -> None:
+    """One that is right in the first draw alone is found out."""
+
+    def draw(sizes, one):
+        return {"x": one.normal(8), "later": torch.tensor(float(one.generator.initial_seed() > 0))}
+
+    def wrong_later(inputs):
+        return (inputs["x"] * (1 + 0.1 * inputs["later"]),)
+
+    case = replace(
+        NORM_CASE, draw=draw, reference=lambda inputs: (inputs["x"],), reference_backward=no_gradients, trained=()
+    )
+    sides = {"right": Side(case.reference, no_gradients), "wrong later": Side(wrong_later, no_gradients)}
+    found, reasons = errors(TINY, case, sides)
+    assert not reasons and [cell["exact_enough"] for cell in found.values()] == [True, False]
+    assert found["wrong later"]["error"] == pytest.approx(0.1, rel=0.01)
+
+
 def test_the_loss_is_measured_with_the_buffer_for_its_weights_gradient() -> None:
     """Ours adds to main_grad, which is there; the others' gradient is made, then added to .grad, which is there too."""
     sizes = {"tokens": 8, "hidden": 64, "vocabulary": 3000}

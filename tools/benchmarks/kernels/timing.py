@@ -22,7 +22,7 @@ from .case import OURS, Backward, Case, Draw, Forward, Outputs, Sizes, Tensors, 
 COMPILED = "torch.compile"
 WRITE_BYTES, NUM_WRITES = 2**30, 2  # about half a millisecond of a large GPU's time
 FACTOR = 2.0  # of plain torch's error, by which a kernel is judged (tests/kernels/accuracy.py)
-NUM_DRAWS = 4  # for what is allowed: plain torch's error of a sum that cancels differs by a factor of 20 between draws
+NUM_DRAWS = 4  # an error of a sum that cancels differs by a factor of 20 between draws
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 MATRIX = {"cuda": 8192, "cpu": 512}
 TINY_COPY_BYTES, TINY_MATRIX = 2**20, 64
@@ -244,26 +244,28 @@ def _cell(rounds: list[list[float]], work: tuple[Work, Work], peaks: dict[str, i
 def errors(bench: Bench, case: Case, sides: dict[str, Side]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """(side -> its largest error and plain torch's of the same tensor, side -> why none) against the twin in fp64.
 
-    Largest: in units of what is allowed: twice plain torch's largest of several draws, or the case's tolerance. An
-    error is the norm of the difference over the norm. torch.compile has none: it would compile the twin once more for
-    this size.
+    Of several draws, the same for all sides. Largest: in units of what is allowed: twice plain torch's largest, or the
+    case's tolerance. An error is the norm of the difference over the norm. torch.compile has none: it would compile the
+    twin once more for this size.
     """
     sizes = case.tiny[0] if bench.tiny else case.exact
     draws = [_exact(bench, case, sizes, number) for number in range(NUM_DRAWS)]
-    grads, exact, _ = draws[0]
-    plain = [max(of_draws) for of_draws in zip(*(errors_of_draw for _, _, errors_of_draw in draws), strict=True)]
+    plain = _largest([errors_of_draw for _, _, errors_of_draw in draws])
     found: dict[str, dict[str, Any]] = {}
     reasons: dict[str, str] = {}
     for name, side in sides.items():
-        inputs = bench.draw(case, sizes)
-        if name == COMPILED or _objection(bench, case, name, inputs) is not None:
+        if name == COMPILED or _objection(bench, case, name, bench.draw(case, sizes)) is not None:
             continue
         try:
-            tensors = _flat(_once(side, inputs, grads))
+            ours = _largest(
+                [
+                    _errors(_once(side, bench.draw(case, sizes, number=number), grads), exact)
+                    for number, (grads, exact, _) in enumerate(draws)
+                ]
+            )
         except Exception as error:  # as in `times`
             reasons[name] = reason_of(error)
             continue
-        ours = [_error(one, other) for one, other in zip(tensors, exact, strict=True)]
         floor = torch.finfo(bench.dtype).eps / 2
         allowed = [case.tolerance or max(FACTOR * one, floor) for one in plain]
         worst = max(range(len(ours)), key=lambda place: ours[place] / allowed[place])
@@ -278,7 +280,16 @@ def _exact(bench: Bench, case: Case, sizes: Sizes, number: int) -> tuple[Outputs
     outputs, gradients = _once(twin, bench.draw(case, sizes, number=number))
     grads = _gradients(outputs)
     exact = _flat(_once(twin, bench.draw(case, sizes, torch.float64, number), tuple(x.double() for x in grads)))
-    return grads, exact, [_error(one, other) for one, other in zip(_flat((outputs, gradients)), exact, strict=True)]
+    return grads, exact, _errors((outputs, gradients), exact)
+
+
+def _largest(of_draws: Sequence[Sequence[float]]) -> list[float]:
+    """The largest error of each tensor over all draws."""
+    return [max(of_tensor) for of_tensor in zip(*of_draws, strict=True)]
+
+
+def _errors(results: tuple[Outputs, Outputs], exact: Sequence[Tensor]) -> list[float]:
+    return [_error(one, other) for one, other in zip(_flat(results), exact, strict=True)]
 
 
 def _flat(results: tuple[Outputs, Outputs]) -> list[Tensor]:
