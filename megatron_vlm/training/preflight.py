@@ -1,7 +1,7 @@
 """Faults of a run, found before a weight is built or read, all of them at once and in seconds.
 
-    error: parallel.virtual_pipeline: found 2 with parallel.pipeline 1, needs 1, or several stages
-    error: model.language.tokenizer: found 'gone/tokenizer', which is not there, needs a directory or a hub id
+    error: parallel.virtual_pipeline: found 2 with parallel.pipeline 1, needs parallel.pipeline > 1 or 1
+    error: model.language.tokenizer: found 'data/gone/tokenizer', which is not there, needs a directory or a hub id
     error: data file gone.json cannot be read: No such file or directory
 
 Recipe, ranks, model configs, tokenizer and template are looked at by every rank, since their machines may differ; the

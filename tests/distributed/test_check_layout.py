@@ -182,3 +182,10 @@ def test_a_hang_is_named_by_its_phase(check: Check) -> None:
     story = r"phase 'exchange': step 1 hangs in exchange: rank \d there \(_AllToAllRows.forward, .*; rank \d is in "
     with pytest.raises(RankFailure, match=story):
         check(chosen, fault)
+
+
+def test_all_that_is_wrong_is_told_together(ranks: RankPool, tmp_path: Path) -> None:
+    """The recipe's rules and the data, as where a run is trained."""
+    recipe = tiny_recipe(tmp_path, parallel={"virtual_pipeline": 2}, data={"path": str(tmp_path / "gone.json")})
+    with pytest.raises(RankFailure, match=r"(?s)parallel\.virtual_pipeline: found 2 .*gone\.json cannot be read"):
+        ranks.run(1, run_check, recipe.model_dump(mode="json"))

@@ -4,16 +4,18 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_vlm.config import to_yaml
-from megatron_vlm.errors import DataError, RecipeError, faults_of
+from megatron_vlm.errors import DataError, MegatronVlmError, RecipeError, faults_of
 from megatron_vlm.training.preflight import _of_ranks
 from tests.helpers.faults import spoiling
 from tests.helpers.faults.spoiling import Spoil, with_overrides
 from tests.helpers.models.tiny import tiny_recipe
 from tests.helpers.ranks.live_jobs import TRAIN, LiveJob
+from tests.helpers.ranks.pool import RankPool
 
 LIMIT_SECONDS = 300.0
 BUILT = "trainable parameters on this rank"  # said when a model is built
@@ -134,6 +136,24 @@ def test_each_fault_is_a_line_of_its_own(tmp_path: Path, name: str, num_ranks: i
     for line, pattern in zip(lines, expected, strict=True):
         assert re.fullmatch(f"error: {pattern}", line), line
     assert BUILT not in said
+
+
+def test_the_docstring_shows_what_is_told(ranks: RankPool, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, parallel={"virtual_pipeline": 2}, data={"path": "gone.json"})
+    tree = recipe.model_dump(mode="json")
+    tree["model"]["language"]["tokenizer"] = "data/gone/tokenizer"
+    ((told, shown),) = ranks.run(1, told_and_shown, tree)
+    assert [f"error: {line}" for line in told] == shown
+
+
+def told_and_shown(recipe: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Inside a rank: the faults of a recipe, and the example in the module's docstring."""
+    from megatron_vlm.config.schema import Config
+    from megatron_vlm.training import preflight
+
+    with pytest.raises(MegatronVlmError) as caught:
+        preflight.settle_run(Config.model_validate(recipe), 1, 1, resumes=False, opens_data=True)
+    return list(faults_of(caught.value)), re.findall(r"^    (error: .*)$", preflight.__doc__ or "", re.MULTILINE)
 
 
 def test_what_not_all_ranks_found_is_told_with_those_that_did() -> None:

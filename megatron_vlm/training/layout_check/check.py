@@ -24,7 +24,6 @@ from megatron_vlm.config.schema import Config
 from megatron_vlm.errors import ParallelError
 from megatron_vlm.parallel.sizes import GridSizes
 from megatron_vlm.runtime.collectives import broadcast_object
-from megatron_vlm.runtime.device import current_device
 from megatron_vlm.runtime.distributed import Launch
 from megatron_vlm.runtime.logging import get_logger
 from megatron_vlm.runtime.progress import Progress
@@ -36,7 +35,7 @@ from megatron_vlm.training.layout_check.hints import hint_of
 from megatron_vlm.training.layout_check.record import Record, gather_records, observe
 from megatron_vlm.training.layout_check.reference import ReferenceProcess, exact_arithmetic
 from megatron_vlm.training.layout_check.shrink import shrink
-from megatron_vlm.training.recipe import resolve_recipe
+from megatron_vlm.training.preflight import settle_run
 
 MAX_HANG_SECONDS = 60.0  # without a step made
 REFERENCE_SECONDS = 1200.0
@@ -120,16 +119,16 @@ def check_layout(
         reference: starts the one process to compare with, given the small recipe and a folder.
 
     Raises:
-        MegatronVlmError: the recipe itself is not valid for these ranks, its data cannot be used, or the one process
-            failed.
+        MegatronVlmError: everything wrong with recipe, tokenizer, template and the data's beginning, in one error; or
+            the one process failed.
     """
     world, store = dist.group.WORLD, _own_store()
     assert world is not None, "there is no default process group"
     ranks_per_node = broadcast_object(launch.local_world_size, world)
-    resolved = resolve_recipe(config, launch.world_size, ranks_per_node, current_device())
-    config = resolved.config
+    settled = settle_run(config, launch.world_size, ranks_per_node, resumes=False, opens_data=True)
+    config = settled.config
     sizes = GridSizes.from_config(config.parallel, launch.world_size)
-    shrunk = shrink(config, launch.world_size, resolved.model) if launch.rank == 0 else None
+    shrunk = shrink(config, launch.world_size, settled.model) if launch.rank == 0 else None
     small, samples = broadcast_object(shrunk, world)
     with tempfile.TemporaryDirectory(prefix="check-layout-") as folder:
         small = place_in(small, samples, Path(folder))
