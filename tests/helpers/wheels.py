@@ -41,7 +41,7 @@ class Installation:
 
     def run(self, cwd: Path, *command: str | Path, seconds: float = 300) -> str:
         """What a command prints whose program is of the environment (`python`, `megatron-vlm`), in a folder that has
-        nothing of the checkout. It must end with 0 and write nothing to stderr but what torchrun itself writes."""
+        nothing of the checkout. It must end with 0."""
         variables = {name: value for name, value in environment().items() if not name.startswith("PYTHON")}
         variables["PATH"] = f"{self.folder / 'bin'}{os.pathsep}{variables['PATH']}"
         words = [str(self.folder / "bin" / command[0]), *map(str, command[1:])]

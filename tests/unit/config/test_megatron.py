@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, Qwen2Config
+from transformers import LlamaConfig
 
 from megatron_vlm.config import megatron
 from megatron_vlm.config.megatron import (
@@ -45,7 +45,6 @@ def test_architecture_comes_from_the_model() -> None:
     assert built.calculate_per_token_loss and built.use_cpu_initialization
     assert not built.batch_p2p_sync
     assert transformer_config(recipe(), LlamaConfig(**SIZES)).kv_channels == 8
-    assert transformer_config(recipe(), Qwen2Config(**SIZES), {"add_qkv_bias": True}).add_qkv_bias
 
 
 @pytest.mark.parametrize(
