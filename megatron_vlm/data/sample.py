@@ -49,6 +49,15 @@ def lacks_video(turns: Sequence[Turn], image_token: str) -> bool:
     return image_token != VIDEO_TOKEN and any(marks_image(turn, VIDEO_TOKEN, image_token) for turn in turns)
 
 
+def join_parts(pieces: Sequence[str]) -> str:
+    """Texts and markers of one message as one text: a line break between two that no blank parts."""
+    text = ""
+    for piece in pieces:
+        apart = text[-1:].strip() and piece[:1].strip()
+        text += f"\n{piece}" if apart else piece
+    return text
+
+
 RecordKey = tuple[int, ...]  # a record's name within its source, which alone knows what the numbers mean
 
 

@@ -24,9 +24,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megatron_vlm.data.batch import MediaSpan
-from megatron_vlm.data.sample import IGNORE, Sample, Turn
+from megatron_vlm.data.sample import IGNORE, Sample, Turn, join_parts
 from megatron_vlm.data.text.conversation import PLACEHOLDER_ID, ConversationEncoder
-from megatron_vlm.data.text.jinja import join_parts
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.layout import Documents

@@ -19,8 +19,9 @@ from typing import Any
 from megatron_vlm.data.sample import BadSample, Role
 
 SYSTEM_KEYS = ("system", "system_prompt")
+MEDIA_KEYS = frozenset({"image", "images", "video", "videos"})
 TRAINED_KEYS = ("weight", "loss", "train", "training")  # of a turn; OpenAI's, Axolotl's and others' names of one thing
-USED = frozenset({"id", "image", "video", "conversations", "form", *SYSTEM_KEYS})
+USED = frozenset({"id", "image", "images", "video", "videos", "conversations", "q", "a", "form", *SYSTEM_KEYS})
 USED_OF_TURN = frozenset({"from", "value", *TRAINED_KEYS})
 BOOKKEEPING = frozenset(
     "annotation_id answer_type author category created created_at data_source dataset dataset_id dataset_name date "
@@ -30,13 +31,13 @@ BOOKKEEPING = frozenset(
     "text_num timestamp title token_num topic turn_id type url uuid width width_list".split()
 )  # of a turn as well
 
-_MEDIA = "images are named in 'image', videos in 'video'"
+_MEDIA = "images are named in 'image' or 'images', videos in 'video' or 'videos'"
 _TURNS = "what is said stands in 'conversations'"
 _TRAINED = "of a turn of the assistant 'weight' or 'loss' says whether it is trained"
 _OF_RECIPE = "the recipe's data section says it for all records"
 _NO_PLACE = "there is no place for it in what is trained"
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(("images", "videos", "video_path", "video_id", "frames", "audio", "audios"), _MEDIA),
+    **dict.fromkeys(("video_path", "video_id", "frames", "audio", "audios"), _MEDIA),
     **dict.fromkeys(("incontext_images", "video_start", "video_end"), _MEDIA),
     **dict.fromkeys(("messages", "history", "captions", "incontext_conversations", "chosen", "rejected"), _TURNS),
     **dict.fromkeys(("weight", "loss", "train", "loss_weight", "sample_weight", "loss_mask", "mask"), _TRAINED),
@@ -65,15 +66,29 @@ def given(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if not (value is None or value in ("", [], {}))}
 
 
-def check_record(record: Mapping[str, Any], origin: str) -> Iterator[str]:
-    """Yields what is to be told of a record's keys (`given`). Raises BadSample for one that is refused."""
-    refused = REFUSED if "image" in record or "video" in record else {**dict.fromkeys(OTHER_NAMES, _MEDIA), **REFUSED}
-    return _check(record, USED, refused, origin, "key")
+def check_record(
+    record: Mapping[str, Any], origin: str, used: frozenset[str] = USED, refused: Mapping[str, str] = REFUSED
+) -> Iterator[str]:
+    """Yields what is to be told of a record's keys (`given`). Raises BadSample for one that is refused.
+
+    Args:
+        used, refused: the format's own tables; OTHER_NAMES are refused too, in a record without media.
+    """
+    if not MEDIA_KEYS & record.keys():
+        refused = {**dict.fromkeys(OTHER_NAMES, _MEDIA), **refused}
+    if "conversations" in record and (beside := {"q", "a"} & record.keys()):
+        raise BadSample(f"{origin} has field {min(beside)!r} beside 'conversations'; one of the two is needed")
+    return _check(record, used, refused, origin, "key")
 
 
-def check_turn(turn: Mapping[str, Any], origin: str) -> Iterator[str]:
+def check_turn(
+    turn: Mapping[str, Any],
+    origin: str,
+    used: frozenset[str] = USED_OF_TURN,
+    refused: Mapping[str, str] = REFUSED_OF_TURN,
+) -> Iterator[str]:
     """Same as `check_record`, for a turn's keys."""
-    return _check(turn, USED_OF_TURN, REFUSED_OF_TURN, origin, "a turn's key")
+    return _check(turn, used, refused, origin, "a turn's key")
 
 
 def _check(

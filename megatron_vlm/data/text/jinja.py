@@ -72,8 +72,8 @@ PLAIN_JINJA = """\
 {%- endfor -%}
 """
 # Of a message the images and texts in the order given, on lines of their own unless blanks part them already; where a
-# text holds the marker itself, images put none: the rule of `join_parts`. Its last line break is trimmed with the
-# block, so that the program behind it stands as at the beginning of a file.
+# text holds the marker itself, images put none: the rule of `sample.join_parts`. Its last line break is trimmed with
+# the block, so that the program behind it stands as at the beginning of a file.
 _TYPED_PARTS = """\
 {#- Content is a text, or a list of texts and images. -#}
 {%- set given = namespace(messages=[]) -%}
@@ -103,15 +103,6 @@ _TYPED_PARTS = """\
 """
 _AS_TEXT = "dict(message, content=content) if content is string else message"
 _AS_PART = "dict(message, content=[{'type': 'text', 'text': content}]) if content is string else message"
-
-
-def join_parts(pieces: list[str]) -> str:
-    """Texts and markers of one message as one text: a line break between two that no blank parts."""
-    text = ""
-    for piece in pieces:
-        apart = text[-1:].strip() and piece[:1].strip()
-        text += f"\n{piece}" if apart else piece
-    return text
 
 
 def with_typed_parts(program: str, image_token: str, form: ContentForm) -> str:

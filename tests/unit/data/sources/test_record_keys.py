@@ -82,7 +82,7 @@ def test_and_those_of_a_turn(key: str) -> None:
 WRITTEN_ELSEWHERE: dict[str, Any] = {  # keys as the files of other systems have them beside a conversation
     "tools": '[{"name": "look"}]', "functions": [{"name": "look"}], "documents": [{"text": "Paris is"}],
     "messages": [{"role": "user", "content": "Hi?"}], "history": [["Hi?", "Yes."]], "captions": ["A cat."],
-    "chosen": TALK[1], "rejected": TALK[1], "images": ["a.png"], "videos": ["a.mp4"], "audios": ["a.wav"],
+    "chosen": TALK[1], "rejected": TALK[1], "audios": ["a.wav"],
     "frames": ["0.png", "1.png"], "video_path": "a.mp4", "image_path": "a.png", "img": "a.png", "image_url": "a.png",
     "picture": "a.png", "video_url": "a.mp4", "weight": 0, "loss": False, "train": False, "loss_mask": [0, 1],
     "sample_weight": 2.0, "chat_template": "chatml", "enable_thinking": True, "chat_template_kwargs": {"a": False},
@@ -275,3 +275,22 @@ def test_a_file_whose_keys_have_no_end(
     assert len(index.remarks) == 30 and index.remarks["key 'bbox' is not known and passed over"] == 40
     told = " ".join(capsys.readouterr().out.split())
     assert told.count("not known") == MOST_TOLD and f"and {30 - MOST_TOLD} more" in told
+
+
+def test_other_names_of_images_and_videos() -> None:
+    assert parse(images=["a.png", "b.png"]) == parse(image=["a.png", "b.png"])
+    assert parse(images=[{"path": "a.png"}], image="a.png") == parse(image="a.png")
+    assert parse(videos="a.mp4") == parse(video="a.mp4")
+    assert "has fields 'image' and 'images', which differ; one of them" in refused(image="a.png", images=["b.png"])
+    assert "field 'videos' is [7]; a path or a list of paths is needed" in refused(videos=[7])
+
+
+def test_a_question_beside_a_conversation_is_refused() -> None:
+    assert "has field 'a' beside 'conversations'; one of the two is needed" in refused(q="Where?", a="Here.")
+    for wrong, message in (
+        ({"q": 7, "a": "b"}, "'q' is 7; a string"),
+        ({"q": "a", "a": ["b", 7]}, "'a' is [\"b\", 7]"),
+    ):
+        with pytest.raises(BadSample, match="^a element 3 field") as caught:
+            parse_record(json.dumps(wrong).encode(), "a element 3", "3", "<image>")
+        assert message in str(caught.value)
