@@ -1,8 +1,8 @@
 """Chat templates as programs: what one takes, and the named templates as such programs.
 
 What a template takes, texts or lists of typed parts, is found by running it: its words say little (Mistral's select
-over roles, and look at the types of tools). A name's program says the same as its function of `templates.py`, for
-systems that take a program: exported models carry it.
+over roles, and look at the types of tools). A name's program is what training renders, and what exported models carry;
+`plain`, which training renders of questions that are cut to their markers already, has a function beside its own.
 
 `messages` of a program hold texts (`with_typed_parts` brings lists of typed parts to them). `IMAGE` stands for the
 image marker, which a recipe names.

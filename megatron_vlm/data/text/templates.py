@@ -14,12 +14,15 @@ weights learnt it. Both end an answer in generation (`ConversationEncoder.find_t
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from megatron_vlm.data.sample import Turn
 from megatron_vlm.data.text.chat_template import ChatTemplate
-from megatron_vlm.data.text.jinja import LLAMA_3_JINJA, LLAMA_3_SYSTEM, PLAIN_JINJA, VICUNA_JINJA, VICUNA_SYSTEM
+from megatron_vlm.data.text.jinja import LLAMA_3_JINJA, PLAIN_JINJA, VICUNA_JINJA
 from megatron_vlm.registry import Registry
 
 Render = Callable[[Sequence[Turn], PreTrainedTokenizerBase, bool], str]
@@ -61,39 +64,23 @@ def render_plain(turns: Sequence[Turn], _: PreTrainedTokenizerBase, __: bool) ->
     return "".join(turn.text + ("\n" if turn.role == "assistant" else "") for turn in turns)
 
 
-def render_vicuna_v1(turns: Sequence[Turn], _: PreTrainedTokenizerBase, generation_prompt: bool) -> str:
-    """`SYSTEM USER: question ASSISTANT: answer</s>USER: ...`."""
-    system, turns = _split_system(turns, VICUNA_SYSTEM)
-    rounds = (f"USER: {t.text} " if t.role == "user" else f"ASSISTANT: {t.text}</s>" for t in turns)
-    return f"{system} {''.join(rounds)}{'ASSISTANT:' if generation_prompt else ''}"
+def render_program(program: str, turns: Sequence[Turn], _: PreTrainedTokenizerBase, generation_prompt: bool) -> str:
+    """A named template's own program (`jinja`), which exported models carry too."""
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    texts, _ = render_jinja_template([messages], chat_template=program, add_generation_prompt=generation_prompt)
+    return str(texts[0])
 
 
-def render_llama_3(turns: Sequence[Turn], _: PreTrainedTokenizerBase, generation_prompt: bool) -> str:
-    """`<|begin_of_text|>` and, per turn, a header with the role, the text and its end."""
-    system, turns = _split_system(turns, LLAMA_3_SYSTEM)
-    text = f"<|begin_of_text|>{_llama_3_header('system')}{system}<|eot_id|>"
-    for number, turn in enumerate(turns, start=1):
-        last = number == len(turns) and turn.role == "assistant"
-        text += f"{_llama_3_header(turn.role)}{turn.text}{'<|end_of_text|>' if last else '<|eot_id|>'}"
-    return text + (_llama_3_header("assistant") if generation_prompt else "")
-
-
-def _llama_3_header(role: str) -> str:
-    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
-
-
-def _split_system(turns: Sequence[Turn], default: str) -> tuple[str, Sequence[Turn]]:
-    """The system text, and the turns without it."""
-    return (turns[0].text, turns[1:]) if turns and turns[0].role == "system" else (default, turns)
+def _of_program(program: str, **options: Any) -> Template:
+    return Template(partial(render_program, program), jinja=program, **options)
 
 
 TEMPLATES.register("auto")(Template(render_chat_template))
 TEMPLATES.register("plain")(Template(render_plain, begins=True, captions=True, jinja=PLAIN_JINJA))
-TEMPLATES.register("vicuna_v1")(Template(render_vicuna_v1, needs=("</s>",), begins=True, jinja=VICUNA_JINJA))
+TEMPLATES.register("vicuna_v1")(_of_program(VICUNA_JINJA, needs=("</s>",), begins=True))
 TEMPLATES.register("llama_3")(
-    Template(
-        render_llama_3,
+    _of_program(
+        LLAMA_3_JINJA,
         needs=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>"),
-        jinja=LLAMA_3_JINJA,
     )
 )
