@@ -47,8 +47,8 @@ class Claim:
                 self._file.seek(0)
                 holder = self._file.read().strip()
                 raise CheckpointError(
-                    f"checkpoint.directory: found {root}, where another run is going on ({holder}); needs its end, or "
-                    "a directory of its own"
+                    f"checkpoint.directory: found {root}, which another run is using ({holder}); wait for its end, "
+                    "or name another directory"
                 )
             time.sleep(POLL_SECONDS)
         self._file.truncate(0)
@@ -62,5 +62,5 @@ class Claim:
         except (BlockingIOError, PermissionError):
             return False
         except OSError as error:
-            logger.warning("no file locks in %s (%s): a second run there would not be noticed", root, error.strerror)
+            logger.warning("%s has no file locks (%s): a second run there would go unnoticed", root, error.strerror)
         return True

@@ -89,14 +89,16 @@ def refuse_unlisted(directory: Path, manifest: Manifest, parts: Iterable[str]) -
             is_read = path.is_symlink() or not path.is_dir()
             if is_read and name not in manifest.files and not path.name.startswith("."):
                 raise CheckpointError(
-                    f"{directory} holds {name}, which its manifest does not list and {part}/ would be read with; needs "
-                    "it moved away"
+                    f"{directory} holds {name}, which its manifest does not list and which would be read with {part}/; "
+                    "move it elsewhere"
                 )
 
 
 def _tell_what_it_lacks(directory: Path, manifest: Manifest) -> None:
     if manifest.lacks is not None:
-        logger.warning("checkpoint %s is not covered whole: %s; save it again", directory, manifest.lacks)
+        logger.warning(
+            "checkpoint %s has a manifest that does not cover it all: %s; save it again", directory, manifest.lacks
+        )
 
 
 def _damage(file: Path, expected: FileRecord) -> str | None:

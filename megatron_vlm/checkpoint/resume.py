@@ -100,7 +100,8 @@ def _resume(root: Path, world: ProcessGroup, owns: bool) -> Start | None:
         damaged[directory] = f"checkpoint {directory} is damaged: {damage}"
     if damaged:
         raise CheckpointError(
-            f"no good checkpoint in {root}: {_told(damaged)}; restore one of them, or move them away to start anew"
+            f"no good checkpoint in {root}: {_told(damaged)}; restore one of them, or move them "
+            "elsewhere to start from the beginning"
         )
     return None
 

@@ -162,7 +162,7 @@ def load_checkpoint(
             restore_random_states(loaded["random"])
     if not is_same_device:
         other = "kind of device" if is_same_layout else "layout"
-        logger.info("another %s than the checkpoint's: random numbers are drawn anew, from seed and step", other)
+        logger.info("another %s than the checkpoint's: random numbers start afresh from seed and step", other)
         seed_everything(manifest.config["runtime"]["seed"], model.grid, manifest.step)
     return manifest.step
 

@@ -17,7 +17,7 @@ def main() -> None:
         from megatron_vlm.config import reference
 
         if arguments.markdown and arguments.key:
-            parser.error(f"--markdown: found it with {arguments.key!r}, needs one of them")
+            parser.error(f"--markdown: found together with {arguments.key!r}, needs one of the two")
         text = reference.markdown() if arguments.markdown else reference.tree()
         if arguments.key:
             text = reference.explain(arguments.key)

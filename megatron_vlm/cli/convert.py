@@ -116,20 +116,24 @@ def _open(arguments: argparse.Namespace) -> "ForeignModel":
     options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
     if arguments.tower is None:
         if given:
-            raise ConfigError(f"found {options} without --tower, needs the tower of the new pair")
+            raise ConfigError(f"{options}: found without --tower; a new pair of language model and tower needs both")
         external = ExternalParts(base=arguments.base, options=arguments.format_options or {})
         return open_foreign(arguments.source, arguments.format, external)
     if arguments.format is not None:
-        raise ConfigError(f"found --format {arguments.format} with --tower, needs one of them: --tower says the format")
+        raise ConfigError(
+            f"--format: found {arguments.format} with --tower, which names the format itself; leave one of them out"
+        )
     found = ModelFolder.of(resolve_folder(arguments.source))
     if found.format is None:
         if arguments.base is not None:
-            raise ConfigError("found --base for a new pair, whose language model is SOURCE; needs none")
+            raise ConfigError("--base: found for a new pair, whose language model is SOURCE; leave it out")
         if arguments.format_options:
-            raise ConfigError("found --format-option for a new pair, which leaves nothing open; needs none")
+            raise ConfigError("--format-option: found for a new pair, which leaves nothing open; leave it out")
         return open_pair(arguments.source, arguments.tower, **given, found=found)
     if given:
-        raise ConfigError(f"found {options}, which {arguments.source} says itself; needs a language model as SOURCE")
+        raise ConfigError(
+            f"{options}: found for {arguments.source}, which names these itself; needs a language model as SOURCE"
+        )
     external = ExternalParts(arguments.tower, arguments.base, arguments.format_options or {})
     return open_foreign(arguments.source, external=external, found=found)
 

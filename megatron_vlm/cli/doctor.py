@@ -154,8 +154,8 @@ def workshop(extras: dict[str, list[str]]) -> Finding:
     needed_by = ", ".join(WORKSHOP[extra] for extra in missing or extras)
     name = f"extras {', '.join(extras)}"
     if not missing:
-        return Finding(name, "ok", f"all there for {needed_by}")
-    return Finding(name, "absent", f"not all there for {needed_by}", f"pip install -e '.[{','.join(missing)}]'")
+        return Finding(name, "ok", f"complete for {needed_by}")
+    return Finding(name, "absent", f"incomplete for {needed_by}", f"pip install -e '.[{','.join(missing)}]'")
 
 
 def optional(

@@ -39,7 +39,7 @@ MEDIA = "/media"
 def main() -> None:
     with read_command_line().run() as (arguments, launch):
         if arguments.prompt is None and not arguments.chat:
-            raise ConfigError("--prompt: found nothing, needs a question, or --chat")
+            raise ConfigError("--prompt: missing; give a question, or --chat")
         if arguments.chat and launch.world_size > 1:
             raise ConfigError(
                 f"--chat: found {launch.world_size} ranks, needs one process; --devices starts ranks itself"

@@ -74,7 +74,7 @@ def of_ranks(words: list[str]) -> list[str]:
         return [*command_words(words[0]), *words[1:]]
     if words and not words[0].startswith("-") and not Path(words[0]).exists():
         hint = did_you_mean(words[0], COMMANDS, f"needs a Python script or one of {', '.join(COMMANDS)}")
-        raise ConfigError(f"command: found {words[0]!r}, which is no file, with --ranks; {hint}")
+        raise ConfigError(f"command: found {words[0]!r}, which is not a file; with --ranks, {hint}")
     return words
 
 

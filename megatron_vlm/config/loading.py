@@ -139,9 +139,9 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> DictConfig:
     resolved = path.resolve()
     if resolved in children:
         chain = " -> ".join(child.name for child in (*children, resolved))
-        raise ConfigError(f"{children[-1]}: base leads in a circle ({chain}), needs a chain that ends")
+        raise ConfigError(f"{children[-1]}: base: found a circle ({chain}), needs a chain that ends")
     if len(children) == _LONGEST_CHAIN:
-        raise ConfigError(f"{path}{named_by}: is the base of {_LONGEST_CHAIN} others, one over the other, needs fewer")
+        raise ConfigError(f"{path}{named_by}: base: found a chain of more than {_LONGEST_CHAIN} recipes, needs fewer")
     base = tree.pop("base", None)
     if base is None:
         return tree
@@ -178,8 +178,9 @@ def _forget_what_is_replaced(below: DictConfig, above: Any, origin: str) -> None
         if "path" in new and "media_root" not in new and new["path"] != old["path"]:
             root = below[name].pop("media_root")
             logger.info(
-                "%s.media_root %s is left out: it is of another file than %s.path %s, which %s names without one; its "
-                "images are looked for beside it", name, shown(root), name, shown(new["path"]), shown(origin),
+                "%s.media_root %s is ignored: it belongs to another file than %s.path %s, which %s names without "
+                "one; the images are looked for beside that file",
+                name, shown(root), name, shown(new["path"]), shown(origin),
             )  # fmt: skip
 
 
@@ -232,7 +233,7 @@ def _refuse_what_is_not_plain(tree: DictConfig, origin: str) -> None:
             )
         elif not isinstance(node, _PLAIN) or (isinstance(node, int) and node.bit_length() > _LARGEST_INTEGER_BITS):
             raise ConfigError(
-                f"{origin}: found {_shortened(node)}, a recipe holds texts, switches, lists, sections and numbers, "
+                f"{origin}: found {_shortened(node)}; a recipe holds strings, booleans, lists, sections and numbers, "
                 f"integers of up to {_LARGEST_INTEGER_BITS} bits"
             )
 

@@ -42,7 +42,7 @@ def refuse_recipe_changes(saved: Config, config: Config, checkpoint: str) -> Non
     if changed:
         differences = (f"{key}: found {_shown(now, key)}, it was trained with {_shown(before, key)}" for key in changed)
         raise ConfigError(
-            f"{checkpoint} is of another recipe: {'; '.join(differences)}; needs the same values, or "
+            f"{checkpoint} was saved with another recipe: {'; '.join(differences)}; needs the same values, or "
             f"'checkpoint.accept_changes=[{','.join(changed)}]' to go on with the new ones"
         )
 

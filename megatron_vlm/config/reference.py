@@ -96,7 +96,7 @@ def explain(name: str) -> str:
     """
     known = {key: section_of(field) for key, field in fields()}
     if name not in known:
-        raise ConfigError(f"key: found {name!r}, which is no key and no section of the recipe, {_near(name, [*known])}")
+        raise ConfigError(f"key: found {name!r}, which is neither key nor section, {_near(name, [*known])}")
     found = [str(entry) for entry in entries() if entry.key == name or entry.key.startswith(f"{name}.")]
     section = known[name]
     head = [] if section is None else [_wrapped(f"{name}: {_about(section)}", "")]

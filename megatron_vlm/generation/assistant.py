@@ -208,7 +208,7 @@ class Assistant:
             raise DataError(f"{found}; {needed}")
         if not self._context_told and self.model.grid.replica_rank == 0:
             get_logger(__name__).warning(
-                "%s, to which an answer of up to %d may come; %s: what lies beyond is unreliable",
+                "%s, and an answer may add up to %d; %s: what lies beyond it is unreliable",
                 found, max_new_tokens, needed,
             )  # fmt: skip
         self._context_told = True

@@ -69,18 +69,18 @@ def fetched(path: str, patterns: Sequence[str]) -> Path:
         return Path(path)
     found = parse(path)
     if found is None:
-        raise HubError("it is no directory, and no hub id has its form (org/name, org/name@revision)")
+        raise HubError("it is neither a directory nor a hub id (org/name, org/name@revision)")
     try:
         return Path(snapshot_download(found.repository, revision=found.revision, allow_patterns=list(patterns)))
     except RevisionNotFoundError as error:
         raise HubError(f"{found.repository} has no revision {found.revision!r} (a branch, tag or commit)") from error
     except RepositoryNotFoundError as error:
-        raise HubError(f"the hub has no {found.repository}, or shows it to others only") from error
+        raise HubError(f"the hub has no {found.repository}, or you have no access to it") from error
     except LocalEntryNotFoundError as error:
         which = "no revision" if found.revision is None else f"no revision {found.revision!r}"
         reason = one_line(error, first=True)
         raise HubError(
-            f"{which} of {found.repository} is cached in full, and the hub cannot be asked: {reason}"
+            f"{which} of {found.repository} is cached completely, and the hub cannot be reached: {reason}"
         ) from error
     except Exception as error:  # besides its own errors the client raises those of what it sends requests with
         raise HubError(one_line(error, first=True)) from error
@@ -109,7 +109,7 @@ def pinned(path: str) -> str:
     folder = fetched(path, CONFIG_FILES)
     commit = commit_of(folder)
     if commit is None:
-        raise HubError(f"{folder} is named by no commit")
+        raise HubError(f"{folder} is not named by a commit")
     return f"{found.repository}@{commit}"
 
 

@@ -131,7 +131,7 @@ def tell_unsaved(num_steps: int, rank: int) -> None:
         logger.info("%s", told)
     elif rank == 0:
         logger.warning(
-            "%s: whatever else ends this run takes all %d steps along; set checkpoint.every_steps, to %d say",
+            "%s: if anything else ends this run, all %d steps are lost; set checkpoint.every_steps, for example to %d",
             told, num_steps, MANY_STEPS,
         )  # fmt: skip
 

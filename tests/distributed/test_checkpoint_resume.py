@@ -219,8 +219,8 @@ def test_a_run_goes_on_under_its_own_recipe_and_samples_only(ranks: RankPool, tm
     longer = merged(recipe, {"training": {"steps": 99}, "optimizer": {"weight_decay": 0.3}})
     (refused,) = ranks.run(1, resume_job, longer)
     assert refused.endswith(
-        "is of another recipe: optimizer.weight_decay: found 0.3, it was trained with 0.1; training.steps: found 99, "
-        "it was trained with 5; needs the same values, or "
+        "was saved with another recipe: optimizer.weight_decay: found 0.3, it was trained with 0.1; training.steps: "
+        "found 99, it was trained with 5; needs the same values, or "
         "'checkpoint.accept_changes=[optimizer.weight_decay,training.steps]' to go on with the new ones"
     )
     accepted = {"checkpoint": {"accept_changes": ["optimizer", "training.steps"]}}

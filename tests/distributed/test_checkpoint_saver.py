@@ -237,7 +237,7 @@ def test_random_numbers_go_on_in_the_same_layout_only(ranks: RankPool, recipe: d
     elsewhere = ranks.run(2, draw_after_loading, merged(recipe, load))
     assert elsewhere[0][1] == elsewhere[1][1]
     assert not set(elsewhere[0][1]) & set(drawn[0][1])
-    assert "random numbers are drawn anew" in elsewhere[0][0] and "drawn anew" not in again[0][0]
+    assert "random numbers start afresh" in elsewhere[0][0] and "start afresh" not in again[0][0]
 
 
 CUDA_STATE = torch.zeros(16, dtype=torch.uint8)  # a seed and an offset
@@ -247,7 +247,7 @@ def test_random_numbers_of_another_kind_of_device_are_drawn_anew(ranks: RankPool
     (drawn,) = ranks.run(1, draw_after_saving, recipe, CUDA_STATE)
     load = {"checkpoint": {"load": recipe["checkpoint"]["directory"]}}
     (elsewhere,) = ranks.run(1, draw_after_loading, merged(recipe, load))
-    assert "another kind of device than the checkpoint's: random numbers are drawn anew" in elsewhere[0]
+    assert "another kind of device than the checkpoint's: random numbers start afresh" in elsewhere[0]
     assert not set(elsewhere[1]) & set(drawn[1])
 
 

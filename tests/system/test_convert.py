@@ -88,8 +88,11 @@ def test_what_a_directory_is_is_said(tmp_path):
         (("import", "EMPTY", "OUT"), "no format recognises it"),
         (("import", "EMPTY", "OUT", "--format", "lava"), "did you mean 'llava'?"),
         (("import", "EMPTY"), "the following arguments are required: destination"),
-        (("import", "EMPTY", "OUT", "--seed", "3", "--select-layer", "-1"), "--select-layer, --seed without --tower"),
-        (("import", "EMPTY", "OUT", "--tower", "EMPTY", "--format", "llava"), "--format llava with --tower"),
+        (
+            ("import", "EMPTY", "OUT", "--seed", "3", "--select-layer", "-1"),
+            "--select-layer, --seed: found without --tower",
+        ),
+        (("import", "EMPTY", "OUT", "--tower", "EMPTY", "--format", "llava"), "--format: found llava with --tower"),
         (("import", "EMPTY", "OUT", "--tower", "EMPTY", "--base", "EMPTY"), "--base for a new pair"),
     ],
 )

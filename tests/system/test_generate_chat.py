@@ -81,7 +81,7 @@ def test_draws_repeat_with_their_seed(folder: Path) -> None:
         (["--prompt", "?", "--stop", ""], "error: stop: found an empty string"),
         (["--prompt", "?", "--temperature", "warm"], "error: argument --temperature: found 'warm', needs a number"),
         (["--prompt", "?", "--devices", "gpu"], "error: argument --devices: found 'gpu', needs a GPU's number or cpu"),
-        ([], "error: --prompt: found nothing, needs a question, or --chat"),
+        ([], "error: --prompt: missing; give a question, or --chat"),
     ],
 )
 def test_bad_options_cost_one_line(folder: Path, arguments: list[str], message: str) -> None:

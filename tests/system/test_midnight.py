@@ -85,7 +85,7 @@ def test_a_day_that_is_not_fixed_is_refused_before_the_first_step(tmp_path: Path
     recipe = write_recipe(tmp_path)
     code, told = run(recipe, "own", at(tmp_path / "hook", BEFORE))
     assert code == 1 and told.count("\n") == 1 and told.startswith("error: data.template is 'auto', but ")
-    assert "it asks for the date (strftime_now), which is another one tomorrow" in told
+    assert "it asks for the date (strftime_now), which changes every day" in told
     assert not list((tmp_path).glob("own/metrics.jsonl")) and not list(tmp_path.glob("own/step_*"))
 
 

@@ -26,4 +26,4 @@ def unknown_changes(config: Config) -> Iterator[str]:
             hint = did_you_mean(name, known, "needs a key or section, such as 'optimizer.lr'")
             if same_end:
                 hint = f"did you mean {' or '.join(map(repr, same_end))}?"
-            yield f"checkpoint.accept_changes[{position}]: found {name!r}, which is no key, {hint}"
+            yield f"checkpoint.accept_changes[{position}]: found {name!r}, which is not a key, {hint}"

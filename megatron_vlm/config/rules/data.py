@@ -33,7 +33,10 @@ RULES = SectionRules(
 @RULES.of_recipe("data.group_by_modality_length", says="`true` needs `data.shuffle` true and `data.packing` false")
 def _grouping(config: Config) -> Iterator[str]:
     if config.data.group_by_modality_length and not config.data.shuffle:
-        yield "data.group_by_modality_length: found true with data.shuffle false, which keeps file order, needs it true"
+        yield (
+            "data.group_by_modality_length: found true with data.shuffle false, which keeps file order, needs "
+            "data.shuffle true"
+        )
     if config.data.group_by_modality_length and config.data.packing:
         yield (
             "data.group_by_modality_length: found true with data.packing true, which leaves no padding to save, "

@@ -21,7 +21,8 @@ def _cudnn_in_a_ring(config: Config) -> Iterator[str]:
     if parallel.ring_mode == "all_gather":
         yield (
             f"ops.attention: found cudnn with parallel.ring {parallel.ring} and parallel.ring_mode all_gather, where a "
-            f"rank's queries see more keys than they are, while cuDNN's causal mask is of a square, {elsewise}, or p2p"
+            f"rank's queries see more keys than there are queries, while cuDNN's causal mask is square, {elsewise}, "
+            "or p2p"
         )
     elif config.data.packing:
         yield (

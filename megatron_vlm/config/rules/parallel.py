@@ -23,9 +23,7 @@ def _context(config: Config) -> Iterator[str]:
     given = {name: ranks for name in ("ulysses", "ring") if (ranks := getattr(parallel, name)) > 1}
     if parallel.context is not None and given:
         found = " and ".join(f"parallel.{name} {ranks}" for name, ranks in given.items())
-        yield (
-            f"parallel.context: found {parallel.context} with {found}, which it chooses itself, needs them 1, or null"
-        )
+        yield (f"parallel.context: found {parallel.context} with {found}, which it sets itself, needs 1 there, or null")
 
 
 @RULES.of_recipe(
@@ -36,9 +34,15 @@ def _overlap(config: Config) -> Iterator[str]:
     if not config.parallel.overlap_param_gather:
         return
     if not config.optimizer.distributed:
-        yield "parallel.overlap_param_gather: found true with optimizer.distributed false, needs it true"
+        yield (
+            "parallel.overlap_param_gather: found true with optimizer.distributed false, needs "
+            "optimizer.distributed true"
+        )
     if not config.parallel.overlap_grad_reduce:
-        yield "parallel.overlap_param_gather: found true with parallel.overlap_grad_reduce false, needs it true"
+        yield (
+            "parallel.overlap_param_gather: found true with parallel.overlap_grad_reduce false, needs "
+            "parallel.overlap_grad_reduce true"
+        )
 
 
 @RULES.of_ranks(

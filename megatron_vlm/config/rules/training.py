@@ -84,8 +84,8 @@ def _schedule(config: Config, world_size: int) -> Iterator[str]:
 def _images(config: Config, facts: ModelFacts) -> Iterator[str]:
     if config.training.sequence_length <= facts.tokens_per_image:
         yield (
-            f"training.sequence_length: found {config.training.sequence_length}, one image alone takes "
-            f"{facts.tokens_per_image} tokens, needs more"
+            f"training.sequence_length: found {config.training.sequence_length}, needs more than the "
+            f"{facts.tokens_per_image} tokens of one image"
         )
 
 

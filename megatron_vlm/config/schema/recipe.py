@@ -32,7 +32,7 @@ def _import(module: str, info: ValidationInfo) -> str:
     word."""
     is_trusted = info.context is None or info.context["is_trusted"]
     if not is_trusted and not is_imported(module):
-        message = "is code that a checkpoint's word does not import: if you trust it, name it yourself, {how}"
+        message = "is code, which a checkpoint alone cannot have imported: if you trust it, name it yourself, {how}"
         raise PydanticCustomError("untrusted_extension", message, {"how": f"--extensions {module} ({IN_PYTHON})"})
     try:
         import_extension(module)

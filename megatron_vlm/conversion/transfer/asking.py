@@ -105,8 +105,8 @@ class Asking:
             )  # fmt: skip
         elif not self.is_asked_alike(folder):
             logger.warning(
-                "transformers cuts prompts into other tokens than training did, whatever its tokenizer adds to them: "
-                "ask the export by megatron_vlm.load"
+                "transformers tokenizes prompts differently from training, whatever its tokenizer adds to them: ask "
+                "the exported model with megatron_vlm.load"
             )
 
     def _written(self) -> tuple[Tokenizer, bool]:

@@ -250,7 +250,9 @@ class Trained:
         try:
             return Asking.of(self.target.checkpoint, self.target.config, self.target.language.eos_token_id)
         except ConfigError as error:
-            get_logger(__name__).warning("the export says nothing of prompts and ends of answers: %s", one_line(error))
+            get_logger(__name__).warning(
+                "the export does not say how prompts begin and answers end: %s", one_line(error)
+            )
             return None
 
     def write_card(self, folder: Path, format: str) -> None:

@@ -98,7 +98,7 @@ class TowerNames:
         names = {self.canonical(name).removeprefix(TOWER_PREFIX): name for name in written}
         if names.keys() != {tower_name(name).removeprefix(TOWER_PREFIX) for name in state}:
             raise ConversionError(
-                f"transformers puts tensors of {self.config.model_type!r} together otherwise on the disk than in "
-                "memory; needs a tower that has the same ones in both"
+                f"transformers arranges the tensors of {self.config.model_type!r} differently on disk and in memory; "
+                "needs a tower that has the same tensors in both"
             )
         return names

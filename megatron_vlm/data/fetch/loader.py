@@ -59,9 +59,9 @@ def open_training_data(
     samples = open_samples(config, data.path, data.media_root, tokenizer, model.media_spec, rank)
     if rank == 0 and (differing := samples.encoder.answers_that_differ()):
         get_logger(__name__).warning(
-            "the chat template writes the last answer of a conversation otherwise than earlier ones: of an answer '!' "
-            "%r is trained where it is the last, and %r where it is not; with data.render_turns: apart each is trained "
-            "as the last",
+            "the chat template writes the last answer of a conversation differently from earlier ones: of an answer "
+            "'!' %r is trained where it is the last, and %r where it is not; with data.render_turns: apart each is "
+            "trained as the last",
             differing[1], differing[0],
         )  # fmt: skip
     return TrainingData(samples, make_plan(config, samples.index, model.language))

@@ -159,7 +159,7 @@ def _cache_root(source: Source, spare_root: Path) -> Path:
     identity = source.name if anchor is None else str(anchor.resolve())
     spare = spare_root / "index" / hashlib.sha256(identity.encode()).hexdigest()[:12]
     if anchor is not None:
-        get_logger(__name__).info("no index beside %s (%s): it goes to %s", anchor, reason, spare)
+        get_logger(__name__).info("no index can be written beside %s (%s): it goes to %s", anchor, reason, spare)
     try:
         spare.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -175,5 +175,7 @@ def _only_builder(lock: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
-            get_logger(__name__).warning("no file locks at %s (%s): every rank indexes", lock.parent, error.strerror)
+            get_logger(__name__).warning(
+                "no file locks at %s (%s): every rank builds the index", lock.parent, error.strerror
+            )
         yield

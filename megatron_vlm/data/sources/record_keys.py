@@ -99,7 +99,7 @@ def _check(
             raise BadSample(f"{origin} has field {key!r}, which is not read; {refused[key]}", "unread field")
     for key in keys:
         if key not in used and key not in BOOKKEEPING and key not in refused:
-            yield f"{called} {key[:40]!r} is not known and passed over"
+            yield f"{called} {key[:40]!r} is unknown and ignored"
 
 
 def few(remarks: Iterable[str]) -> tuple[str, ...]:

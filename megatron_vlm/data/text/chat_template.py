@@ -39,8 +39,8 @@ _DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 _MONTHS = tuple("January February March April May June July August September October November December".split())
 _LOCALE_FREE = "dmYyHIMSjFT"  # strftime's letters that mean the same everywhere
 _NO_CLOCK = (
-    f"it asks for the date ({CLOCK}), which is another one tomorrow; needs {KEY}: {{{CLOCK}: 2026-03-05}}, the day it "
-    "is to see, or the argument that it takes in its place (often date_string)"
+    f"it asks for the date ({CLOCK}), which changes every day; needs {KEY}: {{{CLOCK}: 2026-03-05}}, a fixed day, or "
+    "the argument that the template takes instead (often date_string)"
 )
 
 

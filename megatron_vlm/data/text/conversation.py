@@ -376,7 +376,7 @@ class ConversationEncoder:
         return BadSample(
             f"{sample.origin}: sample {sample.id!r}: the chat template does not repeat every answer as it is (it "
             "may rewrite earlier ones, or want lists of parts where the content here is a text), so what is to be "
-            f"trained cannot be told; needs {self._advice()}",
+            f"trained cannot be determined; needs {self._advice()}",
             "template",
         )
 

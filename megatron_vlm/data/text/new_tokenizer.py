@@ -94,7 +94,7 @@ def make_tokenizer(data: Path, directory: Path, vocabulary_size: int, source: st
     if vocabulary_size < NUM_FIXED_TOKENS:
         raise ConfigError(f"--vocabulary-size: found {vocabulary_size}, needs at least {NUM_FIXED_TOKENS}")
     if os.path.lexists(directory):
-        raise ConfigError(f"{directory}: is there already, needs a directory that is to be made")
+        raise ConfigError(f"{directory}: exists already, needs a new directory")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}_") as beside:

@@ -35,7 +35,7 @@ class ConsoleHook(Hook):
             loss = "nothing" if report.loss is None else f"{report.loss:.4f}"
             self.bar.update(report.step, f"loss {loss}  {speed}")
         if report.loss is None:
-            logger.warning("step %d: nothing was trained, every sample was left out, and nothing updated", report.step)
+            logger.warning("step %d: every sample was left out, so nothing was trained or updated", report.step)
         elif not report.updated:
             logger.warning("step %d: a gradient was not finite, the update was left out", report.step)
         if report.ranks is not None and self.watch is not None:

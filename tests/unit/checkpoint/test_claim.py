@@ -30,7 +30,7 @@ def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path: Path, monkeyp
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-            with pytest.raises(CheckpointError, match=rf"another run is going on \(process {holder.pid} on "):
+            with pytest.raises(CheckpointError, match=rf"which another run is using \(process {holder.pid} on "):
                 claim.Claim(tmp_path / "run", SimpleNamespace())
         finally:
             holder.kill()

@@ -48,7 +48,7 @@ def test_what_is_asked_is_printed(
     ("arguments", "hint"),
     [
         (["parallel.tensr"], "did you mean 'parallel.tensor'"),
-        (["--markdown", "data"], "--markdown: found it with 'data', needs one of them"),
+        (["--markdown", "data"], "--markdown: found together with 'data', needs one of the two"),
         (["data", "model"], "unrecognized arguments: model"),
     ],
 )

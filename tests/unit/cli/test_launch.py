@@ -31,7 +31,7 @@ def test_what_is_neither_costs_one_line(
     with pytest.raises(SystemExit):
         launch.main()
     told = capsys.readouterr().err
-    assert told.startswith(f"error: command: found {word!r}, which is no file, with --ranks; {hint}")
+    assert told.startswith(f"error: command: found {word!r}, which is not a file; with --ranks, {hint}")
     assert told.count("\n") == 1
 
 

@@ -96,7 +96,9 @@ def test_without_the_rules_file_nothing_of_the_rule_is_known(tmp_path: Path) -> 
     """So each of the two files does its part, and the test above can fail."""
     found = outcome(tmp_path, SCHEMA)
     assert found["rule"] is None and "Rule" not in found["printed"]
-    assert found["resume"].startswith("step_1 is of another recipe: schedule.cycles: found 3, it was trained with 1;")
+    assert found["resume"].startswith(
+        "step_1 was saved with another recipe: schedule.cycles: found 3, it was trained with 1;"
+    )
 
 
 def test_without_the_schema_file_there_is_no_such_key(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_every_change_of_meaning_is_named_with_both_values() -> None:
     with pytest.raises(ConfigError) as caught:
         refuse_recipe_changes(recipe(), now, "runs/a/step_1")
     message, before = str(caught.value), recipe()
-    assert message.startswith("runs/a/step_1 is of another recipe: ")
+    assert message.startswith("runs/a/step_1 was saved with another recipe: ")
     assert f"optimizer.lr: found 0.5, it was trained with {before.optimizer.lr}" in message
     assert f"training.steps: found 3, it was trained with {before.training.steps}" in message
     assert 'model.freeze: found ["x"], it was trained with []' in message
@@ -128,4 +128,4 @@ def test_answers_that_are_no_longer_trained_are_another_data() -> None:
 )
 def test_an_accepted_change_that_is_no_key_is_refused(name: str, hint: str) -> None:
     (violation,) = unknown_changes(changed(checkpoint={"accept_changes": ["data", name]}))
-    assert violation == f"checkpoint.accept_changes[1]: found {name!r}, which is no key, {hint}"
+    assert violation == f"checkpoint.accept_changes[1]: found {name!r}, which is not a key, {hint}"

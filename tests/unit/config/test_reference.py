@@ -120,7 +120,7 @@ def test_a_section_is_told_with_all_its_keys() -> None:
 def test_a_mistyped_key_is_answered_with_the_nearest(name: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         reference.explain(name)
-    assert str(caught.value).startswith(f"key: found {name!r}, which is no key and no section of the recipe, {hint}")
+    assert str(caught.value).startswith(f"key: found {name!r}, which is neither key nor section, {hint}")
 
 
 def test_the_tree_is_yaml_with_the_defaults() -> None:

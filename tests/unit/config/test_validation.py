@@ -28,7 +28,7 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
         "a split chosen and given",
         {"parallel": {"context": 4, "ring": 2, "ulysses": 2}},
         4,
-        ["parallel.context: found 4 with parallel.ulysses 2 and parallel.ring 2, which it chooses itself"],
+        ["parallel.context: found 4 with parallel.ulysses 2 and parallel.ring 2, which it sets itself"],
     ),
     (
         "world with a split to be chosen",
@@ -197,7 +197,12 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
         ["parallel.pipeline * parallel.virtual_pipeline: found 2 * 3 = 6, the language model's 8 layers allow 1, 2, 4"],
     ),
     ("select", {"model__vision__select_layer": -5}, 1, ["select_layer: found -5, the tower's 3 layers allow -4 to 3"]),
-    ("short", {"training__sequence_length": 16}, 1, ["training.sequence_length: found 16, one image alone takes 16"]),
+    (
+        "short",
+        {"training__sequence_length": 16},
+        1,
+        ["training.sequence_length: found 16, needs more than the 16 tokens of one image"],
+    ),
     ("family", {"model__family": "lava"}, 1, ["model.family: found 'lava', did you mean 'llava'?"]),
     ("projector", {"model__projector__type": "mlp2x"}, 1, ["found 'mlp2x', did you mean 'mlp2x_gelu'"]),
     ("template", {"data__template": "zzz"}, 1, ["data.template: found 'zzz', allowed: auto, vicuna_v1"]),

@@ -98,7 +98,7 @@ def test_a_prompt_beyond_the_context_is_an_error_and_an_answer_a_warning(pair, i
     assert capsys.readouterr().out == ""
     pair.ours.generate(prompt, max_new_tokens=6)
     told = capsys.readouterr().out
-    assert f"prompt 1 has {length} tokens, images included, to which an answer of up to 6 may come" in told
+    assert f"prompt 1 has {length} tokens, images included, and an answer may add up to 6" in told
     monkeypatch.setattr(pair.ours, "context_tokens", length - 1)
     with pytest.raises(DataError, match=f"prompt 2 has {length} tokens.*is {length - 1}"):
         pair.ours.generate([["far"], prompt], max_new_tokens=1)

@@ -74,9 +74,9 @@ def test_a_branch_or_tag_is_a_commit(cache: HubCache) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("somebody/model@v9", "no revision 'v9' of somebody/model is cached in full, and the hub cannot be asked"),
-        (f"somebody/model@{'c' * 40}", "no revision 'c+' of somebody/model is cached in full"),
-        ("nobody/model", "no revision of nobody/model is cached in full, and the hub cannot be asked"),
+        ("somebody/model@v9", "no revision 'v9' of somebody/model is cached completely, and the hub cannot be reached"),
+        (f"somebody/model@{'c' * 40}", "no revision 'c+' of somebody/model is cached completely"),
+        ("nobody/model", "no revision of nobody/model is cached completely, and the hub cannot be reached"),
         ("some--body/model", "Repo id|Cannot have -- or"),
     ],
 )
@@ -91,7 +91,7 @@ def test_what_is_neither_cached_nor_asked_for_is_told(cache: HubCache, path: str
 def test_a_revision_that_the_hub_has_not_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, message in (
         (RevisionNotFoundError, "org/name has no revision 'v9' (a branch, tag or commit)"),
-        (RepositoryNotFoundError, "the hub has no org/name, or shows it to others only"),
+        (RepositoryNotFoundError, "the hub has no org/name, or you have no access to it"),
     ):
 
         def refuse(*_: object, kind: type = kind, **__: object) -> str:

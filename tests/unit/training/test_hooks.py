@@ -127,7 +127,7 @@ def test_a_run_that_ends_with_a_step_of_nothing_tells_the_loss_before(
             console.after_step(report)
             summary.after_step(report)
     messages = [record.getMessage() for record in caplog.records]
-    assert messages == ["step 2: nothing was trained, every sample was left out, and nothing updated"]
+    assert messages == ["step 2: every sample was left out, so nothing was trained or updated"]
     assert summary.summary(nothing)["loss"] == 2.5
     console.close()
 

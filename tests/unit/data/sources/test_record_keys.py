@@ -116,7 +116,7 @@ def test_what_other_systems_write_is_used_or_refused_by_name() -> None:
 @pytest.mark.parametrize("key", sorted(record_keys.OTHER_NAMES))
 def test_images_under_another_name_are_refused_where_there_are_no_others(key: str) -> None:
     assert f"has field {key!r}, which is not read; images are named in 'image'" in refused(**{key: "a.png"})
-    assert parse(image="a.png", **{key: "a.png"}).remarks == (f"key {key!r} is not known and passed over",)
+    assert parse(image="a.png", **{key: "a.png"}).remarks == (f"key {key!r} is unknown and ignored",)
 
 
 def test_bookkeeping_is_silent_and_what_nobody_knows_is_told() -> None:
@@ -124,9 +124,7 @@ def test_bookkeeping_is_silent_and_what_nobody_knows_is_told() -> None:
     long = "a\x1b" * 90
     sample = parse({**TALK[0], **known, "zeal": 1}, {**TALK[1], "zeal": 0}, **known, bbox=[1], **{long: False})
     assert sample.turns == TURNS
-    told = [
-        f"{key} is not known and passed over" for key in ("key 'bbox'", f"key {long[:40]!r}", "a turn's key 'zeal'")
-    ]
+    told = [f"{key} is unknown and ignored" for key in ("key 'bbox'", f"key {long[:40]!r}", "a turn's key 'zeal'")]
     assert sample.remarks == tuple(told) and "\x1b" not in told[1]
     many = parse(**{f"key{number}": 1 for number in range(1000)})
     assert len(many.remarks) == record_keys.MOST_REMARKS
@@ -234,8 +232,8 @@ def index_of(folder: Path, file: LlavaJson, rank: int = 0) -> SampleIndex:
     return open_index(file, encoder_in(folder), MediaStore(folder), folder / "spare", rank)
 
 
-TOLD = "of the 7 records of {}: key 'bbox' is not known and passed over (7); a turn's key 'tone' is not known and "
-TOLD += "passed over (3)"
+TOLD = "of the 7 records of {}: key 'bbox' is unknown and ignored (7); a turn's key 'tone' is unknown and "
+TOLD += "ignored (3)"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -250,10 +248,10 @@ def test_a_run_tells_of_a_file_once(
     for _ in range(2):
         index = index_of(tmp_path, file)
         told = " ".join(capsys.readouterr().out.split())
-        assert told.count(TOLD.format(file.path)) == 1 and told.count("not known") == 2
+        assert told.count(TOLD.format(file.path)) == 1 and told.count("is unknown") == 2
     assert index.remarks and index.num_records == 7
     index_of(tmp_path, file, rank=1)
-    assert "not known" not in capsys.readouterr().out
+    assert "is unknown" not in capsys.readouterr().out
 
 
 def test_an_evaluation_tells_of_its_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,7 +259,7 @@ def test_an_evaluation_tells_of_its_questions(tmp_path: Path, capsys: pytest.Cap
     assert len(read_questions([file.path], None, "<image>")) == 7
     assert TOLD.format(file.path) in " ".join(capsys.readouterr().out.split())
     read_questions([file.path], None, "<image>", is_first=False)
-    assert "not known" not in capsys.readouterr().out
+    assert "is unknown" not in capsys.readouterr().out
 
 
 def test_a_file_whose_keys_have_no_end(
@@ -272,9 +270,9 @@ def test_a_file_whose_keys_have_no_end(
     lines = (json.dumps({"conversations": TALK, f"k{n}": 1, f"l{n}": 1, "bbox": 1}) for n in range(40))
     path.write_text("\n".join(lines))
     index = index_of(tmp_path, LlavaJson(path, "<image>"))
-    assert len(index.remarks) == 30 and index.remarks["key 'bbox' is not known and passed over"] == 40
+    assert len(index.remarks) == 30 and index.remarks["key 'bbox' is unknown and ignored"] == 40
     told = " ".join(capsys.readouterr().out.split())
-    assert told.count("not known") == MOST_TOLD and f"and {30 - MOST_TOLD} more" in told
+    assert told.count("is unknown") == MOST_TOLD and f"and {30 - MOST_TOLD} more" in told
 
 
 def test_other_names_of_images_and_videos() -> None:

@@ -37,7 +37,7 @@ def test_its_own_words_are_short_and_every_text_comes_back(tmp_path: Path) -> No
     ("size", "directory", "data", "error", "message"),
     [
         (258, "new", "d.json", ConfigError, "--vocabulary-size: found 258, needs at least 259"),
-        (300, "there", "d.json", ConfigError, "is there already, needs a directory that is to be made"),
+        (300, "there", "d.json", ConfigError, "exists already, needs a new directory"),
         (300, "d.json/new", "d.json", ConfigError, "d.json/new: cannot be written"),
         (300, "new", "none.json", DataError, "cannot be read"),
         (300, "new", "useless.json", DataError, "found no record that can be used"),
