@@ -137,7 +137,7 @@ class Sample:
         form: question form, by which evaluation reports; empty where the file names none.
         videos: in the order of their markers, as long as their frames are not counted; `video.sampling.with_frames`
             then puts these among the images.
-        remarks: what a user is told of it once for all samples like it, as "key 'x' is not known and passed over".
+        remarks: what a user is told of it once for all samples like it, as "key 'x' is unknown and ignored".
     """
 
     id: str

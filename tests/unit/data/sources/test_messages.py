@@ -161,6 +161,6 @@ def test_what_cannot_be_used_is_named(record: Any, message: str) -> None:
 def test_what_nobody_knows_is_told(tmp_path: Path) -> None:
     record = {"messages": [{**ASKED, "mood": "gay"}, ANSWERED], "bbox": [1], "source": "web"}
     assert parse(record).remarks == (
-        "key 'bbox' is not known and passed over",
-        "a turn's key 'mood' is not known and passed over",
+        "key 'bbox' is unknown and ignored",
+        "a turn's key 'mood' is unknown and ignored",
     )
