@@ -119,7 +119,7 @@ def test_turns_that_are_not_trained() -> None:
         ({"messages": [ASKED], "conversations": [ASKED]}, "has 'messages' and 'conversations'; a chat stands in"),
         ({"messages": [ASKED, ANSWERED], "prompt": "a"}, "has 'messages' and 'prompt'"),
         ({"prompt": [ASKED]}, "field 'completion' is null; a list of messages is needed"),
-        ({"messages": "Where?"}, "field 'messages' is \"Where?\"; a list of messages is needed"),
+        ({"messages": "Where?"}, "field 'messages' is \"Where\\?\"; a list of messages is needed"),
         ({"messages": [ASKED]}, "ends with the user; the last turn must be the assistant's"),
         ({"messages": [ASKED, ASKED, ANSWERED]}, "turn 1 is from the user, the assistant is needed"),
         ({"messages": ["Where?", ANSWERED]}, "turn 0 is str; an object with 'role' and 'content' is needed"),
