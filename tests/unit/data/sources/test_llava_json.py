@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_vlm.data.sample import Turn
-from megatron_vlm.data.sources import Extent, keys_of
+from megatron_vlm.data.sources import Extent, json_files, keys_of
 from megatron_vlm.data.sources.llava_json import LlavaJson
 from megatron_vlm.errors import DataError
 
@@ -201,3 +201,34 @@ def test_another_number_of_markers_than_of_videos(tmp_path: Path, question: str)
     turns = [{"from": "human", "value": question}, QA[1]]
     with pytest.raises(DataError, match=r"element 1 has 1 video\(s\) and \d <video> in its text"):
         list(write(tmp_path / "some.json", one(conversations=turns, video="a.mp4")).samples())
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 300])
+def test_a_list_is_read_in_windows(tmp_path: Path, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records over their borders, numbers and blanks cut by them, and faults, are found where they are."""
+    lists = [
+        json.dumps(RECORDS, indent=3), "\ufeff " + json.dumps(RECORDS) + "  \n ", "[1234567,\n\n   12345 , {}]",
+        "[ ]  ", json.dumps(RECORDS)[:-3], "[1,2 3]", "[{},\n\n {'a': 1}]", "[[1], [2]] 3", '["unfinished', "[12345",
+    ]  # fmt: skip
+    found: dict[int, list[object]] = {}
+    for size in (2**24, window):
+        monkeypatch.setattr(json_files, "WINDOW_BYTES", size)
+        found[size] = []
+        for number, text in enumerate(lists):
+            file = write(tmp_path / f"{number}.json", text)
+            try:
+                found[size].append(file.scan().tolist())
+            except DataError as error:
+                found[size].append(str(error))
+    assert found[window] == found[2**24] and sum(isinstance(one, str) for one in found[window]) == 7
+    assert [place[3] for place in found[window][2]] == [0, 1, 2]  # type: ignore[index]
+
+
+def test_a_large_list_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_files, "WINDOW_BYTES", 2**16)
+    file = write(tmp_path / "a.json", json.dumps([{"conversations": QA, "pad": "x" * 1000}] * 3000))
+    tracemalloc.start()
+    assert len(file.scan()) == 3000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000  # the file has 3 MB
