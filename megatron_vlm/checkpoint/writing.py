@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_vlm.checkpoint.integrity import records_of
 from megatron_vlm.checkpoint.manifest import FileRecord
-from megatron_vlm.runtime.signals import end_with_parent, kept_from_children
+from megatron_vlm.runtime.signals import BeginAsChild, kept_from_children
 
 PART_SUFFIX = ".distcp"
 ALIGNMENT_BYTES = 64
@@ -166,7 +166,7 @@ class BackgroundWriter:
         try:
             snapshot = Snapshot.of(part, memory)
             self.memory = snapshot.memory
-            process = context.Process(target=_write, args=(snapshot, sender))
+            process = context.Process(target=_write, args=(BeginAsChild(), snapshot, sender))
             with kept_from_children(with_tracker=True):
                 process.start()
             self._process = process
@@ -217,9 +217,9 @@ def start_server() -> None:
         forkserver.ensure_running()
 
 
-def _write(snapshot: Snapshot, sender: Connection) -> None:
+def _write(begin: BeginAsChild, snapshot: Snapshot, sender: Connection) -> None:
     """The life of a writer."""
-    end_with_parent()
+    begin()
     torch.set_num_threads(1)
     os.nice(NICENESS)
     sender.send(snapshot.restored().write())

@@ -12,6 +12,8 @@ from megatron_vlm.runtime.command_line import CommandLine
 from megatron_vlm.runtime.signals import StopSignals
 from megatron_vlm.runtime.waiting import LIBRARIES, told_if_slow
 
+CHILDREN_NEED = ("megatron_vlm.data.fetch.loader", "megatron_vlm.checkpoint.writing")
+
 
 def main() -> None:
     parser = CommandLine(__doc__)
@@ -20,9 +22,13 @@ def main() -> None:
     parser.add_argument("--check-layout", action="store_true", help="compare this layout with one process instead")
     with parser.run() as (arguments, launch), StopSignals(launch) as signals:
         from megatron_vlm.config import load_config
-        from megatron_vlm.runtime.device import prepare
+        from megatron_vlm.runtime.device import prepare, set_variables
+        from megatron_vlm.runtime.fork_server import start_forked
 
         config = load_config(arguments.recipe, arguments.overrides)  # tells unreadable keys, before torch is imported
+        if not arguments.check_layout and (config.data.num_workers or config.checkpoint.async_save):
+            set_variables(config.runtime.device)
+            start_forked(CHILDREN_NEED, signals)
         with told_if_slow(LIBRARIES):
             device = prepare(config.runtime.device, launch.local_world_size)
             from megatron_vlm.runtime.distributed import init_world, teardown

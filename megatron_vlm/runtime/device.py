@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 DeviceRequest = Literal["auto", "cpu", "cuda"]
 
 _prepared: "torch.device | None" = None
+_waiting: list[Callable[[], None]] = []  # for the device to be prepared
 
 REDIRECTED: dict[str, str] = {
     "torch.cuda.current_device": "buffers and messages are allocated on it (DDP, p2p, optimizer, RNG)",
@@ -71,7 +72,6 @@ def prepare(requested: DeviceRequest, local_world_size: int = 1, one_queue: bool
     Raises:
         ConfigError: `cuda` without enough GPUs, or after the process was prepared for the CPU (or the reverse).
     """
-    global _prepared
     if _prepared is not None:
         if requested not in ("auto", _prepared.type):
             raise ConfigError(
@@ -79,10 +79,7 @@ def prepare(requested: DeviceRequest, local_world_size: int = 1, one_queue: bool
                 f"needed auto or {_prepared.type}"
             )
         return _prepared
-    if requested == "cpu":
-        hide_cuda()
-    elif one_queue:  # read when CUDA starts
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    set_variables(requested, one_queue)
     import torch
 
     num_gpus = 0 if requested == "cpu" else torch.cuda.device_count()
@@ -91,8 +88,7 @@ def prepare(requested: DeviceRequest, local_world_size: int = 1, one_queue: bool
             f"runtime.device: found cuda with {num_gpus} GPUs on this machine, needed {local_world_size}, one per rank"
         )
     if num_gpus >= local_world_size:
-        _prepared = torch.device("cuda")
-        return _prepared
+        return _decide(torch.device("cuda"))
     if num_gpus:
         get_logger(__name__).warning(
             "runtime.device auto: %d ranks but %d GPUs: using the CPU", local_world_size, num_gpus
@@ -100,8 +96,31 @@ def prepare(requested: DeviceRequest, local_world_size: int = 1, one_queue: bool
     hide_cuda()
     _redirect_megatron(torch)
     _redirect_torch(torch)
-    _prepared = torch.device("cpu")
-    return _prepared
+    return _decide(torch.device("cpu"))
+
+
+def _decide(device: "torch.device") -> "torch.device":
+    global _prepared
+    _prepared = device
+    while _waiting:
+        _waiting.pop(0)()
+    return device
+
+
+def set_variables(requested: DeviceRequest, one_queue: bool = True) -> None:
+    """Sets what CUDA reads when it starts. `prepare` does it too; who imports torch before that calls it first."""
+    if requested == "cpu":
+        hide_cuda()
+    elif one_queue:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def when_prepared(act: Callable[[], None]) -> None:
+    """Calls a function when the device is decided, or now where it is."""
+    if _prepared is None:
+        _waiting.append(act)
+    else:
+        act()
 
 
 def is_prepared() -> bool:

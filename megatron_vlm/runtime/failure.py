@@ -70,7 +70,7 @@ def fail_together(launch: Launch, debug: bool = False) -> Iterator[None]:
         quiet_libraries()
     watcher = _Watcher(launch)
     if launch.world_size > 1:
-        watcher.start()
+        device.when_prepared(watcher.start)  # torch is imported then, by the main thread, after CUDA was hidden
     try:
         yield
     except KeyboardInterrupt:
@@ -293,13 +293,13 @@ class _Watcher(threading.Thread):
         """This rank is through, or has taken its failure into its own hands."""
         self.job_is_done.set()
 
+    def start(self) -> None:
+        """Starts, unless this rank is through."""
+        if not self.job_is_done.is_set():
+            super().start()
+
     def run(self) -> None:
         """Polls on an own connection: a store's connection serves one caller at a time, and the main one may wait."""
-        while (
-            not device.is_prepared()
-        ):  # torch is imported by the main thread, after CUDA was hidden, never by this one
-            if self.job_is_done.wait(POLL_SECONDS):
-                return
         import torch.distributed as dist
 
         code = 1

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 INTERRUPTED = 128 + signal.SIGINT
+_PAUSE = b"\0"  # in the pipe, no signal's number
 REPEAT_SECONDS = 1.0  # a Ctrl-C may arrive twice: from the terminal, and from a launcher that passes it on
 
 logger = get_logger(__name__)
@@ -71,9 +72,18 @@ class StopSignals:
         heard = [number for number in SIGNALS if (number, signal.getsignal(number)) != (signal.SIGINT, signal.SIG_IGN)]
         self._handlers: dict[signal.Signals, Any] = {number: signal.signal(number, _leave_it) for number in heard}
         self._wakeup = signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._watch, name="stop signals", daemon=True)
-        self._thread.start()
+        self._start()
         return self
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """No thread notes signals inside, so that the process may be forked; what arrives is noted afterwards."""
+        os.write(self._writable, _PAUSE)
+        self._thread.join()
+        try:
+            yield
+        finally:
+            self._start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -87,8 +97,12 @@ class StopSignals:
         self._thread.join()
         os.close(self._readable)
 
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._watch, name="stop signals", daemon=True)
+        self._thread.start()
+
     def _watch(self) -> None:
-        while noted := os.read(self._readable, 1):
+        while (noted := os.read(self._readable, 1)) not in (b"", _PAUSE):
             number = noted[0]
             if number not in SIGNALS:  # others that Python has handlers for
                 continue
@@ -105,13 +119,13 @@ class StopSignals:
                 os._exit(INTERRUPTED)
             if not self.seen:
                 logger.info("%s: saving after this step, then ending%s", name, _for_how_long(number))
+            if number == signal.SIGINT and not self._interrupted:
+                self._interrupted = time.monotonic()  # once it is told: what came meanwhile came together with it
             self.seen = number
 
     def _is_second(self) -> bool:
-        """Whether a Ctrl-C has been noted before this one."""
-        first, now = self._interrupted, time.monotonic()
-        self._interrupted = self._interrupted or now
-        return first > 0 and now - first > REPEAT_SECONDS
+        """Whether a Ctrl-C was noted well before this one."""
+        return 0 < self._interrupted < time.monotonic() - REPEAT_SECONDS
 
 
 def _for_how_long(number: int) -> str:
@@ -145,19 +159,28 @@ def kept_from_children(with_tracker: bool = False) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_with_parent() -> None:
-    """Has this process, a child by `multiprocessing`, end when its parent does, however that ends.
+class BeginAsChild:
+    """Sent to a child by `multiprocessing` and called there first: gives it the environment that its parent has now,
+    and has it end when the parent does, however that ends.
 
-    A fork server's children are not the kernel's children of the rank that asked for them: they outlive it.
+    A fork server's children have the server's environment, which is that of its start. They are not the kernel's
+    children of the rank that asked for them: they outlive it.
     """
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "called in child processes"
 
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
+    def __init__(self) -> None:
+        self.environment = dict(os.environ)
 
-    threading.Thread(target=watch, name="end with the parent", daemon=True).start()
+    def __call__(self, *_: object) -> None:
+        os.environ.clear()
+        os.environ.update(self.environment)
+        parent = multiprocessing.parent_process()
+        assert parent is not None, "called in child processes"
+
+        def watch() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=watch, name="end with the parent", daemon=True).start()
 
 
 def _leave_it(number: int, frame: Any) -> None:

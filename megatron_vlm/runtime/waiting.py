@@ -36,6 +36,7 @@ def told_if_slow(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        timer.join()  # no thread is left of it: the process may be forked next
 
 
 def _tell(what: str) -> None:

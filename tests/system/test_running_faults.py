@@ -93,9 +93,9 @@ def cut_the_data(run: Run) -> None:
 
 
 def kill_a_worker(run: Run) -> None:
-    """A fork server's children are a rank's workers; its writers come and go with a save."""
-    processes = run.job.processes()
-    servers = {process.pid for process in processes if any("forkserver" in word for word in process.cmdline())}
+    """A rank's fork server is its child, with the workers below; its writers come and go with a save."""
+    processes, ranks = run.job.processes(), {process.pid for process in run.job.ranks()}
+    servers = {process.pid for process in processes if process.ppid() in ranks}
     children = [process for process in processes if process.ppid() in servers]
     max(children, key=lambda process: process.memory_info().rss).kill()
 

@@ -86,6 +86,16 @@ def test_a_directory_of_somebody_else_is_inspected_without_them(tmp_path: Path, 
     assert not sorted({module.name for module in import_times.read_log(done.stderr)}.intersection(HEAVY))
 
 
+def test_what_a_ranks_children_need_is_imported_before_the_device_is_prepared() -> None:
+    """So that the rank can be forked then: none of megatron-core, whose import goes with the device, and no thread."""
+    told = "from megatron_vlm.cli.train import CHILDREN_NEED; from megatron_vlm.runtime import fork_server as server; "
+    told += "threads = server._threads_of_numpy(); [__import__(name) for name in CHILDREN_NEED]; "
+    told += "assert server.obstacle(threads) is None, server.obstacle(threads)"
+    found = imported(0, "-c", told)
+    assert {"torch", "transformers", "megatron_vlm.data.fetch.loader", "megatron_vlm.checkpoint.writing"} <= found
+    assert not sorted(found.intersection({"megatron.core", "torch._dynamo", "megatron_vlm.models.vlm"}))
+
+
 def test_what_makes_one_is_seen() -> None:
     """The wrong variant."""
     assert {"torch", "numpy"} <= imported(0, "-c", "import megatron_vlm.models.merge").intersection(HEAVY)

@@ -4,6 +4,7 @@ The workers come from a fork server: a rank runs gloo's, autograd's and the prog
 copies whatever locks those hold, to be waited for for ever. A spawned worker would be as safe, but each imports torch
 and transformers anew; the server imports them once per rank and forks from its single thread. (First item of 2 workers
 on 2 idle cores: fork 0.03 s, fork server 1.5 s, spawn 1.9 s, and the fork server's cost does not grow with workers.)
+Where a run forks the server itself early (`runtime/fork_server.py`), that is 0.05 s too.
 
 An exception a user can fix crosses the process border as a value, so that it arrives as itself, without torch's
 wrapping of the worker's traceback into its text.
@@ -32,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from megatron_vlm.errors import DataError, MegatronVlmError, one_line
 from megatron_vlm.runtime.position import HERE, Record
-from megatron_vlm.runtime.signals import end_with_parent, kept_from_children
+from megatron_vlm.runtime.signals import BeginAsChild, kept_from_children
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -113,7 +114,6 @@ class OrderedItems(Generic[T]):
             num_workers=num_workers,
             collate_fn=_as_it_is,
             multiprocessing_context=multiprocessing.get_context("forkserver") if num_workers else None,
-            worker_init_fn=_end_with_the_rank,
             prefetch_factor=PREFETCHED_ITEMS if num_workers else None,
             timeout=POLL_SECONDS if num_workers else 0,
             generator=torch.Generator(),  # its own: starting a pass draws from it, not from the model's random state
@@ -130,6 +130,7 @@ class OrderedItems(Generic[T]):
             yield _opened(item)
 
     def _one_ahead(self) -> Iterator[T]:
+        self._loader.worker_init_fn = BeginAsChild()  # torch watches a worker's parent, the server, for its end
         with kept_from_children(with_tracker=True):  # a signal to save ends no worker
             stream: Any = iter(self._loader)
         for worker in stream._workers:
@@ -231,12 +232,6 @@ def _kill(worker: BaseProcess) -> None:
     get, and then wait for it for ever."""
     if worker.is_alive():
         worker.kill()
-
-
-def _end_with_the_rank(_worker: int) -> None:
-    """torch's own watch looks for a change of parent, but a worker's parent is the fork server, which lives as long as
-    its workers do: after a rank was killed, both would stay for ever."""
-    end_with_parent()
 
 
 def _as_it_is(item: T) -> T:

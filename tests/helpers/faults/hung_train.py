@@ -11,7 +11,7 @@ SAMPLE = "sample-7"
 
 
 def hang_at_the_sample() -> None:
-    """In the fork server of rank 1's workers, which imports this file under another name."""
+    """In the fork server of rank 1's workers."""
     from megatron_vlm.data.fetch.samples import SampleReader
 
     document = SampleReader.document
@@ -28,6 +28,6 @@ def hang_at_the_sample() -> None:
 if __name__ == "__main__":
     from tools import train
 
+    if os.environ.get("RANK") == "1":
+        os.register_at_fork(after_in_child=hang_at_the_sample)
     train.main()
-elif os.environ.get("RANK") == "1":
-    hang_at_the_sample()

@@ -145,7 +145,7 @@ def test_children_take_no_notice() -> None:
 
 def sleep_until_the_parent_ends(said: Connection) -> None:
     """In a child."""
-    signals.end_with_parent()
+    signals.BeginAsChild()()
     said.send(os.getpid())
     time.sleep(60)
 
