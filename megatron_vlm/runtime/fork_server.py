@@ -103,7 +103,8 @@ def _serve(listener: int, alive_reader: int) -> None:
     try:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:  # as in a new interpreter; they stay blocked
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         _leave_files_to_the_rank({0, 1, 2, listener, alive_reader})
         resource_tracker._resource_tracker._fd = resource_tracker._resource_tracker._pid = None  # type: ignore[attr-defined]
         freeze_gc()  # a collection would write to, and so copy, every page that it shares with the rank

@@ -24,6 +24,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_forked_command_ends_as_an_interpreter_does(tmp_path: Path) -> None:
+    """Its threads come to their end, then what is registered for the end, then the code."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit, sys, threading, time\natexit.register(lambda: print('last'))\n"
+        "threading.Thread(target=lambda: (time.sleep(0.5), print('thread'))).start()\nsys.exit('no')\n"
+    )
+    for done in (tool(str(script)), warm_tool(str(script))):  # of an absolute path nothing is put before it
+        assert (done.code, done.stdout, done.stderr) == (1, "thread\nlast\n", "no\n")
+
+
 def test_generate_prints_the_answer_and_nothing_else(run):
     media = [run / "images" / "1-0.png", run / "images" / "2-0.png"]
     done = tool("generate.py", run / "checkpoints", "--media", *media, "--prompt", "Red?", "--max-new-tokens", 5)

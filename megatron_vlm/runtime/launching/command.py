@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from megatron_vlm.errors import ConfigError
+from megatron_vlm.runtime.launch import WORD_FILE
 
 SAVE = signal.SIGUSR1
 END_SECONDS = 45.0  # from SIGTERM to SIGKILL; torchrun itself waits 30 for its ranks
@@ -46,6 +47,7 @@ class Command:
                 f"command: found {arguments[0]!r} ({error.strerror}), needed a program on PATH"
             ) from error
         self._root = psutil.Process(self._process.pid)
+        self._word_file = environment.get(WORD_FILE)
         self._told: set[tuple[int, int]] = set()
         self._ranks: set[psutil.Process] = set()  # seen so far
 
@@ -58,7 +60,7 @@ class Command:
         return code if code >= 0 else 128 - code
 
     def note_ranks(self) -> None:
-        """Notes which processes are ranks; called now and then: it is not seen any more once torchrun is gone."""
+        """Notes which processes are ranks; called now and then: the tree does not have them once torchrun is gone."""
         self._ranks.update(filter(_is_rank, self._tree()))
 
     def tell(self, signum: int, ranks_only: bool = False) -> int:
@@ -87,8 +89,15 @@ class Command:
 
     def clear_away(self) -> None:
         """Kills ranks that outlived the command (a killed torchrun leaves them), for they would go on writing."""
-        for process in self._ranks:
+        for process in {*self._ranks, *self._orphans()}:
             _send(process, signal.SIGKILL)
+
+    def _orphans(self) -> list[psutil.Process]:
+        """Ranks with this launcher's word file in their environment, whatever is left between it and them."""
+        if self._word_file is None:
+            return []
+        ranks = filter(_is_rank, psutil.process_iter())
+        return [rank for rank in ranks if _variables(rank).get(WORD_FILE) == self._word_file]
 
     def _tree(self) -> list[psutil.Process]:
         try:
@@ -122,10 +131,16 @@ def _ancestors(process: psutil.Process) -> set[int]:
 
 
 def _is_rank(process: psutil.Process) -> bool:
+    return "RANK" in _variables(process)
+
+
+def _variables(process: psutil.Process) -> dict[str, str]:
+    """A process's environment; empty where it has ended or is another user's."""
     try:
-        return "RANK" in process.environ()
-    except (psutil.Error, OSError):  # it has ended
-        return False
+        found: dict[str, str] = process.environ()
+    except (psutil.Error, OSError):
+        return {}
+    return found
 
 
 def _hears(process: psutil.Process, signum: int, *masks: str) -> bool:

@@ -37,8 +37,7 @@ def main() -> None:
     write(f"run {way} {os.getpid()} {os.environ.get('RUN_NAME')} {os.environ.get('OUTPUT_DIR')}")
     if way == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if way == "orphan":
-        time.sleep(2)  # the launcher has seen this rank
+    if way == "orphan":  # at once: the launcher has not seen this rank
         os.kill(os.getppid(), signal.SIGKILL)
     if way == "late":
         time.sleep(3)

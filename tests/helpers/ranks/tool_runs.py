@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def _run_script(words: list[str], logs: str) -> None:
     except BaseException:  # whatever it is, as Python would tell it
         sys.excepthook(*sys.exc_info())
         code = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons, before what atexit has
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -51,6 +51,7 @@ def in_a_child(function):
     return answer
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins without
     own = open(os.environ["IMPORTED"] + "ranks_own", "w")
     with StopSignals() as stop:
 {before}

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from unittest import mock
 
@@ -26,8 +27,17 @@ def noted(stop: signals.StopSignals) -> int:
     return stop.seen
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as in the foreground: tests that a shell starts in the background begin with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", signals.SIGNALS)
-def test_a_signal_is_noted_and_the_handlers_come_back(number: signal.Signals) -> None:
+def test_a_signal_is_noted_and_the_handlers_come_back(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "REPEAT_SECONDS", 600.0)  # the second one below is no second Ctrl-C, however late
     before = [signal.getsignal(each) for each in signals.SIGNALS]
     with signals.StopSignals() as stop:
         stop.arm()
@@ -37,6 +47,27 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number: signal.Signals) ->
     assert [signal.getsignal(each) for each in signals.SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
     assert signals.name_of(number) == number.name and signals.name_of(0) is None
+
+
+def test_a_ctrl_c_that_comes_while_the_first_is_told_is_one_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher passes the terminal's on; the first line of a console takes a second where the machine is busy."""
+    ended: list[int] = []
+    monkeypatch.setattr(signals, "REPEAT_SECONDS", 0.2)
+    monkeypatch.setattr(signals.logger, "info", lambda *_: time.sleep(1.0))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with signals.StopSignals() as stop:
+        stop.arm()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        assert noted(stop) == signal.SIGINT
+        time.sleep(0.5)
+        assert not ended
+        os.kill(os.getpid(), signal.SIGINT)  # the second
+        deadline = time.monotonic() + NOTE_SECONDS
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert ended == [signals.INTERRUPTED]
 
 
 def program(body: str) -> subprocess.Popen:
