@@ -128,7 +128,7 @@ def _leave_files_to_the_rank(kept: set[int]) -> None:
 
 
 def _open_files() -> dict[int, str]:
-    """What this process has open, by handle."""
+    """Open files of this process, by handle."""
     found = {}
     for name in os.listdir("/proc/self/fd"):
         try:
