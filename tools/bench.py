@@ -49,7 +49,7 @@ def main() -> None:
         )
     )
     packing.add_arguments(
-        benchmarks.add_parser("packing", description=packing.__doc__, help="packed rows against padded ones")
+        benchmarks.add_parser("packing", description=packing.__doc__, help="ways to make rows of samples, side by side")
     )
     attention.add_arguments(
         benchmarks.add_parser(

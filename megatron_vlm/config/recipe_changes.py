@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_vlm.config.rules.gathered import may_change
+from megatron_vlm.config.rules.gathered import are_alike, may_change
 from megatron_vlm.config.schema import Config
 from megatron_vlm.config.schema.tree import leaves
 from megatron_vlm.errors import ConfigError
@@ -37,7 +37,7 @@ def refuse_recipe_changes(saved: Config, config: Config, checkpoint: str) -> Non
     changed = [
         key
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not may_change(key) and not _covered(key, accepted)
+        if not are_alike(key, before.get(key), now.get(key)) and not may_change(key) and not _covered(key, accepted)
     ]
     if changed:
         differences = (f"{key}: found {_shown(now, key)}, it was trained with {_shown(before, key)}" for key in changed)

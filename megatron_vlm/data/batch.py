@@ -3,7 +3,7 @@
 All of it is made by a data worker; the plan of the media exchange comes along, so the training process computes nothing
 but the step.
 
-b rows of a micro-batch; s tokens of every row of the step; n images this rank encodes; H W pixels.
+b rows of a micro-batch; s tokens of each of its rows; n images this rank encodes; H W pixels.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,8 @@ class MicroBatch:
     """Whole rows, before any cut over ranks. All int64.
 
     A row is one sample, or several where rows are packed (`data.packing`): then each is one of the row's `documents`,
-    and padding another. A row that is not packed is one document, padding included.
+    and padding another. A row that is not packed is one document, padding included. One without a sample, which fills
+    up the micro-batch, has a document of one token that is not trained.
     """
 
     ids: Tensor  # [b, s]; placeholders and padding carry a valid id
@@ -30,6 +31,11 @@ class MicroBatch:
     position_ids: Tensor  # [b, s]; from 0 in every document
     documents: tuple[Documents, ...]  # by row
     sample_ids: tuple[str, ...]  # in row order, in a row in document order
+
+    @property
+    def length(self) -> int:
+        """Tokens of each row, padding included."""
+        return self.ids.shape[1]
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same rows on a device."""
@@ -109,12 +115,13 @@ class StepBatch:
     fill up the last step of held-out data."""
 
     step: int
-    length: int  # s
+    length: int  # of the longest row of all ranks; with a pipeline, of every row
     micro_batches: tuple[MicroBatch, ...]
     windows: tuple[MediaWindow, ...]
-    sample_ids: tuple[str, ...]  # in row order, in a row in document order
+    sample_ids: tuple[str, ...]  # in the plan's order, which no layout changes
     sample_tokens: tuple[int, ...]  # of each of them, images included
-    row_tokens: tuple[int, ...]  # by row: the sum of its samples', so padding left out
+    row_tokens: tuple[int, ...]  # by row that has samples: the sum of theirs, so padding left out
+    padded_tokens: int  # of all rows, padding included, also of rows that fill up a micro-batch
     num_media: int
     num_trained_tokens_local: int  # of this data-parallel rank
     faults_tolerated: bool = False  # equal on all ranks: whether any window may have faults
@@ -136,4 +143,4 @@ class StepBatch:
     @property
     def num_padding_tokens(self) -> int:
         """Number of padding tokens of the global batch."""
-        return len(self.row_tokens) * self.length - self.num_tokens
+        return self.padded_tokens - self.num_tokens

@@ -21,7 +21,7 @@ U*ring rank; n rows. "Encoded rows" of a rank: the rows of its items in ascendin
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -44,6 +44,7 @@ class MediaItem:
         row: of that micro-batch.
         start: global position of its first token in that row; UNKNOWN where this rank neither encodes nor owns it.
         data: data-parallel rank whose micro-batch it is; of no account in a replica's own plan.
+        length: tokens of its row, where the rows of a window differ; None: those of the plan's layout.
     """
 
     cost: float
@@ -52,6 +53,7 @@ class MediaItem:
     row: int
     start: int
     data: int = 0
+    length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,14 @@ def plan_media(
 
     Args:
         items: of one replica, or of all of them in the same order on every rank.
-        layout: of every row; its `tensor` is 1 without SP.
+        layout: of every row, but of items with a `length` of their own, which the same ranks cut; its `tensor` is 1
+            without SP.
         over_world: the media group is the world.
     """
     assert layout.tensor in (1, sizes.tensor), f"layout {layout} does not fit {sizes}"
     assert (layout.ring, layout.ulysses) == (sizes.ring, sizes.ulysses), f"layout {layout} does not fit {sizes}"
-    starts = [(item.start, item.num_tokens) for item in items if item.start != UNKNOWN]
-    assert all(0 <= start and start + num_tokens <= layout.length for start, num_tokens in starts), (
+    known = [item for item in items if item.start != UNKNOWN]
+    assert all(0 <= item.start and item.start + item.num_tokens <= (item.length or layout.length) for item in known), (
         "an item leaves its row"
     )
     num_ranks = sizes.world if over_world else sizes.replica
@@ -221,7 +224,8 @@ def _list_rows(plan: MediaPlan) -> _Rows:
     number = torch.arange(len(encoder))  # row among all
     token = number - per_row((num_tokens.cumsum(0) - num_tokens).tolist())  # row within its item
     position = per_row([item.start for item in items]) + token
-    ring, ulysses, tensor = layout.owners(position)
+    lengths = per_row([item.length or layout.length for item in items])
+    ring, ulysses, tensor, local_index = _places(layout, position, lengths)
     owner = tensor + sizes.tensor * (ulysses + sizes.ulysses * ring)  # all on stage 0
     if plan.over_world:
         owner += sizes.tensor * sizes.context * per_row([item.data for item in items])
@@ -232,8 +236,19 @@ def _list_rows(plan: MediaPlan) -> _Rows:
         returner=owner + _share(encoder * plan.num_ranks + owner, _num_copies(plan)),
         micro_batch=per_row([item.micro_batch for item in items]),
         row=per_row([item.row for item in items]),
-        position=layout.local_index(position),
+        position=local_index,
     )
+
+
+def _places(layout: SequenceLayout, position: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ring, ulysses, tensor) ranks that own positions [n] of rows of `lengths` [n], and the index in their slice."""
+    places = torch.empty(4, len(position), dtype=torch.int64)
+    for length in lengths.unique().tolist():
+        same = lengths == length
+        rows = replace(layout, length=length)
+        places[:, same] = torch.stack([*rows.owners(position[same]), rows.local_index(position[same])])
+    ring, ulysses, tensor, local_index = places
+    return ring, ulysses, tensor, local_index
 
 
 def _index_within(keys: Tensor) -> Tensor:

@@ -11,18 +11,19 @@ from itertools import accumulate
 
 import numpy as np
 
+from megatron_vlm.config.packing import packing_of
 from megatron_vlm.config.schema import Config
-from megatron_vlm.data.fetch.collate import Document
 from megatron_vlm.data.fetch.loader import build_loader
 from megatron_vlm.data.fetch.shape import StepShape
 from megatron_vlm.data.fetch.step import StepFetcher
+from megatron_vlm.data.plan.batch_exact import LayerWork
 from megatron_vlm.data.sources import is_here
 from megatron_vlm.data.text.tokenizer import check_vocabulary, load_tokenizer
 from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.models.vision.media_spec import MediaSpec
 from megatron_vlm.parallel.layout import Documents, SequenceLayout
 from megatron_vlm.parallel.media_plan import MediaItem, MediaPlan, plan_media
-from megatron_vlm.parallel.sizes import Coordinates, GridSizes
+from megatron_vlm.parallel.sizes import GridSizes
 
 IMAGES_OF_ROWS = (1, 1, 2, 0, 1, 3, 1, 1)  # drawn from for a made-up batch, as far as they fit
 SHORTEST_SHARE = 0.35  # of a made-up row's room for text
@@ -47,18 +48,31 @@ class ReplicaBatch:
     """The samples of a step that one data-parallel rank's replica is given."""
 
     micro_batches: tuple[tuple[SampleRow, ...], ...]
+    lengths: tuple[int, ...]  # of each one's rows, padding included
     windows: tuple[range, ...]  # of micro-batches
     plans: tuple[MediaPlan, ...]  # by window
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens of all rows, padding included."""
+        return sum(len(rows) * length for rows, length in zip(self.micro_batches, self.lengths, strict=True))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A step's rows, by data-parallel rank. `source` says where they are from, in words."""
+    """A step's rows, by data-parallel rank. `source` says where they are from, in words; `layout` is of the longest."""
 
     source: str
     layout: SequenceLayout
     tokens_per_image: int
     replicas: tuple[ReplicaBatch, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Rows of the step, and their tokens with padding and without."""
+        rows = [row for replica in self.replicas for of_one in replica.micro_batches for row in of_one]
+        padded = sum(replica.padded_tokens for replica in self.replicas)
+        return {"rows": len(rows), "padded_tokens": padded, "tokens": sum(row.num_tokens for row in rows)}
 
 
 def first_batch(config: Config, model: ModelDescription, sizes: GridSizes) -> Batch:
@@ -69,7 +83,7 @@ def first_batch(config: Config, model: ModelDescription, sizes: GridSizes) -> Ba
     """
     if is_here(config.data):
         return _real_batch(config, model, sizes)
-    return _made_batch(config, model.media_spec, sizes)
+    return _made_batch(config, model, sizes)
 
 
 def _real_batch(config: Config, model: ModelDescription, sizes: GridSizes) -> Batch:
@@ -83,36 +97,22 @@ def _real_batch(config: Config, model: ModelDescription, sizes: GridSizes) -> Ba
         fetcher = build_loader(here, tokenizer, model, sizes, 0, 0, 1).producer
         assert isinstance(fetcher, StepFetcher)
         rows = [[fetcher.samples.document(number) for number in row] for row in fetcher.plan.samples_by_row(0)]
-        sample_rows = _as_sample_rows(rows, config.data.packing)
-        longest = fetcher.plan.packed_length or max(row.num_tokens for row in sample_rows)
-    return _cut(config, model.media_spec, sizes, sample_rows, longest, f"the recipe's first step, from {data.path}")
+    samples = [[SampleRow(len(encoded.ids), tuple(encoded.image_starts)) for _, encoded in row] for row in rows]
+    return _cut(config, model, sizes, samples, f"the recipe's first step, from {data.path}")
 
 
-def _as_sample_rows(rows: Sequence[Sequence[Document]], packs: bool) -> list[SampleRow]:
-    sample_rows = []
-    for row in rows:
-        num_tokens, image_starts = 0, []
-        packed = tuple(len(encoded.ids) for _, encoded in row) if packs else ()
-        for _, encoded in row:
-            image_starts += [num_tokens + start for start in encoded.image_starts]
-            num_tokens += len(encoded.ids)
-        sample_rows.append(SampleRow(num_tokens, tuple(image_starts), packed))
-    return sample_rows
-
-
-def _made_batch(config: Config, spec: MediaSpec, sizes: GridSizes) -> Batch:
-    """Rows of up to training.sequence_length tokens, the first of them full, with 0 to 3 images each; or packed with
-    such samples until they are full."""
-    random = np.random.default_rng(config.runtime.seed)
-    length, each = config.training.sequence_length, spec.tokens_per_image
+def _made_batch(config: Config, model: ModelDescription, sizes: GridSizes) -> Batch:
+    """Samples of up to training.sequence_length tokens, the first of them as long, with 0 to 3 images each; or rows
+    filled with such samples."""
+    random, fills_rows = np.random.default_rng(config.runtime.seed), packing_of(config) == "rows"
+    length, each = config.training.sequence_length, model.media_spec.tokens_per_image
     rows = []
     for number in range(config.training.global_batch_size):
-        fills = number == 0 and not config.data.packing
-        samples = [_made_sample(random, length, each, fills)]
-        while config.data.packing and (left := length - sum(one.num_tokens for one in samples)):
+        samples = [_made_sample(random, length, each, fills=number == 0 and not fills_rows)]
+        while fills_rows and (left := length - sum(one.num_tokens for one in samples)):
             samples.append(_made_sample(random, left, each, fills=left < length * SHORTEST_SHARE / 2))
-        rows.append(_made_row(samples, config.data.packing))
-    return _cut(config, spec, sizes, rows, length, f"a made-up batch, because {config.data.path} is not here")
+        rows.append(samples)
+    return _cut(config, model, sizes, rows, f"a made-up batch, because {config.data.path} is not here")
 
 
 def _made_sample(random: np.random.Generator, length: int, each: int, fills: bool) -> SampleRow:
@@ -126,30 +126,35 @@ def _made_sample(random: np.random.Generator, length: int, each: int, fills: boo
 
 
 def _made_row(samples: Sequence[SampleRow], packs: bool) -> SampleRow:
-    """One row of samples, one after the other."""
+    """One row of samples, one after the other; where it has none, as `collate_rows` makes it."""
     tokens = [one.num_tokens for one in samples]
     starts = [
         first + start
         for first, one in zip(accumulate(tokens, initial=0), samples, strict=False)
         for start in one.image_starts
     ]
-    return SampleRow(sum(tokens), tuple(starts), tuple(tokens) if packs else ())
+    return SampleRow(sum(tokens), tuple(starts), tuple(tokens or [1]) if packs else ())
 
 
 def _cut(
-    config: Config, spec: MediaSpec, sizes: GridSizes, rows: Sequence[SampleRow], longest: int, source: str
+    config: Config, model: ModelDescription, sizes: GridSizes, rows: Sequence[Sequence[SampleRow]], source: str
 ) -> Batch:
-    """The global batch over replicas, micro-batches and windows, by the loader's own rules."""
-    replicas, layout = [], None
-    for data in range(sizes.data):
-        shape = StepShape.of(config, sizes, sizes.rank(Coordinates(data=data)))
-        layout = shape.layout(longest)
-        micro_batches = tuple(tuple(rows[row] for row in shape.rows_of(m)) for m in range(shape.num_micro_batches))
-        firsts = range(0, shape.num_micro_batches, shape.media_window)
-        windows = tuple(range(first, min(first + shape.media_window, shape.num_micro_batches)) for first in firsts)
-        plans = tuple(plan_media(_items(micro_batches, window, spec, data), layout, sizes) for window in windows)
-        replicas.append(ReplicaBatch(micro_batches, windows, plans))
-    assert layout is not None
+    """The step of a plan's rows, given as their samples."""
+    samples, ends = [one for row in rows for one in row], list(accumulate(len(row) for row in rows))
+    planned = [tuple(range(end - len(row), end)) for row, end in zip(rows, ends, strict=True)]
+    shape, spec = StepShape.of(config, sizes, 0, LayerWork.of(model.language)), model.media_spec
+    placed = shape.place(planned, np.array([one.num_tokens for one in samples]))
+    layout, windows = shape.layout(placed.length), tuple(shape.windows(placed.num_micro_batches))
+    replicas = []
+    for data, of_rank in enumerate(placed.by_rank):
+        micro_batches = tuple(
+            tuple(_made_row([samples[i] for i in row], shape.packing != "off") for row in one.rows) for one in of_rank
+        )
+        lengths = tuple(one.length for one in of_rank)
+        plans = tuple(
+            plan_media(_items(micro_batches, lengths, window, spec, data), layout, sizes) for window in windows
+        )
+        replicas.append(ReplicaBatch(micro_batches, lengths, windows, plans))
     if config.parallel.media_group == "world":
         replicas = _share_over_world(replicas, layout, sizes)
     return Batch(source, layout, spec.tokens_per_image, tuple(replicas))
@@ -164,10 +169,12 @@ def _share_over_world(replicas: Sequence[ReplicaBatch], layout: SequenceLayout, 
     return [replace(replica, plans=plans) for replica in replicas]
 
 
-def _items(micro_batches: Sequence[Sequence[SampleRow]], window: range, spec: MediaSpec, data: int) -> list[MediaItem]:
+def _items(
+    micro_batches: Sequence[Sequence[SampleRow]], lengths: Sequence[int], window: range, spec: MediaSpec, data: int
+) -> list[MediaItem]:
     cost = spec.cost.of(spec.num_patches)
     return [
-        MediaItem(cost, spec.tokens_per_image, m, row, start, data)
+        MediaItem(cost, spec.tokens_per_image, m, row, start, data, lengths[m])
         for m in window
         for row, sample in enumerate(micro_batches[m])
         for start in sample.image_starts

@@ -138,7 +138,7 @@ class LayoutView:
             "world_size": self.sizes.world,
             "sizes": asdict(self.sizes),
             "parameters": self.num_parameters,
-            "batch": {"source": self.batch.source, "row_tokens": self.batch.layout.length},
+            "batch": {"source": self.batch.source, "row_tokens": self.batch.layout.length, **self.batch.counts},
             "attention": self.attention,
             "pipeline_bubble": self.times[0].bubble,
             "step_flops_by_phase": [time.phases for time in self.times],
@@ -254,7 +254,7 @@ class _Recipe:
     def _traffic(self, at: Coordinates, chunks: Sequence[HeldChunk]) -> Traffic:
         config, sizes, replica = self.config, self.sizes, self.batch.replicas[at.data]
         hidden = self.spec.hf_config.hidden_size
-        flow = Flow(self.batch.layout.length, hidden, len(replica.micro_batches))
+        flow = Flow(replica.padded_tokens, hidden)
         there, back = traffic.media_bytes(config, replica.plans, replica.plans[0].media_rank(at), hidden)
         parameters = [parameter for chunk in chunks for parameter in chunk.parameters]
         return Traffic(
@@ -268,10 +268,12 @@ class _Recipe:
         )
 
     def _attention_traffic(self, at: Coordinates, chunks: Sequence[HeldChunk]) -> int:
-        model, sizes, length = self.spec.hf_config, self.sizes, self.batch.layout.length
+        model, sizes, replica = self.spec.hf_config, self.sizes, self.batch.replicas[at.data]
         heads = (model.num_attention_heads // sizes.tensor, model.num_key_value_heads // sizes.tensor)
-        micro_batches = self.batch.replicas[at.data].micro_batches
-        rows = [tuple(row.documents(length) for row in micro_batch) for micro_batch in micro_batches]
+        rows = [
+            tuple(row.documents(length) for row in micro_batch)
+            for micro_batch, length in zip(replica.micro_batches, replica.lengths, strict=True)
+        ]
         split, width = HeadSplit(*heads, sizes.ulysses), head_width(model)
         layers = Counter(self.spec.windows[number] for chunk in chunks for number in chunk.layers)
         return sum(

@@ -4,7 +4,7 @@ FLOPs stand for time because they are known without a machine: on ranks of equal
 what is not a matrix product and what messages cost. Each text token is taken to train, padding counts as computed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_vlm.config.schema import Config
@@ -89,7 +89,21 @@ def _window(
     images = [len(plan.items_of(plan.media_rank(sizes.coordinates(rank)))) for rank in ranks]
     num_tokens = sum(row.num_tokens - len(row.image_starts) * batch.tokens_per_image
                      for m in window for row in replica.micro_batches[m])  # fmt: skip
-    forward, backward = _stage_flops(config, sizes, shape, batch.layout.length, num_tokens / len(window))
+    computed = _Computed(
+        sum(len(replica.micro_batches[m]) * replica.lengths[m] for m in window) / len(window),
+        num_tokens / len(window),
+        {
+            block.window: sum(
+                causal_pairs(tokens, block.window)
+                for m in window
+                for row in replica.micro_batches[m]
+                for tokens in row.packed or (replica.lengths[m],)
+            )
+            / len(window)
+            for block in shape.language
+        },
+    )
+    forward, backward = _stage_flops(config, sizes, shape, computed)
     if config.training.mode == "eval":
         backward = [0.0] * len(backward)
     return WindowTime(
@@ -124,13 +138,27 @@ def _image(config: Config, shape: ModelShape) -> tuple[float, float]:
     return forward, backward
 
 
+@dataclass(frozen=True)
+class _Computed:
+    """What the language model computes of a window's micro-batch, in the mean.
+
+    Args:
+        tokens: padding included.
+        trained_tokens: of those.
+        pairs: of query and key, by the window of a layer.
+    """
+
+    tokens: float
+    trained_tokens: float
+    pairs: Mapping[int | None, float]
+
+
 def _stage_flops(
-    config: Config, sizes: GridSizes, shape: ModelShape, length: int, trained_tokens: float
+    config: Config, sizes: GridSizes, shape: ModelShape, computed: _Computed
 ) -> tuple[list[float], list[float]]:
     """FLOPs of a micro-batch, forward and backward, by virtual stage, on one of its tensor ranks."""
-    rows, recompute = config.training.micro_batch_size, config.training.recompute.language
+    recompute, tokens = config.training.recompute.language, round(computed.tokens)
     num_virtual = sizes.pipeline * config.parallel.virtual_pipeline
-    tokens = rows * length
     layers = shape.language[1:-1]
     each = len(layers) // num_virtual
     share = sizes.tensor * sizes.context
@@ -138,15 +166,15 @@ def _stage_flops(
     for virtual in range(num_virtual):
         ahead = back = 0.0
         for block in layers[virtual * each : (virtual + 1) * each]:
-            pairs = rows * causal_pairs(length, block.window)
+            pairs = round(computed.pairs[block.window])
             once = _forward(block, tokens, pairs)
             again = {"none": 0, "selective": 4 * pairs * block.attention_width, "full": once}[recompute]
             ahead += once
             back += block.flops(tokens, pairs, trains_before=True) - once + again
         if virtual == num_virtual - 1:
-            once = _forward(shape.head, round(trained_tokens), 0)
+            once = _forward(shape.head, round(computed.trained_tokens), 0)
             ahead += once
-            back += shape.head.flops(round(trained_tokens), 0, trains_before=True) - once
+            back += shape.head.flops(round(computed.trained_tokens), 0, trains_before=True) - once
         forward.append(ahead / share)
         backward.append(back / share)
     return forward, backward

@@ -54,9 +54,8 @@ class Traffic:
 class Flow:
     """Tokens that go through the language model in a step on one rank."""
 
-    length: int  # of the step's rows, in tokens
+    num_tokens: int  # of all its replica's rows, padding included
     hidden: int
-    num_micro_batches: int
 
 
 def feature_rows(plan: MediaPlan) -> list[list[int]]:
@@ -72,9 +71,7 @@ def ring_share(num_ranks: int) -> float:
 def tensor_bytes(config: Config, chunks: Sequence[HeldChunk], flow: Flow) -> int:
     """Bytes sent over the tensor ranks."""
     tensor, context = config.parallel.tensor, config.parallel.ulysses * config.parallel.ring
-    whole = (
-        flow.length // context * config.training.micro_batch_size * flow.hidden * ELEMENT_BYTES[config.precision.params]
-    )
+    whole = flow.num_tokens // context * flow.hidden * ELEMENT_BYTES[config.precision.params]
     again = config.training.recompute.language == "full"
     for_weights = 2 if config.parallel.sequence and config.model.train.language else 0
     crossings = 0  # collectives that send (T-1)/T of the hidden states
@@ -82,7 +79,7 @@ def tensor_bytes(config: Config, chunks: Sequence[HeldChunk], flow: Flow) -> int
         ahead = 4 * len(chunk.layers) + chunk.first + chunk.last  # an all-reduce counts twice
         back = ahead + len(chunk.layers) * (for_weights + 4 * again)
         crossings += ahead if config.training.mode == "eval" else ahead + back
-    return round(crossings * ring_share(tensor) * whole) * flow.num_micro_batches
+    return round(crossings * ring_share(tensor) * whole)
 
 
 WIDE_BYTES = 4  # of an element of a gradient on its way round the ring
@@ -150,13 +147,12 @@ def pipeline_bytes(config: Config, chunks: Sequence[HeldChunk], sizes: GridSizes
     if sizes.pipeline == 1:
         return 0
     backward = config.training.mode != "eval"
-    rows = flow.length // sizes.context * config.training.micro_batch_size
-    cut = sizes.tensor if config.parallel.sequence else 1
-    message = rows // cut * flow.hidden * ELEMENT_BYTES[config.precision.params]
+    cut = sizes.context * (sizes.tensor if config.parallel.sequence else 1)
+    messages = flow.num_tokens // cut * flow.hidden * ELEMENT_BYTES[config.precision.params]
     borders = sum((not chunk.last) + (backward and not chunk.first) for chunk in chunks)
     shared = sum(one.numel for chunk in chunks for one in chunk.parameters if one.shared and one.trains)
     summed = round(2 * ring_share(2) * shared * ELEMENT_BYTES[config.precision.grad_reduce])
-    return borders * message * flow.num_micro_batches + summed
+    return borders * messages + summed
 
 
 def reduction_bytes(config: Config, parameters: Sequence[LocalParameter], num_ranks: int) -> int:

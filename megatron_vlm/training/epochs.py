@@ -49,7 +49,7 @@ def resolve_epochs(
     num_rows = broadcast_object(data.plan.num_rows, world)
     HERE.phase("build")
     steps = count_steps(epochs, num_rows, training.global_batch_size)
-    rows = f"{num_rows:,} {'packed rows' if config.data.packing else 'samples'}"
+    rows = f"{num_rows:,} {'packed rows' if config.data.packing == 'rows' else 'samples'}"
     if not steps:
         raise ConfigError(
             f"training.epochs: found {epochs:g}, which is no step: an epoch of {config.data.path} has {rows}, and a "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_vlm.config.context import split_context
+from megatron_vlm.config.packing import settle_packing
 from megatron_vlm.config.rules import ModelFacts, names_its_model, unused_keys, validate
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.text.conversation import TEMPLATES
@@ -25,7 +26,7 @@ class ResolvedRecipe:
     """A recipe in which nothing was found wrong.
 
     Args:
-        config: as it runs, its `parallel.context` null.
+        config: as it runs, its `parallel.context` null and its `data.packing` not auto.
         model: its model.
         facts: what the rules know of that.
     """
@@ -38,8 +39,8 @@ class ResolvedRecipe:
 def resolve_recipe(
     config: Config, world_size: int, ranks_per_node: int, device: torch.device | None = None
 ) -> ResolvedRecipe:
-    """Describes a recipe's model, checks all its rules, and splits `parallel.context` into Ulysses and ring ranks,
-    which it tells with its reason.
+    """Describes a recipe's model, checks all its rules, splits `parallel.context` into Ulysses and ring ranks, which it
+    tells with its reason, and takes a packing of rows for `auto`.
 
     Args:
         ranks_per_node: consecutive ranks that share a machine; equal on all ranks, or they build different grids.
@@ -67,6 +68,9 @@ def resolve_recipe(
         logger.info("%s", reason)
         config = config.model_copy(update={"parallel": parallel})
         validate(config, facts, world_size)  # again, now that it is known how many ranks are a ring
+    config, reason_not = settle_packing(config)
+    if reason_not is not None:
+        logger.info("%s", reason_not)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         _warn(config, facts, world_size)
     return ResolvedRecipe(config, model, facts)
@@ -76,7 +80,9 @@ def _warn(config: Config, facts: ModelFacts, world_size: int) -> None:
     for line in unused_keys(config, facts, world_size):
         logger.warning("%s", line)
     length, known = config.training.sequence_length, facts.context_tokens
-    if known is not None and length > known and not config.data.packing:  # a packed row is longer than its samples
+    if (
+        known is not None and length > known and config.data.packing != "rows"
+    ):  # a packed row is longer than its samples
         logger.warning(
             "training.sequence_length %d: the language model knows %d positions (max_position_embeddings); longer "
             "samples train positions it has not seen, and generation refuses them", length, known,

@@ -190,17 +190,17 @@ class TrainStep:
         """Phase 2. Returns [2]: summed loss and trained tokens of the micro-batches; 0 but on the last stage."""
         inputs = []
         sizes, place = self.model.grid.sizes, self.model.grid.coordinates
-        positions = SequenceLayout(batch.length, sizes.ring, sizes.ulysses).positions(place.ring, place.ulysses)
         for m, local in zip(window.micro_batches, media.features, strict=True):
             faulty = [(row, start) for number, row, start in media.faulty if number == m]
-            rows = batch.micro_batches[m].without_documents(faulty).at(positions)
+            layout = SequenceLayout(batch.micro_batches[m].length, sizes.ring, sizes.ulysses)
+            rows = batch.micro_batches[m].without_documents(faulty).at(layout.positions(place.ring, place.ulysses))
             inputs.append((rows.to(current_device()), local))
         sums = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(inputs) for _ in self.language],
             model=self.language,
             num_microbatches=len(inputs),
-            seq_length=batch.length,
+            seq_length=batch.length,  # of every row, where stages send messages of this size
             micro_batch_size=inputs[0][0].ids.shape[0],
             forward_only=forward_only,
         )

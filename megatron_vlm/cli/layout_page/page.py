@@ -38,12 +38,20 @@ def _product(view: LayoutView) -> str:
     more = ["sequence parallel"] if parallel.sequence else []
     more += [f"{parallel.virtual_pipeline} chunks per stage"] if parallel.virtual_pipeline > 1 else []
     ranks = f"{sizes.world} rank{'s' if sizes.world > 1 else ''}"
-    num_micro_batches = len(view.batch.replicas[0].micro_batches)
+    replicas = view.batch.replicas
+    rows = [len(of_one) for replica in replicas for of_one in replica.micro_batches]
+    lengths = [length for replica in replicas for length in replica.lengths]
+    what = f"{training.global_batch_size} samples in " if view.config.data.packing == "samples" else ""
     step = (
-        f"a step is {training.global_batch_size} rows of {view.batch.layout.length:,} tokens: {num_micro_batches} "
-        f"micro-batches of {training.micro_batch_size} per replica"
+        f"a step is {what}{sum(rows)} rows of {_span(lengths)} tokens: {len(replicas[0].micro_batches)} micro-batches "
+        f"of {_span(rows)} per replica"
     )
     return f"{ranks} = {product}{''.join(f', {word}' for word in more)}; {step}"
+
+
+def _span(numbers: list[int]) -> str:
+    """`7`, or `5 to 9`."""
+    return f"{min(numbers):,}" + (f" to {max(numbers):,}" if max(numbers) > min(numbers) else "")
 
 
 def _tiles(view: LayoutView) -> Iterator[tuple[str, str]]:
@@ -61,7 +69,7 @@ def _sections(view: LayoutView) -> Iterator[tuple[str, str, str]]:
     config, sizes = view.config, view.sizes
     yield "Who holds what", _grid_words(view) + left_out(view), figures.grid(view)
     yield "Who owns which tokens", _token_words(view) + left_out(view), _token_legend() + figures.tokens(view)
-    if sizes.ring > 1 or config.data.packing:
+    if sizes.ring > 1 or config.data.packing != "off":
         yield "Who computes which attention", attention_figure.words(view), attention_figure.attention(view)
     of_all = " of all replicas" if shares_all(config) and sizes.data > 1 else ""
     image_words = (

@@ -70,10 +70,13 @@ class SectionRules:
         section: its name in the recipe.
         may_change: key or section -> whether a resumed run may have another value; the nearest entry decides. A key
             that cannot change what is learnt may.
+        alike: key that may not change -> values of it with which the same is learnt: among them it may.
     """
 
-    def __init__(self, section: str, may_change: Mapping[str, bool]) -> None:
-        self.section, self.may_change = section, dict(may_change)
+    def __init__(
+        self, section: str, may_change: Mapping[str, bool], alike: Mapping[str, tuple[object, ...]] | None = None
+    ) -> None:
+        self.section, self.may_change, self.alike = section, dict(may_change), dict(alike or {})
         self.recipe_rules: list[Rule[RecipeCheck]] = []
         self.rank_rules: list[Rule[RankCheck]] = []
         self.model_rules: list[Rule[ModelCheck]] = []

@@ -27,20 +27,23 @@ RULES = SectionRules(
         "data.num_workers": True,
         "data.shuffle": False,
     },
+    alike={"data.packing": ("samples", "off", "auto")},
 )
 
 
-@RULES.of_recipe("data.group_by_modality_length", says="`true` needs `data.shuffle` true and `data.packing` false")
+@RULES.of_recipe(
+    "data.group_by_modality_length", says="`true` needs `data.shuffle` true, and a `data.packing` other than `rows`"
+)
 def _grouping(config: Config) -> Iterator[str]:
     if config.data.group_by_modality_length and not config.data.shuffle:
         yield (
             "data.group_by_modality_length: found true with data.shuffle false, which keeps file order, needs "
             "data.shuffle true"
         )
-    if config.data.group_by_modality_length and config.data.packing:
+    if config.data.group_by_modality_length and config.data.packing == "rows":
         yield (
-            "data.group_by_modality_length: found true with data.packing true, which leaves no padding to save, "
-            "needs one of them false"
+            "data.group_by_modality_length: found true with data.packing rows, which chooses the samples of a step by "
+            "itself, needs false, or data.packing samples or off"
         )
 
 
@@ -49,9 +52,9 @@ def _template(config: Config, facts: ModelFacts) -> Iterator[str]:
     yield from unknown_name("data.template", config.data.template, facts.templates)
 
 
-@RULES.unused("data.pad_to_multiple_of", says="without effect with `data.packing`; held-out rows are never packed")
+@RULES.unused("data.pad_to_multiple_of", says="without effect with `data.packing: rows`, but on held-out rows")
 def _rows(config: Config, facts: ModelFacts, world_size: int) -> Iterator[tuple[str, str]]:
     data = config.data
     evaluates = config.evaluation.path is not None and config.training.mode != "train"
-    if data.packing and data.pad_to_multiple_of is not None and not evaluates:
+    if data.packing == "rows" and data.pad_to_multiple_of is not None and not evaluates:
         yield "data.pad_to_multiple_of", "packed rows have training.sequence_length tokens"

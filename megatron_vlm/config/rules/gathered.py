@@ -33,6 +33,7 @@ SECTIONS = tuple(
     )
 )  # fmt: skip
 MAY_CHANGE = {key: may for section in SECTIONS for key, may in section.may_change.items()}
+ALIKE = {key: values for section in SECTIONS for key, values in section.alike.items()}
 
 
 def validate(config: Config, facts: ModelFacts | None, world_size: int) -> None:
@@ -84,6 +85,11 @@ def may_change(key: str) -> bool:
         key, dot, _ = key.rpartition(".")
         assert dot, "a test checks that every key is decided on"
     return MAY_CHANGE[key]
+
+
+def are_alike(key: str, before: object, now: object) -> bool:
+    """Whether a resumed run learns the same with either value of a key."""
+    return before == now or (key in ALIKE and before in ALIKE[key] and now in ALIKE[key])
 
 
 def told_at(key: str) -> list[str]:

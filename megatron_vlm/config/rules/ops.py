@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_vlm.config.packages import PACKAGES
+from megatron_vlm.config.packing import packing_of
 from megatron_vlm.config.rules.base import ModelFacts, SectionRules
 from megatron_vlm.config.schema import Config
 
@@ -10,7 +11,10 @@ RULES = SectionRules("ops", may_change={"ops": True})
 
 
 @RULES.of_recipe(
-    "ops.attention", says="`cudnn` takes no ring (`parallel.ring`) with gathered keys, nor with `data.packing`"
+    "ops.attention",
+    "data.packing",
+    says="`ops.attention: cudnn` takes no ring (`parallel.ring`) with gathered keys, nor with `data.packing: samples` "
+    "or `rows`; with `auto` it then is off",
 )
 def _cudnn_in_a_ring(config: Config) -> Iterator[str]:
     """Refuses cuDNN in a ring: a ring rank's part of a document is known only when it is read."""
@@ -24,10 +28,11 @@ def _cudnn_in_a_ring(config: Config) -> Iterator[str]:
             f"rank's queries see more keys than there are queries, while cuDNN's causal mask is square, {elsewise}, "
             "or p2p"
         )
-    elif config.data.packing:
+    elif packing_of(config) != "off":
         yield (
-            f"ops.attention: found cudnn with parallel.ring {parallel.ring} and data.packing true, where a rank's part "
-            f"of a document may be a single token, which cuDNN does not take, {elsewise}"
+            f"ops.attention: found cudnn with parallel.ring {parallel.ring} and data.packing {config.data.packing}, "
+            "where a rank's part of a document may be a single token, which cuDNN does not take, "
+            f"{elsewise}, or data.packing off"
         )
 
 

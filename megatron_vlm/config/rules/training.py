@@ -6,6 +6,7 @@ schedule with a ragged last round, say.
 
 from collections.abc import Iterator
 
+from megatron_vlm.config.packing import packing_of
 from megatron_vlm.config.rules.base import ModelFacts, SectionRules
 from megatron_vlm.config.rules.model import trains
 from megatron_vlm.config.schema import Config
@@ -30,13 +31,14 @@ RULES = SectionRules(
 @RULES.of_ranks(
     "training.global_batch_size",
     "training.micro_batch_size",
-    says="`training.global_batch_size` must be a multiple of `training.micro_batch_size` times the data-parallel ranks",
+    says="`training.global_batch_size` must be a multiple of `training.micro_batch_size` times the data-parallel "
+    "ranks, unless rows are laid out anew in each step (`data.packing: samples`)",
 )
 def _batch(config: Config, world_size: int) -> Iterator[str]:
     """Speaks only where the number of data-parallel ranks is known, that is where the ranks can be divided."""
     parallel, training = config.parallel, config.training
     data, rest = divmod(world_size, parallel.replica)
-    if rest:
+    if rest or packing_of(config) == "samples":
         return
     rows = data * training.micro_batch_size
     if training.global_batch_size % rows:
@@ -51,18 +53,22 @@ def _batch(config: Config, world_size: int) -> Iterator[str]:
     "training.media_window",
     "parallel.virtual_pipeline",
     says="a pipeline that is interleaved (`parallel.virtual_pipeline` above 1), or one of several media windows, takes "
-    "a multiple of `parallel.pipeline` micro-batches",
+    "a multiple of `parallel.pipeline` micro-batches; with `data.packing: samples` a step is laid out so, and the "
+    "window alone must be one",
 )
 def _schedule(config: Config, world_size: int) -> Iterator[str]:
     """Every run of a pipeline that is interleaved, or one of several, takes a multiple of its stages: megatron-core's
     interleaved schedule refuses a ragged last round, and each run of its own pays a bubble of that length. Silent
-    where `_batch` speaks."""
+    where `_batch` speaks. Where rows are laid out by the step, as many micro-batches as samples are the most."""
     data, rest = divmod(world_size, config.parallel.replica)
-    rows = data * config.training.micro_batch_size
-    if rest or config.training.global_batch_size % rows:
+    rows, lays_out = data * config.training.micro_batch_size, packing_of(config) == "samples"
+    if rest or (config.training.global_batch_size % rows and not lays_out):
         return
-    num_micro_batches = config.training.global_batch_size // rows
-    stages, window = config.parallel.pipeline, config.training.media_window or num_micro_batches
+    stages = config.parallel.pipeline
+    num_micro_batches = -(-config.training.global_batch_size // rows)
+    if lays_out:
+        num_micro_batches = max(stages, num_micro_batches)
+    window = config.training.media_window or num_micro_batches
     several = window < num_micro_batches
     if config.parallel.virtual_pipeline > 1 and stages == 1:
         yield (
@@ -71,7 +77,7 @@ def _schedule(config: Config, world_size: int) -> Iterator[str]:
         )
     if several and window % stages:
         yield f"training.media_window: found {window}, needs a multiple of parallel.pipeline {stages}, or null"
-    if (several or config.parallel.virtual_pipeline > 1) and num_micro_batches % stages:
+    if (several or config.parallel.virtual_pipeline > 1) and num_micro_batches % stages and not lays_out:
         reason = "a virtual pipeline" if config.parallel.virtual_pipeline > 1 else "the last media window"
         yield (
             f"training.global_batch_size: found {config.training.global_batch_size} = {num_micro_batches} "

@@ -1,10 +1,16 @@
 """`data`: what is trained on, and how it becomes tokens and pixels."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron_vlm.config.schema.base import NonNegativeFloat, NonNegativeInt, Plain, PositiveInt, Section
+
+BOOLEAN_PACKING = {True: "rows", False: "off"}  # what was meant once; and `off` is false in YAML
+Packing = Annotated[
+    Literal["auto", "samples", "rows", "off"],
+    BeforeValidator(lambda found: BOOLEAN_PACKING[found] if isinstance(found, bool) else found),
+]
 
 
 class VideoConfig(Section):
@@ -54,14 +60,17 @@ class DataConfig(Section):
         default=False,
         description="Make batches of samples of similar length, all with images or all without, as LLaVA does.",
     )
-    packing: bool = Field(
-        default=False,
-        description="Put several samples into each row of `training.sequence_length` tokens; each attends to itself.",
+    packing: Packing = Field(
+        default="off",
+        description="Several samples in a row of up to `training.sequence_length` tokens, each attending to itself "
+        "alone. samples: a step is `training.global_batch_size` samples, laid into as few rows as they need, with the "
+        "loss of `off`; rows: a step is so many rows, filled with as many samples as there is room for; off: a row is "
+        "a sample; auto: samples, or off where attention cannot keep samples apart. true and false mean rows and off.",
     )
     pad_to_multiple_of: PositiveInt | None = Field(
         default=None,
-        description="Tokens to a multiple of which rows that are not packed are padded, up to "
-        "`training.sequence_length`. null: 64 on GPUs, 1 on the CPU.",
+        description="Tokens to a multiple of which rows are padded, up to `training.sequence_length`. null: 64 on "
+        "GPUs, 1 on the CPU.",
     )
     on_long_sample: Literal["error", "truncate"] = Field(
         default="error",

@@ -32,9 +32,12 @@ class TrainingConfig(Section):
         default=2048,
         description="Longest row in tokens, those of images included; rounded up to what the ranks can cut.",
     )
-    global_batch_size: PositiveInt = Field(default=128, description="Rows of a step, over all ranks.")
+    global_batch_size: PositiveInt = Field(
+        default=128, description="Samples of a step, over all ranks; rows of several samples with `data.packing: rows`."
+    )
     micro_batch_size: PositiveInt = Field(
-        default=1, description="Rows that a replica sends through the model at one time."
+        default=1,
+        description="Rows that a replica sends through the model at one time; with `data.packing: samples` at most.",
     )
     steps: PositiveInt | None = Field(
         default=None, description="Number of updates. Either this or `training.epochs` is given."

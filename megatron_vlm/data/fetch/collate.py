@@ -25,9 +25,10 @@ def collate_rows(rows: Sequence[Sequence[Document]], length: int, packed: bool =
     """b rows -> a micro-batch of [b, length].
 
     Args:
-        rows: the samples of each, at least one, in order.
+        rows: the samples of each, in order.
         packed: isolates the samples, and the padding behind them, from each other; else a row is one sample, and one
-            document with its padding.
+            document with its padding. A row may then have no sample: it is a document of one token, since attention
+            takes no row without any, and padding.
     """
     ids = torch.full((len(rows), length), PLACEHOLDER_ID)
     labels = torch.full((len(rows), length), IGNORE)
@@ -37,7 +38,7 @@ def collate_rows(rows: Sequence[Sequence[Document]], length: int, packed: bool =
         assert packed or len(row) == 1, f"{len(row)} samples in a row that is not packed"
         lengths = [len(encoded.ids) for _, encoded in row]
         assert sum(lengths) <= length, f"{sum(lengths)} tokens in a row of {length}"
-        documents.append(Documents.packed(lengths, length) if packed else Documents.whole(length))
+        documents.append(Documents.packed(lengths or [1], length) if packed else Documents.whole(length))
         for start, stop in pairwise((*documents[-1].starts, length)):
             position_ids[number, start:stop] = places[: stop - start]
         for start, (_, encoded) in zip(accumulate(lengths, initial=0), row, strict=False):
@@ -49,20 +50,21 @@ def collate_rows(rows: Sequence[Sequence[Document]], length: int, packed: bool =
 
 
 def list_spans(
-    rows: Sequence[Sequence[Document]], micro_batch: int, tokens_per_image: int, cost: float
+    rows: Sequence[Sequence[Document]], micro_batch: int, tokens_per_image: int, cost: float, length: int | None = None
 ) -> list[MediaSpan]:
     """The images of one micro-batch, in row, document and text order.
 
     Args:
         micro_batch: its index in the step.
         cost: of encoding one image.
+        length: tokens of the rows, where those of the step differ.
     """
     spans = []
     for number, row in enumerate(rows):
         first = 0  # token of the document
         for sample, encoded in row:
             for path, start in zip(sample.images[: len(encoded.image_starts)], encoded.image_starts, strict=True):
-                item = MediaItem(cost, tokens_per_image, micro_batch, number, first + start)
+                item = MediaItem(cost, tokens_per_image, micro_batch, number, first + start, length=length)
                 spans.append(MediaSpan(sample.id, path, item))
             first += len(encoded.ids)
     return spans

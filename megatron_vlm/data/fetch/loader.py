@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from megatron_vlm.config.packing import packing_of
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.fetch.samples import SampleReader, open_samples
@@ -18,6 +19,7 @@ from megatron_vlm.data.fetch.step import StepFetcher
 from megatron_vlm.data.fetch.workers import OrderedItems
 from megatron_vlm.data.index.records import SampleIndex
 from megatron_vlm.data.media.images import MediaReader
+from megatron_vlm.data.plan.batch_exact import LayerWork
 from megatron_vlm.data.plan.grouped import GroupedPlan
 from megatron_vlm.data.plan.order import Plan, RowPlan
 from megatron_vlm.data.plan.packing import PackedPlan
@@ -35,6 +37,7 @@ class TrainingData:
 
     samples: SampleReader
     plan: RowPlan
+    work: LayerWork  # of the model that they are for, by which rows are dealt to ranks
 
     def prepared_as(self, media: MediaReader) -> "TrainingData":
         """The same, its images prepared by another reader."""
@@ -64,7 +67,7 @@ def open_training_data(
             "trained as the last",
             differing[1], differing[0],
         )  # fmt: skip
-    return TrainingData(samples, make_plan(config, samples.index, model.language))
+    return TrainingData(samples, make_plan(config, samples.index, model.language), LayerWork.of(model.language))
 
 
 def load_steps(
@@ -79,7 +82,7 @@ def load_steps(
     Raises:
         DataError: from iterating, where an image cannot be read and data.on_bad_sample is error.
     """
-    fetcher = StepFetcher(data.plan, data.samples, StepShape.of(config, sizes, rank))
+    fetcher = StepFetcher(data.plan, data.samples, StepShape.of(config, sizes, rank, data.work))
     longest, length = config.training.sequence_length, row_length(config.training.sequence_length, config.parallel)
     if length != longest:
         get_logger(__name__).info(
@@ -107,7 +110,7 @@ def build_loader(
 def make_plan(config: Config, samples: SampleIndex, language: PretrainedConfig) -> RowPlan:
     """The order in which a recipe trains its samples; packed ones by what the language model's layers see of them."""
     data, seed, training = config.data, config.runtime.seed, config.training
-    if data.packing:
+    if packing_of(config) == "rows":
         plan = PackedPlan(
             samples.tokens,
             seed,
@@ -127,14 +130,16 @@ def make_plan(config: Config, samples: SampleIndex, language: PretrainedConfig) 
 def build_held_out_loader(
     config: Config, tokenizer: PreTrainedTokenizerBase, model: ModelDescription, sizes: GridSizes, rank: int
 ) -> OrderedItems[StepBatch]:
-    """Every sample of evaluation.path once, in file order, in steps of the training's shape. The rows that fill up the
-    last step are copies in which nothing is trained; rows are never packed. Arguments and errors as `build_loader`."""
+    """Every sample of evaluation.path once, in file order, in steps of `training.global_batch_size` samples: packed
+    where training packs, whichever way. Else the rows that fill up the last step are copies in which nothing is
+    trained. Arguments and errors as `build_loader`."""
     evaluation, batch_size = config.evaluation, config.training.global_batch_size
     assert evaluation.path is not None, "validated with the recipe"
     samples = open_samples(config, evaluation.path, evaluation.media_root, tokenizer, model.media_spec, rank)
     num_samples = len(samples.index)
     plan = Plan(num_samples, config.runtime.seed, batch_size, shuffle=False)
-    fetcher = StepFetcher(plan, samples, StepShape.of(config, sizes, rank), num_rows=num_samples)
+    shape = StepShape.of(config, sizes, rank, LayerWork.of(model.language), held_out=True)
+    fetcher = StepFetcher(plan, samples, shape, num_rows=num_samples)
     return OrderedItems(fetcher, range(-(-num_samples // batch_size)), config.data.num_workers, pinning())
 
 

@@ -32,6 +32,7 @@ class SamplePlace:
         micro_batch: index in the step.
         row: of that micro-batch.
         start: its first token in the row.
+        length: of the row.
     """
 
     number: int
@@ -40,6 +41,7 @@ class SamplePlace:
     micro_batch: int
     row: int
     start: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,15 @@ class WorldSharing:
         Args:
             own: those of this replica.
             places: the samples of all replicas' windows, by data-parallel rank, micro-batch, row and start.
-            layout: of every row.
+            layout: of the longest rows.
 
         Returns:
             The plan, and the images that this rank encodes, in plan order.
         """
         asked = [(place, number) for place in places for number in range(place.num_images)]
-        items = [MediaItem(self.cost, self.tokens, at.micro_batch, at.row, UNKNOWN, at.data) for at, _ in asked]
+        items = [
+            MediaItem(self.cost, self.tokens, at.micro_batch, at.row, UNKNOWN, at.data, at.length) for at, _ in asked
+        ]
         stubs = plan_media(items, layout, self.sizes, over_world=True)
         spans: dict[int, MediaSpan] = {}
         known = iter(own)

@@ -12,10 +12,9 @@ from megatron_vlm.data.batch import MediaWindow, StepBatch
 from megatron_vlm.data.fetch.collate import Document, collate_rows, list_spans
 from megatron_vlm.data.fetch.media_windows import SamplePlace, WorldSharing
 from megatron_vlm.data.fetch.samples import SampleReader
-from megatron_vlm.data.fetch.shape import StepShape
+from megatron_vlm.data.fetch.shape import StepRows, StepShape
 from megatron_vlm.data.plan.order import RowPlan
 from megatron_vlm.data.sample import IGNORE
-from megatron_vlm.parallel.layout import SequenceLayout
 from megatron_vlm.parallel.media_plan import plan_media
 
 
@@ -31,67 +30,61 @@ class StepFetcher:
 
     def produce(self, number: int) -> StepBatch:
         """The input of step `number`. Raises DataError."""
-        index, shape, packed_length = self.samples.index, self.shape, self.plan.packed_length
-        numbers = self.plan.samples_by_row(number)
-        row_tokens = [int(index.tokens[list(samples)].sum()) for samples in numbers]
-        layout = shape.layout(packed_length or max(row_tokens))
-        num_real = len(numbers) if self.num_rows is None else min(len(numbers), self.num_rows - number * len(numbers))
-        rows, micro_batches = [], []
-        for m in range(shape.num_micro_batches):
-            local = shape.rows_of(m)
-            rows.append([[self.samples.document(sample) for sample in numbers[row]] for row in local])
-            copies = [i for i, row in enumerate(local) if row >= num_real]
-            micro_batches.append(collate_rows(rows[-1], layout.length, packed_length is not None).without(copies))
-        firsts = range(0, shape.num_micro_batches, shape.media_window)
-        real = [sample for samples in numbers[:num_real] for sample in samples]
+        index, shape = self.samples.index, self.shape
+        planned = self.plan.samples_by_row(number)
+        num_real = len(planned) if self.num_rows is None else min(len(planned), self.num_rows - number * len(planned))
+        placed = shape.place(planned, index.tokens, num_real)
+        documents = [
+            [[self.samples.document(sample) for sample in row] for row in one.rows]
+            for one in placed.by_rank[shape.at.data]
+        ]
+        micro_batches = [
+            collate_rows(rows, one.length, shape.packing != "off").without(one.copies)
+            for rows, one in zip(documents, placed.by_rank[shape.at.data], strict=True)
+        ]
+        real = [sample for samples in planned[:num_real] for sample in samples]
         return StepBatch(
             step=number,
-            length=layout.length,
+            length=placed.length,
             micro_batches=tuple(micro_batches),
             windows=tuple(
-                self._window(first, rows[first : first + shape.media_window], numbers, layout) for first in firsts
+                self._window(window, documents, placed) for window in shape.windows(placed.num_micro_batches)
             ),
             sample_ids=tuple(index.sample_id(sample) for sample in real),
             sample_tokens=tuple(index.tokens[real].tolist()),
-            row_tokens=tuple(row_tokens[:num_real]),
+            row_tokens=tuple(int(index.tokens[list(row)].sum()) for row in placed.rows),
+            padded_tokens=placed.padded_tokens,
             num_media=int(index.images[real].sum()),
             num_trained_tokens_local=sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches),
             faults_tolerated=self.samples.skips_bad,
         )
 
     def _window(
-        self,
-        first: int,
-        rows: Sequence[Sequence[Sequence[Document]]],
-        numbers: Sequence[tuple[int, ...]],
-        layout: SequenceLayout,
+        self, window: range, documents: Sequence[Sequence[Sequence[Document]]], placed: StepRows
     ) -> MediaWindow:
-        """The window of this rank's micro-batches `rows`, `first` and following, of a step of the samples `numbers`."""
+        """Some of this rank's micro-batches, given the documents of all of them, in a step."""
         shape, spec = self.shape, self.samples.media.spec
-        cost = spec.cost.of(spec.num_patches)
-        spans = [
-            span
-            for m, of_one in enumerate(rows, start=first)
-            for span in list_spans(of_one, m, spec.tokens_per_image, cost)
-        ]
+        cost, layout = spec.cost.of(spec.num_patches), shape.layout(placed.length)
+        lengths = [one.length for one in placed.by_rank[shape.at.data]]
+        spans = [span for m in window for span in list_spans(documents[m], m, spec.tokens_per_image, cost, lengths[m])]
         if shape.media_over_world:
             sharing = WorldSharing(shape.sizes, shape.at, spec.tokens_per_image, cost, self.samples.document)
-            plan, own = sharing.share(spans, self._places(range(first, first + len(rows)), numbers), layout)
+            plan, own = sharing.share(spans, self._places(window, placed), layout)
         else:
             plan = plan_media([span.item for span in spans], layout, shape.sizes)
             own = tuple(spans[item] for item in plan.items_of(plan.media_rank(shape.at)))
         route = plan.route(plan.media_rank(shape.at))
-        return MediaWindow(first, len(rows), tuple(spans), own, plan, route, *self.samples.pixels(own))
+        return MediaWindow(window.start, len(window), tuple(spans), own, plan, route, *self.samples.pixels(own))
 
-    def _places(self, micro_batches: range, numbers: Sequence[tuple[int, ...]]) -> list[SamplePlace]:
+    def _places(self, micro_batches: range, placed: StepRows) -> list[SamplePlace]:
         """Places of the samples of some micro-batches of all replicas."""
-        index, shape = self.samples.index, self.shape
+        index = self.samples.index
         return [
-            SamplePlace(sample, int(index.images[sample]), data, m, number, start)
-            for data in range(shape.sizes.data)
+            SamplePlace(sample, int(index.images[sample]), data, m, number, start, of_rank[m].length)
+            for data, of_rank in enumerate(placed.by_rank)
             for m in micro_batches
-            for number, row in enumerate(shape.rows_of(m, data))
-            for sample, start in zip(numbers[row], _starts(index.tokens[list(numbers[row])]), strict=True)
+            for number, row in enumerate(of_rank[m].rows)
+            for sample, start in zip(row, _starts(index.tokens[list(row)]), strict=True)
         ]
 
 

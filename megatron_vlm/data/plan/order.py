@@ -18,10 +18,6 @@ class RowPlan(Protocol):
     """The part of a plan that the loader must know."""
 
     @property
-    def packed_length(self) -> int | None:
-        """Tokens of every row, where rows are packed."""
-
-    @property
     def num_rows(self) -> int:
         """Rows of an epoch."""
 
@@ -38,8 +34,6 @@ class Plan:
         global_batch_size: rows per step.
         shuffle: False keeps file order in every epoch.
     """
-
-    packed_length = None
 
     def __init__(self, num_samples: int, seed: int, global_batch_size: int, shuffle: bool = True) -> None:
         assert num_samples > 0 and global_batch_size > 0

@@ -40,7 +40,7 @@ class PackedPlan:
         tokens: [n] length of every sample.
         seed, global_batch_size, shuffle: as `Plan`; without `shuffle` samples keep the file's order as far as packing
             allows (`packing.POOL_ROWS`).
-        row_length: tokens of every row, `packed_length`; no sample is longer.
+        row_length: tokens of every row; no sample is longer.
         micro_batch_size: rows of a micro-batch; what a step trains does not depend on it.
         windows: of the language model's layers (`packing.attention_work`); nor on them.
     """
@@ -57,7 +57,7 @@ class PackedPlan:
     ) -> None:
         order = np.argsort(draw_raw((seed, 0, 2), len(tokens)), kind="stable") if shuffle else np.arange(len(tokens))
         rows = pack_rows(tokens, order, row_length)
-        self.packed_length, self.micro_batch_size = row_length, micro_batch_size
+        self.row_length, self.micro_batch_size = row_length, micro_batch_size
         self._rows = Plan(len(rows), seed, global_batch_size, shuffle)
         self._samples = np.concatenate(rows)
         self._ends = np.cumsum([len(row) for row in rows])
@@ -73,12 +73,12 @@ class PackedPlan:
     @property
     def padding(self) -> float:
         """Share of the rows' tokens that are none."""
-        return 1 - self.num_tokens / (self.num_rows * self.packed_length)
+        return 1 - self.num_tokens / (self.num_rows * self.row_length)
 
     def __str__(self) -> str:
         steps = self.num_rows / self._rows.global_batch_size
         return (
-            f"{len(self._samples):,} samples in {self.num_rows:,} rows of {self.packed_length:,} tokens, "
+            f"{len(self._samples):,} samples in {self.num_rows:,} rows of {self.row_length:,} tokens, "
             f"{self.padding:.2%} of them padding; an epoch is {steps:,.1f} steps"
         )
 
@@ -111,14 +111,13 @@ def pack_rows(tokens: np.ndarray, order: np.ndarray, capacity: int) -> list[tupl
     for pool in pools:
         lengths = tokens[pool].tolist()
         filled = sorted(first_fit_decreasing(lengths, capacity), key=min)
-        rows += [tuple(pool[_arrange(row)].tolist()) for row in filled]
+        rows += [tuple(pool[arrange(row)].tolist()) for row in filled]
     return rows
 
 
-def _arrange(row: list[int]) -> list[int]:
-    """Items, longest first -> the second, the others from the shortest on, the first."""
-    longest, *others = row
-    return [*others[:1], *others[:0:-1], longest]
+def arrange(row: list[int]) -> list[int]:
+    """Items of a row, longest first -> the second, the others from the shortest on, the first."""
+    return [*row[1:2], *row[:1:-1], *row[:1]]
 
 
 def first_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -159,7 +158,7 @@ def deal_work(work: Sequence[int], micro_batch_size: int) -> list[int]:
     Returns:
         The rows' indices, `micro_batch_size` of each micro-batch after the other.
     """
-    micro_batches = _even_groups(work, len(work) // micro_batch_size)
+    micro_batches = even_groups(work, len(work) // micro_batch_size)
     sums = [sum(work[row] for row in rows) for rows in micro_batches]
     return [row for number in _deal(sums) for row in micro_batches[number]]
 
@@ -181,7 +180,7 @@ def _deal(work: Sequence[int]) -> list[int]:
     return dealt
 
 
-def _even_groups(work: Sequence[int], num_groups: int) -> list[list[int]]:
+def even_groups(work: Sequence[int], num_groups: int) -> list[list[int]]:
     """Items in groups of equal size and nearly equal work: longest first onto the least loaded group that is not
     full."""
     size = len(work) // num_groups

@@ -14,7 +14,7 @@ b rows of a micro-batch; s tokens of this rank's slice of the sequence; h hidden
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from torch.distributed import ProcessGroup
 from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.language import LanguageModel
-from megatron_vlm.parallel.layout import SequenceLayout
 from megatron_vlm.runtime.collectives import all_gather_objects, gather_objects
 from megatron_vlm.training import schedule
 from megatron_vlm.training.job import Job
@@ -51,7 +50,8 @@ class Record:
         gradients: trained parameter -> its shard's gradient in the first step, scaled, not clipped.
         updates: parameter -> what all steps changed.
         values: the first step's forward: features [tokens, h], hidden states [s, h], losses [s].
-        positions: global positions of `s`, of hidden states and (without the cut of sequence parallelism) of losses.
+        positions: (MERGED or TOKEN_LOSS, global row) -> positions in it of `s`, of its hidden states and (without the
+            cut of sequence parallelism) of its losses.
     """
 
     rank: int
@@ -63,7 +63,7 @@ class Record:
     gradients: Tensors = field(default_factory=dict)
     updates: Tensors = field(default_factory=dict)
     values: dict[ValueKey, Tensor] = field(default_factory=dict)
-    positions: Tensors = field(default_factory=dict)
+    positions: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """A dictionary of plain types and tensors, as `torch.load(weights_only=True)` reads back."""
@@ -86,7 +86,8 @@ def observe(job: Job, num_steps: int, after_step: Callable[[int], None] = lambda
             schedule.apply(
                 job.optimizer.param_groups, batch.step, config.training.num_steps, config.optimizer, config.schedule
             )
-            with first_forward(job, batch, record) if number == 0 else contextlib.nullcontext():
+            keeps = number == 0 and config.data.packing != "samples"
+            with first_forward(job, batch, record) if keeps else contextlib.nullcontext():
                 result = job.step(batch, exact_times=True)  # a GPU is waited for in the phase that hangs
             record.sample_ids.append(list(batch.sample_ids))
             if result.loss is None or result.grad_norm is None:
@@ -144,17 +145,23 @@ def gather_gradient_shards(chunk: Any) -> None:
 
 @contextlib.contextmanager
 def first_forward(job: Job, batch: StepBatch, record: Record) -> Iterator[None]:
-    """Records the forward pass of the one step inside."""
+    """Records the forward pass of the one step inside. Its rows are those of every layout."""
+    assert job.config.data.packing != "samples", "rows are laid out for each layout anew"
     place, sizes, layout = job.grid.coordinates, job.grid.sizes, batch.windows[0].plan.layout
     tensor_rank = place.tensor if layout.tensor > 1 else 0
     num_rows = batch.micro_batches[0].ids.shape[0]
-    whole = SequenceLayout(layout.length, layout.ring, layout.ulysses)
-    record.positions[MERGED] = layout.positions(place.ring, place.ulysses, tensor_rank)
-    record.positions[TOKEN_LOSS] = whole.positions(place.ring, place.ulysses)
     record.row_tokens = list(batch.row_tokens)
 
     def global_row(micro_batch: int, row: int, data: int = place.data) -> int:
         return (micro_batch * sizes.data + data) * num_rows + row
+
+    for number, micro_batch in enumerate(batch.micro_batches):
+        hidden = replace(layout, length=micro_batch.length)
+        of_hidden = hidden.positions(place.ring, place.ulysses, tensor_rank)
+        of_losses = replace(hidden, tensor=1).positions(place.ring, place.ulysses)
+        for row in range(num_rows):
+            record.positions[MERGED, global_row(number, row)] = of_hidden
+            record.positions[TOKEN_LOSS, global_row(number, row)] = of_losses
 
     def keep_rows(what: str, micro_batch: int, rows: Tensor) -> None:
         for row, value in enumerate(rows.detach().cpu()):

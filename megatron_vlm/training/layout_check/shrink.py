@@ -11,6 +11,9 @@ rounds the whole, so a right layout would differ.
 The samples are the shortest real ones of each kind: one image, several, text alone. Short answers at the ends of rows
 would leave the cuts between ranks to tokens that are not trained, and what goes wrong there to later steps: so one of
 the first step's samples has its answer lengthened until it is as long as the longest.
+
+Rows that are laid out anew in each step (`data.packing: samples`) differ with the layout. Filled ones (`rows`) stand
+for them: they too keep samples apart, and are the same on every layout, so that they can be compared row by row.
 """
 
 import base64
@@ -22,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vlm.config.loading import config_from_tree
+from megatron_vlm.config.packing import packing_of
 from megatron_vlm.config.rules import matches
 from megatron_vlm.config.schema import Config, TrainingConfig
 from megatron_vlm.data.media.store import MediaStore, Stored
@@ -91,6 +95,7 @@ def shrink(config: Config, world_size: int, described: ModelDescription) -> tupl
         "shuffle": False,
         "group_by_modality_length": False,
     }  # the picked order: images in the first step
+    tree["data"]["packing"] = "off" if packing_of(config) == "off" else "rows"  # which every layout has alike
     tree["data"]["video"]["num_frames"] = min(config.data.video.num_frames, MAX_FRAMES)
     if config.data.image_mode == "processor":
         tree["data"]["image_mode"] = "pad"  # the processor's settings stay behind with the tower's path
@@ -99,7 +104,11 @@ def shrink(config: Config, world_size: int, described: ModelDescription) -> tupl
     tree["optimizer"] |= {name: rate for name, rate in RATES.items() if tree["optimizer"][name] is not None}
     tree["optimizer"]["eps"] = max(config.optimizer.eps, MIN_EPS)
     tree["schedule"] |= {"warmup_ratio": 0.0, "min_lr": 0.0}
-    tree["training"] |= shrink_batch(config.training, sizes) | {"steps": NUM_STEPS, "epochs": None, "mode": "train"}
+    tree["training"] |= shrink_batch(config.training, sizes, packing_of(config) == "samples") | {
+        "steps": NUM_STEPS,
+        "epochs": None,
+        "mode": "train",
+    }
     tree["checkpoint"] = {"directory": "unused", "resume": "never"}
     tree["evaluation"] = {}
     tree["logging"] = {"progress": False, "curves": False, "tensorboard": False, "ranks_every_steps": 0}
@@ -172,11 +181,13 @@ def _settings(hf_config: Any, num_layers: int) -> Tree:
     return settings | per_layer | {"model_type": hf_config.model_type, "num_hidden_layers": num_layers}
 
 
-def shrink_batch(training: TrainingConfig, sizes: GridSizes) -> Tree:
+def shrink_batch(training: TrainingConfig, sizes: GridSizes, lays_out: bool = False) -> Tree:
     """The fewest rows with which the schedule still does all it does: several micro-batches, windows where there are
-    some, the last one shorter where it is."""
+    some, the last one shorter where it is. `lays_out`: the recipe lays out its rows anew in each step."""
     stages, window = sizes.pipeline, training.media_window
     number = training.global_batch_size // (training.micro_batch_size * sizes.data)
+    if lays_out:  # as many as samples at most, and what a pipeline wants
+        number = max(1, -(-number // stages)) * stages
     rows = min(training.micro_batch_size, MAX_MICRO_BATCH_SIZE)
     if window is None or window >= number:
         window, number = None, min(number, max(2 * stages, -(-MIN_ROWS // (rows * sizes.data))))

@@ -45,7 +45,7 @@ def _row(key: ValueKey, one: Record, record: Record) -> Difference:
     positions = torch.arange(start, start + len(found))
     phase = "vision encode"
     if name != FEATURES:
-        positions = record.positions[TOKEN_LOSS if name == TOKEN_LOSS else MERGED]
+        positions = record.positions[TOKEN_LOSS if name == TOKEN_LOSS else MERGED, row]
         is_token = positions < one.row_tokens[row]
         positions, found = positions[is_token], found[is_token]
         wanted = wanted[positions]  # [s(, h)] of the whole row -> of this slice's tokens

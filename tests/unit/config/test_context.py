@@ -55,7 +55,7 @@ def test_cudnn_is_refused_where_the_split_has_a_ring(monkeypatch):
     asked = recipe(parallel__context=4, data__packing=True, ops__attention="cudnn")
     settled = resolve_recipe(asked, 4, ranks_per_node=4).config
     assert (settled.parallel.ulysses, settled.parallel.ring) == (4, 1)
-    with pytest.raises(ConfigError, match="ops.attention: found cudnn with parallel.ring 2 and data.packing true"):
+    with pytest.raises(ConfigError, match="ops.attention: found cudnn with parallel.ring 2 and data.packing rows"):
         resolve_recipe(asked, 4, ranks_per_node=2)
 
 

@@ -40,7 +40,7 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
         "cudnn and cut documents",
         {"parallel__ring": 2, "data__packing": True, "ops__attention": "cudnn"},
         2,
-        ["ops.attention: found cudnn with parallel.ring 2 and data.packing true, where a rank's part of a document"],
+        ["ops.attention: found cudnn with parallel.ring 2 and data.packing rows, where a rank's part of a document"],
     ),
     (
         "cudnn and gathered keys",
@@ -118,7 +118,7 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
         "packed and grouped",
         {"data__group_by_modality_length": True, "data__packing": True},
         1,
-        ["data.group_by_modality_length: found true with data.packing true"],
+        ["data.group_by_modality_length: found true with data.packing rows"],
     ),
     (
         "nothing to evaluate",

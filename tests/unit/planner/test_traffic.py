@@ -32,7 +32,7 @@ def recipe(tied: bool, mode: str = "train", frozen: bool = False) -> Config:
 def by_stage(config: Config) -> list[tuple[int, int]]:
     """(pipeline, tensor) bytes of one micro-batch."""
     spec = LanguageSpec.from_config(load_language_config(config.model.language))
-    sizes, flow = GridSizes.from_config(config.parallel, 6), Flow(LENGTH, HIDDEN, num_micro_batches=1)
+    sizes, flow = GridSizes.from_config(config.parallel, 6), Flow(LENGTH * ROWS, HIDDEN)
     chunks = [language_chunks(config, spec, sizes, stage) for stage in range(3)]
     return [(pipeline_bytes(config, each, sizes, flow), tensor_bytes(config, each, flow)) for each in chunks]
 
@@ -111,7 +111,7 @@ def test_hidden_states_are_of_the_tokens_that_a_context_rank_has() -> None:
     for parallel in ({"tensor": 2}, {"tensor": 2, "ring": 2}):
         config = small_recipe({}, {"training": {"steps": 1, "sequence_length": LENGTH}}, **parallel)
         sizes = GridSizes.from_config(config.parallel, config.parallel.replica)
-        found.append(tensor_bytes(config, language_chunks(config, spec, sizes, 0), Flow(LENGTH, HIDDEN, 1)))
+        found.append(tensor_bytes(config, language_chunks(config, spec, sizes, 0), Flow(LENGTH, HIDDEN)))
     assert found[0] == 2 * found[1] > 0
 
 

@@ -48,6 +48,7 @@ class LlavaSide:
 
     def __init__(self, config: Config, launch: Launch, num_batches: int) -> None:
         _refuse_other_training(config, launch.world_size)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"packing": "off"})})
         self.config, self.launch = config, launch
         described = describe_model(config.model)
         language, survey = described.language, described.survey

@@ -1,9 +1,10 @@
-"""Training speed of packed rows against rows padded to the longest, and against transformers, on the same samples.
+"""Training speed of the ways to make rows (`data.packing`), and of transformers, on the same samples.
 
 Sizes are those of tools/benchmarks/media/draws.py, texts scaled to the recipe's rows, as one tower sees them, which
-gives every image, tile and frame the same number of tokens. A step trains all samples: packed in as many
-rows as they fill, or a row each, padded to the longest (transformers: of its micro-batch). Sides take turns as in
-`throughput`, and unless their losses agree nothing is reported: what is learnt does not depend on packing.
+gives every image, tile and frame the same number of tokens. A step trains all samples: laid into as few rows as they
+need (`samples`), in as many full rows as an epoch of them has (`rows`), or a row each, padded to the longest of its
+micro-batch (`off`, and transformers). Sides take turns as in `throughput`, and unless their losses agree nothing is
+reported: what is learnt does not depend on packing.
 
 What padding alone explains is the ratio of the rows' tokens, padding included. Attention's work grows with the square
 of a row, so packed rows of isolated samples can gain more than that.
@@ -25,7 +26,7 @@ from ..report import Measured
 from .sides import TRANSFORMERS, SideRequest, merge
 from .throughput import measure
 
-PACKED, PADDED = "packed", "padded"
+SAMPLES, ROWS, OFF = "samples", "rows", "off"
 ANSWERS = 0.5  # of the words
 
 
@@ -61,9 +62,10 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
         "sides": {name: dataclasses.asdict(side) for name, side in measured.items()},
         "tokens_per_second": speeds,
         "ratio": {
-            "explained by padding": rows[PADDED] / rows[PACKED],
-            f"{PACKED} / {PADDED}": speeds[PACKED] / speeds[PADDED],
-            f"{PACKED} / {TRANSFORMERS}": speeds[PACKED] / speeds[TRANSFORMERS],
+            "explained by padding": rows[OFF] / rows[SAMPLES],
+            f"{SAMPLES} / {OFF}": speeds[SAMPLES] / speeds[OFF],
+            **{f"{side} / {TRANSFORMERS}": speeds[side] / speeds[TRANSFORMERS] for side in (SAMPLES, ROWS, OFF)},
+            "rows' tokens / samples' tokens": rows[SAMPLES] / measured[SAMPLES].facts.tokens,
         },
     }
     lines = table(result)
@@ -73,7 +75,7 @@ def run(arguments: argparse.Namespace, launch: Launch) -> None:
 
 
 def requests(config: Config, arguments: argparse.Namespace, launch: Launch) -> list[SideRequest]:
-    """The three sides. Raises ConfigError where the samples do not make whole micro-batches."""
+    """The four sides. Raises ConfigError where the samples do not make whole micro-batches."""
     import numpy as np
 
     from megatron_vlm.data.plan.packing import PackedPlan
@@ -95,7 +97,7 @@ def requests(config: Config, arguments: argparse.Namespace, launch: Launch) -> l
     num_rows = PackedPlan(tokens, config.runtime.seed, 1, length, 1).num_rows
     num_steps = 1 + arguments.rounds + 1
 
-    def side(name: str, packing: bool, batch: int, micro_batch: int) -> SideRequest:
+    def side(name: str, packing: str, batch: int, micro_batch: int) -> SideRequest:
         training = {"global_batch_size": batch, "micro_batch_size": micro_batch}
         changes = {"data": {"packing": packing}, "training": training}
         changed = config_from_tree(merge(config.model_dump(), changes), f"the recipe, {name}")
@@ -104,7 +106,12 @@ def requests(config: Config, arguments: argparse.Namespace, launch: Launch) -> l
     padded = arguments.samples, config.training.micro_batch_size
     if padded[0] % padded[1]:
         raise ConfigError(f"--samples: found {padded[0]}, needs a multiple of training.micro_batch_size {padded[1]}")
-    return [side(PACKED, True, num_rows, 1), side(PADDED, False, *padded), side(TRANSFORMERS, False, *padded)]
+    return [
+        side(SAMPLES, "samples", *padded),
+        side(ROWS, "rows", num_rows, 1),
+        side(OFF, "off", *padded),
+        side(TRANSFORMERS, "off", *padded),
+    ]
 
 
 def seconds(side: Measured) -> float:
@@ -128,10 +135,10 @@ def table(result: dict[str, Any]) -> list[str]:
         speed = result["tokens_per_second"][name]
         lines.append(f"| {name} | {facts['row_tokens']:,.0f} | {padding:.1%} | {spread} | {speed:,.0f} |")
     ratios = result["ratio"]
-    share = ratios[f"{PACKED} / {PADDED}"] / ratios["explained by padding"]
+    share = ratios[f"{SAMPLES} / {OFF}"] / ratios["explained by padding"]
     return [
         *lines,
         "",
         f"Ratios of real tokens/s: {', '.join(f'{name} {ratio:.2f}' for name, ratio in ratios.items())}; "
-        f"{PACKED} / {PADDED} is {share:.0%} of what padding alone explains.",
+        f"{SAMPLES} / {OFF} is {share:.0%} of what padding alone explains.",
     ]

@@ -22,7 +22,7 @@ class ProductSide:
         started = time.perf_counter()
         self.batches = list(self.job.batches(num_batches))
         self.data_seconds = (time.perf_counter() - started) / num_batches
-        self.row_tokens = [batch.length * len(batch.row_tokens) for batch in self.batches]
+        self.row_tokens = [batch.padded_tokens for batch in self.batches]
 
     def step(self, number: int, exact_times: bool) -> tuple[Any, dict[str, float]]:
         """One update."""

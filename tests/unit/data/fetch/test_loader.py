@@ -22,7 +22,6 @@ from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.errors import DataError
 from megatron_vlm.models.description import describe_model
 from megatron_vlm.models.vision.media_spec import MediaSpec
-from megatron_vlm.parallel.layout import Documents
 from megatron_vlm.parallel.sizes import GridSizes
 from tests.helpers.faults import bad_media
 from tests.helpers.models.described import described
@@ -123,9 +122,11 @@ def test_every_layout_has_the_same_global_batch(folder: Path, sizes: GridSizes, 
         for row, found in rows.items():
             expected = whole.micro_batches[row // micro_batch_size]
             i = row % micro_batch_size
-            assert torch.equal(found[0, : whole.length], expected.ids[i]) and (found[0, whole.length :] == 0).all()
-            assert torch.equal(found[1, : whole.length], expected.labels[i])
-            assert (found[1, whole.length :] == -100).all()
+            num_tokens = whole.row_tokens[row]  # what follows is padding, of which each micro-batch has its own
+            for held in (found, torch.stack([expected.ids[i], expected.labels[i]])):
+                assert (held[0, num_tokens:] == 0).all() and (held[1, num_tokens:] == -100).all()
+            assert torch.equal(found[0, :num_tokens], expected.ids[i, :num_tokens])
+            assert torch.equal(found[1, :num_tokens], expected.labels[i, :num_tokens])
         first_of_replica = [sizes.replica_ranks(d)[0] for d in range(sizes.data)]
         trained = sum(ranks[rank][step].num_trained_tokens_local for rank in first_of_replica)
         assert (
@@ -428,14 +429,18 @@ def test_packed_steps_are_the_same_on_every_layout_and_after_a_resume(folder: Pa
     assert [documents_of(batch) for batch in other_micro_batches] == whole
 
 
-def test_held_out_rows_are_not_packed(tmp_path: Path) -> None:
-    config = packing(tmp_path, evaluation={"path": str(tiny_dataset(tmp_path, 6, "held_out.json"))})
-    batches = held_out_of(config)
+@pytest.mark.parametrize("how", ["rows", "samples"])
+def test_held_out_samples_are_packed_once_each(tmp_path: Path, how: str) -> None:
+    """Rows that training would fill from elsewhere are as few as a step's samples need."""
+    held_out = {"path": str(tiny_dataset(tmp_path, 6, "held_out.json"))}
+    batches = held_out_of(packing(tmp_path, data={"packing": how}, evaluation=held_out))
     assert [len(batch.sample_ids) for batch in batches] == [4, 2]
-    assert all(max(batch.row_tokens) <= batch.length < 128 for batch in batches)
-    assert {d for b in batches for m in b.micro_batches for d in m.documents} == {
-        Documents.whole(batch.length) for batch in batches
-    }
+    assert [name for batch in batches for name in batch.sample_ids] == [f"sample-{number}" for number in range(6)]
+    for batch in batches:
+        assert sorted(documents_of(batch)) == sorted(batch.sample_ids)
+        assert len(batch.row_tokens) == -(-batch.num_tokens // 128) and max(batch.row_tokens) <= batch.length <= 128
+        trained = {name for name, (_, labels, _) in documents_of(batch).items() if set(labels) != {IGNORE}}
+        assert trained == set(batch.sample_ids)
 
 
 def test_long_samples_are_truncated_where_that_is_asked(tmp_path: Path) -> None:
