@@ -143,10 +143,10 @@ def check_coverage(one: Record, records: list[Record], config: Config) -> None:
     """In the first step, between any two ranks that share a sequence by one axis, some image is cut."""
     sizes = GridSizes.from_config(config.parallel, len(records))
     cut = {"ring": sizes.ring, "ulysses": sizes.ulysses, "tensor": sizes.tensor if config.parallel.sequence else 1}
-    first = next(record for record in records if any(key[0] == MERGED for key in record.values))
     num_ranks = cut["ring"] * cut["ulysses"] * cut["tensor"]
-    layout = SequenceLayout(len(first.positions[MERGED]) * num_ranks, *cut.values())
-    owners = [torch.stack(layout.owners(torch.tensor(at))) for _, at in images(one)]  # [3, tokens] of each
+    known = {row: len(at) for record in records for (name, row), at in record.positions.items() if name == MERGED}
+    layouts = {row: SequenceLayout(length * num_ranks, *cut.values()) for row, length in known.items()}
+    owners = [torch.stack(layouts[row].owners(torch.tensor(at))) for row, at in images(one)]  # [3, tokens] of each
     for axis, (name, size) in enumerate(cut.items()):
         assert size == 1 or any(len(of_one[axis].unique()) > 1 for of_one in owners), f"no image is cut by {name}"
 

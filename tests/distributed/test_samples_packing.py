@@ -15,9 +15,7 @@ import pytest
 from megatron_vlm.config.schema import Config
 from megatron_vlm.training.layout_check.compare import compare
 from megatron_vlm.training.layout_check.record import Record
-from tests.helpers.master import run_layout
-from tests.helpers.ranks import RankPool
-from tests.helpers.recipes import (
+from tests.helpers.models.recipes import (
     DIVERGENCE,
     OVERLAP,
     STEPS,
@@ -29,12 +27,14 @@ from tests.helpers.recipes import (
     merged,
     parallel,
 )
+from tests.helpers.ranks.master import run_layout
+from tests.helpers.ranks.pool import RankPool
 
 SAMPLES = {"packing": "samples"}
 FAST = {
     "tp2-pp2-sp": parallel(4, tensor=2, pipeline=2, sequence=True),
     "ulysses2-ring2": parallel(4, ulysses=2, ring=2),
-    "pp2-virtual2": layout(2, parallel={"pipeline": 2, "virtual_pipeline": 2}, training={"sequence_length": 96}),
+    "pp2-virtual2": parallel(2, pipeline=2, virtual_pipeline=2),
 }
 SLOW = {
     "alone": layout(1, training={"micro_batch_size": 3}),

@@ -29,7 +29,7 @@ MIXED_WINDOWS = {  # the halves of a pipeline of two have layers in another orde
 }
 WINDOWS = {"language": {"config": MIXED_WINDOWS}}
 PHI3 = {"language": {"config": {"model_type": "phi3", "sliding_window": 7, "pad_token_id": None}}}
-PACKED = {"packing": True}
+PACKED = {"packing": "rows"}
 PADDED = {"pad_to_multiple_of": 32}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 FAULTS = {
@@ -52,7 +52,8 @@ FAULTS = {
 
 
 def base_recipe(directory: Any) -> Recipe:
-    """Eight rows a step, micro-batches of one, everything training, distributed optimizer, rates that differ.
+    """Eight rows a step, a sample each, micro-batches of one, everything training, distributed optimizer, rates that
+    differ.
 
     Adam's eps is that of `--check-layout`: with less, rounding decides over single elements whose gradient is near it
     (`docs/decisions/0009`).
@@ -62,6 +63,7 @@ def base_recipe(directory: Any) -> Recipe:
         "model": {"train": {"language": True, "vision": True, "projector": True}},
         "optimizer": {**RATES, "eps": MIN_EPS, "weight_decay": 0.1, "distributed": True},
         "schedule": {"warmup_ratio": 0.0},
+        "data": {"packing": "off"},
         "training": {"global_batch_size": 8, "micro_batch_size": 1, "steps": STEPS},
     }
     return merged(recipe, changes)

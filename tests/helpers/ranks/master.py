@@ -31,7 +31,6 @@ class FixedRows:
     """A plan of the test's own: the samples of each row, by step; from the first step again after the last."""
 
     rows: list[list[tuple[int, ...]]]
-    packed_length: int | None
 
     def samples_by_row(self, step: int) -> list[tuple[int, ...]]:
         return self.rows[step % len(self.rows)]
@@ -40,10 +39,9 @@ class FixedRows:
 def run_rows(recipe: dict[str, Any], rows: list[list[tuple[int, ...]]], steps: int, fault: str | None = None) -> Record:
     """`run_layout` over chosen rows of sample numbers; where the recipe does not pack, a row for each of their samples,
     in the same order."""
-    packed_length = recipe["training"]["sequence_length"] if recipe["data"]["packing"] else None
-    if packed_length is None:
+    if Config.model_validate(recipe).data.packing != "rows":
         rows = [[(sample,) for row in of_step for sample in row] for of_step in rows]
-    with mock.patch.object(loader, "make_plan", lambda config, samples, language: FixedRows(rows, packed_length)):
+    with mock.patch.object(loader, "make_plan", lambda config, samples, language: FixedRows(rows)):
         return run_layout(recipe, steps, fault)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_vlm.data.plan.batch_exact import LayerWork, StepLimits, lay_out, pack, spread
 from megatron_vlm.models.architectures import load_language_config
-from tests.helpers.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_recipe
 from tools.benchmarks.media.draws import SEQUENCE_LENGTH, draw
 
 WORK = LayerWork((None, None), 200.0)
