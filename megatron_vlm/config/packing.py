@@ -19,7 +19,7 @@ def isolation_obstacle(config: Config) -> str | None:
 
 
 def packing_of(config: Config) -> Packing:
-    """How a recipe's rows are made; its `parallel.context` is split."""
+    """Way in which a recipe's rows are made; its `parallel.context` is split."""
     packing = config.data.packing
     if packing != "auto":
         return packing

@@ -140,7 +140,7 @@ def _image(config: Config, shape: ModelShape) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Computed:
-    """What the language model computes of a window's micro-batch, in the mean.
+    """Tokens and pairs that the language model computes of a window's micro-batch, in the mean.
 
     Args:
         tokens: padding included.

@@ -71,7 +71,7 @@ class StepRows:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What decides how a step's samples become rows of this rank's micro-batches and windows.
+    """Rules by which a step's samples become rows of this rank's micro-batches and windows.
 
     Where rows come from the plan, global row (m * D + d) * b + i is row i of micro-batch m of data-parallel rank d, of
     D.
@@ -110,7 +110,7 @@ class StepShape:
 
     @property
     def limits(self) -> StepLimits:
-        """What a step that is laid out here keeps."""
+        """Limits of a step that is laid out here."""
         return StepLimits(
             row_length=self.sequence_length,
             micro_batch_size=self.micro_batch_size,

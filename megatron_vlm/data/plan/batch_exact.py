@@ -34,7 +34,7 @@ MicroBatchRows = list[Row]
 
 @dataclass(frozen=True)
 class StepLimits:
-    """What a step's rows and micro-batches must keep.
+    """Limits that a step's rows and micro-batches keep.
 
     Args:
         row_length: tokens that a row holds at most.
