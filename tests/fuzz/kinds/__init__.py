@@ -5,16 +5,14 @@ from tests.fuzz.kinds.checkpoints import CHECKPOINTS, MANIFESTS
 from tests.fuzz.kinds.configs import CONFIGS
 from tests.fuzz.kinds.images import IMAGES
 from tests.fuzz.kinds.recipes import RECIPES
-from tests.fuzz.kinds.records import RECORDS
+from tests.fuzz.kinds.records import CHATS, RECORDS
 from tests.fuzz.kinds.templates import TEMPLATES
 from tests.fuzz.kinds.tokenizers import TOKENIZERS
 from tests.fuzz.kinds.videos import VIDEOS
 from tests.fuzz.kinds.weights import WEIGHTS
 
-KINDS: dict[str, Kind] = {
-    kind.name: kind
-    for kind in (RECIPES, RECORDS, IMAGES, VIDEOS, TEMPLATES, TOKENIZERS, CONFIGS, CHECKPOINTS, MANIFESTS, WEIGHTS)
-}
+ALL = (RECIPES, RECORDS, CHATS, IMAGES, VIDEOS, TEMPLATES, TOKENIZERS, CONFIGS, CHECKPOINTS, MANIFESTS, WEIGHTS)
+KINDS: dict[str, Kind] = {kind.name: kind for kind in ALL}
 
 
 def warm_up() -> None:

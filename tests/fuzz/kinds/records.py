@@ -1,7 +1,9 @@
-"""LLaVA's conversation files: JSON lists and lines, with images and videos; up to index, samples and pixels."""
+"""LLaVA's conversation files, and chats: JSON lists and lines, with images and videos; up to index, samples and
+pixels."""
 
+import base64
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,7 +15,7 @@ from megatron_vlm.data.media.images import MediaReader
 from megatron_vlm.data.media.store import MediaStore
 from megatron_vlm.data.media.video.files import read_images
 from megatron_vlm.data.media.video.sampling import with_frames
-from megatron_vlm.data.sources.llava_json import LlavaJson
+from megatron_vlm.data.sources import SOURCES
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.models.vision.survey import survey_tower
@@ -33,6 +35,7 @@ class Base:
     media: dict[str, bytes]
     encoder: ConversationEncoder
     reader: MediaReader
+    source: str = "llava_json"
 
 
 def prepare(folder: Path) -> Base:
@@ -52,6 +55,26 @@ def prepare(folder: Path) -> Base:
         if path.is_file()
     }
     return Base(records, media, encoder, MediaReader(media_spec, "pad"))
+
+
+def prepare_chats(folder: Path) -> Base:
+    """The same talks, with images beside them, in their parts, and inside the record."""
+    base, chats = prepare(folder), []
+    for number, record in enumerate(base.records):
+        turns, images = record["conversations"], record.get("image", [])
+        images = [images] if isinstance(images, str) else images
+        if number % 3 == 0:
+            chats.append({"id": number, "conversations": turns, "images": images, "videos": record.get("video")})
+            continue
+        parts: list[Any] = [{"type": "image", "image": name} for name in images]
+        if number % 3 == 1:
+            texts = [base64.b64encode(base.media[name]).decode() for name in images]
+            parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{one}"}} for one in texts]
+        parts += [{"type": "video", "video": name} for name in [record.get("video")] if isinstance(name, str)]
+        parts.append({"type": "text", "text": "Which?"})
+        asked, answered = {"role": "user", "content": parts}, {"role": "assistant", "content": "red é"}
+        chats.append({"id": number, "messages": [asked, answered]})
+    return replace(base, records=chats, source="messages")
 
 
 def make(random: Random, base: Base, folder: Path) -> Read:
@@ -83,15 +106,17 @@ def make(random: Random, base: Base, folder: Path) -> Read:
 
 def _read(base: Base, path: Path, skip: BadSamplePolicy | None, folder: Path) -> None:
     """As training does: the index, and then every sample and its pixels."""
-    file, sampling = LlavaJson(path, "<image>"), VideoConfig(num_frames=4)
-    index = open_index(file, base.encoder, MediaStore(folder), folder / "spare", skip=skip, sampling=sampling)
+    file, sampling = SOURCES.get(base.source)(path, "<image>"), VideoConfig(num_frames=4)
+    store = MediaStore.of(file, None)
+    index = open_index(file, base.encoder, store, folder / "spare", skip=skip, sampling=sampling)
     for number in range(len(index)):
         index.sample_id(number)
         sample = with_frames(file.sample(index.key(number)), index.frame_counts(number), "<image>")
         base.encoder.encode(sample)
         for image in sample.images:
-            for _ in read_images(base.reader, [image], MediaStore(folder), sample.id):
+            for _ in read_images(base.reader, [image], store, sample.id):
                 pass
 
 
 RECORDS = Kind("record", 800, prepare, make, may_read_outside=True)
+CHATS = Kind("chat", 400, prepare_chats, make, may_read_outside=True)

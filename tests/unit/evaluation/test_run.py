@@ -1,5 +1,6 @@
 """Asking a file: what the assistant is handed, what becomes of its answers."""
 
+import base64
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,25 @@ def test_a_model_that_looks_is_right_until_it_is_blinded(data):
     assert (two.score, two.blank_score, two.baseline_answer) == (1.0, 1 / 3, "bright")
     assert {record.answer for record in report.blank_records} == {"dark"}
     assert assistant.batches[:3] == [["s0", "s2"], ["s4", "s1"], ["s3", "s5"]]  # by number of images
+
+
+def test_questions_of_any_registered_format(data):
+    """Chats with their images inside score as LLaVA's records do."""
+    chats = []
+    for record in json.loads(data.read_text()):
+        uris = [base64.b64encode((data.parent / name).read_bytes()).decode() for name in record["image"]]
+        parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{one}"}} for one in uris]
+        asked = {"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}
+        answer = {"role": "assistant", "content": record["conversations"][1]["value"]}
+        chats.append({"id": record["id"], "messages": [asked, answer]})
+    path = data.parent / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, chats)))
+    assistant = ColourAssistant()
+    asked = read_questions([path], None, "<image>", source="messages")
+    report = evaluate(assistant, asked, EvaluationRequest("exact_match", blank_images=True))
+    assert report.score == 1.0 and [record.id for record in report.records] == [f"s{number}" for number in range(6)]
+    with pytest.raises(ConfigError, match="unknown data source 'mesages'; did you mean 'messages'"):
+        read_questions([path], None, "<image>", source="mesages")
 
 
 def test_several_files_are_counted_through(data):

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from megatron_vlm.config.schema.base import Section
+from megatron_vlm.data import sources
 from megatron_vlm.data.index.cache import open_index
 from megatron_vlm.data.media.store import MediaStore
 from megatron_vlm.data.sample import RecordKey, Sample, Turn
-from megatron_vlm.data.sources import FileSource, keys_of
+from megatron_vlm.data.sources import SOURCES, FileSource, keys_of
 from megatron_vlm.data.sources.llava_json import LlavaJson
 from megatron_vlm.errors import ConfigError, DataError
 from tests.unit.data.encoders import encoder_in
@@ -178,3 +179,13 @@ def test_json_lists_and_lines_together(tmp_path: Path) -> None:
         "a.json element 1",
         "b.jsonl line 1",
     ]
+
+
+def test_the_folders_page_names_every_source() -> None:
+    page = (Path(sources.__file__).parents[1] / "README.md").read_text()
+    own = {
+        name: source.__module__ for name, source in SOURCES.items() if source.__module__.startswith(sources.__name__)
+    }
+    assert len(own) >= 2
+    for name, module in own.items():
+        assert f"| `{name}` | `sources/{module.rpartition('.')[2]}.py`" in page, name

@@ -1,5 +1,6 @@
 """The shrunk recipe: as small as may be, the same in all that a layout depends on."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from transformers import CLIPConfig, Qwen2Config
 
 from megatron_vlm.config.rules import validate
 from megatron_vlm.config.schema import Config, PrecisionConfig
+from megatron_vlm.data.media.images import MediaReader
+from megatron_vlm.data.media.store import MediaStore
+from megatron_vlm.data.media.video.files import read_images
 from megatron_vlm.data.sample import IGNORE
 from megatron_vlm.data.sources.llava_json import LlavaJson
 from megatron_vlm.data.text.conversation import ConversationEncoder
@@ -182,6 +186,27 @@ def test_no_usable_sample_is_the_users_error(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, data={"path": str(path), "media_root": str(tmp_path)})
     with pytest.raises(DataError, match="changed.json element 0"):
         pick_samples(recipe, 16, 4)
+
+
+def test_samples_of_any_source_are_written_whole(tmp_path: Path) -> None:
+    """Whole paths for files, and what a record holds in it: the small file lies in another folder."""
+    tiny_dataset(tmp_path)
+    images = [tmp_path / "images" / f"{name}.png" for name in ("1-0", "2-0")]
+    uri = f"data:image/png;base64,{base64.b64encode(images[1].read_bytes()).decode()}"
+    answer = {"role": "assistant", "content": "red"}
+    parts = [{"type": "image", "image": "images/1-0.png"}, {"type": "image_url", "image_url": {"url": uri}}]
+    (tmp_path / "chats.json").write_text(json.dumps([{"messages": [{"role": "user", "content": parts}, answer]}]))
+    recipe = tiny_recipe(tmp_path, data={"path": str(tmp_path / "chats.json"), "source": "messages"})
+    samples, _ = pick_samples(recipe, 16, 4)
+    elsewhere = tmp_path / "elsewhere" / "samples.json"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(json.dumps(samples))
+    source = LlavaJson(elsewhere, "<image>")
+    (sample,) = source.samples()
+    assert sample.turns[0].text == "<image>\n<image>"
+    reader = MediaReader(survey_tower(recipe.model.vision, recipe.model.projector).media_spec, "pad")
+    found = [next(read_images(reader, [one], MediaStore.of(source, None), "s")) for one in sample.images]
+    assert all(torch.equal(pixels, reader.read(path, "s")) for pixels, path in zip(found, images, strict=True))
 
 
 @pytest.mark.parametrize(
