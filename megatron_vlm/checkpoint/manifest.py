@@ -124,7 +124,7 @@ def _parse(data: bytes, file: Path) -> Manifest:
     size = len(_seal(b""))
     is_sealed = data[-size:].startswith(_SEAL)
     if is_sealed and _seal(data[:-size]) != data[-size:]:
-        raise ValueError("its own SHA-256, in its last lines, is that of other bytes")
+        raise ValueError("its own SHA-256, in its last lines, does not match its contents")
     entries = parse_json(data)
     if type(entries) is not dict:
         raise ValueError(f"found a {type(entries).__name__}, needs entries by name")

@@ -82,7 +82,7 @@ class _Machine:
     def run(self) -> Any:
         """The value before STOP."""
         if self.data[:1] != pickle.PROTO or self.data[1] not in PROTOCOLS:
-            raise pickle.UnpicklingError(f"it is no pickle of protocol {' or '.join(map(str, PROTOCOLS))}")
+            raise pickle.UnpicklingError(f"it is not a pickle of protocol {' or '.join(map(str, PROTOCOLS))}")
         data, stack, memo, marks, at = self.data, self.stack, self.memo, self.marks, 2
         while (code := data[at]) != _STOP:
             at += 1

@@ -118,7 +118,7 @@ class _PartsStrategy(TorchDistLoadShardedStrategy):
         filled = {key: _unwrap_pyt_sharded_tensor(value) for key, value in wanted.items()}
         for key, found in filled.items():  # an object is any data
             if type(found) is not list or len(found) != len(names[key]):
-                raise CheckpointingException(f"{key} is no list of what is kept under that name")
+                raise CheckpointingException(f"{key} is not a list of what is kept under that name")
         state: dict[str, Any] = _replace_sharded_keys_with_state_dict_keys(filled, places, names)
         _restore_dict_types(state, sharded_state_dict)
         return state
@@ -145,4 +145,4 @@ def _object_named(name: str) -> ShardedObject:
     try:
         return ShardedObject.empty_from_unique_key(name)
     except Exception as error:  # its parts are only taken for granted there
-        raise CheckpointingException(f".metadata has an object {name!r}, which is no name of one") from error
+        raise CheckpointingException(f".metadata has an object {name!r}, which is not the name of one") from error

@@ -156,7 +156,7 @@ class _Reader:
         fields = _fields(found, f"{_METADATA}.MetadataIndex", ("fqn", "index"), ("offset",))
         name, number = fields["fqn"], fields["index"]
         if type(name) is not str or name not in entries:
-            raise pickle.UnpicklingError("it says where something lies that is no entry of it")
+            raise pickle.UnpicklingError("it gives the place of something that is not among its entries")
         if number is not None and not _is_count(number):
             raise pickle.UnpicklingError(f"it counts the chunks of {name} by a {type(number).__name__}")
         offset = fields.get("offset")

@@ -211,8 +211,8 @@ def _refuse_untrue(sample: Sample) -> None:
     """Raises BadSample where the last answer, against which every task scores, is one that its record does not want."""
     if not sample.turns[-1].trained:
         raise BadSample(
-            f"{sample.origin}: sample {sample.id!r}: its last answer is told and not trained (weight, loss), so the "
-            "question has no truth to be scored against; needs a last answer that is trained",
+            f"{sample.origin}: sample {sample.id!r}: its last answer is not trained (weight, loss), so there is "
+            "no reference answer to score against; needs a last answer that is trained",
             "no truth",
         )
 

@@ -286,8 +286,8 @@ def find_foreign(
         return open_foreign(os.fspath(path), external=ExternalParts(options=format_options or {}), found=found)
     if format_options and os.path.isdir(path):  # one that is not there is told where the checkpoint is looked for
         raise ConfigError(
-            f"format_options: found {dict(format_options)} for {os.fspath(path)}, which is no directory of another "
-            "system; needs none: a checkpoint's recipe says all"
+            f"format_options: found {dict(format_options)} for {os.fspath(path)}, which is a checkpoint of this "
+            "package, whose recipe says everything; leave it out"
         )
     return None
 

@@ -163,8 +163,8 @@ def check_message(message: Message, origin: str) -> list[str | ImageSource]:
         raise DataError(f"{origin} has no text; a question is needed")
     if any(isinstance(one, str) and isinstance(following, str) for one, following in pairwise(parts)):
         raise DataError(
-            f"{origin} has two texts without an image between; one prompt wants one text there, and several prompts a "
-            'list each: [["What?"], ["And?"]]'
+            f"{origin} has two texts without an image between them; join them, or give several prompts as a list "
+            'each: [["What?"], ["And?"]]'
         )
     return parts
 

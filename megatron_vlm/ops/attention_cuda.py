@@ -75,7 +75,7 @@ def cudnn_objection(q: Tensor, softcap: float | None, call: AttentionCall | None
     if call is None or call.q_length >= _CUDNN_MIN_QUERIES:
         return None
     return (
-        f"its graph is built anew for each length, which fewer than {_CUDNN_MIN_QUERIES} queries are not worth, "
+        f"its graph is rebuilt for each length, which fewer than {_CUDNN_MIN_QUERIES} queries are not worth, "
         f"found {call.q_length}"
     )
 

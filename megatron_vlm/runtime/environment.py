@@ -75,7 +75,7 @@ def machine() -> Iterator[Finding]:
     """Cores, memory, shared memory, open files, folders to write to."""
     yield Finding("cores", "ok", f"{num_cores()} of {os.cpu_count()}")
     if is_busy():
-        yield Finding("load", "note", f"{os.getloadavg()[0]:.1f} processes at work", "busy: run this when it is idle")
+        yield Finding("load", "note", f"{os.getloadavg()[0]:.1f} processes running", "busy: run this when it is idle")
     yield Finding("memory", "ok", f"{memory_bytes() / GIB:.1f} GiB")
     yield _shared_memory()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -101,7 +101,7 @@ def late(name: str, value: str, advice: str) -> Finding:
     """The finding of a probe that was not done in time: on a busy machine that is no fault of what was probed."""
     if not is_busy():
         return Finding(name, "broken", value, advice)
-    load = f"the machine is busy: {os.getloadavg()[0]:.1f} processes at work on {os.cpu_count()} cores"
+    load = f"the machine is busy: {os.getloadavg()[0]:.1f} processes running on {os.cpu_count()} cores"
     return Finding(name, "note", f"{value}, but {load}", "run this again when it is idle")
 
 

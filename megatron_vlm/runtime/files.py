@@ -98,7 +98,7 @@ def check_regular(path: str | os.PathLike[str], or_directory: bool = False) -> o
     try:
         found = os.stat(path)
     except ValueError as error:  # a null character, half a surrogate
-        raise FileKindError(errno.EINVAL, f"is no name of a file ({error})", os.fspath(path)) from error
+        raise FileKindError(errno.EINVAL, f"is not a valid file name ({error})", os.fspath(path)) from error
     if not (or_directory and stat.S_ISDIR(found.st_mode)):
         _refuse_other(found.st_mode, path)
     return found

@@ -133,7 +133,9 @@ def _for_how_long(number: int) -> str:
     seconds = ends_ranks_after()
     if seconds is None or number == signal.SIGUSR1:
         return "; Ctrl-C ends at once" if number == signal.SIGINT else ""
-    return f"; torchrun, if it was told, kills its ranks {seconds} s later, and what they have not saved is lost"
+    return (
+        f"; torchrun, if it got the signal too, kills its ranks {seconds} s later, and what they have not saved is lost"
+    )
 
 
 def name_of(number: int) -> str | None:

@@ -101,5 +101,7 @@ def _commit(key: str, path: str, kept: Mapping[str, str]) -> str:
     if commit == now:
         logger.info("%s: %s is commit %s", key, path, commit)
     else:
-        logger.warning("%s: %s is commit %s by now; the run goes on with its own, %s", key, path, now, commit)
+        logger.warning(
+            "%s: %s is commit %s now; the run continues with the commit it began with, %s", key, path, now, commit
+        )
     return commit

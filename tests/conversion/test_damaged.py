@@ -115,7 +115,7 @@ def ruin_config(folder: Path) -> None:
 CASES: dict[str, tuple[Spoil, str]] = {
     "missing shard": (lose_a_shard, r"model-00001-of-00002\.safetensors: this shard is missing"),
     "truncated": (truncate, r"bytes of tensors, the header needs"),
-    "truncated header": (truncate_header, r"no whole safetensors header"),
+    "truncated header": (truncate_header, r"not a whole safetensors header"),
     "lying header": (lie_in_the_header, r"which do not fit"),
     "wrong shape": (change_tensors(cut), r"down_proj\.weight .* has shape \[63, 128\], the model needs \[64, 128\]"),
     "extra key": (change_tensors(add), r"1 not in the model: model\.image_newline"),
@@ -123,7 +123,7 @@ CASES: dict[str, tuple[Spoil, str]] = {
     "index leads outside": (change_index(point_outside), r"'\.\./elsewhere\.safetensors', which lies outside of"),
     "index names a wrong file": (change_index(point_to_another_file), r"is not in model-0000\d-of"),
     "index forgets a tensor": (change_index(forget_one), r"does not list"),
-    "index is no JSON": (ruin_index, r"no index of weights"),
+    "index is no JSON": (ruin_index, r"not an index of weights"),
     "config is no JSON": (ruin_config, r"config\.json: cannot be read"),
 }
 

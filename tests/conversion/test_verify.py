@@ -184,7 +184,7 @@ def test_images_and_prompt_are_the_users(models: Models, tmp_path: Path) -> None
     [
         (lambda s: s.pop("model.norm.weight"), "1 tensors of LlamaForCausalLM missing: model.norm.weight"),
         (lambda s: s.update(extra=torch.zeros(1)), "1 tensors of LlamaForCausalLM left over: extra"),
-        (lambda s: s.pop("model.mm_projector.2.bias"), "the projector is none of LLaVA's: .*2.bias"),
+        (lambda s: s.pop("model.mm_projector.2.bias"), "the projector is not one of LLaVA's: .*2.bias"),
         (
             lambda s: s.pop("model.vision_tower.vision_tower.vision_model.post_layernorm.bias"),
             "1 tensors of CLIPVisionModel missing: post_layernorm.bias",

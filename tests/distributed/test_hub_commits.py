@@ -101,7 +101,7 @@ def test_a_branch_may_move_and_a_run_does_not(ranks: RankPool, hub: HubCache, tm
     hub.point(LANGUAGE, "main", B)
     goes_on = ranks.run(2, build, first, cache, False)
     assert [rank["paths"] for rank in goes_on] == [pinned, pinned] and goes_on[0]["goes on"]
-    moved = f"{LANGUAGE}@main is commit {B} by now; the run goes on with its own, {A}"
+    moved = f"{LANGUAGE}@main is commit {B} now; the run continues with the commit it began with, {A}"
     assert any(moved in line for line in goes_on[0]["told"])
     new = ranks.run(2, build, recipe_of(tmp_path, f"{LANGUAGE}@main", "another"), cache, False)
     assert new[1]["paths"][0] == f"{LANGUAGE}@{B}" and new[0]["norm"] == 3

@@ -196,7 +196,7 @@ def _notes(a: Side, b: Side) -> Iterator[str]:
         formats = [str(side.weights).removeprefix("torch.") for side in (a, b)]
         yield f"A's weights are {formats[0]}, B's {formats[1]}"
     if (a.pixels.mean, a.pixels.std) != (b.pixels.mean, b.pixels.std):
-        yield "pixels are normalised by other means and deviations; both were given A's"
+        yield "pixels are normalised by different means and deviations; both were given A's"
     if a.pixels.resample != b.pixels.resample:
         filters = [side.pixels.resample.name.lower() for side in (a, b)]
         yield f"A's images are resized by {filters[0]}, B's by {filters[1]}; both were given A's"

@@ -46,7 +46,7 @@ def plain_projector(
         projector.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
         reason = one_line(error)
-        raise ConversionError(f"{origin}: the projector is none of LLaVA's: {reason}") from error
+        raise ConversionError(f"{origin}: the projector is not one of LLaVA's: {reason}") from error
     return projector
 
 

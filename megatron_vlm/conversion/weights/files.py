@@ -116,7 +116,7 @@ class SafetensorsFile:
         length = int.from_bytes(self._map[:LENGTH_BYTES], "little")
         end = LENGTH_BYTES + length
         if len(self._map) < LENGTH_BYTES or end > len(self._map):
-            raise ConversionError(f"{path}: {len(self._map)} bytes, which is no whole safetensors header")
+            raise ConversionError(f"{path}: {len(self._map)} bytes, which is not a whole safetensors header")
         if length > MAX_HEADER_BYTES:
             raise ConversionError(f"{path}: a safetensors header of {length} bytes, needs up to {MAX_HEADER_BYTES}")
         self.header = bytes(self._map[:end])
@@ -209,7 +209,7 @@ def _check_plain(name: object, tensor: "Tensor", size_bytes: int, path: Path) ->
 
     is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
     if not isinstance(name, str) or not is_plain or tensor.device.type != "cpu":
-        raise ConversionError(f"{path}: {name!r} is no plain tensor under a name; save the model as safetensors")
+        raise ConversionError(f"{path}: {name!r} is not a plain named tensor; save the model as safetensors")
     if tensor.numel() * tensor.element_size() > size_bytes:
         raise ConversionError(f"{path}: {name!r} is of shape {list(tensor.shape)}, more than the file's bytes")
 
@@ -252,10 +252,10 @@ def _read_index(index: Path) -> dict[str, str]:
     try:
         found = parse_json(read_text(index), unique_keys=True)
     except (OSError, ValueError) as error:
-        raise ConversionError(f"{index}: no index of weights: {one_line(error)}") from error
+        raise ConversionError(f"{index}: not an index of weights: {one_line(error)}") from error
     listed = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-        raise ConversionError(f"{index}: no index of weights: needs a weight_map from tensors to names of files")
+        raise ConversionError(f"{index}: not an index of weights: needs a weight_map from tensors to names of files")
     return listed
 
 

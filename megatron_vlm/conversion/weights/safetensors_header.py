@@ -44,9 +44,9 @@ def read_header(text: bytes, num_bytes: int, path: Path) -> dict[str, Place]:
     try:
         entries = parse_json(text, unique_keys=True)
     except ValueError as error:
-        raise ConversionError(f"{path}: no safetensors header: {one_line(error)}") from error
+        raise ConversionError(f"{path}: not a safetensors header: {one_line(error)}") from error
     if not isinstance(entries, dict) or not isinstance(entries.pop(_METADATA, {}), dict):
-        raise ConversionError(f"{path}: no safetensors header: it and its {_METADATA} need to be objects")
+        raise ConversionError(f"{path}: not a safetensors header: it and its {_METADATA} need to be objects")
     places = {name: _place(entry, f"{path}: {_short(name)}") for name, entry in entries.items()}
     places = dict(sorted(places.items(), key=lambda item: item[1][2:]))
     expected = 0

@@ -78,7 +78,7 @@ class JsonSource(FileSource):
         try:
             return io.BytesIO(base64.b64decode(uri[uri.index(",") + 1 :], validate=True))
         except (binascii.Error, ValueError) as error:
-            raise BadSample(f"{media} is no base64: {one_line(error)}", "damaged") from error
+            raise BadSample(f"{media} is not base64: {one_line(error)}", "damaged") from error
 
     def places(self, path: Path) -> Iterator[Place]:
         """The place of every object, in file order.

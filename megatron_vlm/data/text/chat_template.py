@@ -156,7 +156,7 @@ def _refuse_chance(tree: nodes.Template, names: set[str], owner: str) -> None:
     if draws:
         raise ConfigError(
             f"data.template is 'auto', but the chat template of {owner!r} draws at random, or may (lipsum, the filter "
-            "random, a map by a variable), so it would be another one each time; needs one that does not, or another "
+            "random, a map by a variable), so its text would differ each time; needs one that does not, or another "
             "template"
         )
 

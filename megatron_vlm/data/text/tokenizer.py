@@ -110,7 +110,7 @@ def _try(tokenizer: Tokenizer, image_token: str, folder: str) -> None:
         raise ConfigError(f"{_KEY}: model_max_length is {longest!r} in {folder}/tokenizer_config.json, needs a number")
     for token, number in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True):
         if number is None:
-            raise ConfigError(f"{_KEY}: the special token {token!r} in {folder} is none of its vocabulary, needs an id")
+            raise ConfigError(f"{_KEY}: the special token {token!r} in {folder} is not in its vocabulary, needs an id")
     with faults_told(tokenizer), _panics_unsaid():
         try:
             tokens = tokenizer(_TRIAL.format(image_token), add_special_tokens=False, return_offsets_mapping=True)

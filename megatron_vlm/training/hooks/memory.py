@@ -29,7 +29,7 @@ class MemoryHook(Hook):
             fullest = max(range(len(totals)), key=lambda rank: totals[rank])
             parts = ", ".join(f"{kind} {n / GIBIBYTE:.3f}" for kind, n in by_rank[fullest][component].items())
             logger.info(
-                "memory of the %s, GiB: %.3f on rank %d, the fullest (%s); %.3f on the mean of ranks",
+                "memory of the %s, GiB: %.3f on rank %d, the fullest (%s); %.3f on average",
                 {"language": "language model", "vision": "vision encoder"}[component],
                 totals[fullest] / GIBIBYTE,
                 fullest,

@@ -48,7 +48,7 @@ class Straggler:
     def __str__(self) -> str:
         return (
             f"rank {self.rank} holds the others up: {self.phase} took {self.seconds * 1e3:,.0f} ms there, "
-            f"{self.median_seconds * 1e3:,.0f} ms on the median of the other ranks"
+            f"{self.median_seconds * 1e3:,.0f} ms is the median of the other ranks"
         )
 
 

@@ -35,7 +35,7 @@ ODD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "socket": (_socket, "is a socket, a regular file is needed"),
     "device": (_device, "is a device, a regular file is needed"),
     "circle": (_circle, "Too many levels of symbolic links"),
-    "null character": (lambda path: path.with_name("a\0b" + path.suffix), "is no name of a file"),
-    "half a character": (lambda path: path.with_name("a\ud800b" + path.suffix), "is no name of a file"),
+    "null character": (lambda path: path.with_name("a\0b" + path.suffix), "is not a valid file name"),
+    "half a character": (lambda path: path.with_name("a\ud800b" + path.suffix), "is not a valid file name"),
     "long name": (lambda path: path.with_name("a" * 300 + path.suffix), "File name too long"),
 }

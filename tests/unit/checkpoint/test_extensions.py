@@ -52,7 +52,7 @@ def test_a_checkpoint_imports_nothing(here: Path) -> None:
         inference_config(directory, ParallelConfig())
     told = str(caught.value)
     assert all(f"--extensions {name} (in Python load(..., extensions=[...]))" in told for name in NAMES)
-    assert told.startswith(f"{directory}/manifest.json: extensions.0: found '{NAMES[0]}', is code that a checkpoint's")
+    assert told.startswith(f"{directory}/manifest.json: extensions.0: found '{NAMES[0]}', is code, which a checkpoint")
     assert not list(here.glob("*_ran")) and sys.path == path and "\n" not in told
     sys.path.append(str(here))  # as PYTHONPATH, or a package that is installed
     with pytest.raises(ConfigError, match="--extensions"):

@@ -146,7 +146,7 @@ def as_an_object(checkpoint: Path, code: Code) -> str:
     del metadata.storage_data[tensor]
     metadata.storage_data[MetadataIndex(TENSOR)] = metadata.storage_data[victim]
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    return "is no name of one"
+    return "is not the name of one"
 
 
 def outside(checkpoint: Path, code: Code) -> str:

@@ -175,7 +175,7 @@ def test_a_name_may_not_hide_behind_an_allowed_module(checkpoint):
 def test_old_protocols_are_refused(checkpoint, protocol):
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata, protocol))
-    with pytest.raises(CheckpointError, match="no pickle of protocol 4 or 5"):
+    with pytest.raises(CheckpointError, match="not a pickle of protocol 4 or 5"):
         read(checkpoint)
 
 
@@ -229,7 +229,7 @@ LIES: dict[str, tuple[Callable[[Metadata], None], str]] = {
     "a truth as a place": (of_the_scalar(offset=True), "outside its file"),
     "transforms": (of_the_scalar(transform_descriptors=["zstd"]), "a field that torch does not write"),
     "one entry of no place": (without_a_place, "does not say where"),
-    "a place of no entry": (a_place_of_nothing, "is no entry of it"),
+    "a place of no entry": (a_place_of_nothing, "is not among its entries"),
     "an entry twice": (an_entry_twice, "GLOBAL|dict"),
     "a place twice": (a_place_twice, "GLOBAL|dict"),
     "a negative size": (of_the_long(size=(-1, 1)), "writes a size"),

@@ -148,7 +148,7 @@ def test_operations_that_are_late_on_a_busy_machine_are_not_broken(
     monkeypatch.setattr(doctor, "OPERATIONS_SECONDS", 0.05)
     (found,), facts = doctor.operations()
     assert (found.name, found.state, facts) == ("ops", state, {})
-    assert ("the machine is busy: 1000.0 processes at work" in found.value) is (state == "note")
+    assert ("the machine is busy: 1000.0 processes running" in found.value) is (state == "note")
 
 
 @pytest.mark.parametrize(

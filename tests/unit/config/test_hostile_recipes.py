@@ -84,7 +84,7 @@ BROKEN = {
     "deep lists": ("a: " + "[" * 3_000 + "]" * 3_000, "it nests too deep"),
     "deep sections": ("".join(f"{' ' * i}a:\n" for i in range(2_000)), "it nests too deep"),
     "an alias of itself": ("a: &a [*a]\n", "not valid YAML: "),
-    "a base with a null character": ('base: "a\\0b"\n', "is no name of a file"),
+    "a base with a null character": ('base: "a\\0b"\n', "is not a valid file name"),
     "a base that is a folder": ("base: .\n", "is a directory, a regular file is needed"),
     "a base that is a list": ("base: [a]\n", "needs the path of one recipe"),
     "sections where texts are wanted": (

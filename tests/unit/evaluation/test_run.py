@@ -144,7 +144,7 @@ def test_an_answer_that_the_record_does_not_want_is_no_truth(data, key, monkeypa
     records[2]["conversations"][1] = {**turns[-1], key: 0}  # an earlier answer is no truth, and may be wrong
     data.write_text(json.dumps(records))
     assistant = ColourAssistant()
-    told = r"^.*data.json element 4: sample 's4': its last answer is told and not trained .* no truth"
+    told = r"^.*data.json element 4: sample 's4': its last answer is not trained .* no reference answer"
     with pytest.raises(BadSample, match=told) as caught:
         report_on([data], assistant=assistant, skip_bad=True)
     assert assistant.batches == [] and caught.value.reason == "no truth"

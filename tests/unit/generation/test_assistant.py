@@ -137,7 +137,10 @@ def test_options_that_make_no_sense_are_errors(pair, options, message):
         ({"prompt": "far"}, "prompt 1: found a dict, needs a text, or a list of texts and images"),
         (3, "prompt 1: found a int"),
         ([["far"], [{"text": "far"}]], "prompt 2: found a dict, needs texts, paths of images and PIL images"),
-        (["What?", "And?"], r"prompt 1 has two texts without an image between; .* \[\[\"What\?\"\], \[\"And\?\"\]\]"),
+        (
+            ["What?", "And?"],
+            r"prompt 1 has two texts without an image between them; .* \[\[\"What\?\"\], \[\"And\?\"\]\]",
+        ),
     ],
 )
 def test_what_is_no_prompt_is_an_error(pair, prompts, message):

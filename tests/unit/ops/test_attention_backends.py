@@ -95,7 +95,7 @@ def test_auto_passes_over_cudnn_for_few_queries(num_queries: int, monkeypatch: p
     assert (ATTENTION.find("auto", HALF, None, call).name == "cudnn") == (not few)
     assert ATTENTION.find("cudnn", HALF, None, call).name == "cudnn"
     reason = attention_cuda.cudnn_objection(HALF, None, call)
-    told = f"built anew for each length, which fewer than 64 queries are not worth, found {num_queries}"
+    told = f"rebuilt for each length, which fewer than 64 queries are not worth, found {num_queries}"
     assert (told in str(reason)) == few
 
 

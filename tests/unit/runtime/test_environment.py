@@ -57,8 +57,8 @@ def test_what_is_late_on_a_busy_machine_is_not_broken(load: list[float], monkeyp
     load[0] = 1000.0
     busy = environment.meeting("gloo", 2, limit_seconds=0.05), *environment.accelerators()[0]
     assert [one.state for one in busy] == ["note", "note"]
-    assert all("the machine is busy: 1000.0 processes at work" in one.value for one in busy)
-    assert findings()["load"].state == "note" and "1000.0 processes at work" in findings()["load"].value
+    assert all("the machine is busy: 1000.0 processes running" in one.value for one in busy)
+    assert findings()["load"].state == "note" and "1000.0 processes running" in findings()["load"].value
 
 
 def test_processes_that_do_not_meet_are_told_and_ended(load: list[float]) -> None:

@@ -37,7 +37,7 @@ def places(tmp_path: Path) -> dict[str, Path]:
         ("socket", "is a socket"),
         ("directory", "is a directory"),
         ("device", "is a device"),
-        ("null", "is no name of a file"),
+        ("null", "is not a valid file name"),
     ],
 )
 @pytest.mark.parametrize("read", [open_regular, check_regular, read_bytes, read_text, read_json])

@@ -110,7 +110,7 @@ def test_notes_say_what_differs(tokenizer, tmp_path):
     assert list(_notes(same, other)) == [
         "A's vocabulary has 400 rows, B's 464: logits of the first 400 are compared",
         "A's weights are float32, B's bfloat16",
-        "pixels are normalised by other means and deviations; both were given A's",
+        "pixels are normalised by different means and deviations; both were given A's",
         "B has no tokenizer",
     ]
     from megatron_vlm.data.text.new_tokenizer import train_tokenizer

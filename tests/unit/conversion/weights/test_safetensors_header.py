@@ -59,13 +59,13 @@ HEADERS: dict[str, tuple[str | bytes, str]] = {
     "list": ("[]", "need to be objects"),
     "null": ("null", "need to be objects"),
     "text": ('"x"', "need to be objects"),
-    "nothing": ("", "no safetensors header"),
-    "no UTF-8": (b'{"\xff": 1}', "no safetensors header"),
-    "half a surrogate": (b'{"\xed\xa0\x80": 1}', "no safetensors header"),
-    "no JSON": ('{"a": }', "no safetensors header"),
+    "nothing": ("", "not a safetensors header"),
+    "no UTF-8": (b'{"\xff": 1}', "not a safetensors header"),
+    "half a surrogate": (b'{"\xed\xa0\x80": 1}', "not a safetensors header"),
+    "no JSON": ('{"a": }', "not a safetensors header"),
     "twice": ('{"a": 1, "b": 2, "a": 3}', "it has 'a' twice"),
     "metadata": ('{"__metadata__": [1]}', "need to be objects"),
-    "long number": ('{"a": {"shape": [' + "9" * 5000 + "]}}", "no safetensors header"),
+    "long number": ('{"a": {"shape": [' + "9" * 5000 + "]}}", "not a safetensors header"),
     "two on the same bytes": (json.dumps({"a": FULL, "b": FULL}), "which do not fit"),
     "a name of control characters": (json.dumps({"\x1b]0;owned\x07\n": 5}), r"\\x1b\]0;owned\\x07\\n is 5"),
 }
@@ -147,8 +147,8 @@ ODD_TENSORS = {
 @pytest.mark.parametrize("kind", ODD_TENSORS)
 def test_a_pickle_of_what_is_no_array_is_refused(tmp_path: Path, kind: str) -> None:
     torch.save({"a": ODD_TENSORS[kind]()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ConversionError, match=r"pytorch_model\.bin: .*(no plain tensor|more than the file's bytes)"):
+    with pytest.raises(ConversionError, match=r"pytorch_model\.bin: .*(plain named tensor|more than the file's bytes)"):
         WeightFolder(tmp_path)
     torch.save({5: torch.ones(1)}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ConversionError, match="5 is no plain tensor under a name"):
+    with pytest.raises(ConversionError, match="5 is not a plain named tensor"):
         WeightFolder(tmp_path)

@@ -91,10 +91,10 @@ def test_what_is_wrong_with_a_directory_is_said(tmp_path):
     with pytest.raises(ConversionError, match="neither a directory nor a hub id"):
         FolderSource(str(tmp_path / "nothing" / "here"), as_they_are)
     (tmp_path / "model.safetensors").write_bytes(b"no header")
-    with pytest.raises(ConversionError, match="model.safetensors: 9 bytes, which is no whole safetensors header"):
+    with pytest.raises(ConversionError, match="model.safetensors: 9 bytes, which is not a whole safetensors header"):
         FolderSource(str(tmp_path), as_they_are)
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ConversionError, match="no index of weights"):
+    with pytest.raises(ConversionError, match="not an index of weights"):
         FolderSource(str(tmp_path), as_they_are)
 
 
