@@ -50,7 +50,7 @@ class FileSource(Source):
         if isinstance(path, str | Path) and self.files == (Path(path),):
             self.home, self.anchor = self.files[0].parent, self.files[0]
         elif isinstance(path, str | Path) and os.path.isdir(path):
-            self.home, self.anchor = Path(path), Path(path)
+            self.home, self.anchor = Path(path), Path(os.path.abspath(path))
         else:
             self.home = Path(os.path.commonpath([os.path.abspath(file.parent) for file in self.files]))
             digest = hashlib.sha256("\n".join(map(os.path.abspath, self.files)).encode()).hexdigest()
@@ -140,13 +140,20 @@ def find_files(path: Paths, suffixes: Sequence[str]) -> tuple[Path, ...]:
             raise DataError(f"data.path: found {twice} twice in the list, needs each file once")
         return tuple(files)
     if os.path.isdir(path):
-        found = sorted(Path(path) / name for name in os.listdir(path) if name.endswith(tuple(suffixes)))
-        files = [file for file in found if file.is_file()]
+        try:
+            names = sorted(name for name in os.listdir(path) if name.endswith(tuple(suffixes)))
+        except OSError as error:
+            raise DataError(f"data folder {path} cannot be read: {error.strerror}") from error
+        files = [file for file in (Path(path) / name for name in names) if file.is_file()]
         if not files:
             raise DataError(f"data folder {path} holds no file that ends in {' or '.join(suffixes)}")
         return tuple(files)
     if glob.has_magic(str(path)) and not os.path.lexists(path):
-        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
+        try:
+            names = sorted(glob.glob(str(path), recursive=True))
+        except ValueError as error:  # a null character
+            raise DataError(f"no data file can be called like {path}: {error}") from error
+        files = [Path(name) for name in names if os.path.isfile(name)]
         if not files:
             raise DataError(f"no data file is called like {path}")
         return tuple(files)

@@ -48,6 +48,7 @@ class JsonSource(FileSource):
     def __init__(self, path: Paths, image_token: str, options: Mapping[str, Any] | None = None) -> None:
         super().__init__(path, image_token, options)
         self._units: dict[int, str] = {}  # of files that were looked at
+        self._opened: tuple[RecordKey, tuple[str, ...]] | None = None  # the last record of which media were opened
 
     @abstractmethod
     def parse_texts(self, raw: bytes, key: RecordKey) -> Sample:
@@ -73,8 +74,10 @@ class JsonSource(FileSource):
         """The bytes of a data URI. Raises DataError as `read`, BadSample: it is damaged."""
         if isinstance(media, Member):
             return super().open(media)
-        sample = self.parse_texts(self.read(media.record), media.record)
-        uri = str([*sample.images, *sample.videos][media.number])
+        if self._opened is None or self._opened[0] != media.record:  # its other images are most likely wanted next
+            sample = self.parse_texts(self.read(media.record), media.record)
+            self._opened = media.record, tuple(map(str, (*sample.images, *sample.videos)))
+        uri = self._opened[1][media.number]
         try:
             return io.BytesIO(base64.b64decode(uri[uri.index(",") + 1 :], validate=True))
         except (binascii.Error, ValueError) as error:

@@ -101,6 +101,18 @@ def test_three_ways_to_the_same_pixels(tmp_path: Path) -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]) and not torch.equal(found[0], other)
 
 
+def test_a_record_is_parsed_once_for_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents, calls = [png_bytes(seed) for seed in range(4)], []
+    records = [{"conversations": QA, "image": [uri(one) for one in part]} for part in (contents[:3], contents[3:])]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    source = LlavaJson(tmp_path / "a.json", "<image>")
+    images = [image for sample in source.samples() for image in sample.images]
+    read = LlavaJson.read
+    monkeypatch.setattr(LlavaJson, "read", lambda self, key: (calls.append(key), read(self, key))[1])
+    found = [source.open(image).read() for image in (*images, images[0])]
+    assert found == [*contents, contents[0]] and [key[-1] for key in calls] == [0, 1, 0]
+
+
 def test_frames_of_a_video_in_an_archive(tmp_path: Path) -> None:
     path = make_video(tmp_path / "v.mp4", 30, g="7", crf="10")
     pack(tmp_path, first=b"x" * 3000, clip=path.read_bytes(), last=b"y" * 3000)

@@ -10,16 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_vlm.config.schema.base import Section
 from megatron_vlm.data import sources
+from megatron_vlm.data.fetch.loader import build_loader
 from megatron_vlm.data.index.cache import open_index
 from megatron_vlm.data.media.store import MediaStore
 from megatron_vlm.data.sample import RecordKey, Sample, Turn
 from megatron_vlm.data.sources import SOURCES, FileSource, keys_of
 from megatron_vlm.data.sources.llava_json import LlavaJson
+from megatron_vlm.data.text.tokenizer import load_tokenizer
 from megatron_vlm.errors import ConfigError, DataError
-from tests.unit.data.encoders import encoder_in
+from megatron_vlm.parallel.sizes import GridSizes
+from tests.helpers.models.described import described
+from tests.helpers.models.tiny import tiny_dataset, tiny_recipe
+from tests.unit.data.encoders import SPEC, encoder_in
 
 QA = [{"from": "human", "value": "What is this?"}, {"from": "gpt", "value": "A cat."}]
 
@@ -147,6 +153,7 @@ def test_options_are_the_formats_own(tmp_path: Path, options: dict[str, Any], me
         ("{}/*.dat", r"no data file is called like \S+/\*\.dat"),
         ([], "data.path: found an empty list, needs files"),
         (["{}/a.txt", "{}/*.txt"], r"data\.path: found \S+/a\.txt twice in the list"),
+        ("{}/a\0*.txt", r"no data file can be called like|no data file is called like"),
     ],
 )
 def test_paths_that_name_nothing(tmp_path: Path, path: Any, message: str) -> None:
@@ -165,6 +172,33 @@ def test_a_file_that_is_gone_is_told(tmp_path: Path) -> None:
     for read in (lambda: source.sample(key), source.fingerprint):
         with pytest.raises(DataError, match=r"data file \S+a\.txt cannot be read: No such file"):
             read()
+
+
+def test_the_working_directory_is_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines(tmp_path / "set")
+    monkeypatch.chdir(tmp_path / "set")
+    source = Lines(".", "<image>")
+    assert source.anchor == tmp_path / "set" and len(questions(source)) == 6
+    index = open_index(source, encoder_in(tmp_path), MediaStore.of(source, None), tmp_path / "spare")
+    assert index.folder.parent == tmp_path / "set.index"
+
+
+def test_data_cut_into_files_are_the_same_to_a_run(tmp_path: Path) -> None:
+    """One file, and its halves as a list in the recipe: the steps are equal, and so is what a resumed run compares."""
+    records = [json.dumps(record) for record in json.loads(tiny_dataset(tmp_path).read_text())]
+    for name, part in (("whole", records), ("a", records[:10]), ("b", records[10:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(part) + "\n")
+    found = []
+    for path in (str(tmp_path / "whole.jsonl"), [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]):
+        recipe = tiny_recipe(tmp_path, data={"path": path, "num_workers": 0})
+        tokenizer = load_tokenizer(recipe.model.language.tokenizer, "<image>")
+        items = build_loader(recipe, tokenizer, described(recipe, SPEC), GridSizes(), 0, 0, 3)
+        steps = [(step.sample_ids, step.micro_batches[0].ids.tolist(), step.windows[0].pixels) for step in items]
+        found.append((steps, items.producer.samples.index.fingerprint_of_contents))
+    (whole, fingerprint), (cut, of_cut) = found
+    assert fingerprint == of_cut and len(whole) == 3
+    for ours, theirs in zip(whole, cut, strict=True):
+        assert ours[:2] == theirs[:2] and torch.equal(ours[2], theirs[2])
 
 
 def test_json_lists_and_lines_together(tmp_path: Path) -> None:
