@@ -93,7 +93,7 @@ def test_what_a_directory_is_is_said(tmp_path):
             "--select-layer, --seed: found without --tower",
         ),
         (("import", "EMPTY", "OUT", "--tower", "EMPTY", "--format", "llava"), "--format: found llava with --tower"),
-        (("import", "EMPTY", "OUT", "--tower", "EMPTY", "--base", "EMPTY"), "--base for a new pair"),
+        (("import", "EMPTY", "OUT", "--tower", "EMPTY", "--base", "EMPTY"), "--base: found for a new pair"),
     ],
 )
 def test_bad_arguments_cost_one_line(tmp_path, arguments, line):
@@ -119,7 +119,7 @@ def test_named_parts_are_taken_from_where_the_command_says(tmp_path):
         said.stdout
     )
     done = convert("import", whole, tmp_path / "ours", "--tower", tmp_path / "whole_tower", "--seed", "3")
-    assert done.returncode != 0 and "found --seed, which" in done.stderr
+    assert done.returncode != 0 and "--seed: found, which" in done.stderr
     done = convert("import", whole, tmp_path / "ours", "--tower", tmp_path / "whole_tower")
     assert done.returncode == 0, done.stderr
     done = convert("export", tmp_path / "ours", tmp_path / "back")
