@@ -1,9 +1,10 @@
 """The matrix products per second the ranks could do at most: what model FLOPs utilisation is measured against.
 
 By the vendor's data sheet where the GPU is known, for dense matrices, without sparsity; elsewhere, so on every CPU, by
-a short measurement on all ranks at the same time, because ranks that share cores share their peak too. What was
-measured is kept (`KEPT`), by processor, ranks, threads and dtype: so the runs of a machine are measured against one
-number, and a busy moment changes it for none of them. Remove the file to have it measured anew.
+a short measurement on all ranks at the same time. A CPU's is taken over processor time, so that other work on the
+machine does not lower it, and divided among ranks that share cores. What was measured is kept (`KEPT`), by processor,
+ranks, threads and dtype: so the runs of a machine are measured against one number. Remove the file to have it measured
+anew.
 
 Sources: NVIDIA's data sheets of A100, A40, L40S, H100, H200 (SXM, PCIe, NVL), GH200, HGX B200 and GB200 NVL72. fp32
 is without TF32, which torch leaves off for matrix products.
@@ -22,7 +23,7 @@ from torch.distributed import ProcessGroup
 from megatron_vlm.errors import one_line
 from megatron_vlm.runtime.collectives import all_gather_objects
 from megatron_vlm.runtime.device import current_device
-from megatron_vlm.runtime.environment import own_cache
+from megatron_vlm.runtime.environment import num_cores, own_cache
 from megatron_vlm.runtime.files import read_json, read_text
 from megatron_vlm.runtime.logging import get_logger
 
@@ -69,10 +70,11 @@ def peak_of_ranks(dtype: torch.dtype, group: ProcessGroup, ranks_per_node: int) 
     sheet, file = by_data_sheet(name, dtype), own_cache() / KEPT
     device = processor() if name == "CPU" else name
     key = f"{device}, {ranks_per_node} ranks of {torch.get_num_threads()} threads, {dtype}"
+    key += ", by processor time" if name == "CPU" else ""
     known = all_gather_objects(sheet or kept(file).get(key), group)  # also: all ranks start measuring together
     own = known[group.rank()]
     if own is None or (sheet is None and not all(known)):  # one that is new is measured beside the others at work
-        own = measure(dtype, current_device())
+        own = measure(dtype, current_device(), ranks_per_node)
         keep(file, key, own)
     total = math.fsum(all_gather_objects(float(own), group))
     source = "data sheet" if sheet is not None else f"measured, kept in {file}"
@@ -117,15 +119,22 @@ def by_data_sheet(name: str, dtype: torch.dtype) -> float | None:
     return DATA_SHEETS[max(fitting, key=len)].get(dtype) if fitting else None
 
 
-def measure(dtype: torch.dtype, device: torch.device, seconds: float = MEASURED_SECONDS) -> float:
-    """FLOP/s of square matrix products, after one to warm up."""
+def measure(
+    dtype: torch.dtype, device: torch.device, ranks_per_node: int = 1, seconds: float = MEASURED_SECONDS
+) -> float:
+    """FLOP/s of one rank's square matrix products, after one to warm up. On a CPU: of `ranks_per_node` ranks that
+    multiply at once and have its cores to themselves."""
     size = MATRIX_SIZE if device.type == "cpu" else 16 * MATRIX_SIZE
     left, right = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))  # no random state is touched
     product = left @ right
-    started, count = _now(device), 0
+    started, used_before, count = _now(device), time.process_time(), 0
     while (elapsed := _now(device) - started) < seconds:
         torch.mm(left, right, out=product)
         count += 1
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        at_work = min(threads, num_cores() / ranks_per_node)  # cores of one rank
+        elapsed = (time.process_time() - used_before) / at_work
     return 2.0 * size**3 * count / elapsed
 
 
