@@ -119,7 +119,7 @@ def test_named_parts_are_taken_from_where_the_command_says(tmp_path):
         said.stdout
     )
     done = convert("import", whole, tmp_path / "ours", "--tower", tmp_path / "whole_tower", "--seed", "3")
-    assert done.returncode != 0 and "--seed: found, which" in done.stderr
+    assert done.returncode != 0 and "--seed: found for" in done.stderr
     done = convert("import", whole, tmp_path / "ours", "--tower", tmp_path / "whole_tower")
     assert done.returncode == 0, done.stderr
     done = convert("export", tmp_path / "ours", tmp_path / "back")
