@@ -222,3 +222,10 @@ def test_a_run_evaluates_when_due_and_mode_eval_repeats_it_from_the_checkpoint(r
 
 def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("packing", ["samples", "rows"])
+def test_packed_held_out_samples_have_the_loss_of_a_sample_a_row(ranks, alone, tmp_path, packing):
+    changes = {"data": {"packing": packing}, "parallel": {"pipeline": 2}, "training": {"global_batch_size": 4}}
+    for report in ranks.run(2, evaluate_once, recipe_in(tmp_path, **changes)):
+        assert_same(report, alone[0])

@@ -89,7 +89,7 @@ def test_a_page_without_a_name_is_told() -> None:
 
 def test_tensor_2_pipeline_2_data_2_on_a_seven_billion_model(tmp_path: Path) -> None:
     html, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
-    done = tool("show_layout.py", LLAVA, "--world-size", "8", "--html", html, "--json", numbers)
+    done = tool("show_layout.py", LLAVA, "data.packing=off", "--world-size", "8", "--html", html, "--json", numbers)
     assert done.code == 0 and done.stderr == "", done.stderr
     assert "made-up batch" in done.stdout and done.stdout.count("embedding") == 4
     page = check_page(html)
@@ -115,7 +115,7 @@ def test_tensor_2_pipeline_2_data_2_on_a_seven_billion_model(tmp_path: Path) -> 
 
 
 SHARED = ["parallel.tensor=1", "parallel.pipeline=1", "parallel.virtual_pipeline=1", "parallel.sequence=false",
-          "parallel.context=4", "parallel.media_group=world", "data.packing=true",
+          "parallel.context=4", "parallel.media_group=world", "data.packing=rows",
           "data.group_by_modality_length=false", "training.global_batch_size=32"]  # fmt: skip
 
 

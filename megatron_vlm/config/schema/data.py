@@ -61,7 +61,7 @@ class DataConfig(Section):
         description="Make batches of samples of similar length, all with images or all without, as LLaVA does.",
     )
     packing: Packing = Field(
-        default="off",
+        default="auto",
         description="Several samples in a row of up to `training.sequence_length` tokens, each attending to itself "
         "alone. samples: a step is `training.global_batch_size` samples, laid into as few rows as they need, with the "
         "loss of `off`; rows: a step is so many rows, filled with as many samples as there is room for; off: a row is "

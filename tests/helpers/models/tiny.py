@@ -82,7 +82,7 @@ def tiny_recipe(directory: Path, **sections: Any) -> Config:
             "vision": {"config": tiny_clip()},
             "train": {"language": True, "vision": True, "projector": True},
         },
-        "data": {"path": str(tiny_dataset(directory)), "num_workers": 0},
+        "data": {"path": str(tiny_dataset(directory)), "num_workers": 0, "packing": "off"},  # tests count rows
         "precision": {"params": "fp32"},
         "optimizer": {"lr": 1e-3, "distributed": False},
         "training": {"sequence_length": 128, "global_batch_size": 8, "micro_batch_size": 1, "steps": 5},

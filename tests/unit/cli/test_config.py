@@ -65,4 +65,4 @@ def test_it_imports_no_torch() -> None:
         [sys.executable, "-c", SEEN, "data.packing"], cwd=ROOT, env=environment(), capture_output=True, text=True,
         timeout=60,
     )  # fmt: skip
-    assert done.returncode == 0 and done.stdout.startswith("data.packing: true or false"), done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("data.packing: `auto`, `samples`, `rows`"), done.stderr

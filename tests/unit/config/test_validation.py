@@ -150,7 +150,7 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
     ),
     (
         "batch",
-        {"parallel__tensor": 2, "training__global_batch_size": 15},
+        {"parallel__tensor": 2, "training__global_batch_size": 15, "data__packing": "off"},
         4,
         ["training.global_batch_size: found 15, needs a multiple of 4 (2 data-parallel ranks x"],
     ),
@@ -162,7 +162,7 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
     ),
     (
         "ragged interleaving",
-        {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "training__global_batch_size": 6},
+        {"parallel": {"pipeline": 2, "virtual_pipeline": 2}, "training__global_batch_size": 6, "data__packing": "off"},
         2,
         [
             "training.global_batch_size: found 6 = 3 micro-batches per rank, a virtual pipeline needs a multiple of "
@@ -177,7 +177,12 @@ BROKEN: list[tuple[str, dict[str, Any], int, list[str]]] = [
     ),
     (
         "ragged last window",
-        {"parallel__pipeline": 2, "training__media_window": 2, "training__global_batch_size": 10},
+        {
+            "parallel__pipeline": 2,
+            "training__media_window": 2,
+            "training__global_batch_size": 10,
+            "data__packing": "off",
+        },
         2,
         ["training.global_batch_size: found 10 = 5 micro-batches per rank, the last media window needs"],
     ),
@@ -246,7 +251,11 @@ VALID: list[tuple[str, dict[str, Any], int]] = [
     ("overlap", {"parallel": {"overlap_param_gather": True, "overlap_grad_reduce": True}}, 2),
     ("windows of a multiple", {"parallel__pipeline": 2, "training__media_window": 2}, 2),
     ("a window over all", {"parallel__pipeline": 2, "training__media_window": 9, "training__global_batch_size": 6}, 2),
-    ("ragged but not interleaved", {"parallel__pipeline": 2, "training__global_batch_size": 6}, 2),
+    (
+        "ragged but not interleaved",
+        {"parallel__pipeline": 2, "training__global_batch_size": 6, "data__packing": "off"},
+        2,
+    ),
     ("two sources in turn", {"model__language": {"path": "here"}}, 1),
     ("first layer", {"model__vision__select_layer": -4}, 1),
     ("partly frozen", {"model__train": {"language": False}, "model__freeze": [r"projector\.0\.bias"]}, 1),
