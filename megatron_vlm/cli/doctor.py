@@ -235,11 +235,13 @@ def check_recipe(recipe: str, overrides: list[str], world_size: int) -> None:
     """Raises ConfigError with everything that is wrong with the recipe on that many ranks of one machine; ImportError
     where it cannot be checked."""
     from megatron_vlm.config import load_config
+    from megatron_vlm.config.mixture import parts_of
     from megatron_vlm.data.sources import SOURCES
     from megatron_vlm.training.recipe import resolve_recipe
 
     config = load_config(recipe, overrides)
-    SOURCES.get(config.data.source)
+    for part in parts_of(config.data):
+        SOURCES.get(part.data.source)
     resolve_recipe(config, world_size, world_size, device_here(config.runtime.device, world_size))
 
 

@@ -4,7 +4,8 @@ A recipe may name a `base:` (a path relative to its own folder, or `megatron_vlm
 child's keys win, sections merge, lists are replaced. `section.key=value` overrides come last. Other paths are relative
 to the working directory, whoever names them. A `media_root` belongs to the `path` beside it: whoever names another data
 file, and no folder of its images, has them where they are by default, beside the file. One without a `path` beside it
-is for any file. So with `training.steps` and `training.epochs`: whoever names one does without the other. Every
+is for any file. So with `training.steps` and `training.epochs`, `data.path` and `data.mixture`: whoever names one does
+without the other. The sources of `data.registry` are read with the recipe and become part of it. Every
 violation is reported at once and on one line, because a launch on a cluster is too dear to find them one by one.
 
 Hazards: OmegaConf's resolvers could read the environment (`${oc.env:...}`), which would make a run depend on more than
@@ -28,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from pydantic import ValidationError
 
-from megatron_vlm.config.schema import Config
+from megatron_vlm.config.schema import Config, SourceConfig
 from megatron_vlm.config.schema.tree import fields
 from megatron_vlm.config.shipped import find_recipe
 from megatron_vlm.errors import ConfigError, RecipeError, one_line, shown
@@ -42,7 +43,12 @@ _KINDS = {  # what pydantic says in the terms of Python
     "dict_type": "must be keys with values",
     "tuple_type": "must be a list",
 }
-_OF_A_SECTION = ("no_length", "two_lengths")  # violations of several keys together, which say what was found
+_OF_A_SECTION = (
+    "no_length",
+    "two_lengths",
+    "no_data",
+    "two_data",
+)  # violations of several keys together, which say what was found
 _OWN_KEY = re.compile(
     r"\$\{[ \t]*[\w.\-\[\]]+[ \t]*\}"
 )  # a reference to one; resolvers have a colon, or are put together
@@ -51,7 +57,10 @@ _PLAIN = (str, int, float, bool, type(None))
 _LARGEST_INTEGER_BITS = 64
 _LONGEST_CHAIN = 100  # of bases
 _SHOWN_CHARACTERS = 300  # of a value in an error
-_LENGTHS = {"steps": "epochs", "epochs": "steps"}  # of training: whoever names one does without the other
+_INSTEAD = {  # by section, keys of which whoever names one does without the other
+    "training": {"steps": "epochs", "epochs": "steps"},
+    "data": {"path": "mixture", "mixture": "path"},
+}
 _SECTIONS_WITH_MEDIA = ("data", "evaluation")  # with a `path` and the `media_root` of its images
 
 logger = get_logger(__name__)
@@ -87,7 +96,47 @@ def _read_tree(path: Path, overrides: Sequence[str]) -> dict[Any, Any]:
     except (OmegaConfBaseException, LimitError, RecursionError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {one_line(error)}") from error
     assert isinstance(tree, dict)
+    _add_registry(tree.get("data"), str(path))
     return tree
+
+
+def _add_registry(data: Any, origin: str) -> None:
+    """Puts the sources of `data.registry` into `data.sources`, where they are checked, and a checkpoint keeps them. One
+    that stands there, or in a later file, is taken whole. Raises ConfigError: a file that cannot be read."""
+    files = data.get("registry") if isinstance(data, dict) else None
+    named = [files] if isinstance(files, str) else files
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        return  # there is none, or the schema tells
+    sources: dict[Any, Any] = {}
+    for name in named:
+        entries = _read_registry(name, origin)
+        violations = [line for key, entry in entries.items() for line in _about_source(key, entry)]
+        if violations:
+            raise RecipeError(violations, f"{name} (data.registry of {origin})")
+        sources |= entries
+    own = data.get("sources")
+    if own is None or isinstance(own, dict):
+        data["sources"] = sources | (own or {})
+
+
+def _read_registry(name: str, origin: str) -> dict[Any, Any]:
+    """Entries of one registry file, unchecked."""
+    tree = _read_file(Path(name), f" (data.registry of {origin})")
+    try:
+        entries = bounded(lambda: OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
+    except (OmegaConfBaseException, LimitError, RecursionError, ValueError, TypeError) as error:
+        raise ConfigError(f"{name}: {one_line(error)}") from error
+    assert isinstance(entries, dict)
+    return entries
+
+
+def _about_source(name: Any, entry: Any) -> list[str]:
+    """What is wrong with an entry of a registry."""
+    try:
+        SourceConfig.model_validate(entry)
+    except ValidationError as error:
+        return [_describe({**one, "loc": ("data", "sources", name, *one["loc"])}) for one in error.errors()]
+    return []
 
 
 def _missing_key(error: InterpolationKeyError, tree: DictConfig) -> str:
@@ -96,8 +145,9 @@ def _missing_key(error: InterpolationKeyError, tree: DictConfig) -> str:
     if name is None:
         return one_line(error)
     section, _, key = name[1].rpartition(".")
-    other = f"training.{_LENGTHS[key]}" if section == "training" and key in _LENGTHS else None
-    if other is not None and OmegaConf.select(tree, other) is not None:
+    instead = _INSTEAD.get(section, {}).get(key)
+    other = f"{section}.{instead}"
+    if instead is not None and OmegaConf.select(tree, other) is not None:
         return f"{error.full_key}: refers to {name[1]}, in whose place the recipe has {other}; needs a value of its own"
     return f"{error.full_key}: refers to {name[1]}, which the recipe does not set, needs a key that it or a base sets"
 
@@ -162,26 +212,27 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> DictConfig:
 
 def _forget_what_is_replaced(below: DictConfig, above: Any, origin: str) -> None:
     """Takes out of a tree, which is to be merged with one above it, what the one above says in another key: each
-    `media_root` of another `path`, and the length of training."""
+    `media_root` of another `path`, the length of training, and what is trained on."""
     trees: list[Any] = [OmegaConf.to_container(OmegaConf.create(one), resolve=False) for one in (below, above)]
-    old, new = (tree.get("training") for tree in trees)
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key, other in _LENGTHS.items():
-            if new.get(key) is not None and other not in new:
-                below.training.pop(other, None)
     for name in _SECTIONS_WITH_MEDIA:
         old, new = (tree.get(name) for tree in trees)
         if not isinstance(old, dict) or not isinstance(new, dict) or old.get("media_root") is None:
             continue
         if old.get("path") is None:  # of whatever file is named above
             continue
-        if "path" in new and "media_root" not in new and new["path"] != old["path"]:
+        named = "path" if "path" in new else "mixture"
+        if named in new and "media_root" not in new and new[named] != old.get(named):
             root = below[name].pop("media_root")
             logger.info(
-                "%s.media_root %s is ignored: it belongs to another file than %s.path %s, which %s names without "
-                "one; the images are looked for beside that file",
-                name, shown(root), name, shown(new["path"]), shown(origin),
+                "%s.media_root %s is ignored: it belongs to another file than %s.%s %s, which %s names without one; "
+                "the images are looked for beside that file",
+                name, shown(root), name, named, shown(new[named]), shown(origin),
             )  # fmt: skip
+    for name, keys in _INSTEAD.items():
+        old, new = (tree.get(name) for tree in trees)
+        for key, other in keys.items() if isinstance(old, dict) and isinstance(new, dict) else ():
+            if new.get(key) is not None and other not in new:
+                below[name].pop(other, None)
 
 
 def _read_file(path: Path, named_by: str) -> DictConfig:
@@ -256,6 +307,8 @@ def _near_keys(location: tuple[int | str, ...]) -> str:
     """The key that the writer of an unknown one may have meant: a sibling, or the same name in another section."""
     *outer, name = map(str, location)
     known = [path for path, _ in fields()]
+    if outer[:2] == ["data", "sources"]:  # of which each has a name
+        del outer[2:3]
     section = ".".join([*outer, ""])
     siblings = [path.removeprefix(section) for path in known if path.rpartition(".")[0] == section.rstrip(".")]
     elsewhere = [path for path in known if path.rpartition(".")[2] == name]

@@ -68,9 +68,10 @@ def refuse_data_changes(
         for name, value in {**saved, **found}.items()
         if saved.get(name, 0) != found.get(name, 0)
     )
+    key = "path" if config.data.mixture is None else "mixture"
     raise ConfigError(
-        f"data.path: found {config.data.path}, whose samples are not those of {checkpoint}: {'; '.join(differences)}; "
-        f"needs the same samples, or checkpoint.accept_changes=[{DATA}] to go on with these"
+        f"data.{key}: found {getattr(config.data, key)}, whose samples are not those of {checkpoint}: "
+        f"{'; '.join(differences)}; needs the same samples, or checkpoint.accept_changes=[{DATA}] to go on with these"
     )
 
 

@@ -77,11 +77,12 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class MediaSpan:
-    """An image of the window: whose it is, its file or frame, and the tokens it was given."""
+    """An image of the window: whose it is, its file or frame, the tokens it was given, and its source in a mixture."""
 
     sample_id: str
     path: ImageRef
     item: MediaItem
+    source: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Literal
 
@@ -138,6 +138,7 @@ class Sample:
         videos: in the order of their markers, as long as their frames are not counted; `video.sampling.with_frames`
             then puts these among the images.
         remarks: what a user is told of it once for all samples like it, as "key 'x' is unknown and ignored".
+        source: number of its source in a mixture.
     """
 
     id: str
@@ -147,6 +148,19 @@ class Sample:
     form: str = ""
     videos: tuple[MediaRef, ...] = ()
     remarks: tuple[str, ...] = ()
+    source: int = 0
+
+
+def with_marker(sample: Sample, marker: str, other: str) -> Sample:
+    """The sample with another marker of images, where it has images, or where one is marked and lacks; in one that has
+    none the marker is a text, and stays."""
+    if marker == other or not (sample.images or any(marks_image(turn, marker) for turn in sample.turns)):
+        return sample
+    turns = [
+        turn if turn.role == "assistant" else replace(turn, text=turn.text.replace(marker, other))
+        for turn in sample.turns
+    ]
+    return replace(sample, turns=tuple(turns))
 
 
 class BadSample(DataError):

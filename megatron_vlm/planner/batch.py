@@ -12,7 +12,7 @@ from itertools import accumulate
 import numpy as np
 
 from megatron_vlm.config.packing import packing_of
-from megatron_vlm.config.schema import Config
+from megatron_vlm.config.schema import Config, DataConfig
 from megatron_vlm.data.fetch.loader import build_loader
 from megatron_vlm.data.fetch.shape import StepShape
 from megatron_vlm.data.fetch.step import StepFetcher
@@ -98,7 +98,11 @@ def _real_batch(config: Config, model: ModelDescription, sizes: GridSizes) -> Ba
         assert isinstance(fetcher, StepFetcher)
         rows = [[fetcher.samples.document(number) for number in row] for row in fetcher.plan.samples_by_row(0)]
     samples = [[SampleRow(len(encoded.ids), tuple(encoded.image_starts)) for _, encoded in row] for row in rows]
-    return _cut(config, model, sizes, samples, f"the recipe's first step, from {data.path}")
+    return _cut(config, model, sizes, samples, f"the recipe's first step, from {_name(data)}")
+
+
+def _name(data: DataConfig) -> str:
+    return str(data.path) if data.mixture is None else f"the mixture {data.mixture}"
 
 
 def _made_batch(config: Config, model: ModelDescription, sizes: GridSizes) -> Batch:
@@ -112,7 +116,7 @@ def _made_batch(config: Config, model: ModelDescription, sizes: GridSizes) -> Ba
         while fills_rows and (left := length - sum(one.num_tokens for one in samples)):
             samples.append(_made_sample(random, left, each, fills=left < length * SHORTEST_SHARE / 2))
         rows.append(samples)
-    return _cut(config, model, sizes, rows, f"a made-up batch, because {config.data.path} is not here")
+    return _cut(config, model, sizes, rows, f"a made-up batch, because {_name(config.data)} is not here")
 
 
 def _made_sample(random: np.random.Generator, length: int, each: int, fills: bool) -> SampleRow:

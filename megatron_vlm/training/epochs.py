@@ -1,7 +1,8 @@
 """`training.epochs` becomes `training.steps`, once the training data is counted.
 
 Schedule, warm-up, hooks and checkpoints know steps alone, and recipe.yaml and the manifests hold them, as they hold
-commits in the place of branches. A run that goes on counts its data again, and is compared by the steps it comes to.
+commits in the place of branches. An epoch of a mixture is each source as often as its weight says, a part of a cycle
+(`plan/mixture.py`). A run that goes on counts its data again, and is compared by the steps it comes to.
 
 Hazard: ranks that come to different numbers would wait for each other for ever. Each opens the index, where it waits
 for the rank of its machine that builds it, and all take rank 0's number.
@@ -46,13 +47,14 @@ def resolve_epochs(
         return config, None
     HERE.phase("index")
     data = open_training_data(config, tokenizer, model, world.rank())
-    num_rows = broadcast_object(data.plan.num_rows, world)
+    num_rows, num_epochs = broadcast_object((data.plan.num_rows, data.num_epochs), world)
     HERE.phase("build")
-    steps = count_steps(epochs, num_rows, training.global_batch_size)
-    rows = f"{num_rows:,} {'packed rows' if config.data.packing == 'rows' else 'samples'}"
+    steps = count_steps(epochs, Fraction(num_rows, num_epochs), training.global_batch_size)
+    rows = f"{num_rows / num_epochs:,.10g} {'packed rows' if config.data.packing == 'rows' else 'samples'}"
+    name = config.data.path or config.data.mixture
     if not steps:
         raise ConfigError(
-            f"training.epochs: found {epochs:g}, which is no step: an epoch of {config.data.path} has {rows}, and a "
+            f"training.epochs: found {epochs:g}, which is no step: an epoch of {name} has {rows}, and a "
             f"step takes training.global_batch_size {training.global_batch_size}; needs more epochs, more data or a "
             "smaller batch"
         )
@@ -65,6 +67,7 @@ def resolve_epochs(
     return config.model_copy(update={"training": training}), data
 
 
-def count_steps(epochs: float, num_rows: int, global_batch_size: int) -> int:
-    """Whole global batches in so many passes over the rows of an epoch; `epochs` as it is written, 0.1 a tenth."""
+def count_steps(epochs: float, num_rows: Fraction | int, global_batch_size: int) -> int:
+    """Whole global batches in so many passes over the rows of an epoch, of a mixture not always a whole number;
+    `epochs` as it is written, 0.1 a tenth."""
     return int(Fraction(repr(epochs)) * num_rows // global_batch_size)

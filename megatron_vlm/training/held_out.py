@@ -61,7 +61,7 @@ class HeldOut:
     """Evaluates a job's model in the layout it trains in.
 
     Args:
-        job: its recipe has an evaluation.path. Raises as `build_held_out`.
+        job: its recipe has an evaluation.path, or training data that hold out a share. Raises as `build_held_out`.
     """
 
     def __init__(self, job: Job) -> None:
@@ -140,17 +140,17 @@ class Questions:
         not_asked = Counter(error.reason for error in bad)
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(not_asked.items()))
         if bad and not numbers:
-            raise DataError(f"no question of {samples.source.name} can be asked ({counts}); the first: {bad[0]}")
+            raise DataError(f"no question of {samples.name} can be asked ({counts}); the first: {bad[0]}")
         if bad and assistant.model.grid.rank == 0:
             logger.warning(
                 "%d of %d questions of %s are not asked (%s); the first: %s",
-                len(bad), len(bad) + len(numbers), samples.source.name, counts, bad[0],
+                len(bad), len(bad) + len(numbers), samples.name, counts, bad[0],
             )  # fmt: skip
         return cls(assistant, samples, request, numbers, not_asked)
 
     def ask(self, is_stopped: Callable[[], bool]) -> Report:
         """All `numbers`. Raises DataError and EvaluationStopped as `evaluate`."""
-        asked = [Asked(self.samples.sample(number), self.samples.store) for number in self.numbers]
+        asked = [Asked(self.samples.sample(number), self.samples.store(number)) for number in self.numbers]
         return evaluate(self.assistant, asked, self.request, is_stopped)
 
 

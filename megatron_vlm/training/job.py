@@ -26,7 +26,7 @@ from megatron_vlm.conversion.weights.loading import load_weights
 from megatron_vlm.data.batch import StepBatch
 from megatron_vlm.data.fetch.loader import TrainingData, load_steps, open_training_data
 from megatron_vlm.data.fetch.workers import OrderedItems
-from megatron_vlm.data.index.records import SampleIndex
+from megatron_vlm.data.index.mixed import MixedIndex
 from megatron_vlm.data.media.images import MediaReader
 from megatron_vlm.data.text.tokenizer import Tokenizer, first_time_token
 from megatron_vlm.models.description import ModelDescription
@@ -68,7 +68,7 @@ class Job:
     opened: TrainingData | None = None  # by `batches`, or before, to be counted
 
     @property
-    def data(self) -> SampleIndex | None:
+    def data(self) -> MixedIndex | None:
         """The index of the training samples, once they are opened."""
         return None if self.opened is None else self.opened.samples.index
 

@@ -11,6 +11,7 @@ be a second line for one fault.
 Hazard: everything here is collective, and ends on all ranks with the same error, or on none.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,15 +20,17 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_vlm.checkpoint.directory import checkpoints, step_of
+from megatron_vlm.config.mixture import parts_of
 from megatron_vlm.config.rules import ModelFacts, validate
-from megatron_vlm.config.schema import Config
+from megatron_vlm.config.schema import Config, DataConfig
+from megatron_vlm.data.fetch.loader import held_out_parts
 from megatron_vlm.data.fetch.samples import make_encoder
 from megatron_vlm.data.index.first_look import look_at
 from megatron_vlm.data.media.images import MediaReader
 from megatron_vlm.data.sources import SOURCES
 from megatron_vlm.data.text.conversation import TEMPLATES, ConversationEncoder
 from megatron_vlm.data.text.tokenizer import Tokenizer, check_vocabulary, first_time_token, load_tokenizer
-from megatron_vlm.errors import MegatronVlmError, SeveralFaults, faults_of, together
+from megatron_vlm.errors import ConfigError, MegatronVlmError, SeveralFaults, faults_of, together
 from megatron_vlm.models.description import ModelDescription
 from megatron_vlm.runtime.collectives import all_gather_objects, broadcast_object
 from megatron_vlm.runtime.device import current_device
@@ -68,7 +71,21 @@ class _Findings:
     facts: ModelFacts | None = None
     pixels: KeptPixels | None = None  # that a checkpoint was trained with, from which the run is to go on
     tokenizer: Tokenizer | None = None
-    encoder: ConversationEncoder | None = None
+    encoders: dict[str, ConversationEncoder] = field(default_factory=dict)  # by `_rendering`; none that is at fault
+
+    def trained(self) -> list[DataConfig]:
+        """The training data's sources; none of a mixture that is at fault, which the recipe's rules tell."""
+        with contextlib.suppress(ConfigError):
+            return [part.data for part in parts_of(self.config.data)]
+        return []
+
+    def held_out(self) -> list[DataConfig]:
+        """The sources of what is evaluated, as `trained`."""
+        with contextlib.suppress(ConfigError):
+            return (
+                [] if self.config.training.mode == "train" else [part.data for part in held_out_parts(self.config)[0]]
+            )
+        return []
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -103,9 +120,10 @@ def settle_run(
     found.pixels = foresee_pixels(found.config, resumes, world)
     _look_at_models(found, world_size, ranks_per_node)
     if opens_data and found.tokenizer is not None:
-        _look_at_template(found, found.tokenizer)
-    with found.noted():
-        SOURCES.get(config.data.source)
+        _look_at_templates(found, found.tokenizer)
+    for source in dict.fromkeys(data.source for data in [*found.trained(), *found.held_out()]):
+        with found.noted():
+            SOURCES.get(source)
     before = len(found.errors)
     if opens_data and world.rank() == 0:
         _look_at_data(found, resumes)
@@ -166,17 +184,21 @@ def _read_tokenizer(found: _Findings) -> None:
             first_time_token(found.tokenizer, config.loss.time_tokens)
 
 
-def _look_at_template(found: _Findings, tokenizer: Tokenizer) -> None:
-    if found.config.data.template in TEMPLATES:  # else told by the recipe's rules
-        tokens_per_image = 1 if found.facts is None else found.facts.tokens_per_image
-        with found.noted():
-            found.encoder = make_encoder(found.config, tokenizer, tokens_per_image)
+def _look_at_templates(found: _Findings, tokenizer: Tokenizer) -> None:
+    tokens_per_image = 1 if found.facts is None else found.facts.tokens_per_image
+    for data in {_rendering(data): data for data in [*found.trained(), *found.held_out()]}.values():
+        if data.template in TEMPLATES:  # else told by the recipe's rules
+            with found.noted():
+                found.encoders[_rendering(data)] = make_encoder(found.config, tokenizer, tokens_per_image, data)
+
+
+def _rendering(data: DataConfig) -> str:
+    """What decides how conversations become text."""
+    return data.model_dump_json(include={"template", "template_arguments", "render_turns"})
 
 
 def _look_at_data(found: _Findings, resumes: bool) -> None:
     config, media = found.config, None
-    if config.data.source not in SOURCES:
-        return
     if found.model is not None:
         model = found.model if found.pixels is None else found.model.with_pixels(found.pixels.pixels)
         with found.noted():
@@ -184,9 +206,9 @@ def _look_at_data(found: _Findings, resumes: bool) -> None:
     own = checkpoints(Path(config.checkpoint.directory)) if resumes else []
     steps = config.training.steps  # None: as many as there are epochs in the data, which must be counted
     is_done = bool(own) and steps is not None and max(map(step_of, own)) >= steps
-    files = [] if config.training.mode == "eval" or is_done else [(config.data.path, config.data.media_root)]
-    if config.training.mode != "train" and config.evaluation.path is not None:
-        files.append((config.evaluation.path, config.evaluation.media_root))
-    for path, media_root in files:
-        with found.noted():
-            look_at(config, path, media_root, found.encoder, media)
+    looked_at = [] if config.training.mode == "eval" or is_done else found.trained()
+    for data in {data.model_dump_json(): data for data in [*looked_at, *found.held_out()]}.values():
+        if data.source in SOURCES:
+            with found.noted():
+                of_one = config.model_copy(update={"data": data})
+                look_at(of_one, data.path, data.media_root, found.encoders.get(_rendering(data)), media)

@@ -6,7 +6,7 @@ size or on the model's weights is in `config/rules/`. No torch here: a recipe ca
 
 from megatron_vlm.config.schema.base import Section
 from megatron_vlm.config.schema.checkpoint import CheckpointConfig
-from megatron_vlm.config.schema.data import DataConfig, VideoConfig
+from megatron_vlm.config.schema.data import DataConfig, SourceConfig, VideoConfig
 from megatron_vlm.config.schema.evaluation import EvaluationConfig
 from megatron_vlm.config.schema.logging import LoggingConfig
 from megatron_vlm.config.schema.loss import LossConfig, TimeTokensConfig
@@ -46,6 +46,7 @@ __all__ = [
     "RuntimeConfig",
     "ScheduleConfig",
     "Section",
+    "SourceConfig",
     "TimeTokensConfig",
     "TrainableConfig",
     "TrainingConfig",

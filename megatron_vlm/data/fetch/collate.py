@@ -65,6 +65,6 @@ def list_spans(
         for sample, encoded in row:
             for path, start in zip(sample.images[: len(encoded.image_starts)], encoded.image_starts, strict=True):
                 item = MediaItem(cost, tokens_per_image, micro_batch, number, first + start, length=length)
-                spans.append(MediaSpan(sample.id, path, item))
+                spans.append(MediaSpan(sample.id, path, item, sample.source))
             first += len(encoded.ids)
     return spans

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from megatron_vlm.config.mixture import Part, parts_of
 from megatron_vlm.config.packing import packing_of
 from megatron_vlm.config.schema import Config
 from megatron_vlm.data.batch import StepBatch
@@ -17,10 +18,12 @@ from megatron_vlm.data.fetch.samples import SampleReader, open_samples
 from megatron_vlm.data.fetch.shape import StepShape
 from megatron_vlm.data.fetch.step import StepFetcher
 from megatron_vlm.data.fetch.workers import OrderedItems
-from megatron_vlm.data.index.records import SampleIndex
+from megatron_vlm.data.index.choice import Side
+from megatron_vlm.data.index.mixed import Entries
 from megatron_vlm.data.media.images import MediaReader
 from megatron_vlm.data.plan.batch_exact import LayerWork
 from megatron_vlm.data.plan.grouped import GroupedPlan
+from megatron_vlm.data.plan.mixture import MixedPlan
 from megatron_vlm.data.plan.order import Plan, RowPlan
 from megatron_vlm.data.plan.packing import PackedPlan
 from megatron_vlm.models.architectures import attention_windows
@@ -38,6 +41,11 @@ class TrainingData:
     samples: SampleReader
     plan: RowPlan
     work: LayerWork  # of the model that they are for, by which rows are dealt to ranks
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs that the plan's rows are: of a mixture, its cycle's."""
+        return self.samples.index.cycle.num_epochs
 
     def prepared_as(self, media: MediaReader) -> "TrainingData":
         """The same, its images prepared by another reader."""
@@ -58,16 +66,26 @@ def open_training_data(
         DataError: a sample cannot be used, or is longer than training.sequence_length; under data.on_bad_sample: skip
             only where all of them are bad, or the file.
     """
-    data = config.data
-    samples = open_samples(config, data.path, data.media_root, tokenizer, model.media_spec, rank)
-    if rank == 0 and (differing := samples.encoder.answers_that_differ()):
+    samples = open_samples(config, parts_of(config.data), tokenizer, model.media_spec, rank)
+    if rank == 0:
+        _tell(samples)
+    plan = make_plan(config, Entries(samples.index), model.language)
+    cycle = samples.index.cycle
+    return TrainingData(samples, plan if cycle.is_plain else MixedPlan(plan, cycle), LayerWork.of(model.language))
+
+
+def _tell(samples: SampleReader) -> None:
+    """Logs what a mixture comes to, and what a template makes of earlier answers."""
+    for line in samples.index.realised() if samples.index.is_mixture else ():
+        get_logger(__name__).info("%s", line)
+    found = (reader.encoder.answers_that_differ() for reader in samples.sources)
+    for differing in dict.fromkeys(one for one in found if one is not None):
         get_logger(__name__).warning(
             "the chat template writes the last answer of a conversation differently from earlier ones: of an answer "
             "'!' %r is trained where it is the last, and %r where it is not; with data.render_turns: apart each is "
             "trained as the last",
             differing[1], differing[0],
         )  # fmt: skip
-    return TrainingData(samples, make_plan(config, samples.index, model.language), LayerWork.of(model.language))
 
 
 def load_steps(
@@ -107,8 +125,9 @@ def build_loader(
     return load_steps(data, config, sizes, rank, range(start_step, start_step + num_steps))
 
 
-def make_plan(config: Config, samples: SampleIndex, language: PretrainedConfig) -> RowPlan:
-    """The order in which a recipe trains its samples; packed ones by what the language model's layers see of them."""
+def make_plan(config: Config, samples: Entries, language: PretrainedConfig) -> RowPlan:
+    """The order in which a recipe trains its samples; packed ones by what the language model's layers see of them.
+    `samples`: of a mixture, the entries of its cycle."""
     data, seed, training = config.data, config.runtime.seed, config.training
     if packing_of(config) == "rows":
         plan = PackedPlan(
@@ -127,15 +146,26 @@ def make_plan(config: Config, samples: SampleIndex, language: PretrainedConfig) 
     return Plan(len(samples), seed, training.global_batch_size, data.shuffle)
 
 
+def held_out_parts(config: Config) -> tuple[list[Part], Side]:
+    """The sources that are evaluated, and the side of their splits: evaluation.path, or those of the training data that
+    hold out a share. Raises ConfigError as `parts_of`."""
+    evaluation = config.evaluation
+    if evaluation.path is None:
+        return [part for part in parts_of(config.data) if part.data.held_out], "held out"
+    named = {"path": evaluation.path, "media_root": evaluation.media_root}
+    whole = {"mixture": None, "cap": None, "held_out": 0.0}
+    return parts_of(config.data.model_copy(update=named | whole)), "trained"
+
+
 def build_held_out_loader(
     config: Config, tokenizer: PreTrainedTokenizerBase, model: ModelDescription, sizes: GridSizes, rank: int
 ) -> OrderedItems[StepBatch]:
-    """Every sample of evaluation.path once, in file order, in steps of `training.global_batch_size` samples: packed
-    where training packs, whichever way. Else the rows that fill up the last step are copies in which nothing is
-    trained. Arguments and errors as `build_loader`."""
-    evaluation, batch_size = config.evaluation, config.training.global_batch_size
-    assert evaluation.path is not None, "validated with the recipe"
-    samples = open_samples(config, evaluation.path, evaluation.media_root, tokenizer, model.media_spec, rank)
+    """Every sample of evaluation.path once, or of what the training data hold out, in the order of its sources and
+    files, in steps of `training.global_batch_size` samples: packed where training packs, whichever way. Else the rows
+    that fill up the last step are copies in which nothing is trained. Arguments and errors as `build_loader`."""
+    batch_size = config.training.global_batch_size
+    parts, side = held_out_parts(config)
+    samples = open_samples(config, parts, tokenizer, model.media_spec, rank, side)
     num_samples = len(samples.index)
     plan = Plan(num_samples, config.runtime.seed, batch_size, shuffle=False)
     shape = StepShape.of(config, sizes, rank, LayerWork.of(model.language), held_out=True)

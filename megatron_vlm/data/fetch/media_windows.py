@@ -91,6 +91,7 @@ class WorldSharing:
                 place, number = asked[item]
                 sample, encoded = read(place.number)
                 start = place.start + encoded.image_starts[number]
-                spans[item] = MediaSpan(sample.id, sample.images[number], replace(items[item], start=start))
+                own_item = replace(items[item], start=start)
+                spans[item] = MediaSpan(sample.id, sample.images[number], own_item, sample.source)
         items = [spans[item].item if item in spans else stub for item, stub in enumerate(items)]
         return replace(stubs, items=tuple(items)), tuple(spans[item] for item in mine)

@@ -1,26 +1,29 @@
 """Samples by their number in the index, read and encoded when a step wants them, and their images."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_vlm.config.schema import Config
+from megatron_vlm.config.mixture import Part
+from megatron_vlm.config.schema import Config, DataConfig
 from megatron_vlm.data.batch import MediaSpan
 from megatron_vlm.data.fetch.collate import Document
 from megatron_vlm.data.index.building import BadSamplePolicy, describe_length
 from megatron_vlm.data.index.cache import open_index
+from megatron_vlm.data.index.choice import Side, choose, nothing_left
+from megatron_vlm.data.index.mixed import IndexedSource, MixedIndex
 from megatron_vlm.data.index.records import SampleIndex
 from megatron_vlm.data.media.images import FAULTS, MediaReader
 from megatron_vlm.data.media.store import MediaStore
 from megatron_vlm.data.media.video.files import read_images
 from megatron_vlm.data.media.video.sampling import with_frames
-from megatron_vlm.data.sample import BadSample, Frame, Sample, told_of
+from megatron_vlm.data.sample import BadSample, Frame, Sample, told_of, with_marker
 from megatron_vlm.data.sources import Source, make_source
-from megatron_vlm.data.sources.base import Paths
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.errors import DataError, one_line
 from megatron_vlm.models.vision.media_spec import MediaSpec
@@ -29,15 +32,18 @@ from megatron_vlm.runtime.position import HERE
 
 
 @dataclass(frozen=True)
-class SampleReader:
-    """Samples by number, read and encoded, and their images."""
+class SourceReader:
+    """Samples of one source by their number in its index, read and encoded, and their images.
+
+    Args:
+        number: of the source in the mixture, for its samples.
+    """
 
     source: Source
     index: SampleIndex
     encoder: ConversationEncoder
-    media: MediaReader
     store: MediaStore
-    skips_bad: bool  # an image that cannot be read is blanked
+    number: int = 0
 
     def sample(self, number: int) -> Sample:
         """One sample, with its videos' frames. Raises DataError where the file is gone, or this is no longer in it."""
@@ -46,10 +52,11 @@ class SampleReader:
             sample = self.source.sample(key)
         if len(sample.videos) != len(counts):
             raise self._changed(sample, f"{len(sample.videos)} videos, {len(counts)}")
-        parts = self.encoder.split(with_frames(sample, counts, self.encoder.image_token))
+        shown = with_frames(sample, counts, self.source.image_token)
+        parts = self.encoder.split(with_marker(shown, self.source.image_token, self.encoder.image_token))
         if (part := self.index.part(number)) >= len(parts):
             raise self._changed(sample, f"{len(parts)} answers, {part + 1} or more")
-        return parts[part]
+        return replace(parts[part], source=self.number)
 
     def document(self, number: int) -> Document:
         """One sample. Raises DataError where it is no longer what was indexed."""
@@ -67,6 +74,42 @@ class SampleReader:
             f"(its index is {self.index.folder})"
         )
 
+
+@dataclass(frozen=True)
+class SampleReader:
+    """Samples of all sources by number, read and encoded, and their images.
+
+    Args:
+        index: all samples that are used.
+        sources: in the index's order.
+        media: prepares images.
+        skips_bad: an image that cannot be read is blanked.
+    """
+
+    index: MixedIndex
+    sources: tuple[SourceReader, ...]
+    media: MediaReader
+    skips_bad: bool
+
+    @property
+    def name(self) -> str:
+        """Name of the data in messages."""
+        return ", ".join(reader.source.name for reader in self.sources)
+
+    def sample(self, number: int) -> Sample:
+        """One sample, with its videos' frames. Raises DataError where the file is gone, or this is no longer in it."""
+        source, own_number = self.index.place(number)
+        return self.sources[source].sample(own_number)
+
+    def document(self, number: int) -> Document:
+        """One sample. Raises DataError where it is no longer what was indexed."""
+        source, own_number = self.index.place(number)
+        return self.sources[source].document(own_number)
+
+    def store(self, number: int) -> MediaStore:
+        """Where the images of a sample are."""
+        return self.sources[self.index.place(number)[0]].store
+
     def pixels(self, spans: Sequence[MediaSpan]) -> tuple[Tensor, tuple[int, ...]]:
         """Pixels [n, 3, H, W] of the given images (n may be 0), and their faults. Frames of one video that stand
         together are read together. Raises BadSample where the first that cannot be read is not to be blanked."""
@@ -78,8 +121,8 @@ class SampleReader:
             stop = number + len(run)
             HERE.sample(run[0].sample_id)
             try:
-                paths = [span.path for span in run]
-                for image in read_images(self.media, paths, self.store, f"sample {run[0].sample_id!r}"):
+                paths, store = [span.path for span in run], self.sources[run[0].source].store
+                for image in read_images(self.media, paths, store, f"sample {run[0].sample_id!r}"):
                     pixels[number] = image
                     number += 1
             except BadSample as error:
@@ -98,7 +141,7 @@ def _runs(spans: Sequence[MediaSpan]) -> Iterator[list[MediaSpan]]:
     for span in spans:
         last = run[-1].path if run else None
         follows = isinstance(span.path, Frame) and isinstance(last, Frame) and span.path.follows(last)
-        if run and not (follows and run[-1].sample_id == span.sample_id):
+        if run and not (follows and (run[-1].source, run[-1].sample_id) == (span.source, span.sample_id)):
             yield run
             run = []
         run.append(span)
@@ -108,28 +151,65 @@ def _runs(spans: Sequence[MediaSpan]) -> Iterator[list[MediaSpan]]:
 
 def open_samples(
     config: Config,
-    path: Paths,
-    media_root: str | None,
+    parts: Sequence[Part],
     tokenizer: PreTrainedTokenizerBase,
     media_spec: MediaSpec,
     rank: int,
+    side: Side = "trained",
 ) -> SampleReader:
-    """Opens the samples of a recipe's data. Raises DataError as `open_index` and `check_lengths`, ConfigError."""
-    data, sequence_length = config.data, config.training.sequence_length
-    encoder = make_encoder(config, tokenizer, media_spec.tokens_per_image)
-    source = make_source(data, path)
-    store = MediaStore.of(source, media_root)
-    media = MediaReader(media_spec, data.image_mode)
+    """Opens the samples of a recipe's data.
+
+    Args:
+        parts: its sources.
+        side: of their splits; what is held out comes once, whatever the weights, and from sources that have some.
+
+    Raises:
+        DataError: as `open_index` and `check_lengths`; nothing is left of a source, or of all that is held out.
+        ConfigError: a format or template that there is not, or that cannot be used.
+    """
+    media = MediaReader(media_spec, config.data.image_mode)
+    seed, readers, used = config.runtime.seed, list[SourceReader](), list[IndexedSource]()
+    for part in parts:
+        reader = replace(_open(config, part, tokenizer, media, rank), number=len(readers))
+        numbers = choose(reader.index, reader.source, part, side, seed)
+        if numbers is not None and not len(numbers):
+            if side == "trained":
+                raise nothing_left(part, reader.source.name)
+            continue
+        weight = part.weight if side == "trained" else Fraction(1)
+        readers.append(reader)
+        used.append(IndexedSource(str(part.slot), reader.index, numbers, weight, reader.encoder.describe()))
+    if not readers:
+        raise DataError("data.held_out: holds out no sample of any source, needs a larger share, or evaluation.path")
+    return SampleReader(MixedIndex(used), tuple(readers), media, config.data.on_bad_sample == "skip")
+
+
+def _open(
+    config: Config, part: Part, tokenizer: PreTrainedTokenizerBase, media: MediaReader, rank: int
+) -> SourceReader:
+    data, sequence_length = part.data, config.training.sequence_length
+    tokens_per_image = media.spec.tokens_per_image
+    encoder = make_encoder(config, tokenizer, tokens_per_image, data)
+    source = make_source(data, data.path)
+    store = MediaStore.of(source, data.media_root)
     skip = BadSamplePolicy(media, sequence_length) if data.on_bad_sample == "skip" else None
     index = open_index(source, encoder, store, Path(config.checkpoint.directory), rank, skip, data.video)
-    check_lengths(index, source, sequence_length, media_spec.tokens_per_image)
-    return SampleReader(source, index, encoder, media, store, skips_bad=skip is not None)
+    check_lengths(index, source, sequence_length, tokens_per_image)
+    return SourceReader(source, index, encoder, store)
 
 
-def make_encoder(config: Config, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int) -> ConversationEncoder:
-    """Makes the encoder of a recipe's conversations. Raises ConfigError."""
-    limit = config.training.sequence_length if config.data.on_long_sample == "truncate" else None
-    return ConversationEncoder.of(config.data, tokenizer, tokens_per_image, limit)
+def make_encoder(
+    config: Config, tokenizer: PreTrainedTokenizerBase, tokens_per_image: int, data: DataConfig | None = None
+) -> ConversationEncoder:
+    """Makes the encoder of a recipe's conversations. Raises ConfigError.
+
+    Args:
+        data: what a source says otherwise (`config.mixture.Part`). The marker that it has in its files is read as the
+            recipe's, which alone the tokenizer knows.
+    """
+    data = (data or config.data).model_copy(update={"image_token": config.data.image_token})
+    limit = config.training.sequence_length if data.on_long_sample == "truncate" else None
+    return ConversationEncoder.of(data, tokenizer, tokens_per_image, limit)
 
 
 def check_lengths(index: SampleIndex, source: Source, sequence_length: int, tokens_per_image: int) -> None:

@@ -26,7 +26,7 @@ from megatron_vlm.data.media.images import MediaReader
 from megatron_vlm.data.media.store import MediaStore, check_location
 from megatron_vlm.data.media.video.files import count_frames
 from megatron_vlm.data.media.video.sampling import with_frames
-from megatron_vlm.data.sample import BadSample, RecordKey, Sample, told_of
+from megatron_vlm.data.sample import BadSample, RecordKey, Sample, told_of, with_marker
 from megatron_vlm.data.sources import Source, keys_of
 from megatron_vlm.data.text.conversation import ConversationEncoder, EncodedSample
 from megatron_vlm.errors import DataError
@@ -75,7 +75,8 @@ class Measurer:
             with told_of(f"{origin}: sample {sample_id!r}"):
                 self._check_files(sample)
                 frames = count_frames(sample, self.store, self.sampling)
-                parts = self.encoder.split(with_frames(sample, frames, self.encoder.image_token))
+                shown = with_frames(sample, frames, self.source.image_token)
+                parts = self.encoder.split(with_marker(shown, self.source.image_token, self.encoder.image_token))
                 encoded = [self._encode(part, frames) for part in parts]
             untrained = sum(turn.role == "assistant" and not turn.trained for turn in sample.turns)
             return [

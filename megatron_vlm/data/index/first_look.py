@@ -25,12 +25,16 @@ NUM_RECORDS = 32
 
 
 def look_at(
-    config: Config, path: Paths, media_root: str | None, encoder: ConversationEncoder | None, media: MediaReader | None
+    config: Config,
+    path: Paths | None,
+    media_root: str | None,
+    encoder: ConversationEncoder | None,
+    media: MediaReader | None,
 ) -> None:
     """Reads, encodes and opens what the first records of a file hold.
 
     Args:
-        config: the recipe.
+        config: the recipe, its `data` those of the source.
         path: the data, of a source that is known.
         media_root: folder of its images; default: the file's own.
         encoder: of the run's tokenizer and template; None where these are at fault already.

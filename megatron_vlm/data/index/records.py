@@ -69,6 +69,34 @@ class SampleIndex:
     def __len__(self) -> int:
         return len(self._records)
 
+    @property
+    def keys(self) -> np.ndarray:
+        """The key of each sample's record, [n, k] int64."""
+        keys: np.ndarray = self._records["key"]
+        return keys
+
+    @property
+    def starts_record(self) -> np.ndarray:
+        """Whether a sample is the first of its record, [n] bool."""
+        starts: np.ndarray = self._records["part"] == 0
+        return starts
+
+    def id_hashes(self) -> np.ndarray:
+        """A number of each sample's id, [n] uint64, spread evenly, and the same for ever: FNV-1a, its bits mixed by the
+        end of splitmix64."""
+        ends = np.asarray(self._records["id_end"])
+        places = np.concatenate([[0], ends[:-1]])
+        hashes = np.full(len(ends), 0xCBF29CE484222325, np.uint64)
+        left = np.flatnonzero(places < ends)
+        while len(left):
+            hashes[left] = (hashes[left] ^ self._ids[places[left]]) * np.uint64(0x100000001B3)
+            places[left] += 1
+            left = left[places[left] < ends[left]]
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            hashes = (hashes ^ hashes >> np.uint64(shift)) * np.uint64(factor)
+        mixed: np.ndarray = hashes ^ hashes >> np.uint64(31)
+        return mixed
+
     def key(self, sample: int) -> RecordKey:
         """Key of the sample's record in its source."""
         return tuple(self._records["key"][sample].tolist())

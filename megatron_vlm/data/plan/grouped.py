@@ -14,8 +14,13 @@ POOL_BATCHES = 50  # samples are sorted by length among so many batches' worth; 
 class Lengths(Protocol):
     """Lengths by which samples are grouped: two [n] integer arrays, as `SampleIndex` has them."""
 
-    tokens: np.ndarray
-    images: np.ndarray
+    @property
+    def tokens(self) -> np.ndarray:
+        """Length of each."""
+
+    @property
+    def images(self) -> np.ndarray:
+        """Images of each."""
 
 
 class GroupedPlan(Plan):

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 from pydantic import ValidationError
 
+from megatron_vlm.config.mixture import parts_of
 from megatron_vlm.config.schema import DataConfig
 from megatron_vlm.config.schema.base import Section
 from megatron_vlm.data.sample import Embedded, Member, RecordKey, Sample
@@ -130,16 +131,18 @@ class Source(ABC):
 SOURCES: Registry[type[Source]] = Registry("data source")
 
 
-def make_source(data: DataConfig, path: Paths) -> Source:
-    """The source of a recipe's training data, or of the held-out data, which are of the same format. Raises as `Source`
-    and ConfigError: there is no such format."""
+def make_source(data: DataConfig, path: Paths | None) -> Source:
+    """The source of a recipe's training data, as one part of its mixture has them, or of the held-out data, which are
+    of the same format. Raises as `Source` and ConfigError: there is no such format."""
+    assert path is not None, "a mixture is put in the place of its sources (config.mixture.parts_of)"
     return SOURCES.get(data.source)(path, data.image_token, data.source_options)
 
 
 def is_here(data: DataConfig) -> bool:
-    """Whether a recipe's training data are on this machine. Raises ConfigError as `make_source`."""
+    """Whether a recipe's training data are on this machine, all of them. Raises ConfigError as `make_source`."""
     try:
-        make_source(data, data.path).fingerprint()
+        for part in parts_of(data):
+            make_source(part.data, part.data.path).fingerprint()
     except DataError:
         return False
     return True

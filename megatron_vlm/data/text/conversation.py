@@ -25,6 +25,7 @@ anything, never end or fill the memory. So rendering is bounded and what it rais
 sample. The tokenizers library panics by a BaseException.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -145,6 +146,10 @@ class ConversationEncoder:
             data.template_arguments,
             data.render_turns == "apart",
         )
+
+    def describe(self) -> str:
+        """What decides how a conversation becomes text, in a line: equal of encoders that say the same."""
+        return json.dumps([self.template, self.arguments, self.apart], sort_keys=True)
 
     def split(self, sample: Sample) -> list[Sample]:
         """The conversations that a sample is trained as: itself, or one for each answer where they are rendered apart.

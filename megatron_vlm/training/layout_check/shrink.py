@@ -25,13 +25,14 @@ from typing import Any
 import numpy as np
 
 from megatron_vlm.config.loading import config_from_tree
+from megatron_vlm.config.mixture import parts_of
 from megatron_vlm.config.packing import packing_of
 from megatron_vlm.config.rules import matches
 from megatron_vlm.config.schema import Config, TrainingConfig
 from megatron_vlm.data.media.store import MediaStore, Stored
 from megatron_vlm.data.media.video.files import count_frames
 from megatron_vlm.data.media.video.sampling import with_frames
-from megatron_vlm.data.sample import ImageRef, RecordKey, Sample
+from megatron_vlm.data.sample import ImageRef, RecordKey, Sample, with_marker
 from megatron_vlm.data.sources import keys_of, make_source
 from megatron_vlm.data.text.conversation import ConversationEncoder
 from megatron_vlm.data.text.templates import TEMPLATES
@@ -116,6 +117,8 @@ def shrink(config: Config, world_size: int, described: ModelDescription) -> tupl
     small = config_from_tree(tree, "the shrunk recipe")
     num_tokens = survey_tower(small.model.vision, small.model.projector).media_spec.tokens_per_image
     samples, longest = pick_samples(small, num_tokens, small.training.global_batch_size)
+    tree["data"] |= {"path": "unused", "mixture": None, "registry": [], "sources": {}, "subsets": None}
+    tree["data"] |= {"cap": None, "held_out": 0.0}
     tree["data"] |= {"source": "llava_json", "source_options": {}, "media_root": None}  # as the samples are written
     tree["training"]["sequence_length"] = max(longest, num_tokens + 1)
     return config_from_tree(tree, "the shrunk recipe"), samples
@@ -228,28 +231,35 @@ def pick_samples(config: Config, tokens_per_image: int, num_rows: int) -> tuple[
     data = config.data
     tokenizer = load_tokenizer(config.model.language.tokenizer, data.image_token)
     encoder = ConversationEncoder.of(data, tokenizer, tokens_per_image)
-    source = make_source(data, data.path)
-    store = MediaStore.of(source, data.media_root)
-    kinds: dict[int, list[tuple[int, RecordKey]]] = {1: [], 2: [], 0: []}
+    parts = parts_of(data)
+    sources = [make_source(part.data, part.data.path) for part in parts]
+    stores = [MediaStore.of(source, part.data.media_root) for source, part in zip(sources, parts, strict=True)]
+
+    def read(number: int, key: RecordKey) -> Sample:
+        return with_marker(sources[number].sample(key), sources[number].image_token, data.image_token)
+
+    kinds: dict[int, list[tuple[int, int, RecordKey]]] = {1: [], 2: [], 0: []}
     fault: DataError | None = None
-    for key in _spread(source.scan(), NUM_CANDIDATES):
-        try:
-            sample = source.sample(key)
-            sample = with_frames(sample, count_frames(sample, store, data.video), data.image_token)
-            length = len(encoder.encode(sample).ids)
-        except DataError as error:
-            fault = fault or error
-            continue
-        if all(_is_there(image, store) for image in sample.images):
-            kinds[min(len(sample.images), 2)].append((length, key))
+    for number, source in enumerate(sources):
+        for key in _spread(source.scan(), -(-NUM_CANDIDATES // len(sources))):
+            try:
+                sample = read(number, key)
+                sample = with_frames(sample, count_frames(sample, stores[number], data.video), data.image_token)
+                length = len(encoder.encode(sample).ids)
+            except DataError as error:
+                fault = fault or error
+                continue
+            if all(_is_there(image, stores[number]) for image in sample.images):
+                kinds[min(len(sample.images), 2)].append((length, number, key))
     picked = list(_by_turns([sorted(kind) for kind in kinds.values()]))[: num_rows * NUM_STEPS]
     if not picked:
-        raise fault or DataError(f"{source.name}: none of its first samples has all its images in {store.root}")
-    samples, longest = [source.sample(key) for _, key in picked], max(length for length, _ in picked)
-    number = min(range(min(num_rows, len(samples))), key=lambda number: len(samples[number].images))
-    samples[number] = lengthen(samples[number], longest - picked[number][0], encoder)
-    longest = max(longest, len(encoder.encode(samples[number]).ids))
-    return [_record(sample, store) for sample in samples], longest
+        names, roots = ", ".join(one.name for one in sources), ", ".join(str(one.root) for one in stores)
+        raise fault or DataError(f"{names}: none of its first samples has all its images in {roots}")
+    samples, longest = [read(number, key) for _, number, key in picked], max(length for length, *_ in picked)
+    place = min(range(min(num_rows, len(samples))), key=lambda place: len(samples[place].images))
+    samples[place] = lengthen(samples[place], longest - picked[place][0], encoder)
+    longest = max(longest, len(encoder.encode(samples[place]).ids))
+    return [_record(sample, stores[number]) for sample, (_, number, _) in zip(samples, picked, strict=True)], longest
 
 
 def lengthen(sample: Sample, num_tokens: int, encoder: ConversationEncoder) -> Sample:
@@ -276,7 +286,7 @@ def _spread(keys: np.ndarray, number: int) -> Iterator[RecordKey]:
     return keys_of(keys[:: max(1, len(keys) // number)][:number])
 
 
-def _by_turns(kinds: Sequence[Sequence[tuple[int, RecordKey]]]) -> Iterator[tuple[int, RecordKey]]:
+def _by_turns(kinds: Sequence[Sequence[tuple[int, int, RecordKey]]]) -> Iterator[tuple[int, int, RecordKey]]:
     """The first of each kind, the second of each, ..."""
     for number in range(max(map(len, kinds))):
         yield from (kind[number] for kind in kinds if number < len(kind))
