@@ -6,7 +6,7 @@ but the step.
 b rows of a micro-batch; s tokens of each of its rows; n images this rank encodes; H W pixels.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,6 +31,8 @@ class MicroBatch:
     position_ids: Tensor  # [b, s]; from 0 in every document
     documents: tuple[Documents, ...]  # by row
     sample_ids: tuple[str, ...]  # in row order, in a row in document order
+    sources: Tensor | None = None  # [b, s]; number of the token's source in a mixture; None: there is one
+    num_sources: int = 0  # of that mixture
 
     @property
     def length(self) -> int:
@@ -39,10 +41,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same rows on a device."""
-        ids, labels, position_ids = (
-            x.to(device, non_blocking=True) for x in (self.ids, self.labels, self.position_ids)
-        )
-        return MicroBatch(ids, labels, position_ids, self.documents, self.sample_ids)
+        return self._each(lambda x: x.to(device, non_blocking=True))
 
     def without(self, rows: Sequence[int]) -> "MicroBatch":
         """The same rows with nothing trained in the given ones."""
@@ -54,8 +53,13 @@ class MicroBatch:
 
     def at(self, positions: Tensor) -> "MicroBatch":
         """A rank's part of the rows: the tokens at global positions [n]. `documents` stay those of whole rows."""
-        cut = {name: getattr(self, name)[:, positions] for name in ("ids", "labels", "position_ids")}
-        return replace(self, **cut)
+        return self._each(lambda x: x[:, positions])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """The same, every tensor [b, s] changed."""
+        ids, labels, position_ids = (change(tensor) for tensor in (self.ids, self.labels, self.position_ids))
+        sources = None if self.sources is None else change(self.sources)
+        return replace(self, ids=ids, labels=labels, position_ids=position_ids, sources=sources)
 
     def document(self, row: int, position: int) -> Interval:
         """Interval of the document that a token is in: its start and its row are the document's name."""
@@ -125,6 +129,8 @@ class StepBatch:
     padded_tokens: int  # of all rows, padding included, also of rows that fill up a micro-batch
     num_media: int
     num_trained_tokens_local: int  # of this data-parallel rank
+    source_names: tuple[str, ...] = ()  # of a mixture
+    sample_sources: tuple[int, ...] = ()  # of it, the number of each sample's source
     faults_tolerated: bool = False  # equal on all ranks: whether any window may have faults
 
     def pinned(self) -> "StepBatch":

@@ -18,6 +18,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -39,6 +40,13 @@ from megatron_vlm.runtime.device import current_device
 from megatron_vlm.training.phases import PhaseClock
 
 
+class SourceSums(NamedTuple):
+    """What was trained of one source in a step: the summed loss of its tokens, and their number."""
+
+    loss: float
+    num_tokens: int
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Result of one step, equal on every rank but for `phase_seconds`.
@@ -53,6 +61,7 @@ class StepResult:
     updated: bool  # False where a gradient was not finite, or nothing was trained: no state of the optimizer changed
     blanked: dict[str, int]  # samples left untrained because of an image, by reason
     phase_seconds: dict[str, float]  # of this rank
+    sources: tuple[SourceSums, ...] = ()  # of a mixture; together they are the loss
 
 
 @dataclass
@@ -99,29 +108,30 @@ class TrainStep:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()  # else the last step's gradients, aliased as `.grad`, would be added once more
-        clock, sums = PhaseClock(exact_times), ReplicaSums()
+        clock, sums = PhaseClock(exact_times), ReplicaSums(len(batch.source_names))
         for window in batch.windows:
             self._train_window(batch, window, clock, sums)
         with clock.phase("update"):
             num_tokens = self._finalize()
             # without a trained token all gradients are zero: momentum and weight decay alone would change the weights
             updated, grad_norm, _ = self.optimizer.step() if num_tokens else (False, None, None)
-        loss_sum, _, blanked = sums.over_world(self.model.grid)
+        loss_sum, _, blanked, sources = sums.over_world(self.model.grid)
         if not num_tokens:
-            return StepResult(None, None, 0, False, blanked, clock.seconds)
+            return StepResult(None, None, 0, False, blanked, clock.seconds, sources)
         norm = float(grad_norm or 0.0)
-        return StepResult(loss_sum / num_tokens, norm, num_tokens, bool(updated), blanked, clock.seconds)
+        return StepResult(loss_sum / num_tokens, norm, num_tokens, bool(updated), blanked, clock.seconds, sources)
 
     @torch.no_grad()
     def evaluate(self, batch: StepBatch) -> tuple[float, int, dict[str, int]]:
         """Summed plain cross entropy, trained tokens and `StepResult.blanked` of one global batch, equal on every rank;
         nothing is learnt from it. All parameters are up to date; the chunks are left in evaluation mode."""
-        clock, sums = PhaseClock(), ReplicaSums()
+        clock, sums = PhaseClock(), ReplicaSums(len(batch.source_names))
         for chunk in [*self.language, self.vision]:
             chunk.eval()
         for window in batch.windows:
             self._evaluate_window(batch, window, clock, sums)
-        return sums.over_world(self.model.grid)
+        loss, num_tokens, blanked, _ = sums.over_world(self.model.grid)
+        return loss, num_tokens, blanked
 
     def _train_window(self, batch: StepBatch, window: MediaWindow, clock: PhaseClock, sums: "ReplicaSums") -> None:
         """All three phases of a window. Its features are dropped on return: `training.media_window` bounds them."""
@@ -187,7 +197,8 @@ class TrainStep:
     def _run_pipeline(
         self, batch: StepBatch, window: MediaWindow, media: EncodedMedia, forward_only: bool = False
     ) -> Tensor:
-        """Phase 2. Returns [2]: summed loss and trained tokens of the micro-batches; 0 but on the last stage."""
+        """Phase 2. Returns [2 + 2 x sources]: summed loss and trained tokens of the micro-batches, then these by source
+        of a mixture; 0 but on the last stage."""
         inputs = []
         sizes, place = self.model.grid.sizes, self.model.grid.coordinates
         for m, local in zip(window.micro_batches, media.features, strict=True):
@@ -204,7 +215,7 @@ class TrainStep:
             micro_batch_size=inputs[0][0].ids.shape[0],
             forward_only=forward_only,
         )
-        zero = torch.zeros(2, dtype=torch.float64, device=current_device())
+        zero = torch.zeros(2 + 2 * len(batch.source_names), dtype=torch.float64, device=current_device())
         return sum((entry["loss_and_tokens"] for entry in sums), zero)
 
     def _backward_media(self, media: EncodedMedia) -> None:
@@ -236,10 +247,12 @@ class TrainStep:
 
 
 class ReplicaSums:
-    """Sums of this rank's replica over the windows of a step."""
+    """Sums of this rank's replica over the windows of a step. `num_sources`: of a mixture; else 0."""
 
-    def __init__(self) -> None:
-        self.loss_and_tokens = torch.zeros(2, dtype=torch.float64, device=current_device())  # last stage only
+    def __init__(self, num_sources: int = 0) -> None:
+        self.num_sources = num_sources
+        size = 2 + 2 * num_sources
+        self.loss_and_tokens = torch.zeros(size, dtype=torch.float64, device=current_device())  # last stage only
         self.faults = [0] * len(FAULTS)  # samples by FAULTS index, the same on every rank of the replica
 
     def add(self, media: EncodedMedia, loss_and_tokens: Tensor) -> None:
@@ -248,13 +261,16 @@ class ReplicaSums:
         for fault in media.faulty.values():
             self.faults[fault] += 1
 
-    def over_world(self, grid: Grid) -> tuple[float, int, dict[str, int]]:
-        """Summed over the replicas, on every rank: loss, trained tokens, faults that occurred by reason. Ranks that
-        hold copies give a share each."""
+    def over_world(self, grid: Grid) -> tuple[float, int, dict[str, int], tuple[SourceSums, ...]]:
+        """Summed over the replicas, on every rank: loss, trained tokens, faults that occurred by reason, and the first
+        two by source. Ranks that hold copies give a share each."""
         faults = torch.tensor(self.faults, dtype=torch.float64, device=current_device())
         shares = torch.cat([self.loss_and_tokens / grid.sizes.tensor, faults / grid.sizes.replica])
-        loss, tokens, *counts = all_reduce_(shares, grid.world).tolist()
-        return loss, round(tokens), {reason: round(n) for reason, n in zip(FAULTS, counts, strict=True) if round(n)}
+        loss, tokens, *rest = all_reduce_(shares, grid.world).tolist()
+        losses, counts = rest[: self.num_sources], rest[self.num_sources : 2 * self.num_sources]
+        sources = tuple(SourceSums(one, round(count)) for one, count in zip(losses, counts, strict=True))
+        faulty = zip(FAULTS, rest[2 * self.num_sources :], strict=True)
+        return loss, round(tokens), {reason: round(n) for reason, n in faulty if round(n)}, sources
 
 
 def forward_step(
@@ -269,11 +285,27 @@ def forward_step(
         features=features,
         documents=micro_batch.documents,
     )
-    return output, partial(sum_loss, micro_batch.labels)
+    return output, partial(sum_loss, micro_batch.labels, micro_batch.sources, micro_batch.num_sources)
 
 
-def sum_loss(labels: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """labels [b, s], per-token losses [b, s] -> their sum, the number of trained tokens, and what is reported."""
-    total = losses.sum()
-    num_tokens = (labels != IGNORE).sum(dtype=torch.int32)
-    return total, num_tokens, {"loss_and_tokens": torch.stack([total.detach().double(), num_tokens.double()])}
+def sum_loss(
+    labels: Tensor, sources: Tensor | None, num_sources: int, losses: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sums the losses of a micro-batch's tokens, and what is reported of them.
+
+    Args:
+        labels: [b, s].
+        sources: [b, s] number of each token's source in a mixture of `num_sources`; None: there is one.
+        losses: [b, s], 0 where nothing is trained.
+
+    Returns:
+        The sum, the number of trained tokens, and "loss_and_tokens" [2 + 2 x num_sources]: both, then the loss by
+        source, then the tokens by source.
+    """
+    total, trained = losses.sum(), labels != IGNORE
+    num_tokens = trained.sum(dtype=torch.int32)
+    told = torch.stack([total.detach().double(), num_tokens.double()])
+    if sources is not None:
+        both = torch.stack([losses.detach().double().reshape(-1), trained.double().reshape(-1)])  # [2, b s]
+        told = torch.cat([told, both.new_zeros(2, num_sources).index_add_(1, sources.reshape(-1), both).reshape(-1)])
+    return total, num_tokens, {"loss_and_tokens": told}

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from megatron_vlm.checkpoint.directory import checkpoints
 from megatron_vlm.config import load_config, to_yaml
-from tests.helpers.models.tiny import tiny_recipe
+from tests.helpers.models.tiny import tiny_dataset, tiny_recipe
 from tests.helpers.ranks.live_jobs import TRAIN, LiveJob, read_metrics, train_in_pool
 from tests.helpers.ranks.pool import RankPool
 from tests.helpers.ranks.processes import ROOT
@@ -20,13 +21,13 @@ SEED = 20_261_121  # both ranks are drawn
 Metrics = list[dict[str, Any]]
 
 
-def a_recipe(tmp_path: Path, name: str, steps: int, every_steps: int) -> Path:
-    """A job of two ranks with a data worker each, its checkpoints in `tmp_path`/`name`."""
+def a_recipe(tmp_path: Path, name: str, steps: int, every_steps: int, **data: Any) -> Path:
+    """A job of ranks with a data worker each, its checkpoints in `tmp_path`/`name`."""
     config = tiny_recipe(
         tmp_path,
         training={"steps": steps},
         optimizer={"distributed": True},
-        data={"num_workers": 1},
+        data={"num_workers": 1, **data},
         checkpoint={"directory": str(tmp_path / name), "every_steps": every_steps},
         logging={"sample_ids": True, "tensorboard": False, "ranks_every_steps": 0},
     )
@@ -43,9 +44,9 @@ def undisturbed(ranks: RankPool, recipe: Path, *overrides: str) -> Metrics:
     return read_metrics(root)
 
 
-def killed(logs: Path, recipe: Path, rank: int, step: int, moment: str) -> str:
+def killed(logs: Path, recipe: Path, rank: int, step: int, moment: str, num_ranks: int = 2) -> str:
     """A run in which one rank is killed; what the others told."""
-    with LiveJob(logs, [KILLED_TRAIN, str(rank), str(step), moment, recipe], num_ranks=2) as job:
+    with LiveJob(logs, [KILLED_TRAIN, str(rank), str(step), moment, recipe], num_ranks) as job:
         assert job.end() != 0
         assert "SIGKILL" in (job.logs / "stderr.log").read_text(), "torchrun names the rank that was killed"
         return job.stdout
@@ -91,6 +92,33 @@ def test_killed_during_a_save(ranks: RankPool, tmp_path: Path) -> None:
     same_samples(found, expected)
     assert losses(found) == losses(expected)
     assert not half.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_mixture_goes_on_with_other_ranks_and_workers(ranks: RankPool, tmp_path: Path) -> None:
+    """Of four ranks with a worker each one is killed, and two with three workers each go on: every sample as often as
+    its weight says, over two cycles and a bit."""
+    sources = {}
+    for name, size in (("a", 9), ("b", 2), ("c", 8)):
+        records = json.loads(tiny_dataset(tmp_path, size, f"{name}.json").read_text())
+        named = [{**record, "id": f"{name}-{number}"} for number, record in enumerate(records)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(named))
+        sources[name] = {"path": str(tmp_path / f"{name}.json")}
+    mixture = {"path": None, "mixture": "a + b*3 + c*0.5", "sources": sources}
+    recipe = a_recipe(tmp_path, "run", steps=10, every_steps=2, **mixture)
+    expected = undisturbed(ranks, recipe)
+    killed(tmp_path / "killed", recipe, rank=2, step=6, moment="step", num_ranks=4)
+    told = to_the_end(tmp_path / "again", recipe, "data.num_workers=3")
+    assert f"going on from {tmp_path}/run/step_000000" in told and "a mixture of 3 source(s)" in told
+    found = read_metrics(tmp_path / "run")
+    same_samples(found, expected)
+    for (loss, norm), (expected_loss, expected_norm) in zip(losses(found), losses(expected), strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-5) and norm == pytest.approx(expected_norm, rel=1e-5)
+    ids = [id_ for line in found for id_ in line["sample_ids"]]
+    times = {"a": 2, "b": 6, "c": 1}
+    cycle = Counter({f"{name}-{n}": times[name] for name, size in (("a", 9), ("b", 2), ("c", 8)) for n in range(size)})
+    assert cycle.total() == 38 and Counter(ids[:38]) == Counter(ids[38:76]) == cycle
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ b rows; s tokens of every row.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -47,6 +48,17 @@ def collate_rows(rows: Sequence[Sequence[Document]], length: int, packed: bool =
             labels[number, start : stop - 1] = torch.tensor(encoded.labels[1:])  # token i answers for token i + 1
     sample_ids = tuple(sample.id for row in rows for sample, _ in row)
     return MicroBatch(ids, labels, position_ids, tuple(documents), sample_ids)
+
+
+def with_sources(batch: MicroBatch, rows: Sequence[Sequence[Document]], num_sources: int) -> MicroBatch:
+    """The micro-batch of these rows with the source of each token; padding has that of number 0, and no label."""
+    sources = torch.zeros_like(batch.ids)
+    for number, row in enumerate(rows):
+        start = 0
+        for sample, encoded in row:
+            sources[number, start : start + len(encoded.ids)] = sample.source
+            start += len(encoded.ids)
+    return replace(batch, sources=sources, num_sources=num_sources)
 
 
 def list_spans(

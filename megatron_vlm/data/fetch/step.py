@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_vlm.data.batch import MediaWindow, StepBatch
-from megatron_vlm.data.fetch.collate import Document, collate_rows, list_spans
+from megatron_vlm.data.fetch.collate import Document, collate_rows, list_spans, with_sources
 from megatron_vlm.data.fetch.media_windows import SamplePlace, WorldSharing
 from megatron_vlm.data.fetch.samples import SampleReader
 from megatron_vlm.data.fetch.shape import StepRows, StepShape
@@ -42,6 +42,10 @@ class StepFetcher:
             collate_rows(rows, one.length, shape.packing != "off").without(one.copies)
             for rows, one in zip(documents, placed.by_rank[shape.at.data], strict=True)
         ]
+        names = index.source_names
+        if names:
+            by_rows = zip(micro_batches, documents, strict=True)
+            micro_batches = [with_sources(one, rows, len(names)) for one, rows in by_rows]
         real = [sample for samples in planned[:num_real] for sample in samples]
         return StepBatch(
             step=number,
@@ -56,6 +60,8 @@ class StepFetcher:
             padded_tokens=placed.padded_tokens,
             num_media=int(index.images[real].sum()),
             num_trained_tokens_local=sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches),
+            source_names=names,
+            sample_sources=tuple(index.cycle.source_of(np.array(real)).tolist()) if names else (),
             faults_tolerated=self.samples.skips_bad,
         )
 

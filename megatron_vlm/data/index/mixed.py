@@ -82,6 +82,11 @@ class MixedIndex:
         return len(self.sources) > 1 or not self.cycle.is_plain
 
     @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of a mixture's sources; none where there is one source."""
+        return tuple(source.name for source in self.sources) if len(self.sources) > 1 else ()
+
+    @property
     def dropped(self) -> dict[str, int]:
         """How many samples were left out, by reason."""
         counts: Counter[str] = Counter()

@@ -7,7 +7,7 @@ whose number the legend tells: what is shown at a step is in no way ahead of or 
 
 import io
 import time
-from collections import deque
+from collections import Counter, deque
 from math import fsum
 from pathlib import Path
 from statistics import median
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CURVES, RANKS = "curves.png", "ranks_phases.png"
-MAX_RANKS_WITH_NUMBERS, MAX_SCORES = 16, 10
+MAX_RANKS_WITH_NUMBERS, MAX_SCORES, MAX_SOURCES = 16, 10, 10
 DRAWING_SECONDS = 30.0  # from the end of one drawing to the next
 DRAWING_SHARE = 0.002  # of the time, at most: all ranks wait for it
 MEAN_SHARE = 0.05  # of all steps are in the mean, and at least MIN_MEAN_STEPS
@@ -104,6 +104,8 @@ def _draw_loss(axes: "Axes", entries: Entries, evaluations: Entries) -> None:
     axes.plot(steps, losses, color="0.75", linewidth=0.8, label="step")
     num_steps = num_mean_steps(len(steps))
     axes.plot(steps, moving_mean(losses, num_steps), color="C0", label=f"mean of the last {num_steps} steps")
+    for name, of_source in losses_by_source(entries).items():
+        axes.plot(steps, moving_mean(of_source, num_steps), linewidth=0.8, label=name)
     if evaluations:
         points = [entry["step"] for entry in evaluations]
         axes.plot(points, values_of(evaluations, "loss"), "o-", color="C3", markersize=5, label="held out")
@@ -147,6 +149,20 @@ def draw_ranks(ranks: RankComparison, step: int, image: Path) -> None:
 def values_of(entries: Entries, name: str) -> list[float]:
     """One number of every line; NaN, a gap in a curve, where it was not finite."""
     return [float("nan") if entry[name] is None else entry[name] for entry in entries]
+
+
+def losses_by_source(entries: Entries) -> dict[str, list[float]]:
+    """The loss of each source of a mixture in every line, NaN where it had none; of the MAX_SOURCES sources of which
+    most tokens were trained."""
+    tokens: Counter[str] = Counter()
+    for entry in entries:
+        tokens.update({name: source["trained_tokens"] for name, source in entry.get("sources", {}).items()})
+    nothing = {"loss": None}
+    found = {
+        name: [entry.get("sources", {}).get(name, nothing) for entry in entries]
+        for name, _ in tokens.most_common(MAX_SOURCES)
+    }
+    return {name: values_of(of_source, "loss") for name, of_source in found.items()}
 
 
 def moving_mean(values: list[float], num_steps: int) -> list[float]:

@@ -3,7 +3,7 @@
 summary.jsonl has one object per attempt, in order: a run that was resumed has as many lines as it was started times.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class SummaryHook(Hook):
         self.path, self.steps, self.peak, self.left_out = path, steps, peak, left_out
         self.blanked: Counter[str] = Counter()
         self.totals: Counter[str] = Counter()
+        self.sources: dict[str, Counter[str]] = {}
+        self.losses: defaultdict[str, float] = defaultdict(float)  # summed over trained tokens, by source
         self.mfu_seconds = self.tflops_seconds = 0.0
         self.peak_memory_bytes = 0
         self.last: StepReport | None = None
@@ -42,6 +44,11 @@ class SummaryHook(Hook):
         self.blanked.update(report.blanked)
         for name in ("tokens", "padding_tokens", "trained_tokens", "samples", "media", "seconds"):
             self.totals[name] += getattr(report, name)
+        for name, source in report.sources.items():
+            self.sources.setdefault(name, Counter()).update(
+                samples=source.samples, tokens=source.tokens, trained_tokens=source.trained_tokens
+            )
+            self.losses[name] += (source.loss or 0.0) * source.trained_tokens
         self.totals["steps"] += 1
         self.totals["updates_left_out"] += not report.updated
         self.loss = self.loss if report.loss is None else report.loss
@@ -85,6 +92,14 @@ class SummaryHook(Hook):
             "samples_left_out": self.left_out,
             "samples_blanked": dict(self.blanked),
             "evaluation": None if evaluation is None else vars(evaluation),
+            **({"sources": self._sources()} if self.sources else {}),
+        }
+
+    def _sources(self) -> dict[str, dict[str, float | None]]:
+        """What was trained of each source of a mixture, and the mean loss of its trained tokens."""
+        return {
+            name: {**counts, "loss": self.losses[name] / counts["trained_tokens"] if counts["trained_tokens"] else None}
+            for name, counts in self.sources.items()
         }
 
 
@@ -108,6 +123,12 @@ def _log(summary: dict[str, Any]) -> None:
         summary["peak_flops_source"],
         summary["peak_memory_bytes"] / 2**30,
     )
+    for name, source in summary.get("sources", {}).items():
+        logger.info(
+            "source %s: %s samples, %s tokens (%.1f%% of all), loss %s", name, f"{source['samples']:,}",
+            f"{source['tokens']:,}", 100 * source["tokens"] / summary["tokens"],
+            "none" if source["loss"] is None else f"{source['loss']:.4f}",
+        )  # fmt: skip
     for name, what in (("samples_left_out", "left out while indexing"), ("samples_blanked", "left untrained")):
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in sorted(summary[name].items()))
         logger.info("samples %s: %s", what, reasons or "none")

@@ -47,6 +47,8 @@ class TensorBoardHook(Hook):
             "speed/mfu": report.mfu,
             "memory/peak_gib": report.peak_memory_bytes / 2**30,
         }
+        for name, source in report.sources.items():
+            scalars |= {f"loss_of_sources/{name}": source.loss, f"tokens_of_sources/{name}": source.tokens}
         if report.ranks is not None:
             scalars["memory/peak_gib_of_ranks"] = report.ranks.peak_memory.max / 2**30
             scalars |= {f"seconds/{phase}": spread.mean for phase, spread in report.ranks.phases.items()}

@@ -4,8 +4,9 @@ Hazard: at the compared steps `report` is collective; every rank makes every ste
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_vlm.config.megatron import DTYPES
@@ -17,6 +18,16 @@ from megatron_vlm.training.job import Job
 from megatron_vlm.training.reporting.memory import process_memory
 from megatron_vlm.training.reporting.ranks import DATA, RankComparison, RankFigures
 from megatron_vlm.training.step import StepResult
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What a step trained of one source of a mixture."""
+
+    samples: int
+    tokens: int  # images' included
+    trained_tokens: int
+    loss: float | None  # mean of its trained tokens; None where there were none
 
 
 @dataclass(frozen=True)
@@ -43,10 +54,13 @@ class StepReport:
     peak_memory_bytes: int  # of this rank
     sample_ids: tuple[str, ...]  # in row order
     ranks: RankComparison | None = None  # at the compared steps
+    sources: dict[str, SourceReport] = field(default_factory=dict)  # of a mixture, by name
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, without the sample ids."""
-        values = {name: value for name, value in vars(self).items() if name not in ("sample_ids", "ranks")}
+        values = {name: value for name, value in vars(self).items() if name not in ("sample_ids", "ranks", "sources")}
+        if self.sources:
+            values["sources"] = {name: vars(source) for name, source in self.sources.items()}
         return values if self.ranks is None else {**values, "ranks": self.ranks.as_dict()}
 
 
@@ -103,4 +117,18 @@ class Meter:
             peak_memory_bytes=memory.peak_bytes,
             sample_ids=batch.sample_ids,
             ranks=ranks,
+            sources=report_sources(batch, result),
         )
+
+
+def report_sources(batch: StepBatch, result: StepResult) -> dict[str, SourceReport]:
+    """What was trained of each source of a mixture, by name."""
+    samples, tokens = Counter(batch.sample_sources), Counter[int]()
+    for source, num_tokens in zip(batch.sample_sources, batch.sample_tokens if batch.source_names else (), strict=True):
+        tokens[source] += num_tokens
+    return {
+        name: SourceReport(
+            samples[number], tokens[number], sums.num_tokens, sums.loss / sums.num_tokens if sums.num_tokens else None
+        )
+        for number, (name, sums) in enumerate(zip(batch.source_names, result.sources, strict=True))
+    }
