@@ -131,7 +131,7 @@ def _read_registry(name: str, origin: str) -> dict[Any, Any]:
 
 
 def _about_source(name: Any, entry: Any) -> list[str]:
-    """What is wrong with an entry of a registry."""
+    """Faults of an entry of a registry, a line each."""
     try:
         SourceConfig.model_validate(entry)
     except ValidationError as error:

@@ -86,7 +86,8 @@ def _expand(
     around: tuple[str, ...],
     known: dict[str, dict[Slot, Fraction]],
 ) -> dict[Slot, Fraction]:
-    """As `expand`. `key`: where the mixture stands; `around`: the mixtures it is of; `known`: those expanded before."""
+    """Does what `expand` says. `key`: where the mixture stands; `around`: the mixtures it is of; `known`: those that
+    were expanded before."""
     weights: dict[Slot, Fraction] = {}
     for slot, weight in _terms(mixture, key):
         for inner, its_weight in _sources_of(slot, key, sources, around, known).items():

@@ -193,7 +193,7 @@ def _look_at_templates(found: _Findings, tokenizer: Tokenizer) -> None:
 
 
 def _rendering(data: DataConfig) -> str:
-    """What decides how conversations become text."""
+    """Settings that decide how conversations become text."""
     return data.model_dump_json(include={"template", "template_arguments", "render_turns"})
 
 

@@ -41,7 +41,7 @@ from megatron_vlm.training.phases import PhaseClock
 
 
 class SourceSums(NamedTuple):
-    """What was trained of one source in a step: the summed loss of its tokens, and their number."""
+    """Sums of one source in a step: the loss of its trained tokens, and their number."""
 
     loss: float
     num_tokens: int

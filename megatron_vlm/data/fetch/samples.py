@@ -107,7 +107,7 @@ class SampleReader:
         return self.sources[source].document(own_number)
 
     def store(self, number: int) -> MediaStore:
-        """Where the images of a sample are."""
+        """The places of a sample's images."""
         return self.sources[self.index.place(number)[0]].store
 
     def pixels(self, spans: Sequence[MediaSpan]) -> tuple[Tensor, tuple[int, ...]]:
@@ -178,10 +178,16 @@ def open_samples(
             continue
         weight = part.weight if side == "trained" else Fraction(1)
         readers.append(reader)
-        used.append(IndexedSource(str(part.slot), reader.index, numbers, weight, reader.encoder.describe()))
+        asked_as = reader.encoder.describe() if _renders_otherwise(part.data, config.data) else ""
+        used.append(IndexedSource(str(part.slot), reader.index, numbers, weight, asked_as))
     if not readers:
         raise DataError("data.held_out: holds out no sample of any source, needs a larger share, or evaluation.path")
     return SampleReader(MixedIndex(used), tuple(readers), media, config.data.on_bad_sample == "skip")
+
+
+def _renders_otherwise(data: DataConfig, recipe: DataConfig) -> bool:
+    """Whether a source's conversations become text in another way than the recipe says."""
+    return any(getattr(data, key) != getattr(recipe, key) for key in ("template", "template_arguments", "render_turns"))
 
 
 def _open(

@@ -29,7 +29,7 @@ class IndexedSource:
         index: of the whole source.
         numbers: in the index, of the samples that are used; None: all of them.
         weight: how often each comes in an epoch.
-        asked_as: what differs where they are made tokens otherwise; compared on a resume.
+        asked_as: how they become text, where that is not as the recipe says; compared on a resume.
     """
 
     name: str
@@ -42,7 +42,7 @@ class IndexedSource:
         return len(self.index) if self.numbers is None else len(self.numbers)
 
     def of_used(self, values: np.ndarray) -> np.ndarray:
-        """What is known of the index's samples, of those that are used."""
+        """Values of the index's samples -> of those that are used."""
         return values if self.numbers is None else values[self.numbers]
 
 
@@ -88,7 +88,7 @@ class MixedIndex:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """How many samples were left out, by reason."""
+        """Number of samples that were left out, by reason."""
         counts: Counter[str] = Counter()
         for source in self.sources:
             counts.update(source.index.dropped)
@@ -99,7 +99,7 @@ class MixedIndex:
         """Numbers and digests that differ where what is trained does. Of one source that is trained whole, its index's
         own: such a run may go on under another name."""
         alone = self.sources[0]
-        if not self.is_mixture and alone.numbers is None:
+        if not self.is_mixture and alone.numbers is None and not alone.asked_as:
             return alone.index.fingerprint_of_contents
         own = [source.index.fingerprint_of_contents for source in self.sources]
         chosen = [b"" if source.numbers is None else source.numbers.tobytes() for source in self.sources]

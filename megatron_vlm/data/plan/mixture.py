@@ -25,7 +25,7 @@ MOST_ENTRIES = 2**26  # whose order is 512 MiB
 
 
 class Cycle:
-    """How often the samples of each source come, and which number is whose.
+    """One cycle: how often the samples of each source come, and which number is whose.
 
     Args:
         sizes: samples of each source, at least one.
@@ -48,8 +48,8 @@ class Cycle:
         if num_entries > MOST_ENTRIES and any(repeats > 1 for repeats in self.repeats):
             raise DataError(
                 f"data.mixture: weights {', '.join(map(str, weights))} come out even after {self.num_epochs:,} epochs "
-                f"alone, of {num_entries:,} samples together, needs at most {MOST_ENTRIES:,}: weights with a smaller "
-                "common denominator, such as 0.3 or 1/3 for 0.333"
+                f"alone, of {num_entries:,} samples together, needs at most {MOST_ENTRIES:,}: smaller weights, "
+                "or weights with a smaller common denominator, such as 0.3 or 1/3 for 0.333"
             )
         self.sizes = np.array(sizes)
         self.ends = np.cumsum(self.sizes * np.array(self.repeats))
@@ -75,7 +75,7 @@ class Cycle:
         return first_samples + (entries - first_entries) % sizes
 
     def spread(self, values: np.ndarray) -> np.ndarray:
-        """What is known of samples [num_samples], of the entries: [len(self)]."""
+        """Values of samples [num_samples] -> of the entries [len(self)]."""
         return values if self.is_plain else values[self.samples(np.arange(len(self)))]
 
 

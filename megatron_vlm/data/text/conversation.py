@@ -148,7 +148,7 @@ class ConversationEncoder:
         )
 
     def describe(self) -> str:
-        """What decides how a conversation becomes text, in a line: equal of encoders that say the same."""
+        """Tells what decides how a conversation becomes text, in a line that is equal of encoders that say the same."""
         return json.dumps([self.template, self.arguments, self.apart], sort_keys=True)
 
     def split(self, sample: Sample) -> list[Sample]:

@@ -105,7 +105,7 @@ def _draw_loss(axes: "Axes", entries: Entries, evaluations: Entries) -> None:
     num_steps = num_mean_steps(len(steps))
     axes.plot(steps, moving_mean(losses, num_steps), color="C0", label=f"mean of the last {num_steps} steps")
     for name, of_source in losses_by_source(entries).items():
-        axes.plot(steps, moving_mean(of_source, num_steps), linewidth=0.8, label=name)
+        axes.plot(steps, moving_mean(of_source, num_steps), linewidth=0.8, label="source " + name.replace("$", r"\$"))
     if evaluations:
         points = [entry["step"] for entry in evaluations]
         axes.plot(points, values_of(evaluations, "loss"), "o-", color="C3", markersize=5, label="held out")

@@ -96,7 +96,7 @@ class SummaryHook(Hook):
         }
 
     def _sources(self) -> dict[str, dict[str, float | None]]:
-        """What was trained of each source of a mixture, and the mean loss of its trained tokens."""
+        """Totals of each source of a mixture, and the mean loss of its trained tokens."""
         return {
             name: {**counts, "loss": self.losses[name] / counts["trained_tokens"] if counts["trained_tokens"] else None}
             for name, counts in self.sources.items()

@@ -22,7 +22,7 @@ from megatron_vlm.training.step import StepResult
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What a step trained of one source of a mixture."""
+    """One source of a mixture in a step."""
 
     samples: int
     tokens: int  # images' included
@@ -122,7 +122,7 @@ class Meter:
 
 
 def report_sources(batch: StepBatch, result: StepResult) -> dict[str, SourceReport]:
-    """What was trained of each source of a mixture, by name."""
+    """Numbers of each source of a mixture, by name."""
     samples, tokens = Counter(batch.sample_sources), Counter[int]()
     for source, num_tokens in zip(batch.sample_sources, batch.sample_tokens if batch.source_names else (), strict=True):
         tokens[source] += num_tokens

@@ -40,6 +40,7 @@ from megatron_vlm.training.hooks.jsonl import EVALUATIONS, METRICS, JsonLinesHoo
 from megatron_vlm.training.hooks.memory import MemoryHook
 from megatron_vlm.training.hooks.summary import SummaryHook
 from megatron_vlm.training.hooks.tensorboard import TensorBoardHook
+from megatron_vlm.training.reporting.meters import SourceReport
 from tests.helpers.ranks.solo import small_recipe
 from tests.helpers.reports import comparison, evaluation_report, step_report
 
@@ -299,6 +300,34 @@ def test_the_summary_adds_up_each_attempt(tmp_path: Path) -> None:
     assert last["seconds"] == pytest.approx(1.7) and last["tokens_per_second"] == pytest.approx(60 / 1.7)
     assert last["mfu"] == pytest.approx((0.3 * 0.3 + 0.4 * 0.4) / 1.7)
     assert last["loss"] == 0.5 and last["evaluation"]["loss"] == 1.5 and last["peak_flops_source"] == PEAK.source
+
+
+def of_sources(**losses: float | None) -> dict[str, SourceReport]:
+    return {name: SourceReport(2, 10, 0 if loss is None else 5, loss) for name, loss in losses.items()}
+
+
+def test_sources_of_a_mixture_are_drawn_and_summed_up(
+    tmp_path: Path, figures: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each loss by its trained tokens; a step without some of a source is a gap."""
+    steps = [of_sources(a=3.0, b=1.0), of_sources(a=None, b=2.0), of_sources(a=1.0, b=None)]
+    lines, summary = JsonLinesHook(tmp_path, 0), SummaryHook(tmp_path / "summary.jsonl", 3, PEAK, {})
+    with told(caplog):
+        for number, sources in enumerate(steps, start=1):
+            for hook in (lines, summary):
+                hook.after_step(step_report(number, sources=sources))
+        lines.close()
+        summary.close()
+    draw_curves(tmp_path)
+    shown = {line.get_label(): list(line.get_ydata()) for line in figures[0].axes[0].get_lines()}
+    assert shown["source a"] == [3.0, 3.0, 2.0] and shown["source b"] == [1.0, 1.5, 1.5]
+    (line,) = read_lines(tmp_path / "summary.jsonl")
+    assert line["sources"]["a"] == {"samples": 6, "tokens": 30, "trained_tokens": 10, "loss": 2.0}
+    assert "source b: 6 samples, 30 tokens (50.0% of all), loss 1.5000" in caplog.text
+    many = {f"s{number}": SourceReport(1, number, number, 1.0) for number in range(15)}
+    shown_sources = curves.losses_by_source([{"sources": {name: vars(one) for name, one in many.items()}}, {}])
+    assert list(shown_sources) == [f"s{number}" for number in range(14, 4, -1)]
+    assert shown_sources["s14"][0] == 1.0 and math.isnan(shown_sources["s14"][1])
 
 
 def test_the_summary_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -262,6 +262,8 @@ def test_another_mixture_is_told_from_this_one(folder: Path) -> None:
         contents("a + b*3", {"b": {"path": path, "template": "vicuna_v1"}}),
     ]
     assert all(other != base for other in others)
+    alone, otherwise = contents("b"), contents("b", {"b": {"path": path, "template": "vicuna_v1"}})
+    assert "templates" in otherwise and "templates" not in alone
 
 
 def test_the_mixture_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

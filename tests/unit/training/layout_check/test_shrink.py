@@ -232,3 +232,25 @@ def test_trained_tokens_stand_at_the_cuts_of_the_first_step(tmp_path: Path, para
 
 def is_trained(labels: list[int], at: int) -> bool:
     return at < len(labels) and labels[at] != IGNORE
+
+
+def test_samples_of_a_mixture_are_of_all_its_sources(tmp_path: Path) -> None:
+    """Each with its own marker and folder of images; the small recipe has them in one file."""
+    for name, marker in (("a", "<image>"), ("b", "<img>")):
+        folder = tmp_path / name
+        folder.mkdir()
+        records = json.loads(tiny_dataset(folder).read_text().replace("<image>", marker))
+        (folder / "named.json").write_text(
+            json.dumps([{**record, "id": f"{name}-{record['id']}"} for record in records])
+        )
+    sources = {
+        "a": {"path": str(tmp_path / "a" / "named.json")},
+        "b": {"path": str(tmp_path / "b" / "named.json"), "image_token": "<img>"},
+    }
+    mixture = {"path": None, "mixture": "a + b*0.5", "sources": sources, "held_out": 0.1}
+    small, samples = shrunk(tiny_recipe(tmp_path, data=mixture), 1)
+    assert (small.data.mixture, small.data.sources, small.data.held_out) == (None, {}, 0.0)
+    assert {sample["id"][0] for sample in samples} == {"a", "b"}
+    for sample in samples:
+        assert sum(turn["value"].count("<image>") for turn in sample["conversations"]) == len(sample["image"])
+        assert all(Path(image).parts[-3] == sample["id"][0] for image in sample["image"])
