@@ -77,7 +77,7 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=[*find_packages(include=["megatron_vlm", "megatron_vlm.*"]), *find_packages("kernels"), RECIPES],
     package_dir={"megatron_vlm_kernels": "kernels/megatron_vlm_kernels", RECIPES: "examples/recipes"},
-    package_data={"megatron_vlm": ["py.typed", "**/*.css"], RECIPES: ["*.yaml", "_base/*.yaml"]},
+    package_data={"megatron_vlm": ["py.typed", "**/*.css", "**/*.md"], RECIPES: ["*.yaml", "_base/*.yaml"]},
     entry_points={"console_scripts": ["megatron-vlm = megatron_vlm.cli.main:main"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -9,6 +9,7 @@ is exchanged at once, and what a rank has encoded itself is there besides.
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -149,10 +150,15 @@ def owned_tokens(batch: StepBatch, grid: Any) -> list[int]:
     at, layout = grid.coordinates, batch.windows[0].plan.layout
     if at.pipeline > 0:
         return [0] * len(batch.windows)
-    own = set(layout.positions(at.ring, at.ulysses, at.tensor if layout.tensor > 1 else 0).tolist())
+
+    def is_own(position: int, length: int | None) -> bool:
+        """`length`: of the micro-batch's rows, where that is its own."""
+        rows = replace(layout, length=length or layout.length)
+        return position in rows.positions(at.ring, at.ulysses, at.tensor if layout.tensor > 1 else 0).tolist()
+
     return [
         sum(
-            position in own
+            is_own(position, span.item.length)
             for span in window.spans
             for position in range(span.item.start, span.item.start + span.item.num_tokens)
         )
